@@ -1,0 +1,61 @@
+"""What the decode loop asks of a model, whatever runs it. May import: numpy.
+
+A runtime holds one model and one batch at a time. Shapes: B rows, S positions, H hidden size, V vocabulary, N patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from lvr_lite.latent import LatentSpec
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids that the loop needs; `end` holds all ids that end a turn."""
+
+    image: int
+    end: tuple[int, ...]
+    lvr_start: int
+    lvr: int
+    lvr_end: int
+
+
+class Runtime(Protocol):
+    """One model, ready to decode. Arrays are numpy, float32 and int64, whatever the model computes in."""
+
+    name: str
+    family: Any  # a module of lvr_lite.families
+    image_spec: dict[str, Any]  # the manifest's `image` block
+    template: str  # chat template (jinja)
+    tokenizer: Any  # tokenizers.Tokenizer
+    tokens: TokenIds
+    latent: LatentSpec
+    hidden_size: int
+
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+        """Patches (N, C) of pictures with these patch grids -> visual tokens (N / merge**2, H)."""
+        ...
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids (B, S) -> embeddings (B, S, H)."""
+        ...
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Begin a batch of `batch` rows with room for `capacity` positions each; forgets the one before."""
+        ...
+
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """First call of a batch: embeds (B, S, H) padded on the right, positions (3, B, S), true lengths (B,) -> last hidden state of each row (B, H)."""
+        ...
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """One further position for every row: embeds (B, H), positions (B,) -> hidden state (B, H)."""
+        ...
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states (B, H) -> logits (B, V)."""
+        ...
