@@ -172,9 +172,10 @@ def write_atomically(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text)
+        staged.write_text(text, encoding="utf-8")
         staged.replace(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another place") from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may never have been made; the error above is the one to tell
+            staged.unlink(missing_ok=True)

@@ -36,11 +36,12 @@ class Prompt:
 class Options:
     """How to decode.
 
-    max_tokens: text tokens at most, markers not counted. steps: latent steps K; None takes the model's own, 0 forbids latents.
+    max_tokens: text tokens at most, markers not counted. min_tokens: no end of turn before so many (benchmarks). steps: latent steps K; None takes the model's own, 0 forbids latents.
     temperature: 0 is greedy. top_p: in (0, 1]. seed: of the sampler. keep_hidden: keep the hidden state of every step (evaluation, parity).
     """
 
     max_tokens: int = 32
+    min_tokens: int = 0
     steps: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -50,6 +51,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens must be 1 or more, not {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise UsageError(f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}")
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"steps must be 0 or more, not {self.steps}")
         if self.temperature < 0:
@@ -72,10 +75,9 @@ class Event:
 
 @dataclass
 class Result:
-    """One row's outcome. tokens: text ids without markers and end. latents (K, H): what was fed back. hidden: every step's state, where kept.
-
-    times: seconds by stage: "prefill", then lists "latent_step", "text_step", "lm_head", "sampling"; ttft and ttfa as in docs/design.md.
-    """
+    """One row's outcome. tokens: text ids without markers and end. latents: K arrays (H,), what was fed back. hidden: the state after
+    the prompt and after every step (H,), where kept. reason: "stop" or "length". ttft, ttfa: seconds from the start of decoding to the
+    first text token, and to the first one after the latents; None where there was none."""
 
     tokens: list[int] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
@@ -204,6 +206,8 @@ class Decoding:
             row = self.rows[i]
             scores = np.array(row_logits, np.float32)
             scores[never] = -np.inf
+            if len(row.result.tokens) < self.options.min_tokens:
+                scores[list(tokens.end)] = -np.inf
             if not row.steps:  # no latents asked for, or already spent
                 scores[tokens.lvr_start] = -np.inf
             chosen[i] = sampling.sample(scores, self.options.temperature, self.options.top_p, self.rng)

@@ -97,13 +97,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """One question to a scene: `boxes` are the things that must be looked at, `choices` all possible answers."""
+    """One question to a scene: `things` are what must be looked at, `choices` all possible answers, `short` a note-like wording of the
+    same question, in which the embedded model was pre-trained."""
 
     type: str
     text: str
     answer: str
     choices: tuple[str, ...]
     things: tuple[Thing, ...]
+    short: str
 
 
 # --------------------------------------------------------------------------------------------------------------- drawing
@@ -236,7 +238,7 @@ def _colour(rng: np.random.Generator, shape: str, split: str, among: tuple[str, 
 
 
 def plan(rng: np.random.Generator, split: str, count: int | None = None, odd: bool = False) -> Scene:
-    """A random scene. `odd`: all things but the last share a colour or a pattern (the last one is the odd one out)."""
+    """A random scene. `odd`: all things but one share a colour."""
     width, height = SIZES[int(rng.integers(len(SIZES)))]
     count = count if count is not None else int(rng.integers(3 if not odd else 4, 9 if not odd else 8))
     while True:
@@ -246,30 +248,25 @@ def plan(rng: np.random.Generator, split: str, count: int | None = None, odd: bo
             break
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:count]]
     # A small palette makes colours repeat, so that counting and "the red one" both find questions.
-    palette = tuple(np.array(list(COLOURS))[rng.permutation(len(COLOURS))[: max(3, count - 1)]])
+    palette = tuple(list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[: max(3, count - 1)])
     things = [
         Thing(shape, _colour(rng, shape, split, palette if split == "test" or len(palette) > 1 else tuple(COLOURS)),
               PATTERNS[int(rng.integers(3))], GLYPHS[int(rng.integers(len(GLYPHS)))], *corner, size)
         for shape, corner, size in zip(shapes, corners, sizes, strict=True)
     ]
-    order = rng.permutation(count)
-    things = [things[i] for i in order]
+    things = [things[i] for i in rng.permutation(count)]  # planned largest first; the odd one may have any size
     if odd:
         things = _make_odd(rng, things, split)
     return Scene(width, height, tuple(things), int(rng.integers(2**31)))
 
 
 def _make_odd(rng: np.random.Generator, things: list[Thing], split: str) -> list[Thing]:
-    if rng.random() < 0.5:
-        shared, other = (PATTERNS[i] for i in rng.permutation(3)[:2])
-        return [replace(t, pattern=shared) for t in things[:-1]] + [replace(things[-1], pattern=other)]
+    """The same things, all of one colour but the last."""
     banned = set() if split == "test" else {c for t in things for c in COLOURS if (t.shape, c) in HELD_OUT}
-    free = [c for c in COLOURS if c not in banned]
-    if not free:  # eight things ban every colour in the train split
-        return _make_odd(rng, things, split)
+    free = [c for c in COLOURS if c not in banned]  # never empty: a scene with an odd one has at most seven things
     shared = free[int(rng.integers(len(free)))]
     other = _colour(rng, things[-1].shape, split, tuple(c for c in COLOURS if c != shared))
-    return [replace(t, colour=shared) for t in things[:-1]] + [replace(things[-1], colour=other)]
+    return [*(replace(t, colour=shared) for t in things[:-1]), replace(things[-1], colour=other)]
 
 
 # ------------------------------------------------------------------------------------------------------------- questions
@@ -284,30 +281,30 @@ def ask_attribute(rng: np.random.Generator, scene: Scene) -> Question:
     (thing,) = _pick(rng, scene)
     kind = int(rng.integers(4))
     if kind == 3 and sum(t.colour == thing.colour for t in scene.things) == 1:
-        return Question("attribute", f"what shape is {thing.colour}", thing.shape, SHAPES, (thing,))
+        return Question("attribute", f"what shape is {thing.colour}", thing.shape, SHAPES, (thing,), f"shape {thing.colour}")
     if kind == 2:
-        return Question("attribute", f"what pattern is the {thing.shape}", thing.pattern, PATTERNS, (thing,))
-    return Question("attribute", f"what colour is the {thing.shape}", thing.colour, tuple(COLOURS), (thing,))
+        return Question("attribute", f"what pattern is the {thing.shape}", thing.pattern, PATTERNS, (thing,), f"pattern {thing.shape}")
+    return Question("attribute", f"what colour is the {thing.shape}", thing.colour, tuple(COLOURS), (thing,), f"colour {thing.shape}")
 
 
 def ask_letter(rng: np.random.Generator, scene: Scene) -> Question:
     """The letter or digit on a named thing."""
     (thing,) = _pick(rng, scene)
-    return Question("letter", f"what letter is on the {thing.shape}", thing.glyph, GLYPHS, (thing,))
+    return Question("letter", f"what letter is on the {thing.shape}", thing.glyph, GLYPHS, (thing,), f"letter {thing.shape}")
 
 
 def ask_position(rng: np.random.Generator, scene: Scene) -> Question:
     """Left or right, above or below: the pair and the axis whose centres are at least 14 px apart."""
     for _ in range(20):
         a, b = _pick(rng, scene, 2)
-        (ax, ay), (bx, by) = a.centre(), b.centre()
-        if rng.random() < 0.5:
-            if abs(ax - bx) >= 14:
-                answer = "left" if ax < bx else "right"
-                return Question("position", f"left or right of the {b.shape} is the {a.shape}", answer, ("left", "right"), (a, b))
-        elif abs(ay - by) >= 14:
-            answer = "above" if ay < by else "below"
-            return Question("position", f"above or below the {b.shape} is the {a.shape}", answer, ("above", "below"), (a, b))
+        axis = int(rng.integers(2))
+        before, after = a.centre()[axis], b.centre()[axis]
+        if abs(before - after) < 14:
+            continue
+        words = (("left", "right"), ("above", "below"))[axis]
+        text = f"{words[0]} or {words[1]} of the {b.shape} is the {a.shape}" if axis == 0 else f"above or below the {b.shape} is the {a.shape}"
+        short = f"{('across', 'down')[axis]} {b.shape} {a.shape}"
+        return Question("position", text, words[0] if before < after else words[1], words, (a, b), short)
     return ask_position(rng, replace(scene, things=scene.things[::-1]))
 
 
@@ -322,25 +319,23 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
         found = tuple(t for t in scene.things if t.colour == word)
     if len(found) >= len(NUMBERS):
         return ask_count(rng, scene)
-    return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, found)
+    return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, found, f"count {word}")
 
 
 def ask_odd(rng: np.random.Generator, scene: Scene) -> Question:
     """The shape of the one thing that differs; for scenes planned with `odd=True`."""
     (thing,) = (t for t in scene.things if _is_odd(scene, t))
-    return Question("odd", "which shape is the odd one out", thing.shape, SHAPES, (thing,))
+    return Question("odd", "which shape is the odd one out", thing.shape, SHAPES, (thing,), "odd")
 
 
 def _is_odd(scene: Scene, thing: Thing) -> bool:
-    others = [t for t in scene.things if t is not thing]
-    by_colour = len({t.colour for t in others}) == 1 and thing.colour != others[0].colour
-    by_pattern = len({t.pattern for t in others}) == 1 and thing.pattern != others[0].pattern
-    return by_colour or by_pattern
+    others = {t.colour for t in scene.things if t is not thing}
+    return len(scene.things) > 2 and len(others) == 1 and thing.colour not in others
 
 
-def odd_is_clear(scene: Scene) -> bool:
-    """Whether exactly one thing can be called the odd one out."""
-    return sum(_is_odd(scene, t) for t in scene.things) == 1
+def has_odd(scene: Scene) -> bool:
+    """Whether one thing can be called the odd one out."""
+    return any(_is_odd(scene, t) for t in scene.things)
 
 
 def make_twin(rng: np.random.Generator, scene: Scene, split: str) -> tuple[Scene, Question, Question]:
@@ -360,10 +355,11 @@ def make_twin(rng: np.random.Generator, scene: Scene, split: str) -> tuple[Scene
         other = replace(thing, glyph=str(rng.choice([g for g in GLYPHS if g != thing.glyph])))
         text, choices = f"what letter is on the {thing.shape}", GLYPHS
     twin = replace(scene, things=tuple(other if t is thing else t for t in scene.things))
+    short = f"{'letter' if detail == 'glyph' else detail} {thing.shape}"
     return (
         twin,
-        Question("pair", text, getattr(thing, detail), choices, (thing,)),
-        Question("pair", text, getattr(other, detail), choices, (other,)),
+        Question("pair", text, getattr(thing, detail), choices, (thing,), short),
+        Question("pair", text, getattr(other, detail), choices, (other,), short),
     )
 
 
@@ -400,7 +396,5 @@ def items(seed: int, split: str, count: int, types: tuple[str, ...] = QUESTION_T
             i += 2
             continue
         scene = plan(rng, split, odd=kind == "odd")
-        while kind == "odd" and not odd_is_clear(scene):
-            scene = plan(rng, split, odd=True)
         yield name, scene, ASK[kind](rng, scene), None
         i += 1

@@ -38,7 +38,7 @@ def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str
 def resized(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
     """Height and width in pixels that a picture is resized to: multiples of patch * merge, area within the spec's limits."""
     factor = spec["patch"] * spec["merge"]
-    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    h, w = round(height / factor) * factor, round(width / factor) * factor  # 0 for a thin side: then below min_pixels, as in transformers
     if h * w > spec["max_pixels"]:
         beta = math.sqrt(height * width / spec["max_pixels"])
         h = max(factor, math.floor(height / beta / factor) * factor)

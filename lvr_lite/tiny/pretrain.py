@@ -1,8 +1,9 @@
-"""How the embedded model was made: `python -m lvr_lite.tiny.pretrain --out DIR` (two CPU cores, about an hour; a GPU if there is one).
+"""How the embedded model was made: `python -m lvr_lite.tiny.pretrain --out DIR` (two CPU cores, under an hour; a GPU if there is one).
 
 Stage 1 teaches the vision tower alone: each visual token is classified against the word embeddings of what lies in its cell.
 Stage 2 trains everything on captions, grounding and questions without latents, many packed turns a picture; each turn sees the
 picture and itself alone, so that a packed turn is exactly the single question that the model meets later.
+Questions are asked in short ("colour star"); a last stretch asks half of them in the suite's wording ("what colour is the star").
 The train split's scenes are used alone (no held-out combination), from seeds that `data make` does not reach.
 """
 
@@ -24,7 +25,7 @@ from lvr_lite.prompt import render
 from lvr_lite.tiny import build
 
 SEED_BASE = 1_000_000  # scene seeds of pre-training; `data make --seed` takes 0 … 999,999
-TURNS = 12
+TURNS = 13
 WORDS = (*scenes.SHAPES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.GLYPHS)
 IMAGE = family.IMAGE_TOKEN
 
@@ -68,25 +69,24 @@ def gather_pictures(count: int, seed: int, fewest: int, most: int, odd_share: fl
     return [Pictures(found) for found in by_size.values()]
 
 
-def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool) -> list[tuple[str, str]]:
-    """Question and answer texts for one picture, none twice."""
-    out: dict[str, str] = {}
-    if captions:
-        out["describe"] = scenes.describe(scene)
-    if scenes.odd_is_clear(scene):
-        q = scenes.ask_odd(rng, scene)
-        out[q.text] = q.answer
-    kinds = [scenes.ask_attribute] * 4 + [scenes.ask_letter] * 3 + [scenes.ask_position] * 3 + [scenes.ask_count] * 2
+def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool, worded: float) -> list[tuple[str, str]]:
+    """Question and answer texts for one picture, none twice; a share `worded` of them in the suite's wording, the others in short."""
+    asked: dict[str, scenes.Question] = {}
+    kinds = [scenes.ask_attribute] * 4 + [scenes.ask_letter] * 3 + [scenes.ask_position] * 3 + [scenes.ask_count] * 3
+    if scenes.has_odd(scene):
+        kinds.append(scenes.ask_odd)
+        asked["odd"] = scenes.ask_odd(rng, scene)
     for _ in range(40):
-        if len(out) >= TURNS:
+        if len(asked) >= TURNS:
             break
-        if rng.random() < 0.15:
-            thing = scene.things[int(rng.integers(len(scene.things)))]
-            out[f"where is the {thing.shape}"] = scene.cell_words(thing)
-        else:
-            q = kinds[int(rng.integers(len(kinds)))](rng, scene)
-            out[q.text] = q.answer
-    return list(out.items())
+        q = kinds[int(rng.integers(len(kinds)))](rng, scene)
+        asked[q.short] = q
+    out = [(q.text if rng.random() < worded else q.short, q.answer) for q in asked.values()]
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    out.append((f"where {thing.shape}", scene.cell_words(thing)))
+    if captions:
+        out.append(("describe", scenes.describe(scene)))
+    return out
 
 
 class Packer:
@@ -244,9 +244,9 @@ class Trainer:
         logits = self.model.lm_head(hidden[:, :-1][at]).float()
         return F.cross_entropy(logits, labels[at]), (logits.argmax(-1) == labels[at]), at
 
-    def forward(self, pools: list[Pictures], size: int, captions: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    def forward(self, pools: list[Pictures], size: int, captions: bool, worded: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         pictures, chosen, patches, inputs = self.batch(pools, size)
-        packed = self.packer.pack(pictures, [turns(self.rng, pictures.scenes[i], captions) for i in chosen])
+        packed = self.packer.pack(pictures, [turns(self.rng, pictures.scenes[i], captions, worded) for i in chosen])
         with torch.autocast(self.device, dtype=torch.bfloat16):
             tokens = see(self.model, patches, inputs)
             language, right, _ = self.language_loss(tokens, packed)
@@ -254,13 +254,13 @@ class Trainer:
         return language, vision, recall | {"token_accuracy": round(float(right.float().mean()), 3)}
 
     @torch.no_grad()
-    def evaluate(self, count: int = 240) -> dict[str, float]:
-        """Teacher-forced exact answers by question type, on test scenes (held-out combinations included)."""
+    def evaluate(self, count: int = 240, worded: bool = False) -> dict[str, float]:
+        """Teacher-forced exact answers by question type, on test scenes (held-out combinations included), in short or in the suite's wording."""
         right: dict[str, list[bool]] = {}
         for _, scene, question, _ in scenes.items(seed=777_777, split="test", count=count):
             pictures = Pictures([scene])
             _, chosen, patches, inputs = self.batch([pictures], 1)
-            packed = self.packer.pack(pictures, [[(question.text, question.answer)]])
+            packed = self.packer.pack(pictures, [[(question.text if worded else question.short, question.answer)]])
             with torch.autocast(self.device, dtype=torch.bfloat16):
                 _, hits, _ = self.language_loss(see(self.model, patches, inputs), packed)
             right.setdefault(question.type, []).append(bool(hits.all()))
@@ -280,8 +280,9 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vision-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--vision-steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--worded-steps", type=int, default=100)
     parser.add_argument("--pictures", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -299,19 +300,24 @@ def main() -> None:
         t.step(loss, 1e-3 * min(1, (step + 1) / 50))
         if step % 50 == 0:
             t.log(stage="vision", step=step, loss=round(loss.item(), 4), **recall)
-    early = a.steps // 8
+    early = a.steps // 10
     for step in range(a.steps):
-        lr = 1e-3 * min(1, (step + 1) / 100) * (1 if step < 0.7 * a.steps else max(0.05, (a.steps - step) / (0.3 * a.steps)))
+        lr = 1e-3 * min(1, (step + 1) / 100) * (1 if step < 0.7 * a.steps else max(0.03, (a.steps - step) / (0.3 * a.steps)))
         language, vision, recall = t.forward(few if step < early else many, 16, captions=step % 4 == 0)
         t.step(language + vision, lr)
         if step % 50 == 0:
             t.log(stage="all", step=step, language=round(language.item(), 4), vision=round(vision.item(), 4), **recall)
         if step % 500 == 499:
             t.log(stage="eval", step=step, **t.evaluate())
-            t.save("last")
-            if step % 1000 == 999:
-                t.save(f"step{step + 1}")
-    t.log(stage="eval", step=a.steps, **t.evaluate(1200))
+            t.save(f"step{step + 1}")
+    t.log(stage="eval short", **t.evaluate(1200))
+    t.save("short")
+    for step in range(a.worded_steps):
+        language, vision, _ = t.forward(many, 16, captions=False, worded=0.5)
+        t.step(language + vision, 1e-4)
+        if step % 25 == 24:
+            t.log(stage="worded", step=step, **t.evaluate(240, worded=True))
+    t.log(stage="eval", worded=True, **t.evaluate(1200, worded=True))
     t.save("last")
 
 

@@ -1,0 +1,95 @@
+"""The machine card: what a number was measured on. May import: the standard library and the core; onnxruntime only for its providers.
+
+What it cannot learn on a system (no /proc, no git) is null, never a guess.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lvr_lite
+from lvr_lite import bundle, doctor
+
+PACKAGES = ("lvr-lite", "onnxruntime", "numpy", "tokenizers", "pillow", "torch", "transformers")
+
+
+def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> dict[str, Any]:
+    """Everything about machine and software that a time depends on, ready for JSON.
+
+    threads: that the runtimes were told to use. bundles: {system: bundle folder}, each identified by the sha256 of its manifest, which
+    itself holds the sha256 of every file.
+    """
+    model, flags = doctor.cpu()
+    total, available = doctor.memory_gib()
+    return {
+        "cpu": model,
+        "arch": platform.machine() or None,
+        "flags": flags,
+        "cores": doctor.cores(),
+        "threads": threads,
+        "governor": doctor.governor(),
+        "load": _load(),
+        "memory_gib": total,
+        "memory_available_gib": available,
+        "os": _system(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := doctor.version(name))},
+        "providers": doctor.providers(),
+        "tunables": os.environ.get("GLIBC_TUNABLES"),  # huge pages seem to choose between the two speeds of a machine
+        "commit": commit(),
+        "bundles": {name: manifest_hash(folder) for name, folder in (bundles or {}).items()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def manifest_hash(folder: Path) -> str | None:
+    """sha256 of a bundle's lvr.json; None for a folder without one (a checkpoint)."""
+    path = folder / bundle.MANIFEST
+    return bundle.sha256(path) if path.is_file() else None
+
+
+def commit(package: Path | None = None) -> str | None:
+    """The commit that this code was run from, "+changed" where tracked files differ; outside a checkout "v" and the installed version.
+
+    package: the folder of lvr_lite, whose parent is the checkout. A package installed into some other project's checkout does not count.
+    """
+    root = (package or Path(lvr_lite.__file__).parent).resolve().parent
+    head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() and (root / "pyproject.toml").is_file() else None
+    if head is None:
+        try:
+            return "v" + metadata.version("lvr-lite")
+        except metadata.PackageNotFoundError:
+            return None
+    return head + ("+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _load() -> list[float] | None:
+    try:
+        return [round(v, 2) for v in os.getloadavg()]
+    except (AttributeError, OSError):
+        return None
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"] + ", kernel " + platform.release()
+    except (OSError, KeyError):
+        return platform.platform()

@@ -1,0 +1,320 @@
+"""The four graphs of a bundle as torch modules, and their export to ONNX. May import: torch, onnx, onnx_ir and the core.
+
+    pixel_values ─ vision_encoder ─ image_features ┐
+    input_ids ──── embed_tokens ─── inputs_embeds ─┴─ decoder ─ last_hidden_state ─ lm_head ─ logits
+                                          └───────── latent step ◄──────┘
+
+Every linear layer leaves as MatMul (+ Add) with its weight as (in, out), never as Gemm: weight quantizers read MatMul only. So
+the vision tower, which transformers runs on (N, C), runs here on (1, N, C).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from lvr_lite.errors import LvrError
+
+OPSET = 23  # the first with RMSNormalization and RotaryEmbedding
+MASKED = -1e9  # added to attention scores; finite, so that no softmax row is ever all -inf
+
+
+def _operator(
+    name: str, inputs: Sequence[Tensor], attributes: dict[str, Any], like: Sequence[Tensor], version: int = 1
+) -> Sequence[Tensor]:
+    """An ONNX operator by its name, whose outputs have the types and shapes of the tensors `like`."""
+    return torch.onnx.ops.symbolic_multi_out(
+        name, inputs, attrs=attributes, dtypes=[t.dtype for t in like], shapes=[t.shape for t in like], version=version
+    )
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return _operator("RMSNormalization", (x, norm.weight), {"axis": -1, "epsilon": float(norm.variance_epsilon)}, (x,), version=OPSET)[0]
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """x (B, S, heads * head_dim) turned by cos, sin (B, S, head_dim / 2)."""
+    return _operator("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, (x,), version=OPSET)[0]
+
+
+class VisionEncoder(nn.Module):
+    """Patches of any number of pictures -> visual tokens. What depends on sizes comes in as ids (families.qwen2_5_vl.vision_inputs)."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.visual = tower  # attributes have transformers' names, and so have nodes and weights
+        kernel = tower.patch_embed.proj.weight.detach()  # a convolution whose kernel is its stride is a matrix product
+        self.patch_embed = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=False)
+        self.patch_embed.weight = nn.Parameter(kernel.reshape(kernel.shape[0], -1), requires_grad=False)
+
+    def forward(
+        self, pixel_values: Tensor, position_ids: Tensor, window_index: Tensor, reverse_index: Tensor, window_id: Tensor, image_id: Tensor
+    ) -> Tensor:
+        tower, unit = self.visual, self.visual.spatial_merge_unit
+        x = self.patch_embed(pixel_values[None])  # (1, N, C)
+        n, width = x.shape[1], x.shape[2]
+        x = x.reshape(n // unit, unit * width).index_select(0, window_index).reshape(1, n, width)
+        positions = position_ids.reshape(n // unit, unit * 2).index_select(0, window_index).reshape(n, 2)
+        angles = (positions[..., None].float() * tower.rotary_pos_emb.inv_freq).reshape(1, n, -1)  # (1, N, head_dim / 2): rows, columns
+        cos, sin = angles.cos(), angles.sin()
+        within_window, within_image = _attention_bias(window_id), _attention_bias(image_id)
+        for i, block in enumerate(tower.blocks):
+            bias = within_image if i in tower.fullatt_block_indexes else within_window
+            x = x + _vision_attention(block.attn, _rms_norm(block.norm1, x), cos, sin, bias)
+            x = x + block.mlp(_rms_norm(block.norm2, x))
+        merged = _rms_norm(tower.merger.ln_q, x).reshape(1, n // unit, unit * width)
+        features: Tensor = tower.merger.mlp(merged)[0]
+        return features.index_select(0, reverse_index)
+
+
+def _attention_bias(ids: Tensor) -> Tensor:
+    """(N, N): 0 where two patches have the same id, else MASKED."""
+    same = ids[:, None] == ids[None]
+    return torch.where(same, 0.0, MASKED)
+
+
+def _vision_attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    """x (1, N, C) -> (1, N, C); every head attends where bias (N, N) is 0."""
+    n, heads = x.shape[1], attention.num_heads
+    q, k, v = attention.qkv(x).chunk(3, -1)
+    q, k = _rotary(q, cos, sin, heads), _rotary(k, cos, sin, heads)
+    q, k, v = (t.reshape(1, n, heads, -1).transpose(1, 2) for t in (q, k, v))  # (1, heads, N, head_dim)
+    weights = torch.softmax(q @ k.transpose(-1, -2) * attention.scaling + bias, -1)
+    out: Tensor = attention.proj((weights @ v).transpose(1, 2).reshape(1, n, -1))
+    return out
+
+
+class EmbedTokens(nn.Module):
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds: Tensor = self.embed_tokens(input_ids)
+        return embeds
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final hidden states out; keys and values in one buffer of fixed capacity, given in and handed back.
+
+    mRoPE is applied outside GroupQueryAttention: its own rotation ignores position ids in prefill (docs/decisions.md).
+    """
+
+    def __init__(self, text_model: Any) -> None:
+        super().__init__()
+        self.language_model = text_model
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        hidden = inputs_embeds
+        cos, sin = _mrope(self.language_model.rotary_emb, position_ids)
+        present: list[Tensor] = []
+        for i, layer in enumerate(self.language_model.layers):
+            attention, (key, value) = layer.self_attn, past[2 * i : 2 * i + 2]
+            heads, kv_heads = attention.num_heads, attention.num_key_value_heads
+            x = _rms_norm(layer.input_layernorm, hidden)
+            q = _rotary(attention.q_proj(x), cos, sin, heads)
+            k = _rotary(attention.k_proj(x), cos, sin, kv_heads)
+            v = attention.v_proj(x)
+            x, key, value = _operator(
+                "com.microsoft::GroupQueryAttention",
+                (q, k, v, key, value, seqlens_k, total_sequence_length),
+                {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(attention.scaling), "do_rotary": 0},
+                (q, key, value),
+            )
+            present += [key, value]
+            hidden = hidden + attention.o_proj(x)
+            hidden = hidden + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden))
+        return (_rms_norm(self.language_model.norm, hidden), *present)
+
+
+def _mrope(rotary: Any, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Position ids (3, B, S) -> cos, sin (B, S, head_dim / 2); each section of frequencies follows one of time, row, column."""
+    parts = rotary.inv_freq.split(rotary.mrope_section)
+    angles = torch.cat([position_ids[i % 3][..., None].float() * part for i, part in enumerate(parts)], -1)
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+class Head(nn.Module):
+    def __init__(self, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+
+    def forward(self, last_hidden_state: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(last_hidden_state)
+        return logits
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One graph to export: a module with example arguments, the names of its inputs and outputs, and which axes may vary."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    inputs: list[str]
+    outputs: list[str]
+    dynamic: tuple[Any, ...]
+
+
+def specs(model: Any) -> dict[str, Spec]:
+    """Name -> Spec of the four graphs of a Qwen2_5_VLForConditionalGeneration in float32 on the CPU.
+
+    Raises LvrError for another dtype, and for features of the architecture that the graphs do not have.
+    """
+    _refuse_unknown(model)
+    core = model.model
+    return {
+        "vision_encoder": _vision(core.visual),
+        "embed_tokens": _embed(core.language_model.embed_tokens),
+        "decoder": _decoder(core.language_model),
+        "lm_head": _head(model.lm_head),
+    }
+
+
+def _refuse_unknown(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise LvrError(f"export needs a float32 model; {name} is {parameter.dtype}: load and merge it in float32")
+    config = model.config.text_config
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "mrope"):
+        raise LvrError(f"the checkpoint scales its positions ({kind!r}), which export cannot write yet; only 'default' is supported")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise LvrError("the checkpoint uses sliding-window attention, which export cannot write yet; set use_sliding_window to false")
+
+
+def _axis(name: str) -> Any:
+    return torch.export.Dim(name, min=1, max=1 << 20)
+
+
+def _vision(tower: Any) -> Spec:
+    tokens, unit = _axis("tokens"), tower.spatial_merge_unit
+    n, channels = 6, tower.patch_embed.proj.weight[0].numel()
+    ids = torch.arange(n * unit) // (2 * unit)
+    order, positions = torch.arange(n), torch.zeros(n * unit, 2, dtype=torch.long)
+    arguments = (torch.randn(n * unit, channels), positions, order, order.clone(), ids, ids // 2)
+    names = ["pixel_values", "position_ids", "window_index", "reverse_index", "window_id", "image_id"]
+    patches, visual = {0: unit * tokens}, {0: tokens}
+    return Spec(VisionEncoder(tower), arguments, names, ["image_features"], (patches, patches, visual, visual, patches, patches))
+
+
+def _embed(embedding: nn.Module) -> Spec:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    return Spec(EmbedTokens(embedding), (ids,), ["input_ids"], ["inputs_embeds"], ({0: _axis("batch"), 1: _axis("sequence")},))
+
+
+def _head(lm_head: Any) -> Spec:
+    hidden = torch.zeros(2, 3, lm_head.weight.shape[1])
+    return Spec(Head(lm_head), (hidden,), ["last_hidden_state"], ["logits"], ({0: _axis("batch"), 1: _axis("sequence")},))
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """`past_key_values` or `present` names in the graph's order: key and value of layer 0, of layer 1, …"""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def _decoder(text_model: Any) -> Spec:
+    layers, attention = len(text_model.layers), text_model.layers[0].self_attn
+    b, s, capacity = 2, 3, 16
+    batch, sequence, room = _axis("batch"), _axis("sequence"), _axis("capacity")
+    past = [torch.zeros(b, attention.num_key_value_heads, capacity, attention.head_dim) for _ in range(2 * layers)]
+    arguments = (
+        torch.randn(b, s, text_model.config.hidden_size),
+        torch.arange(s).expand(3, b, s).contiguous(),
+        torch.full((b,), s - 1, dtype=torch.int32),
+        torch.tensor(s, dtype=torch.int32),
+        past,
+    )
+    inputs = ["inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", *cache_names(layers, "past_key_values")]
+    dynamic: tuple[Any, ...] = ({0: batch, 1: sequence}, {1: batch, 2: sequence}, {0: batch}, {}, [{0: batch, 2: room}] * len(past))
+    return Spec(Decoder(text_model), arguments, inputs, ["last_hidden_state", *cache_names(layers, "present")], dynamic)
+
+
+def write_graph(spec: Spec, path: Path) -> list[Path]:
+    """Export to `path` (….onnx) with the weights beside it in `….onnx_data`; returns both.
+
+    Raises LvrError where a linear layer did not become a MatMul with a constant weight: it would stay unquantized unnoticed.
+    """
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            spec.module.eval(), spec.arguments, dynamo=True, input_names=spec.inputs, output_names=spec.outputs,
+            dynamic_shapes=spec.dynamic, opset_version=OPSET, optimize=True, verbose=False,
+        )  # fmt: skip
+    assert program is not None  # with dynamo=True and no file name, the program is what comes back
+    _name_nodes(program.model)
+    _check_linears(spec.module, program.model, path.stem)
+    weights = path.with_name(path.name + "_data")
+    ir.save(program.model, path, external_data=weights.name)
+    return [path, weights]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the exporter says that is not about our graphs; everything else still shows."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # torch.export pickles its own tree specifications through a class that it deprecates itself.
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+            # One Dim serves several inputs on purpose; the exporter says so once an axis.
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used", category=UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _module_path(node: ir.Node) -> str:
+    """The module that a node comes from, e.g. "language_model.layers.0.mlp.up_proj"; empty for the wrapper itself."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Names nodes after their modules and weights after their parameters ("….up_proj/MatMul", "….up_proj.weight"), and drops the
+    exporter's traces, which hold this machine's paths."""
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        path = _module_path(node)
+        name = f"{path}/{node.op_type}" if path else node.op_type
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        if path and _has_constant_weight(node):
+            _rename(model, node.inputs[1], f"{path}.weight")
+        node.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *(o for node in model.graph for o in node.outputs)):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _has_constant_weight(node: ir.Node) -> bool:
+    return node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
+
+
+def _rename(model: ir.Model, weight: Any, name: str) -> None:
+    if name not in model.graph.initializers:
+        weight.name = name
+
+
+def _check_linears(module: nn.Module, model: ir.Model, name: str) -> None:
+    wanted = {path for path, child in module.named_modules() if isinstance(child, nn.Linear)}
+    found = {str(node.name).split("/")[0] for node in model.graph if _has_constant_weight(node)}
+    if wanted != found:
+        lost = sorted(wanted ^ found)
+        raise LvrError(f"{name}: {len(lost)} of {len(wanted)} linear layers are not MatMul nodes (first: {lost[0]}); nothing was written")

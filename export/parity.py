@@ -1,0 +1,166 @@
+"""The gate that a bundle passes before it gets its name: graphs and whole decodings against torch. May import: numpy, Pillow, the core.
+
+Both sides are Runtimes, so what is compared is what runs: padded batches, the shared K/V buffer, the latent loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lvr_lite.ask import prepare_prompt
+from lvr_lite.decode import Options, decode
+from lvr_lite.errors import LvrError
+from lvr_lite.latent import LatentSpec
+from lvr_lite.runtime.base import Runtime
+
+TOLERANCE = 1e-3  # relative; float32 graphs are at about 1e-6, a wrong mask or position at more than 1e-1
+GRIDS = ([(2, 2)], [(6, 10)], [(12, 20)], [(8, 6), (10, 14)])  # in patches: one visual token, ragged windows, two pictures
+SIZES = ((64, 64), (120, 80), (90, 170))  # of pictures to decode with, width and height in pixels
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `got` is from `want`: largest absolute difference, mean absolute difference, and norm(got - want) / norm(want)."""
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> Difference:
+    gap = got.astype(np.float64) - want.astype(np.float64)
+    norm = float(np.linalg.norm(want.astype(np.float64)))
+    return Difference(float(np.abs(gap).max()), float(np.abs(gap).mean()), float(np.linalg.norm(gap)) / max(norm, 1e-30))
+
+
+def compare(name: str, got: np.ndarray, want: np.ndarray, tolerance: float = TOLERANCE) -> Difference:
+    """The difference of two arrays. Raises LvrError with the numbers where shapes differ or the relative difference exceeds `tolerance`
+    (or is not a number)."""
+    if got.shape != want.shape:
+        raise LvrError(f"parity: {name} has shape {got.shape}, torch has {want.shape}")
+    found = difference(got, want)
+    if not found.relative <= tolerance:  # so that NaN fails
+        raise LvrError(
+            f"parity: {name} differs from torch: max {found.max_abs:.3g}, mean {found.mean_abs:.3g}, relative {found.relative:.3g} "
+            f"(tolerance {tolerance:g})"
+        )
+    return found
+
+
+def _worst(found: list[Difference]) -> dict[str, Any]:
+    return {"cases": len(found), **{key: max(asdict(d)[key] for d in found) for key in ("max_abs", "mean_abs", "relative")}}
+
+
+def check_graphs(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, seed: int = 0) -> dict[str, Any]:
+    """{graph: worst difference over its cases}. Raises LvrError naming the graph that is out of tolerance."""
+    rng = np.random.default_rng(seed)
+    return {
+        "vision_encoder": _worst(_vision(got, want, tolerance, rng)),
+        "embed_tokens": _worst(_embed(got, want, tolerance, rng)),
+        "decoder": _worst(_decoder(got, want, tolerance, rng)),
+        "lm_head": _worst(_head(got, want, tolerance, rng)),
+    }
+
+
+def _vision(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator) -> list[Difference]:
+    spec = want.image_spec
+    channels = 3 * spec["temporal_patch"] * spec["patch"] ** 2
+    found = []
+    for grids in GRIDS:
+        pixels = rng.standard_normal((sum(h * w for h, w in grids), channels)).astype(np.float32)
+        found.append(compare(f"vision_encoder {grids}", got.encode(pixels, grids), want.encode(pixels, grids), tolerance))
+    return found
+
+
+def _ids(rng: np.random.Generator, runtime: Runtime, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(0, runtime.tokenizer.get_vocab_size(), shape, np.int64)
+
+
+def _embed(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator) -> list[Difference]:
+    cases = [_ids(rng, want, (1, 1)), _ids(rng, want, (2, 9))]
+    return [compare("embed_tokens", got.embed(ids), want.embed(ids), tolerance) for ids in cases]
+
+
+def _head(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator) -> list[Difference]:
+    cases = [rng.standard_normal((rows, want.hidden_size)).astype(np.float32) for rows in (1, 3)]
+    return [compare("lm_head", got.head(hidden), want.head(hidden), tolerance) for hidden in cases]
+
+
+def _decoder(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator, steps: int = 4) -> list[Difference]:
+    """Prefill of padded rows, then steps fed with torch's own hidden states, so that each step is compared on the same input."""
+    found = []
+    for lengths in (np.array([13]), np.array([11, 6]), np.array([1, 9, 4])):
+        batch, longest = len(lengths), int(lengths.max())
+        embeds = want.embed(_ids(rng, want, (batch, longest)))
+        positions = np.sort(rng.integers(0, 40, (3, batch, longest)), axis=-1)  # the three axes apart, as inside a picture
+        for runtime in (got, want):
+            runtime.start(batch, longest + steps)
+        mine, reference = (runtime.prefill(embeds, positions, lengths) for runtime in (got, want))
+        found.append(compare(f"decoder prefill of {lengths.tolist()}", mine, reference, tolerance))
+        following = 40 + np.arange(batch)
+        for step in range(steps):
+            fed = np.array(reference)
+            mine, reference = (runtime.step(fed, following + step) for runtime in (got, want))
+            found.append(compare(f"decoder step {step + 1} after {lengths.tolist()}", mine, reference, tolerance))
+    return found
+
+
+class _StartsWithLatents:
+    """A runtime whose first choice is always <|lvr_start|>, so that any model, tuned or not, goes through the latent loop."""
+
+    def __init__(self, runtime: Runtime, steps: int) -> None:
+        self._runtime = runtime
+        self.latent = LatentSpec(steps=steps)
+        self._first = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def start(self, batch: int, capacity: int) -> None:
+        self._first = True
+        self._runtime.start(batch, capacity)
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        logits = np.array(self._runtime.head(hidden))
+        if self._first:
+            logits[:, self.tokens.lvr_start] = np.inf
+        self._first = False
+        return logits
+
+
+def check_decoding(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, latents: int = 4, tokens: int = 6) -> dict[str, Any]:
+    """Whole decodings of a few pictures, alone and as one batch: the same tokens, and hidden states within `tolerance` at every step.
+
+    Raises LvrError naming the first place where the two part.
+    """
+    options = Options(max_tokens=tokens, min_tokens=tokens, keep_hidden=True)
+    groups = [[picture] for picture in _pictures()] + [_pictures()]
+    found: list[Difference] = []
+    for group in groups:
+        mine, reference = (_decode(runtime, group, latents, options) for runtime in (got, want))
+        for a, b in zip(mine, reference, strict=True):
+            if a.tokens != b.tokens:
+                at = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
+                raise LvrError(f"parity: decoding parts from torch at text token {at + 1}: {a.tokens[at]}, torch {b.tokens[at]}")
+            states = enumerate(zip(a.hidden, b.hidden, strict=True))
+            found += [compare(f"decoding, hidden state {i}", x, y, tolerance) for i, (x, y) in states]
+    return {"prompts": sum(map(len, groups)), "latent_steps": latents, "text_tokens": tokens, **_worst(found)}
+
+
+def _decode(runtime: Runtime, pictures: list[Image.Image], latents: int, options: Options) -> list[Any]:
+    prompts = [prepare_prompt(runtime, [picture], "What is here?")[0] for picture in pictures]
+    return decode(_StartsWithLatents(runtime, latents), prompts, options)
+
+
+def _pictures() -> list[Image.Image]:
+    """Coloured noise over a gradient, the same every time."""
+    rng = np.random.default_rng(7)
+    pictures = []
+    for width, height in SIZES:
+        slope = np.linspace(0, 255, width * height).reshape(height, width, 1)
+        pictures.append(Image.fromarray(((slope + rng.integers(0, 256, (height, width, 3))) / 2).astype(np.uint8)))
+    return pictures

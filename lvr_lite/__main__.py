@@ -1,0 +1,5 @@
+"""`python -m lvr_lite` is `lvr-lite`."""
+
+from lvr_lite.cli import main
+
+main()

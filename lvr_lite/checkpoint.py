@@ -1,0 +1,151 @@
+"""A checkpoint: a base model's folder, or what `finetune` wrote over one. May import: tokenizers and the core (no torch).
+
+A tuned checkpoint holds adapter_model.safetensors, adapter_config.json, lvr_config.json (base, latent loop, precision of the base in
+training), tokenizer.json, chat_template.jinja and preprocessor_config.json. `tiny` names the embedded model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lvr_lite import families, latent
+from lvr_lite.bundle import sha256
+from lvr_lite.errors import BundleError
+from lvr_lite.latent import LatentSpec
+from lvr_lite.runtime.base import TokenIds
+
+LVR_CONFIG = "lvr_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything about a checkpoint but its weights. base: the folder of the base model's weights; adapter: whether `folder` holds one."""
+
+    folder: Path
+    base: Path
+    adapter: bool
+    config: dict[str, Any]
+    family: Any
+    image_spec: dict[str, Any]
+    template: str
+    tokenizer: Tokenizer
+    tokens: TokenIds
+    latent: LatentSpec
+
+    def digest(self) -> str:
+        """sha256 over all weight files, base and adapter: names the model in manifests."""
+        files = sorted(self.base.glob("*.safetensors")) + (sorted(self.folder.glob("*.safetensors")) if self.adapter else [])
+        return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model named `tiny`, by a folder's path, or by a hub id (which transformers' hub client fetches, unless offline)."""
+    if model == "tiny":
+        return Path(str(resources.files("lvr_lite") / "tiny" / "model"))
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise BundleError(f"{model}: no such folder; give `tiny`, a checkpoint's folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct")
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise BundleError(f"{model}: neither a folder here nor to be had from the hub ({str(error).splitlines()[0]})") from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / LVR_CONFIG).is_file() or (folder / "config.json").is_file()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: missing; this folder is not a complete checkpoint") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: must hold a JSON object")
+    return data
+
+
+def _template(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text()
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file() and isinstance(_json(folder / name).get("chat_template"), str):
+            return str(_json(folder / name)["chat_template"])
+    raise BundleError(f"{folder}: no chat template (chat_template.jinja); copy it from the base model")
+
+
+def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    generation = _json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    end = generation.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
+    named = tokenizer.token_to_id("<|im_end|>")
+    ids = ([] if end is None else end if isinstance(end, list) else [end]) or ([] if named is None else [named])
+    if not ids:
+        raise BundleError(f"{folder}: no end-of-turn token (eos_token_id) in its configuration")
+    return tuple(ids)
+
+
+def read_checkpoint(model: str | Path) -> Checkpoint:
+    """Read a checkpoint's files (not its weights). Raises BundleError naming the folder or file that is missing or wrong."""
+    folder = resolve(str(model))
+    tuned = _json(folder / LVR_CONFIG) if (folder / LVR_CONFIG).is_file() else None
+    if tuned is not None and not (folder / "adapter_model.safetensors").is_file():
+        raise BundleError(f"{folder / 'adapter_model.safetensors'}: missing; this folder is not a complete checkpoint")
+    base = resolve(tuned["base"]) if tuned is not None else folder
+    config = _json(base / "config.json")
+    if not any(base.glob("*.safetensors")):
+        raise BundleError(f"{base}: no *.safetensors weights (pickled weights are not read: convert them first)")
+    family = families.get(str(config.get("model_type")))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from error
+    add_latent_tokens(tokenizer, int(config.get("text_config", config)["vocab_size"]), base)
+    ids = {name: _id(tokenizer, name, folder) for name in (family.IMAGE_TOKEN, latent.START, latent.LATENT, latent.END)}
+    return Checkpoint(
+        folder=folder,
+        base=base,
+        adapter=tuned is not None,
+        config=config,
+        family=family,
+        image_spec=family.image_spec(config, _json(folder / "preprocessor_config.json") | (tuned or {}).get("image", {})),
+        template=_template(folder),
+        tokenizer=tokenizer,
+        tokens=TokenIds(ids[family.IMAGE_TOKEN], _end_ids(base, config, tokenizer), ids[latent.START], ids[latent.LATENT], ids[latent.END]),
+        latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
+    )
+
+
+def add_latent_tokens(tokenizer: Tokenizer, rows: int, base: Path) -> None:
+    """Give the tokenizer the three markers where it lacks them; they take spare rows of the embedding (Qwen2.5-VL has 271).
+
+    Raises BundleError where the embedding has no row left for them.
+    """
+    tokenizer.add_special_tokens([t for t in (latent.START, latent.LATENT, latent.END) if tokenizer.token_to_id(t) is None])
+    if max(_id(tokenizer, t, base) for t in (latent.START, latent.LATENT, latent.END)) >= rows:
+        raise BundleError(f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it by three rows first")
+
+
+def _id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise BundleError(f"{folder / 'tokenizer.json'}: its vocabulary has no {token}; this is not the tokenizer of such a model")
+    return int(found)

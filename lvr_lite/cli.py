@@ -1,0 +1,515 @@
+"""The command line: options in, one clear line out on error. Thin, and heavy imports stay inside commands, so that --help is instant.
+
+May import at the top: typer and the standard library; inside commands everything, `lvr_lite.export`, `.quant` and `.bench` included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lvr_lite.runtime.base import Runtime
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Latent visual reasoning: fine-tune on one GPU, export to ONNX, run and measure quantized on a device.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make, check and look at data.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
+
+
+def main() -> None:
+    """Run the command line; user errors become one line and an exit code (1, or 2 for a wrong call), tracebacks come with --debug."""
+    from lvr_lite.errors import LvrError
+
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="lvr-lite")
+    except LvrError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path, the permissions and the free space", 1)
+    except ImportError as error:
+        if debug:
+            raise
+        _fail(f"{_missing_package(error)}", 1)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+def _missing_package(error: ImportError) -> str:
+    extra = "export" if (error.name or "").split(".")[0] in ("onnx", "onnxscript", "onnx_ir", "optimum") else "train"
+    return f'this command needs the package {error.name or error}: pip install "lvr-lite[{extra}]" (`lvr-lite doctor` shows what is missing)'
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        from lvr_lite.bundle import write_atomically
+
+        write_atomically(path, json.dumps(data, indent=1))
+
+
+def _open(model: str, threads: int | None = None, trained: bool = False) -> Runtime:
+    """A runtime over a bundle (ONNX Runtime) or a checkpoint (torch: merged in fp32, or with `trained` as it was trained in 4 bits)."""
+    from lvr_lite.bundle import is_bundle
+
+    folder = Path(model)
+    if is_bundle(folder):
+        from lvr_lite.runtime.onnx import OnnxRuntime
+
+        return OnnxRuntime(folder, threads)
+    from lvr_lite.checkpoint import is_checkpoint
+    from lvr_lite.errors import BundleError
+
+    if folder.is_dir() and not is_checkpoint(folder):
+        raise BundleError(f"{model}: neither a bundle (lvr.json) nor a checkpoint (config.json, lvr_config.json) is in this folder")
+    from lvr_lite.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(model)
+    _quiet_libraries()
+    from lvr_lite.quant import nf4
+    from lvr_lite.runtime.torch import TorchRuntime
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return TorchRuntime(nf4.load_trained(checkpoint) if trained else nf4.load_merged(checkpoint), checkpoint)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and notices of the libraries would drown what this program says."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # both are of transformers' and bitsandbytes' own making, and nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU.*")
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="tiny, a model folder, or a hub id.")],
+    data: Annotated[str, typer.Option(help="scenes, or a file of samples (JSONL, official LVR JSON).")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")],
+    config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
+    json_: JsonOut = None,
+) -> None:
+    """Teach a model, loaded in 4 bits, to reason in visual latents (QLoRA).
+
+    Example: lvr-lite finetune --model tiny --data scenes --out tuned
+    """
+    from lvr_lite.checkpoint import read_checkpoint, resolve
+    from lvr_lite.config import load_settings
+
+    recipe = config
+    if recipe is None and resolve(model) == resolve("tiny"):
+        recipe = resolve("tiny").parent / "recipe.yaml"
+    settings = load_settings(recipe, set_)
+    checkpoint = read_checkpoint(model)
+    if checkpoint.adapter:
+        from lvr_lite.errors import UsageError
+
+        raise UsageError(f"--model {model}: is a tuned checkpoint; give its base model ({checkpoint.base}), or resume its run with --resume")
+    _quiet_libraries()
+    from lvr_lite.eval.suite import accuracy_on
+    from lvr_lite.quant import nf4
+    from lvr_lite.train.finetune import finetune as run_finetune
+
+    _say(f"recipe: {recipe or 'defaults'}" + (f" with {', '.join(set_)}" if set_ else ""))
+    metrics = run_finetune(checkpoint, nf4.load_nf4, data, out, settings, resume, accuracy_on, _say)
+    _say(f"{out}: {metrics['steps']} steps in {metrics['minutes']:.1f} min, peak memory {metrics['peak_memory_gb']:.2f} GiB")
+    _write_json(json_, {"schema": "lvr-lite/finetune", "version": 1, "out": str(out)} | metrics)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, `tiny`, or a hub id.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder to write.")],
+    precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int8",
+    json_: JsonOut = None,
+) -> None:
+    """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch token by token.
+
+    Example: lvr-lite export tuned bundle --precision int8
+    """
+    from lvr_lite.checkpoint import read_checkpoint
+    from lvr_lite.errors import UsageError
+
+    if precision not in ("fp32", "int8", "int4"):
+        raise UsageError(f"--precision {precision}: must be fp32, int8 or int4")
+    read = read_checkpoint(checkpoint)
+    _quiet_libraries()
+    from lvr_lite.export.write import write_bundle
+    from lvr_lite.quant import nf4
+
+    model = nf4.load_merged(read)
+    if precision == "fp32":
+        report = {"parity": write_bundle(model, read, bundle, _say).parity}
+    else:
+        import tempfile
+
+        from lvr_lite.bundle import fresh_folder
+        from lvr_lite.quant.weights import quantize_bundle
+
+        with fresh_folder(bundle) as staged, tempfile.TemporaryDirectory(dir=staged.parent, prefix=f"{staged.name}-fp32-") as exact:
+            write_bundle(model, read, Path(exact) / "fp32", _say)
+            report = quantize_bundle(Path(exact) / "fp32", staged, precision, _say)
+    _say(f"{bundle}: written and checked")
+    _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
+
+
+@app.command()
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="An fp32 bundle.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    precision: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    json_: JsonOut = None,
+) -> None:
+    """Quantize the weights of an fp32 bundle, and say what was replaced and what was not.
+
+    Example: lvr-lite quantize fp32 int4 --precision int4
+    """
+    from lvr_lite.quant.weights import quantize_bundle
+
+    report = quantize_bundle(bundle, target, precision, _say)
+    _say(f"{target}: written and checked")
+    _write_json(json_, {"schema": "lvr-lite/quantize", "version": 1, "bundle": str(target)} | report)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then the question.")],
+    steps: Steps = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    threads: Threads = None,
+    json_: JsonOut = None,
+) -> None:
+    """Answer a question about one or more pictures.
+
+    Example: lvr-lite run bundle picture.png "what colour is the star"
+    """
+    from lvr_lite import ask
+    from lvr_lite.decode import Decoding, Options
+    from lvr_lite.runtime.preprocess import open_picture
+
+    *images, question = words
+    if not question.strip():
+        from lvr_lite.errors import UsageError
+
+        raise UsageError("the question is empty; write it after the pictures, in quotes")
+    if not images and Path(question).is_file():
+        from lvr_lite.errors import UsageError
+
+        raise UsageError(f"{question} is a file; write the question after the pictures, in quotes")
+    pictures = [open_picture(Path(image)) for image in images]
+    runtime = _open(model, threads)
+    options = Options(max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed)
+    prompt, seconds = ask.prepare_prompt(runtime, pictures, question)
+    decoding = Decoding(runtime, [prompt], options)
+    shown = ""
+    for event in decoding:
+        if stream and event.kind in ("token", "done"):
+            text = ask.text_of(runtime, decoding.results[0])
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    result = decoding.results[0]
+    text = ask.text_of(runtime, result)
+    print() if stream else print(text)
+    if result.reason == "length":
+        _say(f"cut at {max_tokens} tokens; raise it with --max-tokens")
+    from lvr_lite.memory import peak_rss_mb
+
+    answer = {"schema": "lvr-lite/run", "version": 1, "answer": text, "tokens": result.tokens, "latent_steps": len(result.latents)}
+    before = seconds["preprocess"] + seconds["vision"]
+    times = {"ttft_ms": None if result.ttft is None else (before + result.ttft) * 1e3, "peak_rss_mb": peak_rss_mb()}
+    _write_json(json_, answer | times)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
+    suite: Annotated[str, typer.Option(help="scenes, or a file of samples.")] = "scenes",
+    limit: Annotated[int | None, typer.Option(help="Questions at most; 300 of the scenes by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
+    steps: Steps = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 16,
+    threads: Threads = None,
+    json_: JsonOut = None,
+) -> None:
+    """Score a model on held-out questions, with n and a 95 % interval.
+
+    Example: lvr-lite eval bundle --suite scenes --limit 300
+    """
+    from lvr_lite.decode import Options
+    from lvr_lite.eval.report import show
+    from lvr_lite.eval.suite import evaluate, load_suite
+
+    items = load_suite(suite, limit, seed)
+    runtime = _open(model, threads)
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task("answering", total=None)
+        result = evaluate(runtime, items, Options(max_tokens=max_tokens, steps=steps), batch, lambda n: bar.advance(task, n))
+    result["suite"] = suite
+    show(result)
+    _write_json(json_, result)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@app.command("bench")
+def bench_(
+    bundle: Annotated[str, typer.Argument(help="A bundle (or a checkpoint).")],
+    vs: Annotated[list[str] | None, typer.Option("--vs", help="Another bundle or checkpoint, measured in the same rounds.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed requests per system.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed requests per system.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Text tokens of every answer.")] = 16,
+    steps: Steps = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to ask about; drawn scenes by default.")] = None,
+    question: Annotated[str, typer.Option(help="The question for --image.")] = "describe",
+    limit: Annotated[int, typer.Option(min=0, help="Held-out scenes to score beside the speed; 0 for none.")] = 0,
+    threads: Threads = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+    json_: JsonOut = None,
+) -> None:
+    """Measure latency by stage, memory and answers, interleaved, with a machine card; the last line of stdout is JSON.
+
+    Example: lvr-lite bench int8 --vs int4 --runs 30 --html bench.html
+    """
+    from lvr_lite.bench import machine, measure, report
+    from lvr_lite.bundle import is_bundle, read_manifest
+    from lvr_lite.runtime.onnx import usable_cores
+
+    requests = _requests(image, question)
+    names = [bundle, *(vs or [])]
+    systems = []
+    for name in names:
+        runtime = _open(name, threads)
+        accuracy = _accuracy(runtime, limit) if limit else None
+        graphs = read_manifest(Path(name), check=False).graphs if is_bundle(Path(name)) else {}
+        precision = read_manifest(Path(name), check=False).precision if graphs else "fp32"
+        sizes = {graph: g.bytes for graph, g in graphs.items()}
+        title = name.rstrip("/")
+        systems.append(measure.System(title, precision, runtime, sizes, _rss_of_run(name, threads), accuracy))
+    cores = threads or usable_cores()
+    plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, steps=steps, threads=cores)
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task("measuring")
+        measured = measure.measure(systems, requests, plan, lambda done, total: bar.update(task, completed=done, total=total))
+    card = machine.card(cores, {n: Path(n) for n in names if is_bundle(Path(n))})
+    data = report.to_json(measured, card)
+    from rich.console import Console
+
+    report.show(data, Console())
+    if html is not None:
+        report.write_html(data, html)
+    _write_json(json_, data)
+    print(json.dumps(data))
+
+
+def _accuracy(runtime: Runtime, limit: int) -> dict[str, Any]:
+    from lvr_lite.decode import Options
+    from lvr_lite.eval.suite import evaluate, load_suite
+
+    scored = evaluate(runtime, load_suite("scenes", limit), Options(max_tokens=16))
+    return {"suite": "scenes"} | {k: scored[k] for k in ("n", "accuracy", "interval")}
+
+
+def _requests(image: Path | None, question: str) -> list[Any]:
+    from lvr_lite.bench.measure import Request
+    from lvr_lite.eval.suite import load_suite
+    from lvr_lite.runtime.preprocess import open_picture
+
+    if image is not None:
+        return [Request(open_picture(image), question)]
+    return [Request(pictures[0], sample.question) for sample, pictures in load_suite("scenes", 12)]
+
+
+def _rss_of_run(model: str, threads: int | None) -> float | None:
+    """Peak RSS in MiB of `lvr-lite run` with this model, in a process of its own."""
+    import subprocess
+    import tempfile
+
+    from lvr_lite.eval.suite import load_suite
+
+    with tempfile.TemporaryDirectory() as folder:
+        sample, pictures = next(load_suite("scenes", 1))
+        pictures[0].save(f"{folder}/picture.png")
+        command = [sys.executable, "-m", "lvr_lite", "run", model, f"{folder}/picture.png", sample.question, "--json", f"{folder}/run.json"]
+        done = subprocess.run(command + (["--threads", str(threads)] if threads else []), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            from lvr_lite.errors import LvrError
+
+            raise LvrError(f"{model}: `lvr-lite run` failed while its memory was measured: {done.stderr.strip().splitlines()[-1:]}")
+        return float(json.loads(Path(f"{folder}/run.json").read_text())["peak_rss_mb"])
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")], json_: JsonOut = None) -> None:
+    """Show what is in a bundle or a checkpoint: graphs, precision, sizes, hashes, parity.
+
+    Example: lvr-lite inspect bundle
+    """
+    from rich.console import Console
+
+    from lvr_lite.bundle import is_bundle
+    from lvr_lite.checkpoint import resolve
+    from lvr_lite.inspect import describe, render
+
+    folder = Path(model)
+    description = describe(folder if is_bundle(folder) else resolve(model))
+    render(description, Console())
+    _write_json(json_, {"schema": "lvr-lite/inspect", "version": 1} | description)
+    if description.get("intact") is False:
+        from lvr_lite.bundle import read_manifest
+
+        read_manifest(folder)  # names the file that is missing or changed
+
+
+@app.command()
+def doctor(json_: JsonOut = None) -> None:
+    """Say what this machine can do, what is missing, and the line that mends it.
+
+    Example: lvr-lite doctor
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from lvr_lite.doctor import checks
+
+    found = checks()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for check in found:
+        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]–[/]"}[check.ok]
+        table.add_row(mark, check.name, check.detail, f"[bold]{check.mend}[/]" if check.mend else "")
+    Console().print(table)
+    _write_json(json_, {"schema": "lvr-lite/doctor", "version": 1, "checks": [asdict(c) for c in found]})
+    if any(check.ok is False for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, bundles and report.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps and questions: does everything run?")] = False,
+) -> None:
+    """The whole job on the embedded model and scenes; ends with a table and a report page.
+
+    Example: lvr-lite demo --out demo-out
+    """
+    from lvr_lite.demo import run_demo
+
+    run_demo(out, quick)
+
+
+@data_app.command("make")
+def data_make(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Questions.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the scenes.")] = 0,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+) -> None:
+    """Write drawn scenes with questions and boxes as PNG and JSONL.
+
+    Example: lvr-lite data make --out scenes --count 200 --seed 1 --split test
+    """
+    from lvr_lite.data.make import write_scenes
+    from lvr_lite.errors import UsageError
+
+    if split not in ("train", "test"):
+        raise UsageError(f"--split {split}: must be train or test")
+    _say(f"{write_scenes(out, count, seed, split)}: {count} questions")
+
+
+@data_app.command("validate")
+def data_validate(file: Annotated[Path, typer.Argument(help="A file of samples.")]) -> None:
+    """Report every problem of a data file with file, line and field; exit code 1 if there is one.
+
+    Example: lvr-lite data validate train.jsonl
+    """
+    from lvr_lite.data.samples import check_samples
+
+    samples, problems = check_samples(file)
+    for problem in problems:
+        print(problem)
+    _say(f"{file}: {len(samples)} good samples, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@data_app.command("preview")
+def data_preview(
+    file: Annotated[Path, typer.Argument(help="A file of samples.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("preview.png"),
+    count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
+) -> None:
+    """Draw samples with their boxes and the visual tokens that these select.
+
+    Example: lvr-lite data preview scenes/test.jsonl --out preview.png
+    """
+    from lvr_lite.data.make import preview
+    from lvr_lite.data.samples import read_samples
+
+    preview(read_samples(file), count, out)
+    _say(f"{out}: {count} samples at most")
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from lvr_lite import __version__
+
+        print(f"lvr-lite {__version__}")
+        raise typer.Exit

@@ -1,0 +1,189 @@
+"""Settings of a fine-tuning run: frozen dataclasses, filled from a YAML recipe and `--set section.key=value`. May import: the core, yaml.
+
+Unknown keys, wrong types and contradictions are errors that name the key; the resolved settings are written beside each checkpoint.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lvr_lite.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """steps: latent steps K at run time, and targets of "pooled". targets: "pooled" (K means over the box's visual tokens) or "all"
+    (the paper: every visual token in the boxes). weight: λ of the latent regression (paper: 0.1). max_targets: "all" takes at most so many."""
+
+    steps: int = 4
+    targets: Literal["pooled", "all"] = "pooled"
+    weight: float = 0.1
+    max_targets: int = 256
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank and alpha of the adapters on every linear layer of the language model; dropout in [0, 1)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples (JSONL); without it the last
+    `eval_count` samples of a file, by picture, are held out. eval_count: samples that evaluation during training answers."""
+
+    count: int = 8000
+    seed: int = 0
+    eval_file: str | None = None
+    eval_count: int = 96
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """steps: optimizer steps. batch: samples a device and step; accumulation: such batches a step. lr: peak, cosine to zero after
+    `warmup` (share of steps). precision: "auto" takes bf16 where the machine computes in it, else fp32. eval_every, save_every: steps."""
+
+    steps: int = 2500
+    batch: int = 1
+    accumulation: int = 16
+    lr: float = 1e-4
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: str = "paged_adamw_8bit"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = True
+    eval_every: int = 250
+    save_every: int = 250
+    keep: int = 2
+    log_every: int = 10
+    workers: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run. max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None takes the model's own."""
+
+    latent: LatentSettings = field(default_factory=LatentSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        limits: list[tuple[str, float, float, float]] = [
+            ("latent.steps", self.latent.steps, 1, 1024),
+            ("latent.weight", self.latent.weight, 0, 1000),
+            ("latent.max_targets", self.latent.max_targets, 1, 16384),
+            ("lora.rank", self.lora.rank, 1, 4096),
+            ("lora.alpha", self.lora.alpha, 1, 65536),
+            ("lora.dropout", self.lora.dropout, 0, 0.99),
+            ("data.count", self.data.count, 1, 10**9),
+            ("data.eval_count", self.data.eval_count, 1, 10**6),
+            ("train.steps", self.train.steps, 1, 10**9),
+            ("train.batch", self.train.batch, 1, 65536),
+            ("train.accumulation", self.train.accumulation, 1, 65536),
+            ("train.lr", self.train.lr, 1e-9, 1.0),
+            ("train.warmup", self.train.warmup, 0, 0.99),
+            ("train.max_grad_norm", self.train.max_grad_norm, 1e-6, 1e6),
+            ("train.eval_every", self.train.eval_every, 1, 10**9),
+            ("train.save_every", self.train.save_every, 1, 10**9),
+            ("train.keep", self.train.keep, 1, 10**6),
+            ("train.log_every", self.train.log_every, 1, 10**9),
+            ("train.workers", self.train.workers, 0, 256),
+        ]
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value:g}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Settings:
+    """Settings from a YAML recipe (or the defaults) with `section.key=value` overrides. Raises UsageError naming file, key and value."""
+    data: dict[str, Any] = {}
+    if recipe is not None:
+        data = _read_yaml(recipe)
+    for override in overrides or []:
+        _override(data, override)
+    made = _fill(Settings, data, "", str(recipe) if recipe else "--set")
+    assert isinstance(made, Settings)
+    return made
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: must hold sections such as `train:`, not a {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override}: write it as section.key=value, for example --set train.lr=2e-4")
+    *sections, last = key.strip().split(".")
+    at = data
+    for section in sections:
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise UsageError(f"--set {override}: {section} is a value, not a section")
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _fill(kind: Any, data: dict[str, Any], prefix: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {name}; known here: {', '.join(sorted(known))}")
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UsageError(f"{where}: {name} is a section; write {name}.key")
+            values[key] = _fill(hint, value, f"{name}.", where)
+        else:
+            values[key] = _checked(hint, value, name, where)
+    return kind(**values)
+
+
+def _checked(hint: Any, value: Any, name: str, where: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UsageError(f"{where}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}")
+        return value
+    allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    if float in allowed and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except (TypeError, ValueError):
+            pass
+    if any(type(value) is a for a in allowed):
+        return value
+    wanted = " or ".join("nothing" if a is type(None) else a.__name__ for a in allowed)
+    raise UsageError(f"{where}: {name} must be {wanted}, not {value!r}")

@@ -1,0 +1,174 @@
+"""The scenes as a data set on disk or in memory, and a contact sheet of any samples.
+
+May import: numpy, Pillow, the standard library, the core.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lvr_lite.bundle import fresh_folder
+from lvr_lite.data import scenes
+from lvr_lite.data.boxes import tokens_in_box
+from lvr_lite.data.samples import Sample, sample_json
+from lvr_lite.errors import DataError, UsageError
+from lvr_lite.families import qwen2_5_vl
+from lvr_lite.runtime.preprocess import open_picture
+
+SPLITS = ("train", "test")
+MAX_SEED = 999_999  # those above are for pre-training the embedded model (lvr_lite/tiny/pretrain.py)
+
+
+def scene_samples(count: int, seed: int, split: str) -> Iterator[tuple[Sample, Image.Image]]:
+    """`count` samples of the scenes with their pictures in memory (RGB); `Sample.images` is ().
+
+    The same (seed, split) always gives the same samples, and a larger count only adds to them. Raises UsageError for a count below 1,
+    a seed outside 0 … MAX_SEED or an unknown split.
+    """
+    if count < 1:
+        raise UsageError(f"count must be 1 or more, not {count}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must be 0 to {MAX_SEED}, not {seed}")
+    if split not in SPLITS:
+        raise UsageError(f"split must be train or test, not {split}")
+    for name, scene, question, pair in scenes.items(seed, split, count):
+        yield scene_sample(name, scene, question, pair), scenes.draw(scene)
+
+
+def scene_sample(name: str, scene: scenes.Scene, question: scenes.Question, pair: str | None) -> Sample:
+    """A planned question as a sample without a picture."""
+    boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in map(scene.box, question.things))
+    return Sample(name, (), question.text, question.answer, question.choices, boxes, question.type, pair)
+
+
+def write_scenes(folder: Path, count: int, seed: int, split: str) -> Path:
+    """Write `count` scenes as `folder`/images/*.png and `folder`/<split>.jsonl, whole or not at all; returns the path of the JSONL.
+
+    A folder that this function wrote for the same split is replaced; one that holds anything else is refused. One split a folder.
+    Raises UsageError as `scene_samples` does, DataError or BundleError where the folder is something else or cannot be written.
+    """
+    samples = scene_samples(count, seed, split)
+    _refuse_others_files(folder, split)
+    with fresh_folder(folder, replaceable=f"{split}.jsonl") as staged:
+        (staged / "images").mkdir()
+        with (staged / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+            for sample, picture in samples:
+                path = staged / "images" / f"{sample.id}.png"
+                picture.save(path, compress_level=1)
+                lines.write(json.dumps(sample_json(replace(sample, images=(path,)), staged)) + "\n")
+    return folder / f"{split}.jsonl"
+
+
+def _refuse_others_files(folder: Path, split: str) -> None:
+    """train.jsonl is a name that people give their own data as well: what is replaced must hold scenes and nothing besides."""
+    if not folder.is_dir():
+        return
+    ours = re.compile(rf"{split}\.jsonl|images|images/{split}-\d+-\d{{6,}}[ab]?\.png")
+    for path in sorted([*folder.iterdir(), *(folder / "images").glob("*")]):
+        if not ours.fullmatch(path.relative_to(folder).as_posix()):
+            raise DataError(
+                f"{folder}: holds {path.relative_to(folder)}, which is not of an earlier {split} set of scenes; choose another folder"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- contact sheet
+
+# Stock Qwen2.5-VL sizes, with at most 256 visual tokens a picture: those of the embedded model.
+PREVIEW_SPEC: dict[str, Any] = {"patch": 14, "merge": 2, "min_pixels": 56 * 56, "max_pixels": 256 * 28 * 28}
+_TILE, _GAP, _CAPTION, _LINE = 320, 16, 15, 19  # pixels: side of a picture's place, space between, text size, text line
+_PAPER, _INK, _QUIET = (250, 250, 248), (25, 25, 25), (95, 95, 95)
+_BOXES = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
+
+
+def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_vl, spec: dict[str, Any] | None = None) -> None:
+    """A PNG contact sheet of the first `count` samples, up to four in a row: picture, boxes, question and answer.
+
+    The visual tokens that the boxes select keep their colours, all others are washed out. Boxes belong to a sample's first picture.
+    Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
+    """
+    shown = samples[:count]
+    if not shown:
+        raise DataError(f"{out}: no samples to show; give a file with samples and a count of 1 or more")
+    tiles = [_tile(sample, family, spec or PREVIEW_SPEC) for sample in shown]
+    columns = min(4, len(tiles))
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    sheet = Image.new("RGB", (_GAP + columns * (_TILE + _GAP), _GAP + sum(h + _GAP for h in heights)), _PAPER)
+    y = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for i, tile in enumerate(row):
+            sheet.paste(tile, (_GAP + i * (_TILE + _GAP), y))
+        y += height + _GAP
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out, format="PNG")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def _tile(sample: Sample, family: Any, spec: dict[str, Any]) -> Image.Image:
+    picture = open_picture(sample.images[0])
+    height, width = family.resized(picture.height, picture.width, spec)
+    rows, columns = family.token_grid((height // spec["patch"], width // spec["patch"]), spec)
+    scale = _TILE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Nearest keeps the pixels of a small picture visible, which is what a preview of it is for.
+    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    picture = _with_boxes(picture, sample, rows, columns)
+    font = ImageFont.load_default(_CAPTION)
+    lines = _caption(sample, font)
+    tile = Image.new("RGB", (_TILE, _TILE + 8 + _LINE * len(lines)), _PAPER)
+    tile.paste(picture, ((_TILE - size[0]) // 2, (_TILE - size[1]) // 2))
+    draw = ImageDraw.Draw(tile)
+    for i, (line, ink) in enumerate(lines):
+        draw.text((0, _TILE + 8 + i * _LINE), line, fill=ink, font=font)
+    return tile
+
+
+def _with_boxes(picture: Image.Image, sample: Sample, rows: int, columns: int) -> Image.Image:
+    """The boxes, and the tokens that they select: those keep their colours with a rim in their box's, all others are washed out."""
+    w, h = picture.size
+    xs, ys = [round(c * w / columns) for c in range(columns + 1)], [round(r * h / rows) for r in range(rows + 1)]
+    layer = Image.new("RGBA", picture.size, (*_PAPER, 150 if sample.boxes else 0))
+    draw = ImageDraw.Draw(layer)
+    for i, box in enumerate(sample.boxes):
+        for row, column in np.argwhere(_selected(box, rows, columns)):
+            draw.rectangle((xs[column], ys[row], xs[column + 1] - 1, ys[row + 1] - 1), fill=(0, 0, 0, 0), outline=(*_colour(i), 150))
+    for x in xs[1:-1]:
+        draw.line((x, 0, x, h), fill=(255, 255, 255, 90))
+    for y in ys[1:-1]:
+        draw.line((0, y, w, y), fill=(255, 255, 255, 90))
+    for i, (x0, y0, x1, y1) in enumerate(sample.boxes):
+        at = (x0 * w, y0 * h, max(x1 * w - 1, x0 * w), max(y1 * h - 1, y0 * h))
+        draw.rectangle(at, outline=(*_colour(i), 255), width=2)
+    return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+
+
+def _colour(box: int) -> tuple[int, int, int]:
+    return _BOXES[box % len(_BOXES)]
+
+
+def _selected(box: tuple[float, float, float, float], rows: int, columns: int) -> np.ndarray:
+    mask = np.zeros(rows * columns, bool)
+    mask[tokens_in_box(box, rows, columns)] = True
+    return mask.reshape(rows, columns)
+
+
+def _caption(sample: Sample, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, tuple[int, int, int]]]:
+    """Lines and their colours: the question, the answer, then id and type, each cut to three lines."""
+    texts = ((sample.question, _INK), (f"Answer: {sample.answer}", _INK), (", ".join(filter(None, (sample.id, sample.type))), _QUIET))
+    return [(line, ink) for text, ink in texts for line in _wrapped(text, font)]
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    widest = max(1, int(0.95 * _TILE * len(text) / font.getlength(text)))  # characters a line, at this text's mean width
+    return textwrap.wrap(text, widest, max_lines=3, placeholder=" ...")

@@ -1,0 +1,130 @@
+"""The device runtime: a bundle under ONNX Runtime. May import: numpy, onnxruntime, tokenizers and the core, nothing of the workshop.
+
+The decoder keeps its K/V in one buffer per layer, bound as input and output at once, and steps through one prebuilt IOBinding
+whose hidden output is its next embedding input, so that a latent step copies nothing in (docs/design.md, "The device runtime").
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from lvr_lite import bundle, families
+from lvr_lite.errors import BundleError
+from lvr_lite.runtime.base import TokenIds
+
+_CAPACITY_STEP = 64  # K/V buffers grow in such steps, so that prompts of about one length share them
+_pool_threads: int | None = None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share_one_thread_pool(threads: int) -> None:
+    """All sessions of the process share one pool: with a pool each they spin against each other (twice the time a token, FACTS)."""
+    global _pool_threads
+    if _pool_threads is None:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _pool_threads = threads
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own classes for every reason; all of them end here
+        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from error
+
+
+class OnnxRuntime:
+    """A bundle, ready to decode (see `lvr_lite.runtime.base.Runtime`).
+
+    threads: of the process's one pool; the first runtime of a process decides. Raises BundleError for a bundle that fails its checks.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.manifest = bundle.read_manifest(folder)
+        self.name = folder.name
+        self.folder = folder
+        self.family = families.get(self.manifest.family)
+        self.image_spec = self.manifest.image
+        self.template = self.manifest.chat_template
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokens = self.manifest.tokens
+        self.tokens = TokenIds(tokens["image"], tuple(tokens["end"]), tokens["lvr_start"], tokens["lvr"], tokens["lvr_end"])
+        self.latent = self.manifest.latent
+        self.hidden_size = self.manifest.decoder["hidden_size"]
+        _share_one_thread_pool(threads or usable_cores())
+        self._vision, self._embed, self._decoder, self._head = (_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
+        self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
+        self._batch = self._capacity = 0
+        self._in_state: np.ndarray | None = None  # the hidden states that lie in the step's input buffer already
+
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+        feed = {"pixel_values": pixel_values, **self.family.vision_inputs(grids, self.image_spec)}
+        return np.asarray(self._vision.run(None, feed)[0])
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(self._embed.run(None, {"input_ids": ids})[0])
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        return np.asarray(self._head.run(None, {"last_hidden_state": hidden[:, None]})[0])[:, 0]
+
+    def start(self, batch: int, capacity: int) -> None:
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._lengths = np.zeros(batch, np.int32)
+        if batch == self._batch and capacity <= self._capacity:
+            return  # what is left of the batch before lies beyond seqlens_k, where attention does not look
+        self._batch, self._capacity = batch, capacity
+        shape = (batch, self.manifest.decoder["kv_heads"], capacity, self.manifest.decoder["head_dim"])
+        self._cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self._cache_names}
+        self._state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
+        self._positions = ort.OrtValue.ortvalue_from_numpy(np.zeros((3, batch, 1), np.int64))
+        self._seqlens = ort.OrtValue.ortvalue_from_numpy(np.zeros(batch, np.int32))
+        self._total = ort.OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))
+        self._binding = self._bind_cache()
+        self._binding.bind_ortvalue_input("inputs_embeds", self._state)
+        self._binding.bind_ortvalue_input("position_ids", self._positions)
+        self._binding.bind_ortvalue_input("seqlens_k", self._seqlens)
+        self._binding.bind_ortvalue_input("total_sequence_length", self._total)
+        self._binding.bind_ortvalue_output("last_hidden_state", self._state)
+
+    def _bind_cache(self) -> Any:
+        binding = self._decoder.io_binding()
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self._lengths = lengths.astype(np.int32)
+        binding = self._bind_cache()
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        binding.bind_cpu_input("seqlens_k", self._lengths - 1)
+        binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))
+        binding.bind_output("last_hidden_state")
+        self._decoder.run_with_iobinding(binding)
+        hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
+        self._in_state = None
+        return np.ascontiguousarray(hidden[np.arange(len(lengths)), lengths - 1])
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if embeds is not self._in_state:
+            self._state.update_inplace(np.ascontiguousarray(embeds, np.float32)[:, None])
+        self._lengths += 1
+        self._positions.update_inplace(np.ascontiguousarray(np.broadcast_to(positions, (3, len(positions))))[..., None])
+        self._seqlens.update_inplace(self._lengths - 1)
+        self._total.update_inplace(np.array(self._lengths.max(), np.int32))
+        self._decoder.run_with_iobinding(self._binding)
+        self._in_state = self._state.numpy()[:, 0]
+        return self._in_state

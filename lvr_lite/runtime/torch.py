@@ -1,0 +1,75 @@
+"""The reference runtime: a transformers model under torch. May import: torch, transformers and the core (workshop only).
+
+It computes what the device runtime must equal: right-padded prompts, K/V that grows, padding masked out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvr_lite.checkpoint import Checkpoint
+
+
+class TorchRuntime:
+    """A loaded model and its checkpoint's files, ready to decode (see `lvr_lite.runtime.base.Runtime`).
+
+    model: a Qwen2_5_VLForConditionalGeneration in any dtype, on any device, plain or with 4-bit linears and adapters.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self.name = checkpoint.folder.name
+        self.family, self.image_spec, self.template = checkpoint.family, checkpoint.image_spec, checkpoint.template
+        self.tokenizer, self.tokens, self.latent = checkpoint.tokenizer, checkpoint.tokens, checkpoint.latent
+        self.model = model
+        self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.hidden_size = self.core.config.text_config.hidden_size
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        weight = self.core.get_input_embeddings().weight
+        return {"device": weight.device, "dtype": weight.dtype}
+
+    @torch.inference_mode()
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+        grid = torch.tensor([[1, *g] for g in grids], device=self._place["device"])
+        features = self.core.model.get_image_features(torch.from_numpy(pixel_values).to(**self._place), grid).pooler_output
+        return torch.cat(list(features)).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return self.core.get_input_embeddings()(torch.from_numpy(ids).to(self._place["device"])).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        return self.core.lm_head(torch.from_numpy(hidden).to(**self._place)).float().cpu().numpy()
+
+    def start(self, batch: int, capacity: int) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self.core.config.text_config)
+        self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._place["device"])
+
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        real = np.arange(embeds.shape[1])[None] < lengths[:, None]
+        hidden = self._run(embeds, positions, real)
+        return hidden[np.arange(len(lengths)), lengths - 1]
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        everywhere = np.broadcast_to(positions[None, :, None], (3, len(positions), 1))
+        return self._run(embeds[:, None], everywhere, np.ones((len(positions), 1), bool))[:, 0]
+
+    @torch.inference_mode()
+    def _run(self, embeds: np.ndarray, positions: np.ndarray, real: np.ndarray) -> np.ndarray:
+        device = self._place["device"]
+        self._mask = torch.cat([self._mask, torch.from_numpy(real.astype(np.int64)).to(device)], 1)
+        out = self.core.model.language_model(
+            inputs_embeds=torch.from_numpy(np.ascontiguousarray(embeds)).to(**self._place),
+            position_ids=torch.from_numpy(np.ascontiguousarray(positions)).to(device),
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return np.asarray(out.last_hidden_state.float().cpu().numpy())

@@ -1,0 +1,124 @@
+"""From samples to training batches: one collator, for drawn scenes and for files. May import: torch, numpy, Pillow and the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lvr_lite import latent
+from lvr_lite.checkpoint import Checkpoint
+from lvr_lite.config import LatentSettings
+from lvr_lite.data import boxes as box_rule
+from lvr_lite.data import scenes
+from lvr_lite.data.make import scene_sample
+from lvr_lite.data.samples import Sample
+from lvr_lite.errors import DataError
+from lvr_lite.prompt import prompt_ids
+from lvr_lite.runtime.preprocess import open_picture, prepare
+
+Item = tuple[Sample, tuple[Image.Image, ...]]
+
+
+class Examples(torch.utils.data.Dataset[Item]):
+    """Samples with a way to their pictures, which are opened or drawn when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], pictures: Callable[[int], tuple[Image.Image, ...]]) -> None:
+        self.samples, self.pictures = samples, pictures
+
+    @classmethod
+    def of_samples(cls, samples: Sequence[Sample]) -> Examples:
+        return cls(samples, lambda i: tuple(open_picture(p) for p in samples[i].images))
+
+    @classmethod
+    def of_scenes(cls, seed: int, split: str, count: int) -> Examples:
+        """Drawn scenes, planned at once (`lvr_lite.data.scenes.items`)."""
+        planned = list(scenes.items(seed, split, count))
+        samples = [scene_sample(name, scene, question, pair) for name, scene, question, pair in planned]
+        return cls(samples, lambda i: (scenes.draw(planned[i][1]),))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.samples[index], self.pictures(index)
+
+    def items(self) -> Iterator[Item]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items -> one batch of tensors, padded on the right.
+
+    ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); latent_at (B, S) bool, the inputs
+    that are visual tokens instead of word embeddings; pool (L, T) float32, which turns the batch's T visual tokens into its L latent
+    targets in reading order of latent_at; pixel_values (N, C) float32; grid_thw (pictures, 3).
+    """
+
+    checkpoint: Checkpoint
+    settings: LatentSettings
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        c = self.checkpoint
+        pictures = [p for _, own in items for p in own]
+        pixels, grids = prepare(pictures, c.family, c.image_spec)
+        rows, groups = [], []
+        first_picture = first_token = 0
+        for sample, own_pictures in items:
+            own = grids[first_picture : first_picture + len(own_pictures)]
+            cells = [c.family.token_grid(g, c.image_spec) for g in own]
+            targets = self._targets(sample, cells)
+            groups += [g + first_token for g in targets]
+            rows.append(self._row(sample, own, [r * k for r, k in cells], len(targets)))
+            first_picture += len(own)
+            first_token += sum(r * k for r, k in cells)
+        pool = np.zeros((len(groups), first_token), np.float32)
+        for i, group in enumerate(groups):
+            pool[i, group] = 1 / len(group)
+        longest = max(len(ids) for ids, _, _ in rows)
+        batch: dict[str, Any] = {
+            "ids": np.full((len(rows), longest), c.tokens.end[0]),
+            "labels": np.full((len(rows), longest), -100),
+            "positions": np.zeros((3, len(rows), longest), np.int64),
+            "mask": np.zeros((len(rows), longest), np.int64),
+        }
+        for i, (ids, labels, positions) in enumerate(rows):
+            batch["ids"][i, : len(ids)], batch["labels"][i, : len(ids)], batch["mask"][i, : len(ids)] = ids, labels, 1
+            batch["positions"][:, i, : len(ids)] = positions
+        tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
+        tensors["latent_at"] = (tensors["ids"] == c.tokens.lvr) & (tensors["mask"] == 1)
+        tensors["pool"], tensors["pixel_values"] = torch.from_numpy(pool), torch.from_numpy(pixels)
+        tensors["grid_thw"] = torch.tensor([[1, *g] for g in grids])
+        return tensors
+
+    def _targets(self, sample: Sample, cells: list[tuple[int, int]]) -> list[np.ndarray]:
+        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Nothing to look at: its whole picture."""
+        rows, columns = cells[0]
+        found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
+        in_boxes = box_rule.tokens_in_boxes(found, rows, columns)
+        if self.settings.targets == "pooled":
+            return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
+        return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
+
+    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        c = self.checkpoint
+        asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
+        end = c.tokenizer.id_to_token(c.tokens.end[0])
+        said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
+        ids = np.array(asked + said, np.int64)
+        labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)
+        positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
+        following = positions.max() + 1 + np.arange(len(said))
+        return ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1)
+
+
+def check_answers(examples: Examples, checkpoint: Checkpoint) -> None:
+    """Raises DataError for a sample whose answer holds a token of the loop, which the model could not say."""
+    for sample in examples.samples:
+        if any(t in sample.answer for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN)):
+            raise DataError(f"sample {sample.id}: its answer contains a token of the latent loop: leave it out")

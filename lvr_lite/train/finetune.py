@@ -1,0 +1,294 @@
+"""`lvr-lite finetune`: QLoRA over a 4-bit base with transformers' Trainer. May import: torch, transformers, peft and the core.
+
+OUT holds the adapter (adapter_model.safetensors), lvr_config.json, the resolved settings, metrics.json, TensorBoard logs and
+checkpoint-N folders; a checkpoint counts as whole when its marker file, written last, is there, so a killed run loses one interval at most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvr_lite.bundle import write_atomically
+from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint
+from lvr_lite.config import Settings
+from lvr_lite.data.samples import read_samples
+from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
+from lvr_lite.latent import LatentSpec
+from lvr_lite.memory import peak_rss_mb
+from lvr_lite.runtime.base import Runtime
+from lvr_lite.runtime.torch import TorchRuntime
+from lvr_lite.train.batches import Collator, Examples, Item, check_answers
+from lvr_lite.train.sft import LatentSFT
+
+COMPLETE = "complete"
+EVAL_SEED = 500_000  # evaluation during training sees other scenes than `eval` and `demo`
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether bf16 is the machine's fast type: any recent GPU, and CPUs with AVX512_BF16 or AMX."""
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
+    """The 4-bit model with LoRA on every linear of the language model and the three marker rows trainable; all else frozen, which is checked."""
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    tokens = checkpoint.tokens
+    config = LoraConfig(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=checkpoint.family.LORA_TARGETS,
+        trainable_token_indices=[tokens.lvr_start, tokens.lvr, tokens.lvr_end],
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(settings.train.seed)  # the adapters' random start
+    tuned = get_peft_model(model, config)
+    wrong = [n for n, p in tuned.named_parameters() if p.requires_grad and ("visual" in n or not ("lora_" in n or "trainable_tokens" in n))]
+    if wrong:
+        raise LvrError(f"{wrong[0]} would be trained, but only adapters and the three token rows may be")
+    if settings.train.gradient_checkpointing:
+        tuned.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return tuned
+
+
+def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
+    """Training and held-out examples for `--data scenes` or a file of samples with boxes."""
+    if data == "scenes":
+        return Examples.of_scenes(settings.data.seed, "train", settings.data.count), Examples.of_scenes(
+            settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
+        )
+    samples = read_samples(Path(data), need_boxes=True)
+    if settings.data.eval_file is not None:
+        held_out = read_samples(Path(settings.data.eval_file), need_boxes=True)[: settings.data.eval_count]
+        return Examples.of_samples(samples), Examples.of_samples(held_out)
+    pictures = list(dict.fromkeys(s.images for s in samples))
+    held = set(pictures[-max(1, min(settings.data.eval_count, len(pictures) // 10)) :])
+    train = [s for s in samples if s.images not in held]
+    if not train:
+        raise DataError(f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file")
+    return Examples.of_samples(train), Examples.of_samples([s for s in samples if s.images in held])
+
+
+def last_whole_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint-N in `out` that was written to its end."""
+    found = [p for p in out.glob("checkpoint-*") if (p / COMPLETE).is_file() and p.name.split("-")[1].isdigit()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    load_base: Callable[[Checkpoint, torch.dtype, str], Any],
+    data: str,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    accuracy: Callable[[Runtime, Iterable[Item]], float] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Tune `checkpoint`'s base on `data` into `out`; returns the metrics that metrics.json holds.
+
+    load_base: loads the 4-bit model (checkpoint, dtype, device). accuracy: free-running accuracy on held-out examples, run at every
+    evaluation. Raises UsageError where `out` holds another run, LvrError where the loss is no longer finite.
+    """
+    import transformers
+
+    started = time.time()
+    device = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
+    fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
+    dtype = torch.bfloat16 if fast_type else torch.float32
+    begin_from = _begin(out, resume)
+    train, held_out = load_examples(data, settings)
+    check_answers(train, checkpoint)
+    base = load_base(checkpoint, dtype, device)
+    model = adapted(base, checkpoint, settings)
+    sft = LatentSFT(model, checkpoint.tokens.image, settings.latent.weight)
+    spec = LatentSpec(steps=settings.latent.steps)
+    _write_side_files(out, checkpoint, spec, settings)
+    trainer = _trainer_class(transformers)(
+        model=sft,
+        args=_arguments(transformers, out, settings, fast_type, device),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=Collator(checkpoint, settings.latent),
+        callbacks=[_Marker(transformers, out, checkpoint, spec, settings)],
+    )
+    if accuracy is not None:
+        runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
+        trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"{trainable:,} of {total:,} parameters are trained; {len(train):,} samples, {len(held_out):,} held out; {dtype} on {device}")
+    if begin_from is not None:
+        say(f"resuming from {begin_from}")
+    trainer.train(resume_from_checkpoint=str(begin_from) if begin_from else None)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(out), safe_serialization=True)
+    history = trainer.state.log_history
+    metrics = {
+        "steps": trainer.state.global_step,
+        "minutes": round((time.time() - started) / 60, 2),
+        "peak_memory_gb": round(_peak_gb(device), 3),
+        "trainable_parameters": trainable,
+        "history": history,
+    }
+    if trainer.is_world_process_zero():
+        write_atomically(out / "metrics.json", json.dumps(metrics, indent=1))
+        write_atomically(out / COMPLETE, "")
+    return metrics
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _begin(out: Path, resume: bool) -> Path | None:
+    """Where to go on from: None for a new run. A folder that holds a run is not overwritten unasked."""
+    last = last_whole_checkpoint(out) if out.is_dir() else None
+    if resume:
+        if last is None:
+            raise UsageError(f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume")
+        return last
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists; continue it with --resume, or choose another --out")
+    return None
+
+
+def _write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> None:
+    """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the adapter."""
+    import yaml
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.tokenizer.save(str(out / "tokenizer.json"))
+        (out / "chat_template.jinja").write_text(checkpoint.template)
+        shutil.copyfile(checkpoint.base / "preprocessor_config.json", out / "preprocessor_config.json")
+    except OSError as error:
+        raise BundleError(f"{out}: cannot be written ({error.strerror or error}); free some space or choose another --out") from error
+    from importlib import resources
+
+    embedded = Path(str(resources.files("lvr_lite") / "tiny" / "model"))
+    base = "tiny" if checkpoint.base == embedded else str(checkpoint.base.resolve())
+    image = {} if settings.max_pixels is None else {"max_pixels": settings.max_pixels}
+    content = {"version": 1, "base": base, "base_precision": "nf4", "latent": spec.to_json(), "image": image}
+    write_atomically(out / LVR_CONFIG, json.dumps(content, indent=1))
+    write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
+
+
+def _arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, device: str) -> Any:
+    t = settings.train
+    return transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=t.steps,
+        per_device_train_batch_size=t.batch,
+        per_device_eval_batch_size=t.batch,
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=t.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(t.warmup * t.steps),
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        optim=t.optimizer,
+        adam_beta2=0.98,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=t.eval_every,
+        save_strategy="steps",
+        save_steps=t.save_every,
+        save_total_limit=t.keep,
+        logging_steps=t.log_every,
+        logging_first_step=True,
+        report_to=["tensorboard"],
+        dataloader_num_workers=t.workers,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+        label_names=[],
+        prediction_loss_only=True,
+        seed=t.seed,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device == "cpu" and "WORLD_SIZE" in os.environ else None,
+    )
+
+
+def _trainer_class(transformers: Any) -> Any:
+    class SftTrainer(transformers.Trainer):
+        """transformers' Trainer over LatentSFT: logs the parts of the loss, saves the adapter alone, stops at a loss that is not finite."""
+
+        answer_accuracy: Callable[[], float] | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = False
+            self.parts: dict[str, list[float]] = {}
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            out = model(**inputs)
+            if not torch.isfinite(out["loss"]):
+                raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the batch's samples")
+            for name in ("ce", "mse", "right"):
+                self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
+            return (out["loss"], out) if return_outputs else out["loss"]
+
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            return loss.detach(), None, None
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            for name in [n for n in self.parts if n.startswith("eval_") == any(k.startswith("eval_") for k in logs)]:
+                logs[name] = round(float(np.mean(self.parts.pop(name))), 5)
+            super().log(logs, *args, **kwargs)
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            if self.answer_accuracy is not None and self.is_world_process_zero():
+                self.model.eval()
+                metrics["eval_accuracy"] = self.answer_accuracy()
+                self.log({"eval_accuracy": metrics["eval_accuracy"]})
+                self.model.train()
+            return metrics
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            self.model.model.save_pretrained(output_dir or self.args.output_dir, safe_serialization=True)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(self.model.model, load_file(str(Path(resume_from_checkpoint) / "adapter_model.safetensors")))
+
+    return SftTrainer
+
+
+def _Marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> Any:
+    class Marker(transformers.TrainerCallback):
+        """Makes each checkpoint-N a checkpoint of its own, and marks it whole, last of all."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                folder = out / f"checkpoint-{state.global_step}"
+                _write_side_files(folder, checkpoint, spec, settings)
+                (folder / COMPLETE).touch()
+
+    return Marker()
+
+
+def _peak_gb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return (peak_rss_mb() or 0.0) / 2**10

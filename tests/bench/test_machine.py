@@ -1,0 +1,96 @@
+"""The machine card and the readers of machine facts, on machines that are not this one as well."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lvr_lite import bundle, doctor
+from lvr_lite.bench import machine
+
+X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n\nprocessor\t: 1\nmodel name\t: Some CPU\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd aes asimddp\nCPU part\t: 0xd0b\n\nModel\t\t: Raspberry Pi 5 Model B\n"
+
+
+def test_the_card_is_json_and_has_every_fact() -> None:
+    card = json.loads(json.dumps(machine.card(threads=2), allow_nan=False))
+    wanted = {
+        "cpu",
+        "flags",
+        "cores",
+        "threads",
+        "governor",
+        "load",
+        "memory_gib",
+        "os",
+        "python",
+        "packages",
+        "commit",
+        "bundles",
+        "providers",
+    }
+    assert wanted <= set(card)
+    assert card["threads"] == 2
+    assert {"numpy", "onnxruntime", "lvr-lite"} <= set(card["packages"])
+
+
+def test_the_card_needs_neither_proc_nor_sys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(doctor, "SYS", tmp_path / "sys")
+    card = machine.card()
+    assert (card["flags"], card["governor"], card["memory_gib"], card["threads"]) == (None, None, None, None)
+
+
+def test_an_x86_cpu_is_known_by_its_name_and_relevant_flags() -> None:
+    assert doctor.parse_cpuinfo(X86) == ("Some CPU", ["avx2", "avx512f", "avx512_bf16"])
+
+
+def test_an_arm_board_is_known_by_its_model_and_features() -> None:
+    assert doctor.parse_cpuinfo(ARM) == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
+
+
+def test_memory_governor_and_model_are_read_where_the_kernel_puts_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "PROC", tmp_path)
+    monkeypatch.setattr(doctor, "SYS", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal:       8388608 kB\nMemAvailable:   4194304 kB\n")
+    (tmp_path / "cpuinfo").write_text(ARM)
+    place = tmp_path / "devices/system/cpu/cpu0/cpufreq"
+    place.mkdir(parents=True)
+    (place / "scaling_governor").write_text("powersave\n")
+    assert doctor.memory_gib() == (8.0, 4.0)
+    assert doctor.governor() == "powersave"
+    assert doctor.cpu() == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
+
+
+def test_a_bundle_is_known_by_the_hash_of_its_manifest_and_a_checkpoint_has_none(tmp_path: Path) -> None:
+    (tmp_path / bundle.MANIFEST).write_text("{}")
+    bundles = machine.card(bundles={"int4": tmp_path, "torch": tmp_path / "none"})["bundles"]
+    assert bundles == {"int4": bundle.sha256(tmp_path / bundle.MANIFEST), "torch": None}
+
+
+def test_outside_a_checkout_the_version_stands_for_the_commit(tmp_path: Path) -> None:
+    assert str(machine.commit(tmp_path / "site-packages" / "lvr_lite")).startswith("v")
+
+
+def test_in_a_checkout_the_commit_is_told_and_whether_files_differ(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True
+        )
+
+    (tmp_path / "pyproject.toml").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "m")
+    clean = machine.commit(tmp_path / "lvr_lite")
+    (tmp_path / "pyproject.toml").write_text("changed")
+    assert clean is not None and len(clean) == 40
+    assert machine.commit(tmp_path / "lvr_lite") == clean + "+changed"
+
+
+def test_a_machine_without_git_still_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda *_: None)
+    assert str(machine.commit()).startswith("v")

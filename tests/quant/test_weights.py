@@ -1,0 +1,212 @@
+"""Integer weights: what they stand for, that ONNX Runtime reads them so, and that nothing is left out unnoticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from lvr_lite import bundle
+from lvr_lite.checkpoint import read_checkpoint
+from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.quant import blocks, weights
+from lvr_lite.runtime.onnx import OnnxRuntime
+from lvr_lite.runtime.onnx import _share_one_thread_pool as share_one_thread_pool
+from lvr_lite.tiny import build
+
+COLUMNS = (192, 256, 512, 768, 1176, 70)  # the embedded model's sizes, and one that no block divides
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lvr_lite.export.write import write_bundle  # a test may use what the package may not
+
+    folder = tmp_path_factory.mktemp("bundles")
+    tokenizer = build.make_tokenizer()
+    model = build.make_model(tokenizer, seed=5).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(2)
+    build.save(model, tokenizer, folder / "checkpoint", torch.float32)
+    write_bundle(model, read_checkpoint(folder / "checkpoint"), folder / "fp32", [].append)
+    return folder / "fp32"
+
+
+@pytest.fixture(scope="module")
+def reports(source: Path) -> dict[str, dict[str, Any]]:
+    return {name: weights.quantize_bundle(source, source.parent / name, name, [].append) for name in ("int8", "int4")}
+
+
+def _matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def _run(node: onnx.NodeProto, initializers: list[TensorProto], feed: dict[str, np.ndarray], opset: int = 23) -> np.ndarray:
+    inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feed.items()]
+    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    share_one_thread_pool(1)  # once a process has the shared pool, a session with a pool of its own does not load
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feed)[0])
+
+
+def _rewritten(node: onnx.NodeProto, weight: np.ndarray, scheme: weights.Scheme) -> tuple[onnx.ModelProto, Any]:
+    graph = helper.make_graph([node], "one", [], [], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph)
+    rewriting = weights._Rewriting(model, Path(), scheme)
+    rewriting.run()
+    return model, rewriting
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_rounding_keeps_a_matrix_within_the_error_of_its_bits(bits: int, symmetric: bool, columns: int) -> None:
+    matrix = _matrix(24, columns)
+    found = blocks.quantize(matrix, bits, 32, symmetric).dense()
+    assert found.shape == matrix.shape
+    assert np.linalg.norm(found - matrix) / np.linalg.norm(matrix) < {4: 0.09, 8: 0.007}[bits]
+
+
+def test_rounding_at_four_bits_is_closer_than_that_of_onnxruntime() -> None:
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+
+    matrix = _matrix(64, 256)
+    packed, scales = np.zeros((64, 8, 16), np.uint8), np.zeros((64, 8), np.float32)
+    zeros = np.zeros((64, 4), np.uint8)
+    quantize_matmul_4bits(packed, np.ascontiguousarray(matrix.T), scales, zeros, 32, 64, 256, False)
+    halves = [np.stack([a & 15, a >> 4], -1).reshape(64, 8, -1).astype(np.float32) for a in (packed, zeros)]
+    theirs = ((halves[0] - halves[1]) * scales[..., None]).reshape(64, 256)
+    mine = blocks.quantize(matrix, 4, 32, symmetric=False).dense()
+    assert np.linalg.norm(mine - matrix) < np.linalg.norm(theirs - matrix)
+
+
+def test_blocks_of_zeros_stay_zero() -> None:
+    for symmetric in (True, False):
+        assert not blocks.quantize(np.zeros((3, 64), np.float32), 4, 32, symmetric).dense().any()
+
+
+@pytest.mark.parametrize("scheme", [weights.INT8, weights.INT4, weights.Scheme(4, 32, True), weights.Scheme(8, 64, False)], ids=str)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_onnxruntime_multiplies_by_the_matrix_that_the_integers_stand_for(scheme: weights.Scheme, columns: int) -> None:
+    weight = _matrix(columns, 96)
+    model, _ = _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, scheme)
+    x = _matrix(5, columns, seed=1)
+    got = _run(model.graph.node[0], list(model.graph.initializer), {"x": x})
+    dense = blocks.quantize(np.ascontiguousarray(weight.T), scheme.bits, scheme.block, scheme.symmetric).dense().T
+    want = x @ dense
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015  # the kernel rounds activations to 8 bits
+
+
+@pytest.mark.parametrize("scheme", [weights.INT8, weights.INT4, weights.Scheme(4, 32, True)], ids=str)
+@pytest.mark.parametrize("columns", [256, 192, 96])
+def test_onnxruntime_gathers_the_rows_that_the_integers_stand_for(scheme: weights.Scheme, columns: int) -> None:
+    weight = _matrix(50, columns)
+    model, _ = _rewritten(helper.make_node("Gather", ["w", "ids"], ["y"], name="n", axis=0), weight, scheme)
+    ids = np.array([[3, 49, 0]], np.int64)
+    got = _run(model.graph.node[0], list(model.graph.initializer), {"ids": ids})
+    want = blocks.quantize(weight, scheme.bits, scheme.block, scheme.symmetric).dense()[ids]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_large_weight_of_an_operator_that_cannot_be_replaced_is_an_error() -> None:
+    for node in (helper.make_node("Gemm", ["x", "w"], ["y"], name="n"), helper.make_node("Transpose", ["w"], ["y"], name="n")):
+        with pytest.raises(BundleError, match=f"weight w .*{node.op_type} cannot be quantized"):
+            _rewritten(node, _matrix(64, 64), weights.INT8)
+
+
+def test_a_small_weight_is_kept_with_its_reason() -> None:
+    model, rewriting = _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), _matrix(8, 8), weights.INT8)
+    assert model.graph.node[0].op_type == "MatMul"
+    assert rewriting.kept == {"w": "64 values, fewer than 4096"}
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    weight = _matrix(64, 64)
+    weight[3, 3] = np.nan
+    with pytest.raises(BundleError, match="not finite"):
+        _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, weights.INT8)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 3.6), ("int4", 4.6)])
+def test_a_quantized_bundle_is_that_much_smaller(reports: dict[str, Any], precision: str, least: float) -> None:
+    assert reports[precision]["bytes_before"] / reports[precision]["bytes"] > least
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_every_weight_of_every_graph_is_replaced_and_counted(source: Path, reports: dict[str, Any], precision: str) -> None:
+    counts = {name: graph["replaced"] for name, graph in reports[precision]["graphs"].items()}
+    assert counts == {"vision_encoder": 1 + 5 * 5 + 2, "embed_tokens": 1, "decoder": 6 * 7, "lm_head": 1}
+    assert all(graph["kept"] == {} for graph in reports[precision]["graphs"].values())
+    folder = source.parent / precision
+    manifest = bundle.read_manifest(folder)  # with its hashes
+    assert manifest.precision == precision
+    assert {name: graph.precision for name, graph in manifest.graphs.items()} == {
+        "vision_encoder": "int8", "embed_tokens": "int8", "decoder": precision, "lm_head": "int8",
+    }  # fmt: skip
+    assert json.loads((folder / "report.json").read_text()) == reports[precision]
+
+
+def test_inputs_and_outputs_stay_those_of_the_source(source: Path, reports: dict[str, Any]) -> None:
+    before, after = bundle.read_manifest(source), bundle.read_manifest(source.parent / "int4")
+    assert reports
+    for name in bundle.GRAPHS:
+        assert after.graphs[name].inputs == before.graphs[name].inputs
+        proto = onnx.load(str(source.parent / "int4" / after.graphs[name].path), load_external_data=False).graph
+        assert [value.name for value in proto.input] == list(after.graphs[name].inputs)
+        assert [value.name for value in proto.output] == list(after.graphs[name].outputs)
+
+
+def test_drift_is_small_at_eight_bits_and_reported_for_every_latent_step(reports: dict[str, Any]) -> None:
+    for report, limit in ((reports["int8"], 0.1), (reports["int4"], 0.6)):
+        drift = report["drift"]
+        assert len(drift["decoder"]["latent_steps"]) == len(drift["decoder"]["same_input_steps"]) == weights.LATENT_STEPS
+        assert 0 < drift["decoder"]["prefill"] < limit
+        assert 0 < drift["vision_encoder"] < 0.1
+        assert 0 < drift["lm_head"] < 0.03
+
+
+def test_a_quantized_bundle_decodes(source: Path, reports: dict[str, Any]) -> None:
+    assert reports
+    from PIL import Image
+
+    from lvr_lite.ask import prepare_prompt
+    from lvr_lite.decode import Options, decode
+
+    runtime = OnnxRuntime(source.parent / "int4")
+    prompt, _ = prepare_prompt(runtime, [Image.new("RGB", (90, 60), "red")], "What is here?")
+    assert len(decode(runtime, [prompt], Options(max_tokens=3, min_tokens=3))[0].tokens) == 3
+
+
+def test_an_unknown_precision_is_a_usage_error_that_names_the_known_ones(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'int3' is not known; quantize writes int8 or int4"):
+        weights.quantize_bundle(source, tmp_path / "out", "int3", [].append)
+
+
+def test_a_source_that_is_quantized_already_is_refused(source: Path, reports: dict[str, Any], tmp_path: Path) -> None:
+    assert reports
+    with pytest.raises(BundleError, match="its precision is int8"):
+        weights.quantize_bundle(source.parent / "int8", tmp_path / "out", "int4", [].append)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_source_is_never_its_own_target(source: Path) -> None:
+    with pytest.raises(BundleError, match="is the source itself"):
+        weights.quantize_bundle(source, source, "int8", [].append)
+
+
+def test_a_failure_midway_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "measure_drift", lambda *_: (_ for _ in ()).throw(BundleError("cannot load it")))
+    with pytest.raises(BundleError, match="cannot load it"):
+        weights.quantize_bundle(source, tmp_path / "out", "int8", [].append)
+    assert not list(tmp_path.iterdir())
