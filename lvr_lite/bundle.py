@@ -1,14 +1,15 @@
-"""A bundle: the folder that passes from the workshop to the device. Reading, writing, checking. May import: the standard library and the core.
+"""A bundle: the folder that passes from the workshop to the device. May import: the standard library and the core.
 
-    lvr.json          the manifest: everything a reader needs; nothing is inferred from file names
-    tokenizer.json    a `tokenizers` file
-    onnx/*.onnx       the graphs, each with its weights in *.onnx_data beside it
-    report.json       parity and errors, for people
+lvr.json          the manifest: everything a reader needs; nothing is inferred from file names
+tokenizer.json    a `tokenizers` file
+onnx/*.onnx       the graphs, each with its weights in *.onnx_data beside it
+report.json       parity and errors, for people
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from lvr_lite.errors import BundleError
 from lvr_lite.latent import LatentSpec
 
 MANIFEST, VERSION = "lvr.json", 1
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder", "lm_head")
 
 
@@ -79,7 +81,7 @@ def graph_files(folder: Path, paths: list[str]) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1))
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
 
 
 def is_bundle(folder: Path) -> bool:
@@ -97,11 +99,15 @@ def read_manifest(folder: Path, check: bool = True) -> Manifest:
     if not path.is_file():
         raise BundleError(f"{folder}: not a bundle ({MANIFEST} is missing); `lvr-lite export CHECKPOINT {folder}` makes one")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         version = data["version"]
         if version != VERSION:
-            raise BundleError(f"{path}: bundle version {version}, this lvr-lite reads version {VERSION}: export again, or install the matching release")
+            advice = "export again, or install the matching release"
+            raise BundleError(f"{path}: bundle version {version}, this lvr-lite reads version {VERSION}: {advice}")
         graphs = {name: Graph(**graph) for name, graph in data.pop("graphs").items()}
+        if not all(isinstance(graph.files, dict) and graph.files for graph in graphs.values()):
+            raise TypeError("a graph without files")
+        data["source"]["tokenizer_sha256"]
         manifest = Manifest(graphs=graphs, latent=LatentSpec.from_json(data.pop("latent")), **data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: not valid JSON ({error}); export again") from error
@@ -136,6 +142,7 @@ def fresh_folder(target: Path, replaceable: str = MANIFEST) -> Iterator[Path]:
     An existing target is replaced only where it is empty or holds the file `replaceable` (what an earlier run of the same command wrote).
     Raises BundleError where the target is something else, or where it cannot be written (a full disk, no permission).
     """
+    target = target.resolve()  # a link stays a link to the new folder
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / replaceable).is_file())):
         raise BundleError(f"{target}: exists and is not an earlier result of this command; choose another folder, or remove it")
     staged: Path | None = None
@@ -145,18 +152,29 @@ def fresh_folder(target: Path, replaceable: str = MANIFEST) -> Iterator[Path]:
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-{os.getpid()}-", dir=target.parent))
         staged.chmod(0o755)
         yield staged
-        if target.exists():
-            old = staged.with_name(staged.name + "-old")
-            target.rename(old)
-            staged.rename(target)
-            shutil.rmtree(old)
-        else:
-            staged.rename(target)
+        _take_place(staged, target)
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise BundleError(f"{target}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
     finally:
         if staged is not None and staged.exists():
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def _take_place(staged: Path, target: Path) -> None:
+    """Rename `staged` to `target`; what was there goes last, and comes back where the renaming fails."""
+    if not target.exists():
+        staged.rename(target)
+        return
+    old = staged.with_name(staged.name + "-old")
+    target.rename(old)
+    try:
+        staged.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
 
 
 def _sweep(target: Path) -> None:

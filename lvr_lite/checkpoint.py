@@ -141,7 +141,7 @@ def add_latent_tokens(tokenizer: Tokenizer, rows: int, base: Path) -> None:
     """
     tokenizer.add_special_tokens([t for t in (latent.START, latent.LATENT, latent.END) if tokenizer.token_to_id(t) is None])
     if max(_id(tokenizer, t, base) for t in (latent.START, latent.LATENT, latent.END)) >= rows:
-        raise BundleError(f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it by three rows first")
+        raise BundleError(f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it first")
 
 
 def _id(tokenizer: Tokenizer, token: str, folder: Path) -> int:

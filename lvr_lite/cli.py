@@ -64,7 +64,7 @@ def _fail(message: str, code: int) -> None:
 
 def _missing_package(error: ImportError) -> str:
     extra = "export" if (error.name or "").split(".")[0] in ("onnx", "onnxscript", "onnx_ir", "optimum") else "train"
-    return f'this command needs the package {error.name or error}: pip install "lvr-lite[{extra}]" (`lvr-lite doctor` shows what is missing)'
+    return f'this command needs the package {error.name or error}: pip install "lvr-lite[{extra}]" (`lvr-lite doctor` shows what else)'
 
 
 def _say(line: str) -> None:
@@ -146,7 +146,7 @@ def finetune(
     if checkpoint.adapter:
         from lvr_lite.errors import UsageError
 
-        raise UsageError(f"--model {model}: is a tuned checkpoint; give its base model ({checkpoint.base}), or resume its run with --resume")
+        raise UsageError(f"--model {model}: is a tuned checkpoint; give its base ({checkpoint.base}), or go on with --resume")
     _quiet_libraries()
     from lvr_lite.eval.suite import accuracy_on
     from lvr_lite.quant import nf4

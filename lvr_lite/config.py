@@ -16,8 +16,10 @@ from lvr_lite.errors import UsageError
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """steps: latent steps K at run time, and targets of "pooled". targets: "pooled" (K means over the box's visual tokens) or "all"
-    (the paper: every visual token in the boxes). weight: λ of the latent regression (paper: 0.1). max_targets: "all" takes at most so many."""
+    """steps: latent steps K at run time, and the number of "pooled" targets. weight: λ of the latent regression (paper: 0.1).
+
+    targets: "pooled" (K means over the visual tokens of the boxes) or "all" (the paper: each of them, `max_targets` at most).
+    """
 
     steps: int = 4
     targets: Literal["pooled", "all"] = "pooled"

@@ -36,7 +36,8 @@ class Prompt:
 class Options:
     """How to decode.
 
-    max_tokens: text tokens at most, markers not counted. min_tokens: no end of turn before so many (benchmarks). steps: latent steps K; None takes the model's own, 0 forbids latents.
+    max_tokens: text tokens at most, markers not counted. min_tokens: no end of turn before so many (benchmarks).
+    steps: latent steps K; None takes the model's own, 0 forbids latents.
     temperature: 0 is greedy. top_p: in (0, 1]. seed: of the sampler. keep_hidden: keep the hidden state of every step (evaluation, parity).
     """
 
@@ -55,7 +56,7 @@ class Options:
             raise UsageError(f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}")
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"steps must be 0 or more, not {self.steps}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
@@ -89,7 +90,7 @@ class Result:
 
 @dataclass
 class Clock:
-    """Seconds spent by stage over one batch; a step in which any row is in text counts as a text step."""
+    """Seconds spent by stage over one batch; a latent step is one in which every row that is not done is fed a hidden state."""
 
     prefill: float = 0.0
     embed: list[float] = field(default_factory=list)
@@ -118,7 +119,8 @@ class Decoding:
         if steps and not runtime.latent.steps:
             raise UsageError(f"this model was not tuned for latent steps: use steps 0, not {steps}")
         self.rows = [_Row(int(p.positions.max()) + 1, steps) for p in prompts]
-        self.rng = np.random.default_rng(options.seed)
+        # a generator a row, so that a row's draws do not hang on what else is in the batch
+        self.rngs = [np.random.default_rng([options.seed, i]) for i in range(len(prompts))]
         self.began = 0.0
 
     @property
@@ -129,12 +131,14 @@ class Decoding:
         self.began = time.perf_counter()
         hidden = self._prefill()
         while True:
-            embeds, events = self._advance(hidden)
+            feed, latent, events = self._advance(hidden)
             yield from events
-            if all(row.state == "done" for row in self.rows):
+            working = np.array([row.state != "done" for row in self.rows])
+            if not working.any():
                 return
+            embeds = self._inputs(hidden, feed, latent)
             positions = np.array([row.position for row in self.rows], np.int64)
-            stage = self.clock.text_step if any(row.state == "text" for row in self.rows) else self.clock.latent_step
+            stage = self.clock.latent_step if latent[working].all() else self.clock.text_step
             t = time.perf_counter()
             hidden = self.runtime.step(embeds, positions)
             stage.append(time.perf_counter() - t)
@@ -160,8 +164,20 @@ class Decoding:
         self.clock.prefill = time.perf_counter() - t
         return hidden
 
-    def _advance(self, hidden: np.ndarray) -> tuple[np.ndarray, list[Event]]:
-        """What each row feeds next (B, H), and what happened. The head runs once, for the rows that are in text."""
+    def _inputs(self, hidden: np.ndarray, feed: np.ndarray, latent: np.ndarray) -> np.ndarray:
+        """Input embeddings of the next step (B, H): hidden states for rows in latent steps, word embeddings for the others."""
+        if latent.all():
+            return hidden  # feedback "identity": what came out goes in, and a runtime may see that it is the same array
+        t = time.perf_counter()
+        embeds = self.runtime.embed(feed)[:, 0]
+        embeds[latent] = hidden[latent]
+        self.clock.embed.append(time.perf_counter() - t)
+        return embeds
+
+    def _advance(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Event]]:
+        """The ids that rows feed next (B, 1), which rows feed their hidden state instead (B,), and what happened.
+
+        The head runs once, for the rows that are in text."""
         tokens = self.runtime.tokens
         events: list[Event] = []
         if self.options.keep_hidden:
@@ -183,13 +199,7 @@ class Decoding:
                 row.state = "text"
                 feed[i] = tokens.lvr_end
                 events.append(self._event(i, "end"))
-        t = time.perf_counter()
-        if latent.all():
-            return hidden, events  # feedback "identity": what came out goes in
-        embeds = self.runtime.embed(feed)[:, 0]
-        embeds[latent] = hidden[latent]
-        self.clock.embed.append(time.perf_counter() - t)
-        return embeds, events
+        return feed, latent, events
 
     def _choose(self, hidden: np.ndarray) -> dict[int, int]:
         speaking = [i for i, row in enumerate(self.rows) if row.state == "text"]
@@ -210,7 +220,7 @@ class Decoding:
                 scores[list(tokens.end)] = -np.inf
             if not row.steps:  # no latents asked for, or already spent
                 scores[tokens.lvr_start] = -np.inf
-            chosen[i] = sampling.sample(scores, self.options.temperature, self.options.top_p, self.rng)
+            chosen[i] = sampling.sample(scores, self.options.temperature, self.options.top_p, self.rngs[i])
         self.clock.sampling.append(time.perf_counter() - t)
         return chosen
 

@@ -62,7 +62,7 @@ def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(checkpoint.family.LORA_TARGETS, n)}
     if four_bit != linears:
         wrong = sorted(four_bit ^ linears)
-        raise BundleError(f"{checkpoint.base}: 4-bit loading went wrong: {wrong[0] if wrong else 'no layer'} is or is not in 4 bits as it should be")
+        raise BundleError(f"{checkpoint.base}: 4-bit loading went wrong: {wrong[0]} is, or is not, in 4 bits against the plan")
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # One eval forward would repack the weights on CPUs with AVX512_BF16, and training would then silently get no gradient.
@@ -93,4 +93,5 @@ def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     try:
         return PeftModel.from_pretrained(model, checkpoint.folder)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise BundleError(f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})") from error

@@ -50,8 +50,7 @@ _GLYPHS = {
 }
 GLYPHS = tuple(_GLYPHS)
 _GLYPH_MASKS = {
-    g: Image.fromarray(np.array([[int(c) * 255 for c in row] for row in rows.split()], dtype=np.uint8))
-    for g, rows in _GLYPHS.items()
+    g: Image.fromarray(np.array([[int(c) * 255 for c in row] for row in rows.split()], dtype=np.uint8)) for g, rows in _GLYPHS.items()
 }
 
 
@@ -250,8 +249,14 @@ def plan(rng: np.random.Generator, split: str, count: int | None = None, odd: bo
     # A small palette makes colours repeat, so that counting and "the red one" both find questions.
     palette = tuple(list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[: max(3, count - 1)])
     things = [
-        Thing(shape, _colour(rng, shape, split, palette if split == "test" or len(palette) > 1 else tuple(COLOURS)),
-              PATTERNS[int(rng.integers(3))], GLYPHS[int(rng.integers(len(GLYPHS)))], *corner, size)
+        Thing(
+            shape,
+            _colour(rng, shape, split, palette if split == "test" or len(palette) > 1 else tuple(COLOURS)),
+            PATTERNS[int(rng.integers(3))],
+            GLYPHS[int(rng.integers(len(GLYPHS)))],
+            *corner,
+            size,
+        )
         for shape, corner, size in zip(shapes, corners, sizes, strict=True)
     ]
     things = [things[i] for i in rng.permutation(count)]  # planned largest first; the odd one may have any size
@@ -266,6 +271,9 @@ def _make_odd(rng: np.random.Generator, things: list[Thing], split: str) -> list
     free = [c for c in COLOURS if c not in banned]  # never empty: a scene with an odd one has at most seven things
     shared = free[int(rng.integers(len(free)))]
     other = _colour(rng, things[-1].shape, split, tuple(c for c in COLOURS if c != shared))
+    patterns = [t.pattern for t in things]
+    if len(set(patterns)) == 2 and min(patterns.count(p) for p in set(patterns)) == 1:  # another would be odd by its pattern
+        things = [replace(t, pattern=PATTERNS[i % 2]) for i, t in enumerate(things)]
     return [*(replace(t, colour=shared) for t in things[:-1]), replace(things[-1], colour=other)]
 
 
@@ -302,7 +310,7 @@ def ask_position(rng: np.random.Generator, scene: Scene) -> Question:
         if abs(before - after) < 14:
             continue
         words = (("left", "right"), ("above", "below"))[axis]
-        text = f"{words[0]} or {words[1]} of the {b.shape} is the {a.shape}" if axis == 0 else f"above or below the {b.shape} is the {a.shape}"
+        text = f"{('left or right of', 'above or below')[axis]} the {b.shape} is the {a.shape}"
         short = f"{('across', 'down')[axis]} {b.shape} {a.shape}"
         return Question("position", text, words[0] if before < after else words[1], words, (a, b), short)
     return ask_position(rng, replace(scene, things=scene.things[::-1]))
@@ -322,7 +330,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
     return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, found, f"count {word}")
 
 
-def ask_odd(rng: np.random.Generator, scene: Scene) -> Question:
+def ask_odd(_: np.random.Generator, scene: Scene) -> Question:
     """The shape of the one thing that differs; for scenes planned with `odd=True`."""
     (thing,) = (t for t in scene.things if _is_odd(scene, t))
     return Question("odd", "which shape is the odd one out", thing.shape, SHAPES, (thing,), "odd")
@@ -370,7 +378,11 @@ def describe(scene: Scene) -> str:
 
 
 ASK: dict[str, Callable[[np.random.Generator, Scene], Question]] = {
-    "attribute": ask_attribute, "letter": ask_letter, "position": ask_position, "count": ask_count, "odd": ask_odd,
+    "attribute": ask_attribute,
+    "letter": ask_letter,
+    "position": ask_position,
+    "count": ask_count,
+    "odd": ask_odd,
 }
 
 

@@ -63,7 +63,7 @@ def evaluate(
             outcomes.append((sample.type, sample.pair, right))
         if progress is not None:
             progress(len(group))
-    right = sum(r for _, _, r in outcomes)
+    total = sum(r for _, _, r in outcomes)
     by_type = {}
     for kind in sorted({k for k, _, _ in outcomes if k is not None}):
         of_kind = [r for k, _, r in outcomes if k == kind]
@@ -73,8 +73,8 @@ def evaluate(
         "version": 1,
         "model": runtime.name,
         "n": len(answers),
-        "accuracy": round(right / max(1, len(answers)), 4),
-        "interval": [round(v, 4) for v in score.wilson(right, len(answers))],
+        "accuracy": round(total / max(1, len(answers)), 4),
+        "interval": [round(v, 4) for v in score.wilson(total, len(answers))],
         "by_type": by_type,
         "pair_accuracy": score.pair_accuracy((pair, r) for _, pair, r in outcomes),
         "answers": answers,

@@ -61,7 +61,7 @@ def patches(pixels: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
 def _patch_rows_columns(gh: int, gw: int, merge: int) -> np.ndarray:
     rows, columns = np.meshgrid(np.arange(gh), np.arange(gw), indexing="ij")
     blocks = np.stack([rows, columns], -1).reshape(gh // merge, merge, gw // merge, merge, 2)
-    return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    return np.asarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
 
 
 def vision_inputs(grids: list[tuple[int, int]], spec: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -49,7 +49,9 @@ class Runtime(Protocol):
         ...
 
     def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """First call of a batch: embeds (B, S, H) padded on the right, positions (3, B, S), true lengths (B,) -> last hidden state of each row (B, H)."""
+        """First call of a batch: embeds (B, S, H) padded on the right, positions (3, B, S), true lengths (B,).
+
+        Returns the hidden state of each row's last position (B, H)."""
         ...
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _share_one_thread_pool(threads: int) -> None:
+def share_one_thread_pool(threads: int) -> None:
     """All sessions of the process share one pool: with a pool each they spin against each other (twice the time a token, FACTS)."""
     global _pool_threads
     if _pool_threads is None:
@@ -63,8 +63,9 @@ class OnnxRuntime:
         self.tokens = TokenIds(tokens["image"], tuple(tokens["end"]), tokens["lvr_start"], tokens["lvr"], tokens["lvr_end"])
         self.latent = self.manifest.latent
         self.hidden_size = self.manifest.decoder["hidden_size"]
-        _share_one_thread_pool(threads or usable_cores())
-        self._vision, self._embed, self._decoder, self._head = (_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
+        share_one_thread_pool(threads or usable_cores())
+        sessions = (_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
+        self._vision, self._embed, self._decoder, self._head = sessions
         self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
         self._batch = self._capacity = 0
         self._in_state: np.ndarray | None = None  # the hidden states that lie in the step's input buffer already

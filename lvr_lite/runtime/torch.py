@@ -36,17 +36,18 @@ class TorchRuntime:
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         grid = torch.tensor([[1, *g] for g in grids], device=self._place["device"])
         features = self.core.model.get_image_features(torch.from_numpy(pixel_values).to(**self._place), grid).pooler_output
-        return torch.cat(list(features)).float().cpu().numpy()
+        return np.asarray(torch.cat(list(features)).float().cpu().numpy())
 
     @torch.inference_mode()
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        return self.core.get_input_embeddings()(torch.from_numpy(ids).to(self._place["device"])).float().cpu().numpy()
+        embeds = self.core.get_input_embeddings()(torch.from_numpy(ids).to(self._place["device"]))
+        return np.asarray(embeds.float().cpu().numpy())
 
     @torch.inference_mode()
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        return self.core.lm_head(torch.from_numpy(hidden).to(**self._place)).float().cpu().numpy()
+        return np.asarray(self.core.lm_head(torch.from_numpy(hidden).to(**self._place)).float().cpu().numpy())
 
-    def start(self, batch: int, capacity: int) -> None:
+    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002 (its K/V grow)
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self.core.config.text_config)

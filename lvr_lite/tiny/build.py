@@ -93,4 +93,3 @@ def save(model: Any, tokenizer: Tokenizer, folder: Path, dtype: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-

@@ -134,13 +134,19 @@ class Packer:
         groups = t(group_a)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         mask = causal & ((groups[:, None, :] == 0) | (groups[:, None, :] == groups[:, :, None]))
-        return {"ids": t(ids_a), "labels": t(labels), "positions": t(positions), "mask": torch.where(mask[:, None], 0.0, -1e9), "image_id": torch.tensor(image_id)}
+        return {
+            "ids": t(ids_a),
+            "labels": t(labels),
+            "positions": t(positions),
+            "mask": torch.where(mask[:, None], 0.0, -1e9),
+            "image_id": torch.tensor(image_id),
+        }
 
 
 def see(model: Any, patches: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Visual tokens (B, N/4, H) of B pictures of one grid from patches (B, N, 588) in 0 … 255.
 
-    transformers attends window by window in a Python loop, which is ten times slower for many small pictures; a test holds the two together.
+    transformers attends window by window in a Python loop, ten times slower for many small pictures; a test holds the two together.
     """
     tower = model.model.visual
     mean, std = (torch.tensor(build.PREPROCESSOR[k], device=patches.device).repeat_interleave(196) for k in ("image_mean", "image_std"))
@@ -244,7 +250,9 @@ class Trainer:
         logits = self.model.lm_head(hidden[:, :-1][at]).float()
         return F.cross_entropy(logits, labels[at]), (logits.argmax(-1) == labels[at]), at
 
-    def forward(self, pools: list[Pictures], size: int, captions: bool, worded: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    def forward(
+        self, pools: list[Pictures], size: int, captions: bool, worded: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         pictures, chosen, patches, inputs = self.batch(pools, size)
         packed = self.packer.pack(pictures, [turns(self.rng, pictures.scenes[i], captions, worded) for i in chosen])
         with torch.autocast(self.device, dtype=torch.bfloat16):
@@ -255,7 +263,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, count: int = 240, worded: bool = False) -> dict[str, float]:
-        """Teacher-forced exact answers by question type, on test scenes (held-out combinations included), in short or in the suite's wording."""
+        """Teacher-forced exact answers by question type, on test scenes (held-out combinations included), in short or in full wording."""
         right: dict[str, list[bool]] = {}
         for _, scene, question, _ in scenes.items(seed=777_777, split="test", count=count):
             pictures = Pictures([scene])

@@ -105,7 +105,8 @@ class Collator:
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> tuple[np.ndarray, ...]:
+        """ids, labels and positions of one sample."""
         c = self.checkpoint
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
         end = c.tokenizer.id_to_token(c.tokens.end[0])

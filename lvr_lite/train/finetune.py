@@ -26,6 +26,7 @@ from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.memory import peak_rss_mb
+from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train.batches import Collator, Examples, Item, check_answers
@@ -43,7 +44,7 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
-    """The 4-bit model with LoRA on every linear of the language model and the three marker rows trainable; all else frozen, which is checked."""
+    """The 4-bit model with LoRA on every linear of the language model and the three marker rows trainable; all else is frozen (checked)."""
     from peft import LoraConfig, get_peft_model
 
     for parameter in model.parameters():
@@ -57,6 +58,7 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
         trainable_token_indices=[tokens.lvr_start, tokens.lvr, tokens.lvr_end],
         task_type="CAUSAL_LM",
     )
+    _begin_markers(model, checkpoint)
     torch.manual_seed(settings.train.seed)  # the adapters' random start
     tuned = get_peft_model(model, config)
     wrong = [n for n, p in tuned.named_parameters() if p.requires_grad and ("visual" in n or not ("lora_" in n or "trainable_tokens" in n))]
@@ -67,15 +69,28 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     return tuned
 
 
+@torch.no_grad()
+def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
+    """Start the marker rows where the base model understands them: the opening one as the token that opens a picture, the closing one as
+    the prompt's last token, after which an answer comes. Their spare rows were never trained."""
+    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [1])
+    picture = prompt.index(checkpoint.tokens.image)
+    rows = model.get_input_embeddings().weight
+    tokens = checkpoint.tokens
+    rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = rows[prompt[picture - 1]], rows[prompt[picture]], rows[prompt[-1]]
+
+
 def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
     """Training and held-out examples for `--data scenes` or a file of samples with boxes."""
     if data == "scenes":
         return Examples.of_scenes(settings.data.seed, "train", settings.data.count), Examples.of_scenes(
             settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
         )
-    samples = read_samples(Path(data), need_boxes=True)
+    samples = read_samples(Path(data))
+    if not any(s.boxes for s in samples):  # a few may have none (what is asked about is not there); they look at the whole picture
+        raise DataError(f"{data}: no sample has boxes, which the latents are trained on; add `boxes` (normalized xyxy)")
     if settings.data.eval_file is not None:
-        held_out = read_samples(Path(settings.data.eval_file), need_boxes=True)[: settings.data.eval_count]
+        held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
         return Examples.of_samples(samples), Examples.of_samples(held_out)
     pictures = list(dict.fromkeys(s.images for s in samples))
     held = set(pictures[-max(1, min(settings.data.eval_count, len(pictures) // 10)) :])
@@ -239,7 +254,7 @@ def _trainer_class(transformers: Any) -> Any:
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             out = model(**inputs)
             if not torch.isfinite(out["loss"]):
-                raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the batch's samples")
+                raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the samples")
             for name in ("ce", "mse", "right"):
                 self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
             return (out["loss"], out) if return_outputs else out["loss"]
@@ -263,10 +278,10 @@ def _trainer_class(transformers: Any) -> Any:
                 self.model.train()
             return metrics
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
             self.model.model.save_pretrained(output_dir or self.args.output_dir, safe_serialization=True)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
@@ -279,7 +294,7 @@ def _Marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSp
     class Marker(transformers.TrainerCallback):
         """Makes each checkpoint-N a checkpoint of its own, and marks it whole, last of all."""
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             if state.is_world_process_zero:
                 folder = out / f"checkpoint-{state.global_step}"
                 _write_side_files(folder, checkpoint, spec, settings)

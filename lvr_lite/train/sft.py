@@ -1,7 +1,7 @@
 """Supervised fine-tuning with latents (arXiv 2509.24251, stage 1). May import: torch, transformers, peft and the core.
 
-    inputs    … question <|lvr_start|> t1  t2 … tK <|lvr_end|> answer     t: visual tokens of the boxes (teacher forcing)
-    learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · MSE(h_{i-1}, t_i) in fp32
+inputs    … question <|lvr_start|> t1  t2 … tK <|lvr_end|> answer     t: visual tokens of the boxes (teacher forcing)
+learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · MSE(h_{i-1}, t_i) in fp32
 """
 
 from __future__ import annotations

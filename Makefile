@@ -1,0 +1,46 @@
+# `make demo` and `make test` set everything up themselves, into .venv/.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint types bench readme check tiny clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/lvr-lite demo --out demo-out
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not see through the package-dir mapping, so they check a tree in which the packages lie where they install.
+types: setup
+	rm -rf build/types && mkdir -p build/types
+	cp -r lvr_lite build/types/lvr_lite
+	for part in export quant bench; do cp -r $$part build/types/lvr_lite/$$part; done
+	cd build/types && ../../$(BIN)/mypy -p lvr_lite --config-file ../../pyproject.toml
+
+bench: setup
+	$(BIN)/lvr-lite bench demo-out/int8 --vs demo-out/int4 --vs demo-out/fp32 --html demo-out/bench.html | head -n -1
+
+# Every command of the README, word by word, in an empty folder.
+readme: setup
+	$(BIN)/python tests/readme_commands.py
+
+check: lint types test readme
+
+# How the embedded model was made (see lvr_lite/tiny/model/README.md); about an hour on two cores.
+tiny: setup
+	$(BIN)/python -m lvr_lite.tiny.pretrain --out build/tiny
+
+clean:
+	rm -rf .venv build demo-out *.egg-info
