@@ -425,6 +425,7 @@ def doctor(json_: JsonOut = None) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from lvr_lite.doctor import checks
@@ -433,7 +434,7 @@ def doctor(json_: JsonOut = None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for check in found:
         mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]–[/]"}[check.ok]
-        table.add_row(mark, check.name, check.detail, f"[bold]{check.mend}[/]" if check.mend else "")
+        table.add_row(mark, escape(check.name), escape(check.detail), f"[bold]{escape(check.mend)}[/]" if check.mend else "")
     Console().print(table)
     _write_json(json_, {"schema": "lvr-lite/doctor", "version": 1, "checks": [asdict(c) for c in found]})
     if any(check.ok is False for check in found):

@@ -225,7 +225,7 @@ def _torch_cuda() -> Check:
 def _four_bits(flags: list[str] | None) -> Check:
     found = version("bitsandbytes")
     if found is None:
-        return Check("4-bit loading", None, "bitsandbytes is missing: training loads the base model whole", 'pip install "lvr-lite[train]"')
+        return Check("4-bit loading", None, "bitsandbytes is missing: fine-tuning needs it", 'pip install "lvr-lite[train]"')
     packs = "; AVX512_BF16 repacks weights, which training here turns off" if "avx512_bf16" in (flags or []) else ""
     return Check("4-bit loading", True, f"bitsandbytes {found}{packs}")
 

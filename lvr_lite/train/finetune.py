@@ -128,6 +128,8 @@ def finetune(
     fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
     dtype = torch.bfloat16 if fast_type else torch.float32
     begin_from = _begin(out, resume)
+    if settings.max_pixels is not None:
+        checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
     train, held_out = load_examples(data, settings)
     check_answers(train, checkpoint)
     base = load_base(checkpoint, dtype, device)

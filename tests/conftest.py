@@ -1,0 +1,84 @@
+"""Small random models and bundles that many tests share; nothing here or in any test reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start processes of their own
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LATENT_STEPS = 3  # of the small bundles
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Any:
+    """Random weights, two layers in each tower, float32: of the embedded model's making."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from lvr_lite.tiny import build
+
+    config = build.make_config(build.make_tokenizer())
+    config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 2, [1]
+    torch.manual_seed(5)
+    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as initialized, activations are so small that a mistake hardly shows
+            if parameter.dim() >= 2:
+                parameter.mul_(3)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small base checkpoint in float32."""
+    import torch
+
+    from lvr_lite.tiny import build
+
+    folder = tmp_path_factory.mktemp("small") / "base"
+    build.save(small_model, build.make_tokenizer(), folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_fp32(small_model: Any, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model as an fp32 bundle of LATENT_STEPS latent steps."""
+    from lvr_lite.checkpoint import read_checkpoint
+    from lvr_lite.export.write import write_bundle
+    from lvr_lite.latent import LatentSpec
+
+    target = tmp_path_factory.mktemp("small-bundles") / "fp32"
+    write_bundle(small_model, replace(read_checkpoint(small_checkpoint), latent=LatentSpec(steps=LATENT_STEPS)), target, [].append)
+    return target
+
+
+@pytest.fixture(scope="session")
+def small_int8(small_fp32: Path) -> Path:
+    """`small_fp32` with its weights in 8 bits."""
+    from lvr_lite.quant.weights import quantize_bundle
+
+    quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", [].append)
+    return small_fp32.parent / "int8"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a folder that a test may damage."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))
+
+    return copy
