@@ -107,6 +107,9 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     """Read a checkpoint's files (not its weights). Raises BundleError naming the folder or file that is missing or wrong."""
     folder = resolve(str(model))
     tuned = _json(folder / LVR_CONFIG) if (folder / LVR_CONFIG).is_file() else None
+    missing = [field for field in ("base", "latent") if tuned is not None and field not in tuned]
+    if missing:
+        raise BundleError(f"{folder / LVR_CONFIG}: {missing[0]} is missing; this folder is not a complete checkpoint")
     if tuned is not None and not (folder / "adapter_model.safetensors").is_file():
         raise BundleError(f"{folder / 'adapter_model.safetensors'}: missing; this folder is not a complete checkpoint")
     base = resolve(tuned["base"]) if tuned is not None else folder
@@ -118,7 +121,12 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from error
-    add_latent_tokens(tokenizer, int(config.get("text_config", config)["vocab_size"]), base)
+    try:
+        rows = int(config.get("text_config", config)["vocab_size"])
+        image_spec = family.image_spec(config, _json(folder / "preprocessor_config.json") | (tuned or {}).get("image", {}))
+    except KeyError as error:
+        raise BundleError(f"{folder}: {error} is missing from config.json or preprocessor_config.json; copy them again") from error
+    add_latent_tokens(tokenizer, rows, base)
     ids = {name: _id(tokenizer, name, folder) for name in (family.IMAGE_TOKEN, latent.START, latent.LATENT, latent.END)}
     return Checkpoint(
         folder=folder,
@@ -126,7 +134,7 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         adapter=tuned is not None,
         config=config,
         family=family,
-        image_spec=family.image_spec(config, _json(folder / "preprocessor_config.json") | (tuned or {}).get("image", {})),
+        image_spec=image_spec,
         template=_template(folder),
         tokenizer=tokenizer,
         tokens=TokenIds(ids[family.IMAGE_TOKEN], _end_ids(base, config, tokenizer), ids[latent.START], ids[latent.LATENT], ids[latent.END]),

@@ -272,7 +272,7 @@ def eval_(
     model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
     suite: Annotated[str, typer.Option(help="scenes, or a file of samples.")] = "scenes",
     limit: Annotated[int | None, typer.Option(help="Questions at most; 300 of the scenes by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the held-out scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the held-out scenes.")] = 0,
     steps: Steps = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 16,

@@ -59,7 +59,7 @@ class TrainSettings:
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer: str = "paged_adamw_8bit"
+    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"] = "paged_adamw_8bit"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = True
     eval_every: int = 250
@@ -89,19 +89,24 @@ class Settings:
             ("lora.alpha", self.lora.alpha, 1, 65536),
             ("lora.dropout", self.lora.dropout, 0, 0.99),
             ("data.count", self.data.count, 1, 10**9),
+            ("data.seed", self.data.seed, 0, 499_999),  # evaluation takes the seeds above (train/finetune.py)
             ("data.eval_count", self.data.eval_count, 1, 10**6),
             ("train.steps", self.train.steps, 1, 10**9),
             ("train.batch", self.train.batch, 1, 65536),
             ("train.accumulation", self.train.accumulation, 1, 65536),
             ("train.lr", self.train.lr, 1e-9, 1.0),
             ("train.warmup", self.train.warmup, 0, 0.99),
+            ("train.weight_decay", self.train.weight_decay, 0, 10),
             ("train.max_grad_norm", self.train.max_grad_norm, 1e-6, 1e6),
             ("train.eval_every", self.train.eval_every, 1, 10**9),
             ("train.save_every", self.train.save_every, 1, 10**9),
             ("train.keep", self.train.keep, 1, 10**6),
             ("train.log_every", self.train.log_every, 1, 10**9),
             ("train.workers", self.train.workers, 0, 256),
+            ("train.seed", self.train.seed, 0, 2**32 - 1),
         ]
+        if self.max_pixels is not None:
+            limits.append(("max_pixels", self.max_pixels, 28 * 28, 10**9))
         for name, value, low, high in limits:
             if not low <= value <= high:
                 raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value:g}")

@@ -60,6 +60,8 @@ class Options:
             raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def quantize_bundle(source: Path, target: Path, precision: str, progress: Callab
             graphs[name], by_graph[name] = _quantize_graph(source, folder, graph, SCHEMES[precision][name])
             done = by_graph[name]
             numbers = f"error {done['weight_error']:.2%}, {done['bytes'] / 1e6:.2f} MB"
-            progress(f"{name}: {done['replaced']} weights to {done['bits']} bits, {numbers}")
+            left = f", kept: {', '.join(f'{w} ({why})' for w, why in done['kept'].items())}" if done["kept"] else ", none kept in float"
+            progress(f"{name}: {done['replaced']} weights to {done['bits']} bits{left}, {numbers}")
         (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
         bundle.write_manifest(folder, _manifest(manifest, graphs, precision))
         drift = measure_drift(OnnxRuntime(source), OnnxRuntime(folder))

@@ -3,7 +3,7 @@
 Stage 1 teaches the vision tower alone: each visual token is classified against the word embeddings of what lies in its cell.
 Stage 2 trains everything on captions, grounding and questions without latents, many packed turns a picture; each turn sees the
 picture and itself alone, so that a packed turn is exactly the single question that the model meets later.
-Questions are asked in short ("colour star"); a last stretch asks half of them in the suite's wording ("what colour is the star").
+Questions are asked in short ("colour star"); stage 3, a few steps, asks one in five in the suite's wording ("what colour is the star").
 The train split's scenes are used alone (no held-out combination), from seeds that `data make` does not reach.
 """
 
@@ -179,12 +179,13 @@ def see(model: Any, patches: torch.Tensor, inputs: dict[str, torch.Tensor]) -> t
 
 
 class Trainer:
-    """Both stages over one optimizer; `run` logs to `out/log.jsonl` and saves `out/last.pt`."""
+    """All stages over one optimizer; logs to `out/log.jsonl`, saves checkpoints into `out`. start: a checkpoint to go on from."""
 
-    def __init__(self, out: Path, device: str, seed: int) -> None:
+    def __init__(self, out: Path, device: str, seed: int, start: Path | None = None) -> None:
         self.out, self.device = out, device
         self.tokenizer = build.make_tokenizer()
-        self.model = build.make_model(self.tokenizer, seed).to(device)
+        made = build.make_model(self.tokenizer, seed) if start is None else type(build.make_model(self.tokenizer)).from_pretrained(start)
+        self.model = made.float().train().to(device)
         self.model.model.language_model.set_attn_implementation("eager")  # as in `see`: faster to train on a CPU
         self.packer = Packer(self.tokenizer)
         self.rng = np.random.default_rng(seed)
@@ -194,13 +195,9 @@ class Trainer:
         hidden = self.model.config.text_config.hidden_size
         self.place = torch.nn.Linear(hidden, 2).to(device)  # row and column of a token; thrown away after training
         self.scale = torch.nn.Parameter(torch.tensor([4.0, -3.0], device=device))
-        heads = [*self.place.parameters(), self.scale]
-        tower = [*self.model.model.visual.parameters()]
-        rest = [p for n, p in self.model.named_parameters() if ".visual." not in n]
         self.optimizer = torch.optim.AdamW(
-            [{"params": tower, "of": 1.0}, {"params": rest, "of": 1.0}, {"params": heads, "of": 1.0}],
-            lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True,
-        )  # fmt: skip
+            [*self.model.parameters(), *self.place.parameters(), self.scale], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+        )
         self.began = time.time()
         self.spec = {"merge": 2, "window": 56, "patch": 14}
 
@@ -231,7 +228,7 @@ class Trainer:
 
     def step(self, loss: torch.Tensor, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["of"]
+            group["lr"] = lr
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -267,7 +264,7 @@ class Trainer:
         right: dict[str, list[bool]] = {}
         for _, scene, question, _ in scenes.items(seed=777_777, split="test", count=count):
             pictures = Pictures([scene])
-            _, chosen, patches, inputs = self.batch([pictures], 1)
+            _, _, patches, inputs = self.batch([pictures], 1)
             packed = self.packer.pack(pictures, [[(question.text if worded else question.short, question.answer)]])
             with torch.autocast(self.device, dtype=torch.bfloat16):
                 _, hits, _ = self.language_loss(see(self.model, patches, inputs), packed)
@@ -284,47 +281,62 @@ class Trainer:
     def save(self, name: str) -> None:
         build.save(self.model, self.tokenizer, self.out / name, torch.bfloat16)
 
+    def learn_to_see(self, few: list[Pictures], many: list[Pictures], steps: int) -> None:
+        """Stage 1: the vision tower alone, against the word embeddings."""
+        for step in range(steps):
+            pictures, chosen, patches, inputs = self.batch(few if step < steps // 4 else many, 64)
+            with torch.autocast(self.device, dtype=torch.bfloat16):
+                tokens = see(self.model, patches, inputs)
+            loss, recall = self.vision_loss(tokens, pictures, chosen)
+            self.step(loss, 1e-3 * min(1, (step + 1) / 50))
+            if step % 50 == 0:
+                self.log(stage="vision", step=step, loss=round(loss.item(), 4), **recall)
+
+    def learn_to_answer(self, few: list[Pictures], many: list[Pictures], steps: int) -> None:
+        """Stage 2: everything, on captions, grounding and short questions."""
+        for step in range(steps):
+            lr = 1e-3 * min(1, (step + 1) / 100) * (1 if step < 0.7 * steps else max(0.03, (steps - step) / (0.3 * steps)))
+            language, vision, recall = self.forward(few if step < steps // 10 else many, 16, captions=step % 4 == 0)
+            self.step(language + vision, lr)
+            if step % 50 == 0:
+                self.log(stage="all", step=step, language=round(language.item(), 4), vision=round(vision.item(), 4), **recall)
+            if step % 500 == 499:
+                self.log(stage="eval", step=step, **self.evaluate())
+                self.save(f"step{step + 1}")
+
+    def learn_the_wording(self, many: list[Pictures], steps: int) -> None:
+        """Stage 3: a few steps, with the vision tower frozen, in which one question in five has the suite's wording."""
+        self.model.model.visual.requires_grad_(False)
+        for step in range(steps):
+            language, _, _ = self.forward(many, 16, captions=step % 4 == 0, worded=0.2)
+            self.step(language, 1e-4)
+            if step % 5 == 4:
+                self.log(stage="worded", step=step, **self.evaluate(240, worded=True))
+                self.save(f"worded{step + 1}")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a folder `short` of an earlier run: stage 3 alone, from there")
     parser.add_argument("--vision-steps", type=int, default=1600)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--worded-steps", type=int, default=100)
+    parser.add_argument("--worded-steps", type=int, default=10)
     parser.add_argument("--pictures", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    t = Trainer(a.out, a.device, a.seed)
+    t = Trainer(a.out, a.device, a.seed, a.start)
     few = gather_pictures(a.pictures // 3, 0, 2, 4, 0.2)
     many = gather_pictures(a.pictures, 1, 3, 8, 0.3)
-    t.log(event="pictures drawn")
-    for step in range(a.vision_steps):
-        pictures, chosen, patches, inputs = t.batch(few if step < a.vision_steps // 4 else many, 64)
-        with torch.autocast(a.device, dtype=torch.bfloat16):
-            tokens = see(t.model, patches, inputs)
-        loss, recall = t.vision_loss(tokens, pictures, chosen)
-        t.step(loss, 1e-3 * min(1, (step + 1) / 50))
-        if step % 50 == 0:
-            t.log(stage="vision", step=step, loss=round(loss.item(), 4), **recall)
-    early = a.steps // 10
-    for step in range(a.steps):
-        lr = 1e-3 * min(1, (step + 1) / 100) * (1 if step < 0.7 * a.steps else max(0.03, (a.steps - step) / (0.3 * a.steps)))
-        language, vision, recall = t.forward(few if step < early else many, 16, captions=step % 4 == 0)
-        t.step(language + vision, lr)
-        if step % 50 == 0:
-            t.log(stage="all", step=step, language=round(language.item(), 4), vision=round(vision.item(), 4), **recall)
-        if step % 500 == 499:
-            t.log(stage="eval", step=step, **t.evaluate())
-            t.save(f"step{step + 1}")
-    t.log(stage="eval short", **t.evaluate(1200))
-    t.save("short")
-    for step in range(a.worded_steps):
-        language, vision, _ = t.forward(many, 16, captions=False, worded=0.5)
-        t.step(language + vision, 1e-4)
-        if step % 25 == 24:
-            t.log(stage="worded", step=step, **t.evaluate(240, worded=True))
+    t.log(stage="pictures drawn")
+    if a.start is None:
+        t.learn_to_see(few, many, a.vision_steps)
+        t.learn_to_answer(few, many, a.steps)
+        t.save("short")
+    t.log(stage="eval", worded=False, **t.evaluate(1200))
+    t.learn_the_wording(many, a.worded_steps)
     t.log(stage="eval", worded=True, **t.evaluate(1200, worded=True))
     t.save("last")
 

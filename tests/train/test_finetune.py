@@ -1,0 +1,312 @@
+"""Fine-tuning runs of a few steps on a small random model: what they leave, how they go on, and how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lvr_lite.checkpoint import read_checkpoint
+from lvr_lite.config import Settings, load_settings
+from lvr_lite.data.make import write_scenes
+from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
+from lvr_lite.eval.suite import accuracy_on
+from lvr_lite.quant import nf4
+from lvr_lite.train import finetune as module
+from lvr_lite.train.finetune import COMPLETE, finetune, last_whole_checkpoint, load_examples
+
+TINY_RUN = [
+    "train.steps=4", "train.batch=2", "train.accumulation=1", "train.save_every=2", "train.eval_every=4", "train.log_every=1",
+    "train.precision=fp32", "train.gradient_checkpointing=false", "train.lr=1e-3", "data.count=16", "data.eval_count=2", "lora.rank=4",
+]  # fmt: skip
+
+
+def settings(*more: str) -> Settings:
+    return load_settings(None, [*TINY_RUN, *more])
+
+
+def tune(base: Path, out: Path, *more: str, data: str = "scenes", **options: Any) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    options = {"load_base": nf4.load_nf4, "resume": False, "accuracy": None} | options
+    return finetune(read_checkpoint(base), options.pop("load_base"), data, out, settings(*more), say=said.append, **options), said
+
+
+def losses(metrics: dict[str, Any]) -> dict[int, float]:
+    return {h["step"]: h["loss"] for h in metrics["history"] if "loss" in h}
+
+
+@pytest.fixture(scope="module")
+def run(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
+    """A whole run of four steps with two checkpoints and one evaluation: its folder, its metrics, what it said."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    metrics, said = tune(small_checkpoint, out, accuracy=accuracy_on)
+    return out, metrics, said
+
+
+Run = tuple[Path, dict[str, Any], list[str]]
+
+
+def test_a_run_leaves_all_that_makes_a_checkpoint(run: Run, small_checkpoint: Path) -> None:
+    out, _, _ = run
+    expected = {"adapter_model.safetensors", "adapter_config.json", "lvr_config.json", "tokenizer.json", "chat_template.jinja"}
+    expected |= {"preprocessor_config.json", "settings.yaml", "metrics.json", COMPLETE, "checkpoint-2", "checkpoint-4"}
+    assert expected <= {p.name for p in out.iterdir()}
+    assert not list(out.glob("**/*.bin"))
+    assert not list(out.glob("**/model*.safetensors")), "the base was saved along"
+    checkpoint = read_checkpoint(out)
+    assert (checkpoint.base, checkpoint.adapter, checkpoint.latent.steps) == (small_checkpoint.resolve(), True, 4)
+
+
+def test_a_run_leaves_its_resolved_settings(run: Run) -> None:
+    assert yaml.safe_load((run[0] / "settings.yaml").read_text()) == settings().to_json()
+
+
+def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
+    out, metrics, said = run
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert metrics["steps"] == 4
+    assert list(losses(metrics)) == [1, 2, 3, 4]
+    assert all(math.isfinite(v) for v in losses(metrics).values())
+    parts = [h for h in metrics["history"] if "loss" in h]
+    assert all(h["loss"] == pytest.approx(h["ce"] + 0.1 * h["mse"], rel=1e-2) for h in parts)
+    evaluated = [h for h in metrics["history"] if "eval_loss" in h]
+    assert [h["step"] for h in evaluated] == [4]
+    assert {"eval_ce", "eval_mse", "eval_right"} <= set(evaluated[0])
+    assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
+    assert any("16 samples, 2 held out" in line for line in said)
+    assert metrics["trainable_parameters"] < 10**6
+
+
+def test_training_learns(small_checkpoint: Path, tmp_path: Path) -> None:
+    metrics, _ = tune(small_checkpoint, tmp_path / "out", "train.steps=12", "train.lr=5e-3", "data.count=2", "train.save_every=12", "train.eval_every=12")
+    found = losses(metrics)
+    assert found[12] < 0.7 * found[1]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_every_saved_step_is_a_checkpoint_of_its_own(run: Run, step: int) -> None:
+    folder = run[0] / f"checkpoint-{step}"
+    assert (folder / COMPLETE).is_file()
+    assert read_checkpoint(folder).latent.steps == 4
+    nf4.load_trained(read_checkpoint(folder), torch.float32)
+
+
+def test_the_last_checkpoint_holds_the_weights_of_the_run(run: Run) -> None:
+    from safetensors.torch import load_file
+
+    mine, last, before = (load_file(run[0] / p / "adapter_model.safetensors") for p in ("", "checkpoint-4", "checkpoint-2"))
+    assert all(torch.equal(mine[n], last[n]) for n in mine)
+    assert any(not torch.equal(mine[n], before[n]) for n in mine)
+
+
+def killed(run: Run, folder: Path) -> Path:
+    """The run as it would lie there had it been killed while it wrote its second checkpoint."""
+    out = Path(shutil.copytree(run[0], folder))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", COMPLETE):
+        (out / name).unlink()
+    (out / "checkpoint-4" / COMPLETE).unlink()
+    (out / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"half")
+    return out
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_as_if_nothing_had_been(run: Run, small_checkpoint: Path, tmp_path: Path) -> None:
+    out = killed(run, tmp_path / "out")
+    assert last_whole_checkpoint(out) == out / "checkpoint-2"
+    metrics, said = tune(small_checkpoint, out, resume=True)
+    assert f"resuming from {out / 'checkpoint-2'}" in said
+    assert metrics["steps"] == 4
+    again, whole = losses(metrics), losses(run[1])
+    for step in (3, 4):
+        assert again[step] == pytest.approx(whole[step], abs=1e-4)
+    assert last_whole_checkpoint(out) == out / "checkpoint-4"
+    assert (out / COMPLETE).is_file()
+
+
+def test_resuming_brings_back_the_trained_weights(run: Run, small_checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = killed(run, tmp_path / "out")
+    tune(small_checkpoint, out, resume=True)
+    mine, whole = (load_file(folder / "adapter_model.safetensors") for folder in (out, run[0]))
+    for name, weight in whole.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
+    for name, whole in (("checkpoint-2", True), ("checkpoint-10", True), ("checkpoint-12", False), ("checkpoint-x", True)):
+        (tmp_path / name).mkdir()
+        if whole:
+            (tmp_path / name / COMPLETE).touch()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(run: Run, small_checkpoint: Path) -> None:
+    before = (run[0] / "metrics.json").read_bytes()
+    with pytest.raises(UsageError, match=r"exists; continue it with --resume, or choose another --out"):
+        tune(small_checkpoint, run[0])
+    assert (run[0] / "metrics.json").read_bytes() == before
+
+
+def test_a_file_in_the_place_of_out_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        tune(small_checkpoint, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(small_checkpoint: Path, tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        (out / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UsageError, match="nothing to resume"):
+        tune(small_checkpoint, out, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(small_checkpoint: Path, tmp_path: Path) -> None:
+    def broken(*arguments: Any) -> Any:
+        model = nf4.load_nf4(*arguments)
+        with torch.no_grad():
+            model.model.language_model.norm.weight.fill_(math.nan)
+        return model
+
+    with pytest.raises(LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"):
+        tune(small_checkpoint, tmp_path / "out", load_base=broken)
+    assert not (tmp_path / "out" / COMPLETE).exists()
+
+
+def test_pictures_are_shrunk_in_training_as_they_will_be_later(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(module, "Collator", lambda checkpoint, _: seen.append(checkpoint.image_spec["max_pixels"]) or _stop())
+    with pytest.raises(_Stopped):
+        tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
+    assert seen == [read_checkpoint_spec(tmp_path / "out")["max_pixels"]] == [6272]
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _stop() -> Any:
+    raise _Stopped
+
+
+def read_checkpoint_spec(out: Path) -> dict[str, Any]:
+    """The picture sizes with which a run that was stopped early would be read."""
+    (out / "adapter_model.safetensors").touch()
+    return read_checkpoint(out).image_spec
+
+
+def test_a_full_disk_ends_the_run_in_one_line(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(BundleError, match="cannot be written .No space left on device.; free some space"):
+        tune(small_checkpoint, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def scenes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "made", 12, 1, "train")
+
+
+def test_a_file_of_samples_trains(small_checkpoint: Path, scenes_file: Path, tmp_path: Path) -> None:
+    metrics, said = tune(small_checkpoint, tmp_path / "out", "train.steps=1", "train.eval_every=1", "train.save_every=1", data=str(scenes_file))
+    assert metrics["steps"] == 1
+    assert any("11 samples, 1 held out" in line for line in said)
+
+
+def official(scenes_file: Path, folder: Path) -> Path:
+    """The first samples of a project file as an official LVR list."""
+    items = []
+    for i, line in enumerate(scenes_file.read_text().splitlines()[:6]):
+        sample = json.loads(line)
+        marks = "<lvr>" * len(sample["boxes"])
+        turns = [
+            {"from": "human", "value": f"<image>\n{sample['question']}"},
+            {"from": "gpt", "value": f"{marks}\n<answer> {sample['answer']} </answer>"},
+        ]
+        image = str((scenes_file.parent / sample["image"]).resolve())
+        items.append({"dataset": "d", "split": "train", "question_id": i, "image": [image], "conversations": turns, "bboxes": sample["boxes"]})
+    (folder / "official.json").write_text(json.dumps(items))
+    return folder / "official.json"
+
+
+def test_an_official_lvr_list_trains(small_checkpoint: Path, scenes_file: Path, tmp_path: Path) -> None:
+    path = official(scenes_file, tmp_path)
+    metrics, said = tune(small_checkpoint, tmp_path / "out", "train.steps=1", "train.eval_every=1", "train.save_every=1", data=str(path))
+    assert metrics["steps"] == 1
+    assert any("5 samples, 1 held out" in line for line in said)
+
+
+def test_no_picture_is_both_trained_on_and_held_out(scenes_file: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in scenes_file.read_text().splitlines()]
+    doubled = [line | {"id": f"{line['id']}-{k}", "image": str(scenes_file.parent / line["image"]), "pair": None} for line in lines for k in "xy"]
+    (tmp_path / "doubled.jsonl").write_text("\n".join(map(json.dumps, doubled)))
+    train, held_out = load_examples(str(tmp_path / "doubled.jsonl"), settings())
+    assert len(train) + len(held_out) == len(doubled)
+    assert not {s.images for s in train.samples} & {s.images for s in held_out.samples}
+
+
+def test_a_named_file_is_held_out_whole(scenes_file: Path) -> None:
+    train, held_out = load_examples(str(scenes_file), settings(f"data.eval_file={scenes_file}", "data.eval_count=3"))
+    assert (len(train), len(held_out)) == (12, 3)
+
+
+def test_scenes_that_are_held_out_are_not_those_that_eval_scores() -> None:
+    from lvr_lite.data.make import scene_samples
+
+    _, held_out = load_examples("scenes", settings("data.eval_count=20"))
+    scored = {(s.question, s.boxes) for s, _ in scene_samples(60, 0, "test")}
+    assert not {(s.question, s.boxes) for s in held_out.samples} & scored
+
+
+def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) | {"boxes": []} for line in scenes_file.read_text().splitlines()]
+    for line in lines:
+        line["image"] = str(scenes_file.parent / line["image"])
+    (tmp_path / "blind.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"blind\.jsonl: no sample has boxes"):
+        load_examples(str(tmp_path / "blind.jsonl"), settings())
+
+
+def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Path) -> None:
+    line = json.loads(scenes_file.read_text().splitlines()[0])
+    line["image"] = str(scenes_file.parent / line["image"])
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match="all samples share one picture"):
+        load_examples(str(tmp_path / "one.jsonl"), settings())
+
+
+# ----------------------------------------------------------------------------------------------- more than one process
+
+
+@pytest.mark.processes
+def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path, tmp_path: Path) -> None:
+    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`, as on two GPUs."""
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command = ["-m", "lvr_lite", "finetune", "--model", str(small_checkpoint), "--data", "scenes", "--out", str(out)]
+    overrides = [*TINY_RUN, "train.steps=2", "train.eval_every=2"]
+    done = subprocess.run(launch + command + [f"--set={o}" for o in overrides], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert (out / COMPLETE).is_file()
+    assert [p.name for p in out.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert not list(out.glob(".*tmp*"))
+    nf4.load_trained(read_checkpoint(out), torch.float32)
