@@ -55,7 +55,9 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
     assert load_settings(recipe(tmp_path, yaml.safe_dump(settings.to_json()))) == settings
 
 
-@pytest.mark.parametrize(("text", "key"), [("train:\n  stepz: 3\n", "train.stepz"), ("trane:\n  steps: 3\n", "trane"), ("steps: 3\n", "steps")])
+@pytest.mark.parametrize(
+    ("text", "key"), [("train:\n  stepz: 3\n", "train.stepz"), ("trane:\n  steps: 3\n", "trane"), ("steps: 3\n", "steps")]
+)
 def test_an_unknown_key_is_named_with_its_file_and_what_is_known(tmp_path: Path, text: str, key: str) -> None:
     said = refusal(recipe(tmp_path, text))
     assert said.startswith(f"{tmp_path / 'recipe.yaml'}: unknown key {key}; known here: ")

@@ -164,7 +164,9 @@ def test_the_blocker_blocks(device: dict[str, str], package: str) -> None:
 
 
 def test_importing_the_command_line_is_cheap(device: dict[str, str]) -> None:
-    done = python(device, "-c", "import sys, lvr_lite.cli; print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))")
+    done = python(
+        device, "-c", "import sys, lvr_lite.cli; print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))"
+    )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
@@ -190,7 +192,9 @@ def test_a_bundle_is_measured_without_the_workshop(device: dict[str, str], small
 
 
 @pytest.mark.parametrize("command", ["finetune", "export", "quantize", "run"])
-def test_a_command_of_the_workshop_says_in_one_line_what_to_install(device: dict[str, str], command: str, small_fp32: Path, tmp_path: Path) -> None:
+def test_a_command_of_the_workshop_says_in_one_line_what_to_install(
+    device: dict[str, str], command: str, small_fp32: Path, tmp_path: Path
+) -> None:
     arguments = {
         "finetune": ["--model", "tiny", "--data", "scenes", "--out", str(tmp_path / "out")],
         "export": ["tiny", str(tmp_path / "out")],

@@ -3,7 +3,7 @@
 Stage 1 teaches the vision tower alone: each visual token is classified against the word embeddings of what lies in its cell.
 Stage 2 trains everything on captions, grounding and questions without latents, many packed turns a picture; each turn sees the
 picture and itself alone, so that a packed turn is exactly the single question that the model meets later.
-Questions are asked in short ("colour star"); stage 3, a few steps, asks one in five in the suite's wording ("what colour is the star").
+Questions are asked in short ("colour star"); stage 3, a few steps, asks some in the suite's wording ("what colour is the star").
 The train split's scenes are used alone (no held-out combination), from seeds that `data make` does not reach.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from lvr_lite.data import scenes
@@ -26,6 +27,8 @@ from lvr_lite.tiny import build
 
 SEED_BASE = 1_000_000  # scene seeds of pre-training; `data make --seed` takes 0 … 999,999
 TURNS = 13
+# Share of the questions in the suite's wording in stage 3: most where it is furthest from the short one.
+WORDED = {"attribute": 0.02, "letter": 0.02, "position": 0.8, "count": 0.05, "odd": 0.1}
 WORDS = (*scenes.SHAPES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.GLYPHS)
 IMAGE = family.IMAGE_TOKEN
 
@@ -69,8 +72,8 @@ def gather_pictures(count: int, seed: int, fewest: int, most: int, odd_share: fl
     return [Pictures(found) for found in by_size.values()]
 
 
-def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool, worded: float) -> list[tuple[str, str]]:
-    """Question and answer texts for one picture, none twice; a share `worded` of them in the suite's wording, the others in short."""
+def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool, worded: bool) -> list[tuple[str, str]]:
+    """Question and answer texts for one picture, none twice, in short; with `worded`, a share of them (WORDED) in the suite's wording."""
     asked: dict[str, scenes.Question] = {}
     kinds = [scenes.ask_attribute] * 4 + [scenes.ask_letter] * 3 + [scenes.ask_position] * 3 + [scenes.ask_count] * 3
     if scenes.has_odd(scene):
@@ -81,7 +84,7 @@ def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool, worded:
             break
         q = kinds[int(rng.integers(len(kinds)))](rng, scene)
         asked[q.short] = q
-    out = [(q.text if rng.random() < worded else q.short, q.answer) for q in asked.values()]
+    out = [(q.text if worded and rng.random() < WORDED[q.type] else q.short, q.answer) for q in asked.values()]
     thing = scene.things[int(rng.integers(len(scene.things)))]
     out.append((f"where {thing.shape}", scene.cell_words(thing)))
     if captions:
@@ -183,7 +186,7 @@ class Trainer:
 
     def __init__(self, out: Path, device: str, seed: int, start: Path | None = None) -> None:
         self.out, self.device = out, device
-        self.tokenizer = build.make_tokenizer()
+        self.tokenizer = build.make_tokenizer() if start is None else Tokenizer.from_file(str(start / "tokenizer.json"))
         made = build.make_model(self.tokenizer, seed) if start is None else type(build.make_model(self.tokenizer)).from_pretrained(start)
         self.model = made.float().train().to(device)
         self.model.model.language_model.set_attn_implementation("eager")  # as in `see`: faster to train on a CPU
@@ -248,7 +251,7 @@ class Trainer:
         return F.cross_entropy(logits, labels[at]), (logits.argmax(-1) == labels[at]), at
 
     def forward(
-        self, pools: list[Pictures], size: int, captions: bool, worded: float = 0.0
+        self, pools: list[Pictures], size: int, captions: bool, worded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         pictures, chosen, patches, inputs = self.batch(pools, size)
         packed = self.packer.pack(pictures, [turns(self.rng, pictures.scenes[i], captions, worded) for i in chosen])
@@ -305,10 +308,10 @@ class Trainer:
                 self.save(f"step{step + 1}")
 
     def learn_the_wording(self, many: list[Pictures], steps: int) -> None:
-        """Stage 3: a few steps, with the vision tower frozen, in which one question in five has the suite's wording."""
+        """Stage 3: a few steps, with the vision tower frozen, in which some questions have the suite's wording."""
         self.model.model.visual.requires_grad_(False)
         for step in range(steps):
-            language, _, _ = self.forward(many, 16, captions=step % 4 == 0, worded=0.2)
+            language, _, _ = self.forward(many, 16, captions=step % 4 == 0, worded=True)
             self.step(language, 1e-4)
             if step % 5 == 4:
                 self.log(stage="worded", step=step, **self.evaluate(240, worded=True))

@@ -180,7 +180,8 @@ def _begin(out: Path, resume: bool) -> Path | None:
         if last is None:
             raise UsageError(f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume")
         return last
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    first = os.environ.get("RANK", "0") == "0"  # another process may come here after the first has begun to write
+    if first and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists; continue it with --resume, or choose another --out")
     return None
 

@@ -120,7 +120,9 @@ def test_each_latent_target_is_a_mean_over_visual_tokens_of_the_boxes(checkpoint
     batch = batch_of(checkpoint, items)
     features = torch.randn(batch["pool"].shape[1], 5)
     targets = (batch["pool"] @ features).split(STEPS)
-    for (sample, _), (first, rows, columns), found, weights in zip(items, picture_rows(batch), targets, batch["pool"].split(STEPS), strict=True):
+    for (sample, _), (first, rows, columns), found, weights in zip(
+        items, picture_rows(batch), targets, batch["pool"].split(STEPS), strict=True
+    ):
         inside = {first + int(t) for box in sample.boxes for t in tokens_in_box(box, rows, columns)}
         used = [set(w.nonzero().flatten().tolist()) for w in weights]
         assert set().union(*used) == inside, "not the tokens of this sample's boxes in its own picture"
@@ -192,7 +194,13 @@ def by_hand(model: Any, checkpoint: Checkpoint, item: Item) -> tuple[float, floa
         for token in ids:
             if token == latent:
                 wanted.append(next(targets))
-            vector = next(seen) if token == checkpoint.tokens.image else wanted[-1] if token == latent else model.get_input_embeddings().weight[token]
+            vector = (
+                next(seen)
+                if token == checkpoint.tokens.image
+                else wanted[-1]
+                if token == latent
+                else model.get_input_embeddings().weight[token]
+            )
             fed.append(vector)
         hidden = model.model.language_model(inputs_embeds=torch.stack(fed)[None], position_ids=batch["positions"]).last_hidden_state[0]
         start = ids.index(checkpoint.tokens.lvr_start)
@@ -206,7 +214,9 @@ def by_hand(model: Any, checkpoint: Checkpoint, item: Item) -> tuple[float, floa
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
-def test_the_loss_is_cross_entropy_and_weighted_regression(small_model: Any, checkpoint: Checkpoint, items: list[Item], weight: float) -> None:
+def test_the_loss_is_cross_entropy_and_weighted_regression(
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], weight: float
+) -> None:
     ce, mse, _ = by_hand(small_model, checkpoint, items[0])
     out = sft_of(small_model, checkpoint, weight)(**batch_of(checkpoint, items[:1]))
     assert float(out["ce"]) == pytest.approx(ce, rel=1e-4)
@@ -311,7 +321,9 @@ def test_linears_of_the_language_model_are_in_4_bits_and_nothing_else(checkpoint
     assert all("language_model" in name for name in four_bit)
     plain = nf4.load_plain(checkpoint)
     for part in ("model.visual", "model.language_model.embed_tokens", "lm_head"):
-        for (name, mine), (_, theirs) in zip(model.get_submodule(part).named_parameters(), plain.get_submodule(part).named_parameters(), strict=True):
+        for (name, mine), (_, theirs) in zip(
+            model.get_submodule(part).named_parameters(), plain.get_submodule(part).named_parameters(), strict=True
+        ):
             assert torch.equal(mine, theirs), f"{part}.{name} is not as in the checkpoint"
 
 
