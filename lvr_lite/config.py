@@ -19,10 +19,13 @@ class LatentSettings:
     """steps: latent steps K at run time, and the number of "pooled" targets. weight: λ of the latent regression (paper: 0.1).
 
     targets: "pooled" (K means over the visual tokens of the boxes) or "all" (the paper: each of them, `max_targets` at most).
+    inputs: what the latent steps are fed in training: "teacher" (the paper: the targets) or "free" (their own hidden states, as when
+    running, with gradients through all K steps; needs "pooled" targets and no gradient checkpointing).
     """
 
     steps: int = 4
     targets: Literal["pooled", "all"] = "pooled"
+    inputs: Literal["teacher", "free"] = "teacher"
     weight: float = 0.1
     max_targets: int = 256
 
@@ -83,6 +86,10 @@ class Settings:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.latent.inputs == "free" and self.latent.targets != "pooled":
+            raise UsageError("latent.inputs=free feeds K steps, so latent.targets must be pooled, not all")
+        if self.latent.inputs == "free" and self.train.gradient_checkpointing:
+            raise UsageError("latent.inputs=free keeps a K/V cache in training: set train.gradient_checkpointing=false")
         limits: list[tuple[str, float, float, float]] = [
             ("latent.steps", self.latent.steps, 1, 1024),
             ("latent.weight", self.latent.weight, 0, 1000),

@@ -52,12 +52,22 @@ class Examples(torch.utils.data.Dataset[Item]):
 
 
 @dataclass(frozen=True)
+class _Row:
+    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    prompt: int
+
+
+@dataclass(frozen=True)
 class Collator:
-    """Items -> one batch of tensors, padded on the right.
+    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that all responses begin in one column.
 
     ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); latent_at (B, S) bool, the inputs
     that are visual tokens instead of word embeddings; pool (L, T) float32, which turns the batch's T visual tokens into its L latent
-    targets in reading order of latent_at; pixel_values (N, C) float32; grid_thw (pictures, 3).
+    targets in reading order of latent_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3).
     """
 
     checkpoint: Checkpoint
@@ -80,17 +90,20 @@ class Collator:
         pool = np.zeros((len(groups), first_token), np.float32)
         for i, group in enumerate(groups):
             pool[i, group] = 1 / len(group)
-        longest = max(len(ids) for ids, _, _ in rows)
+        before = max(row.prompt for row in rows)
+        longest = before + max(len(row.ids) - row.prompt for row in rows)
         batch: dict[str, Any] = {
             "ids": np.full((len(rows), longest), c.tokens.end[0]),
             "labels": np.full((len(rows), longest), -100),
             "positions": np.zeros((3, len(rows), longest), np.int64),
             "mask": np.zeros((len(rows), longest), np.int64),
         }
-        for i, (ids, labels, positions) in enumerate(rows):
-            batch["ids"][i, : len(ids)], batch["labels"][i, : len(ids)], batch["mask"][i, : len(ids)] = ids, labels, 1
-            batch["positions"][:, i, : len(ids)] = positions
+        for i, row in enumerate(rows):
+            there = slice(before - row.prompt, before - row.prompt + len(row.ids))
+            batch["ids"][i, there], batch["labels"][i, there], batch["mask"][i, there] = row.ids, row.labels, 1
+            batch["positions"][:, i, there] = row.positions
         tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
+        tensors["response"] = torch.tensor(before)
         tensors["latent_at"] = (tensors["ids"] == c.tokens.lvr) & (tensors["mask"] == 1)
         tensors["pool"], tensors["pixel_values"] = torch.from_numpy(pool), torch.from_numpy(pixels)
         tensors["grid_thw"] = torch.tensor([[1, *g] for g in grids])
@@ -105,8 +118,7 @@ class Collator:
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> tuple[np.ndarray, ...]:
-        """ids, labels and positions of one sample."""
+    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> _Row:
         c = self.checkpoint
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
         end = c.tokenizer.id_to_token(c.tokens.end[0])
@@ -115,7 +127,7 @@ class Collator:
         labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)
         positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
         following = positions.max() + 1 + np.arange(len(said))
-        return ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1)
+        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked))
 
 
 def check_answers(examples: Examples, checkpoint: Checkpoint) -> None:

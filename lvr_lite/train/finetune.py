@@ -134,7 +134,7 @@ def finetune(
     check_answers(train, checkpoint)
     base = load_base(checkpoint, dtype, device)
     model = adapted(base, checkpoint, settings)
-    sft = LatentSFT(model, checkpoint.tokens.image, settings.latent.weight)
+    sft = LatentSFT(model, checkpoint.tokens.image, settings.latent)
     spec = LatentSpec(steps=settings.latent.steps)
     _write_side_files(out, checkpoint, spec, settings)
     trainer = _trainer_class(transformers)(
