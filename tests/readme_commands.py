@@ -1,4 +1,4 @@
-"""Runs every `sh` block of README.md, line by line, in an empty folder, as a new user would: `make readme`. Blocks in `console` are not run."""
+"""Runs every `sh` block of README.md, line by line in an empty folder, as a new user would (`make readme`); `console` blocks not."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def test_an_unknown_key_is_named_with_its_file_and_what_is_known(tmp_path: Path,
         ("data.eval_file=3", "data.eval_file must be str or nothing, not 3"),
         ("max_pixels=big", "max_pixels must be int or nothing, not 'big'"),
         ("latent.targets=some", "latent.targets must be one of pooled, all, not 'some'"),
+        ("latent.inputs=own", "latent.inputs must be one of teacher, free, not 'own'"),
         ("data.eval_file=[a]", "data.eval_file must be str or nothing, not ['a']"),
         ("train.precision=fp16", "train.precision must be one of auto, bf16, fp32, not 'fp16'"),
         ("train=3", "train is a section; write train.key"),
@@ -116,6 +117,24 @@ def test_a_value_out_of_range_is_named(override: str) -> None:
     said = refusal(None, override)
     assert said.startswith(f"{key} must lie between ")
     assert said.endswith(f"not {float(value.replace('.nan', 'nan').replace('.inf', 'inf')):g}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "other"),
+    [
+        (["latent.targets=all", "train.gradient_checkpointing=false"], "latent.targets"),
+        (["train.gradient_checkpointing=true"], "train.gradient_checkpointing"),
+        ([], "train.gradient_checkpointing"),  # it is on by default
+    ],
+)
+def test_free_latents_with_what_they_cannot_have_are_refused_by_both_keys(overrides: list[str], other: str) -> None:
+    said = refusal(None, "latent.inputs=free", *overrides)
+    assert "latent.inputs=free" in said
+    assert other in said
+
+
+def test_free_latents_are_taken_without_checkpointing() -> None:
+    assert load_settings(None, ["latent.inputs=free", "train.gradient_checkpointing=false"]).latent.inputs == "free"
 
 
 @pytest.mark.parametrize("optimizer", ["adam_of_mine", "", "3"])

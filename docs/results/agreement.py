@@ -1,6 +1,6 @@
 """How far bundles are from the torch checkpoint, on held-out scenes: tokens, hidden states through the latent steps, accuracy.
 
-    .venv/bin/python docs/results/agreement.py demo-out/checkpoint demo-out/fp32 demo-out/int8 demo-out/int4 --limit 300
+.venv/bin/python docs/results/agreement.py demo-out/checkpoint demo-out/fp32 demo-out/int8 demo-out/int4 --limit 300
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> None:
     reference = answers(TorchRuntime(nf4.load_merged(checkpoint), checkpoint), a.limit, a.seed)
     steps = checkpoint.latent.steps
     print(f"{len(reference)} held-out scenes (seed {a.seed}); torch fp32: accuracy {np.mean([r['right'] for r in reference]):.4f}\n")
-    print("| bundle | same tokens as torch | accuracy | hidden, worst relative: prefill | " + " | ".join(f"h{i}" for i in range(steps + 1)) + " |")
+    states = " | ".join(f"h{i}" for i in range(steps + 1))
+    print(f"| bundle | same tokens as torch | accuracy | hidden, worst relative: prefill | {states} |")
     print("|---" * (steps + 5) + "|")
     for folder in a.bundles:
         got = answers(OnnxRuntime(folder), a.limit, a.seed)

@@ -63,7 +63,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that all responses begin in one column.
+    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that these begin in one column.
 
     ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); latent_at (B, S) bool, the inputs
     that are visual tokens instead of word embeddings; pool (L, T) float32, which turns the batch's T visual tokens into its L latent

@@ -132,13 +132,13 @@ def test_the_order_of_turns_is_shuffled_and_comes_from_the_seed() -> None:
 
 def test_rounds_are_interleaved_and_ask_every_system_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    timed = measure.time_request
+    timed = measure.time_round
 
-    def spy(runtime: FakeRuntime, request: measure.Request, options: Any) -> measure.Timing:
+    def spy(runtime: FakeRuntime, request: measure.Request, plan: measure.Plan) -> measure.Timing:
         asked.append((runtime.name, request.question))
-        return timed(runtime, request, options)
+        return timed(runtime, request, plan)
 
-    monkeypatch.setattr(measure, "time_request", spy)
+    monkeypatch.setattr(measure, "time_round", spy)
     run(system("a"), system("b"), system("c"))
     rounds = [asked[i : i + 3] for i in range(3 * PLAN.warmup, len(asked), 3)]
     assert len(rounds) == PLAN.rounds
@@ -150,11 +150,17 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(monkeypatch: pytes
 def test_every_stage_has_its_samples_of_every_request() -> None:
     (measured,) = run().systems
     counts = {stage: len(measured.stage(stage)) / PLAN.rounds for stage in measure.STAGES}
-    # A request: <|lvr_start|> and three latents, <|lvr_end|> and four of five tokens are fed; the head speaks before each and at the end.
+    # Steps, of the even request: <|lvr_start|>, five latents, <|lvr_end|>, four of five tokens are fed; the head speaks before and at the end.
     assert counts == {
-        "preprocess": 1, "vision": 1, "embed": 1, "prefill": 1, "latent_step": 3, "text_step": 6, "lm_head": 6, "sampling": 6,
+        "preprocess": 1, "vision": 1, "embed": 1, "prefill": 1, "latent_step": 5, "text_step": 6, "lm_head": 6, "sampling": 6,
     }  # fmt: skip
     assert measured.stage("vision") == pytest.approx([2.0] * PLAN.rounds)
+
+
+def test_a_whole_request_has_the_models_own_latents_and_a_step_is_measured_over_as_many_as_tokens() -> None:
+    for timing in run().systems[0].timings:
+        assert len(timing.latencies["tpls"]) == PLAN.tokens
+        assert timing.spent["latent_step"] < sum(timing.stages["latent_step"])
 
 
 def test_latencies_are_counted_from_the_arrival_and_nest() -> None:

@@ -17,8 +17,7 @@ from lvr_lite import bundle
 from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.quant import blocks, weights
-from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.onnx import share_one_thread_pool
+from lvr_lite.runtime.onnx import OnnxRuntime, share_one_thread_pool
 from lvr_lite.tiny import build
 
 COLUMNS = (192, 256, 512, 768, 1176, 70)  # the embedded model's sizes, and one that no block divides

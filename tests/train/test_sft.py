@@ -39,8 +39,9 @@ def checkpoint(small_checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def items() -> list[Item]:
-    """Scenes of every question type, with one and with several boxes, in pictures of all sizes."""
+    """Scenes of every question type, with one and with several boxes, in pictures of all sizes; every third answer made longer."""
     found = list(Examples.of_scenes(0, "train", 12).items())
+    found = [(replace(s, answer=f"{s.answer} and {s.answer}") if i % 3 == 1 else s, pictures) for i, (s, pictures) in enumerate(found)]
     assert {len(sample.boxes) for sample, _ in found} >= {1, 2}
     assert len({picture.size for _, (picture,) in found}) == 3
     return found
@@ -53,6 +54,13 @@ def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> 
 def two_pictures(items: Sequence[Item]) -> Item:
     (sample, (first,)), (_, (second,)) = items[0], items[1]
     return sample, (first, second.resize((84, 112)))
+
+
+def extent(batch: dict[str, torch.Tensor], row: int) -> tuple[int, int]:
+    """The first column of a row that is not padding, and the one after its last."""
+    columns = batch["mask"][row].nonzero().flatten().tolist()
+    assert columns == list(range(columns[0], columns[-1] + 1)), "padding within a sample"
+    return columns[0], columns[-1] + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the batch
@@ -69,6 +77,18 @@ def test_a_response_is_markers_around_latents_then_the_answer_then_the_end(check
         assert ids[-1] == tokens.end[0]
 
 
+def test_all_responses_begin_in_one_column(checkpoint: Checkpoint, items: list[Item]) -> None:
+    batch = batch_of(checkpoint, items)
+    column = int(batch["response"])
+    assert (batch["ids"][:, column] == checkpoint.tokens.lvr_start).all()
+    assert (batch["labels"][:, :column] == -100).all()
+    extents = [extent(batch, row) for row in range(len(items))]
+    assert min(first for first, _ in extents) == 0
+    assert max(end for _, end in extents) == batch["ids"].shape[1], "more columns than the batch needs"
+    assert len({first for first, _ in extents}) > 1, "no prompt is padded"
+    assert len({end for _, end in extents}) > 1, "no response is padded"
+
+
 def test_the_latents_alone_are_visual_tokens(checkpoint: Checkpoint, items: list[Item]) -> None:
     batch = batch_of(checkpoint, items)
     assert batch["latent_at"].sum(1).tolist() == [STEPS] * len(items)
@@ -79,8 +99,8 @@ def test_markers_answer_and_end_are_learned_and_nothing_else(checkpoint: Checkpo
     batch, tokens = batch_of(checkpoint, items), checkpoint.tokens
     for row in range(len(items)):
         ids, labels = batch["ids"][row].tolist(), batch["labels"][row].tolist()
-        start, length = ids.index(tokens.lvr_start), int(batch["mask"][row].sum())
-        learned = [start, *range(start + 1 + STEPS, length)]
+        start, (_, end) = ids.index(tokens.lvr_start), extent(batch, row)
+        learned = [start, *range(start + 1 + STEPS, end)]
         assert [i for i, label in enumerate(labels) if label != -100] == learned
         assert all(labels[i] == ids[i] for i in learned)
 
@@ -91,19 +111,19 @@ def test_a_training_prompt_is_the_prompt_that_the_model_meets_later(checkpoint: 
     batch = batch_of(checkpoint, mixed)
     for row, (sample, pictures) in enumerate(mixed):
         prompt, _ = prepare_prompt(runtime, pictures, sample.question)  # type: ignore[arg-type]
-        n = len(prompt.ids)
-        assert batch["ids"][row, :n].tolist() == prompt.ids.tolist()
-        assert batch["ids"][row, n] == checkpoint.tokens.lvr_start
-        np.testing.assert_array_equal(batch["positions"][:, row, :n], prompt.positions)
+        (first, _), response = extent(batch, row), int(batch["response"])
+        assert batch["ids"][row, first:response].tolist() == prompt.ids.tolist()
+        assert batch["ids"][row, response] == checkpoint.tokens.lvr_start
+        np.testing.assert_array_equal(batch["positions"][:, row, first:response], prompt.positions)
 
 
 def test_positions_of_a_response_go_on_one_by_one(checkpoint: Checkpoint, items: list[Item]) -> None:
     batch = batch_of(checkpoint, items)
     for row in range(len(items)):
-        start, length = batch["ids"][row].tolist().index(checkpoint.tokens.lvr_start), int(batch["mask"][row].sum())
+        start, (_, end) = int(batch["response"]), extent(batch, row)
         first = int(batch["positions"][:, row, :start].max()) + 1
         for axis in range(3):
-            assert batch["positions"][axis, row, start:length].tolist() == list(range(first, first + length - start))
+            assert batch["positions"][axis, row, start:end].tolist() == list(range(first, first + end - start))
 
 
 def picture_rows(batch: dict[str, torch.Tensor]) -> list[tuple[int, int, int]]:
@@ -174,74 +194,162 @@ def test_an_answer_with_a_token_of_the_loop_is_refused_by_its_sample(checkpoint:
 # ----------------------------------------------------------------------------------------------------------- the loss
 
 
-def sft_of(model: Any, checkpoint: Checkpoint, weight: float = 0.1) -> LatentSFT:
-    return LatentSFT(SimpleNamespace(get_base_model=lambda: model), checkpoint.tokens.image, weight)
+BOTH = pytest.mark.parametrize("inputs", ["teacher", "free"])
 
 
-def by_hand(model: Any, checkpoint: Checkpoint, item: Item) -> tuple[float, float, int]:
-    """Cross-entropy and regression of one sample, position by position, and how many tokens were spoken."""
+class Watched(LatentSFT):
+    """Keeps what its last pass fed (B, S, H) and the hidden states that came out (B, S, H)."""
+
+    fed: torch.Tensor
+    hidden: torch.Tensor
+    detached = False  # feed latents that no gradient goes through
+
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        out = super().forward(**batch)
+        self.fed, self.hidden = (torch.cat(part, 1) for part in zip(*self.parts, strict=True))
+        return out
+
+    def _states(self, embeds: torch.Tensor, batch: dict[str, torch.Tensor], span: slice, cache: Any = None) -> torch.Tensor:
+        if self.detached and batch["latent_at"][:, span].all():
+            embeds = embeds.detach()
+        hidden = super()._states(embeds, batch, span, cache)
+        self.parts.append((embeds, hidden))
+        return hidden
+
+
+def sft_of(model: Any, checkpoint: Checkpoint, **settings: Any) -> Watched:
+    core = model if hasattr(model, "get_base_model") else SimpleNamespace(get_base_model=lambda: model)
+    return Watched(core, checkpoint.tokens.image, replace(SETTINGS.latent, **settings))
+
+
+def by_hand(model: Any, checkpoint: Checkpoint, item: Item, inputs: str = "teacher") -> tuple[float, float, int]:
+    """Cross-entropy and regression of one sample, position by position and without a cache, and how many tokens were spoken."""
     sample, _ = item
     batch = batch_of(checkpoint, [item])
     ids, latent = batch["ids"][0].tolist(), checkpoint.tokens.lvr
+    fed: list[torch.Tensor] = []
+
+    def states() -> torch.Tensor:
+        positions = batch["positions"][:, :, : len(fed)]
+        return model.model.language_model(inputs_embeds=torch.stack(fed)[None], position_ids=positions).last_hidden_state[0]
+
     with torch.no_grad():
         features = torch.cat(list(model.model.get_image_features(batch["pixel_values"], batch["grid_thw"]).pooler_output))
         ((_, rows, columns),) = picture_rows(batch)
         groups = [w.nonzero().flatten() for w in batch["pool"]]
         assert len(groups) == STEPS
         assert set(torch.cat(groups).tolist()) <= {int(t) for b in sample.boxes for t in tokens_in_box(b, rows, columns)}
-        targets = iter([features[g].mean(0) for g in groups])
-        seen, fed, wanted = iter(features), [], []
+        targets = [features[g].mean(0) for g in groups]
+        seen, taught = iter(features), iter(targets)
         for token in ids:
-            if token == latent:
-                wanted.append(next(targets))
-            vector = (
-                next(seen)
-                if token == checkpoint.tokens.image
-                else wanted[-1]
-                if token == latent
-                else model.get_input_embeddings().weight[token]
-            )
-            fed.append(vector)
-        hidden = model.model.language_model(inputs_embeds=torch.stack(fed)[None], position_ids=batch["positions"]).last_hidden_state[0]
+            if token == checkpoint.tokens.image:
+                fed.append(next(seen))
+            elif token == latent:
+                fed.append(next(taught) if inputs == "teacher" else states()[-1])
+            else:
+                fed.append(model.get_input_embeddings().weight[token])
+        hidden = states()
         start = ids.index(checkpoint.tokens.lvr_start)
         ce, mse = [], []
         for i in range(start, len(ids)):
             if ids[i] == latent:
-                mse.append(float(((hidden[i - 1] - wanted[len(mse)]) ** 2).mean()))
+                mse.append(float(((hidden[i - 1] - targets[len(mse)]) ** 2).mean()))
             else:
                 ce.append(-float(model.lm_head(hidden[i - 1]).log_softmax(-1)[ids[i]]))
     return sum(ce) / len(ce), sum(mse) / len(mse), len(ce)
 
 
+@BOTH
 @pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
 def test_the_loss_is_cross_entropy_and_weighted_regression(
-    small_model: Any, checkpoint: Checkpoint, items: list[Item], weight: float
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], weight: float, inputs: str
 ) -> None:
-    ce, mse, _ = by_hand(small_model, checkpoint, items[0])
-    out = sft_of(small_model, checkpoint, weight)(**batch_of(checkpoint, items[:1]))
+    ce, mse, _ = by_hand(small_model, checkpoint, items[0], inputs)
+    out = sft_of(small_model, checkpoint, weight=weight, inputs=inputs)(**batch_of(checkpoint, items[:1]))
     assert float(out["ce"]) == pytest.approx(ce, rel=1e-4)
     assert float(out["mse"]) == pytest.approx(mse, rel=1e-4)
     assert float(out["loss"]) == pytest.approx(ce + weight * mse, rel=1e-4)
 
 
-def test_a_samples_loss_does_not_hang_on_the_others_of_its_batch(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
-    alone = [by_hand(small_model, checkpoint, item) for item in items[:4]]
+def test_what_the_latents_are_fed_matters(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
+    taught, free = (by_hand(small_model, checkpoint, items[0], inputs) for inputs in ("teacher", "free"))
+    assert taught[0] != pytest.approx(free[0], rel=1e-2), "the tests of both would not tell them apart"
+
+
+@BOTH
+def test_a_samples_loss_does_not_hang_on_the_others_of_its_batch(
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], inputs: str
+) -> None:
+    alone = [by_hand(small_model, checkpoint, item, inputs) for item in items[:4]]
     batch = batch_of(checkpoint, items[:4])
     assert (batch["mask"] == 0).any(), "nothing is padded"
-    out = sft_of(small_model, checkpoint)(**batch)
+    out = sft_of(small_model, checkpoint, inputs=inputs)(**batch)
     spoken = sum(n for _, _, n in alone)
     assert float(out["ce"]) == pytest.approx(sum(ce * n for ce, _, n in alone) / spoken, rel=1e-4)
     assert float(out["mse"]) == pytest.approx(sum(mse for _, mse, _ in alone) / len(alone), rel=1e-4)
 
 
-def test_what_stands_in_padding_changes_nothing(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
+@BOTH
+def test_a_samples_hidden_states_do_not_hang_on_the_others_of_its_batch(
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], inputs: str
+) -> None:
+    sft = sft_of(small_model, checkpoint, inputs=inputs)
+    batch = batch_of(checkpoint, items)
+    extents = [extent(batch, row) for row in range(len(items))]
+    assert len({int(batch["response"]) - first for first, _ in extents}) > 1, "all prompts are equally long"
+    sft(**batch)
+    together = sft.hidden
+    assert together.isfinite().all(), "what is not finite in padding reaches the rest through gradients"
+    for row, (item, (first, end)) in enumerate(zip(items, extents, strict=True)):
+        sft(**batch_of(checkpoint, [item]))
+        torch.testing.assert_close(together[row, first:end], sft.hidden[0], rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_what_stands_in_padding_changes_nothing(small_model: Any, checkpoint: Checkpoint, items: list[Item], inputs: str) -> None:
     batch = batch_of(checkpoint, items[:2])
     padded = {k: v.clone() for k, v in batch.items()}
-    for name, value in (("ids", 7), ("labels", -100), ("mask", 0), ("latent_at", False)):
-        padded[name] = torch.nn.functional.pad(padded[name], (0, 5), value=value)
-    padded["positions"] = torch.nn.functional.pad(padded["positions"], (0, 5), value=3)
-    losses = [float(sft_of(small_model, checkpoint)(**b)["loss"]) for b in (batch, padded)]
+    for name, value in (("ids", 7), ("labels", -100), ("mask", 0), ("latent_at", False), ("positions", 3)):
+        padded[name] = torch.nn.functional.pad(padded[name], (3, 5), value=value)
+    padded["response"] += 3
+    losses = [float(sft_of(small_model, checkpoint, inputs=inputs)(**b)["loss"]) for b in (batch, padded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class Forced(TorchRuntime):
+    """A runtime whose head says what it is told to, row by row; all rows are in text at the same time, until they are done."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, scripts: list[list[int]]) -> None:
+        super().__init__(model, replace(checkpoint, latent=LatentSpec(steps=STEPS)))
+        self.scripts, self.said = scripts, 0
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        said = [script[self.said] for script in self.scripts if len(script) > self.said]
+        self.said += 1
+        logits = np.zeros_like(super().head(hidden))
+        logits[np.arange(len(said)), said] = 1
+        return logits
+
+
+def test_what_is_trained_freely_is_what_the_decode_loop_does(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
+    batch = batch_of(checkpoint, items)
+    sft = sft_of(small_model, checkpoint, inputs="free")
+    sft(**batch)
+    scripts = [row[row != -100].tolist() for row in batch["labels"]]
+    scripts = [[t for t in script if t != checkpoint.tokens.lvr_end] for script in scripts]  # the loop closes by itself
+    runtime = Forced(small_model, checkpoint, scripts)
+    prompts = [prepare_prompt(runtime, pictures, sample.question)[0] for sample, pictures in items]
+    results = decode(runtime, prompts, Options(max_tokens=max(map(len, scripts)), keep_hidden=True))
+    response = int(batch["response"])
+    for row, (result, script) in enumerate(zip(results, scripts, strict=True)):
+        assert result.reason == "stop"
+        assert result.tokens == script[1:-1], "another answer was fed"
+        trained = sft.fed[row, batch["latent_at"][row]]
+        assert torch.equal(trained, sft.hidden[row, response : response + STEPS]), "not h0 … h_{K-1}"
+        np.testing.assert_allclose(trained, np.stack(result.latents), atol=1e-4, rtol=1e-4)
+        _, end = extent(batch, row)  # of every other step too: the prompt's last one, <|lvr_end|> and the answer
+        np.testing.assert_allclose(sft.hidden[row, response - 1 : end - 1], np.stack(result.hidden), atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained
@@ -262,9 +370,10 @@ def moved(model: Any) -> Any:
     return model
 
 
-def test_only_adapters_and_three_token_rows_get_gradients(tuned: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
+@BOTH
+def test_only_adapters_and_three_token_rows_get_gradients(tuned: Any, checkpoint: Checkpoint, items: list[Item], inputs: str) -> None:
     tuned.train()
-    LatentSFT(tuned, checkpoint.tokens.image, 0.1)(**batch_of(checkpoint, items[:2]))["loss"].backward()
+    sft_of(tuned, checkpoint, inputs=inputs)(**batch_of(checkpoint, items[:2]))["loss"].backward()
     with_gradient = {n: p for n, p in tuned.named_parameters() if p.grad is not None}
     rows = {n: p for n, p in with_gradient.items() if "trainable_tokens" in n}
     adapters = {n for n in with_gradient if "lora_" in n}
@@ -277,13 +386,42 @@ def test_only_adapters_and_three_token_rows_get_gradients(tuned: Any, checkpoint
     assert all((p.grad.abs().sum(1) > 0).all() for p in rows.values()), "one of the three rows is not trained"
 
 
+def test_the_answers_loss_trains_the_adapters_through_free_latents(tuned: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
+    """λ = 0. What goes through the latents is told from what goes around them by detaching them; both together are the loss's slope."""
+    tuned.train()
+    batch, sft = batch_of(checkpoint, items[:2]), sft_of(tuned, checkpoint, inputs="free", weight=0.0)
+    names, trained = zip(*((n, p) for n, p in tuned.named_parameters() if p.requires_grad), strict=True)
+    loss = sft(**batch)["loss"]
+    latents = [fed for fed, _ in sft.parts[1 : 1 + STEPS]]
+    for gradient in torch.autograd.grad(loss, latents, retain_graph=True):
+        assert (gradient.abs().sum((1, 2)) > 0).all(), "a latent that the answer does not hang on"
+    total = torch.autograd.grad(loss, trained)
+    sft.detached = True
+    around = torch.autograd.grad(sft(**batch)["loss"], trained, materialize_grads=True)
+    through = [a - b for a, b in zip(total, around, strict=True)]
+    assert all(float(g.norm()) > 1e-3 * float(t.norm()) for n, g, t in zip(names, through, total, strict=True) if "lora_" in n)
+
+    length = float(torch.cat([g.flatten() for g in through]).norm())
+    direction = [g / length for g in through]
+    losses = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            for parameter, along in zip(trained, direction, strict=True):
+                parameter.add_(along, alpha=step)
+            losses.append(float(sft(**batch)["loss"]))
+    slope = (losses[0] - losses[1]) / 2e-3
+    by_total, by_around = (float(sum((g * d).sum() for g, d in zip(gs, direction, strict=True))) for gs in (total, around))
+    assert slope == pytest.approx(by_total, rel=0.02)
+    assert slope != pytest.approx(by_around, rel=0.1)
+
+
 def test_an_optimizer_step_leaves_every_other_embedding_row_as_it_was(tuned: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
     tuned.train()
     core = tuned.get_base_model()
     every = torch.arange(core.config.text_config.vocab_size)
     before = core.get_input_embeddings()(every).detach().clone()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
-    LatentSFT(tuned, checkpoint.tokens.image, 0.1)(**batch_of(checkpoint, items[:2]))["loss"].backward()
+    sft_of(tuned, checkpoint)(**batch_of(checkpoint, items[:2]))["loss"].backward()
     optimizer.step()
     changed = (core.get_input_embeddings()(every) != before).any(1).nonzero().flatten().tolist()
     assert changed == sorted((checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end))
@@ -345,7 +483,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(checkpoint: C
         settings = replace(SETTINGS, train=replace(SETTINGS.train, gradient_checkpointing=on))
         model = moved(adapted(nf4.load_nf4(checkpoint, torch.float32), checkpoint, settings)).train()
         assert model.get_base_model().is_gradient_checkpointing is on
-        loss = LatentSFT(model, checkpoint.tokens.image, 0.1)(**batch)["loss"]
+        loss = sft_of(model, checkpoint)(**batch)["loss"]
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (plain, gradients), (saving, others) = found
