@@ -377,7 +377,8 @@ def describe(scene: Scene) -> str:
     return " ; ".join(f"{t.shape} {t.colour} {t.pattern} {t.glyph} {scene.cell_words(t)}" for t in rows)
 
 
-ASK: dict[str, Callable[[np.random.Generator, Scene], Question]] = {
+Ask = Callable[[np.random.Generator, Scene], Question]
+ASK: dict[str, Ask] = {
     "attribute": ask_attribute,
     "letter": ask_letter,
     "position": ask_position,

@@ -56,7 +56,7 @@ class TorchRuntime:
     def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         real = np.arange(embeds.shape[1])[None] < lengths[:, None]
         hidden = self._run(embeds, positions, real)
-        return hidden[np.arange(len(lengths)), lengths - 1]
+        return np.asarray(hidden[np.arange(len(lengths)), lengths - 1])
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         everywhere = np.broadcast_to(positions[None, :, None], (3, len(positions), 1))

@@ -46,7 +46,7 @@ class Pictures:
     def _patches(self, picture: Any) -> np.ndarray:
         rows, columns = self.grid
         x = np.asarray(picture).reshape(rows // 2, 2, 14, columns // 2, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        return x.reshape(rows * columns, 588)
+        return np.asarray(x.reshape(rows * columns, 588))
 
     def _cell_words(self, scene: scenes.Scene) -> np.ndarray:
         rows, columns = self.grid[0] // 2, self.grid[1] // 2
@@ -75,7 +75,8 @@ def gather_pictures(count: int, seed: int, fewest: int, most: int, odd_share: fl
 def turns(rng: np.random.Generator, scene: scenes.Scene, captions: bool, worded: bool) -> list[tuple[str, str]]:
     """Question and answer texts for one picture, none twice, in short; with `worded`, a share of them (WORDED) in the suite's wording."""
     asked: dict[str, scenes.Question] = {}
-    kinds = [scenes.ask_attribute] * 4 + [scenes.ask_letter] * 3 + [scenes.ask_position] * 3 + [scenes.ask_count] * 3
+    shares = {"attribute": 4, "letter": 3, "position": 3, "count": 3}
+    kinds = [scenes.ASK[kind] for kind, share in shares.items() for _ in range(share)]
     if scenes.has_odd(scene):
         kinds.append(scenes.ask_odd)
         asked["odd"] = scenes.ask_odd(rng, scene)
@@ -178,7 +179,8 @@ def see(model: Any, patches: torch.Tensor, inputs: dict[str, torch.Tensor]) -> t
         o = scores.float().softmax(-1).to(v.dtype) @ v
         h = h + a.proj(o.transpose(1, 2).reshape(batch, count, -1))
         h = h + block.mlp(block.norm2(h))
-    return tower.merger(h.reshape(batch * count, -1)).reshape(batch, count // 4, -1)[:, inputs["reverse_index"]]
+    merged: torch.Tensor = tower.merger(h.reshape(batch * count, -1))
+    return merged.reshape(batch, count // 4, -1)[:, inputs["reverse_index"]]
 
 
 class Trainer:

@@ -67,7 +67,8 @@ class Collator:
 
     ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); latent_at (B, S) bool, the inputs
     that are visual tokens instead of word embeddings; pool (L, T) float32, which turns the batch's T visual tokens into its L latent
-    targets in reading order of latent_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3).
+    targets in reading order of latent_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw
+    (pictures, 3).
     """
 
     checkpoint: Checkpoint
@@ -121,7 +122,7 @@ class Collator:
     def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> _Row:
         c = self.checkpoint
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
-        end = c.tokenizer.id_to_token(c.tokens.end[0])
+        end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
         said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
         ids = np.array(asked + said, np.int64)
         labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)

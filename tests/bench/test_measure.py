@@ -150,7 +150,7 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(monkeypatch: pytes
 def test_every_stage_has_its_samples_of_every_request() -> None:
     (measured,) = run().systems
     counts = {stage: len(measured.stage(stage)) / PLAN.rounds for stage in measure.STAGES}
-    # Steps, of the even request: <|lvr_start|>, five latents, <|lvr_end|>, four of five tokens are fed; the head speaks before and at the end.
+    # Steps, of the even request: <|lvr_start|>, five latents, <|lvr_end|>, four of five tokens; the head speaks before and at the end.
     assert counts == {
         "preprocess": 1, "vision": 1, "embed": 1, "prefill": 1, "latent_step": 5, "text_step": 6, "lm_head": 6, "sampling": 6,
     }  # fmt: skip
