@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a folder `short` of an earlier run: stage 3 alone, from there")
     parser.add_argument("--vision-steps", type=int, default=1600)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--worded-steps", type=int, default=10)
+    parser.add_argument("--worded-steps", type=int, default=40)
     parser.add_argument("--pictures", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
