@@ -503,8 +503,9 @@ def data_preview(
     from lvr_lite.data.make import preview
     from lvr_lite.data.samples import read_samples
 
-    preview(read_samples(file), count, out)
-    _say(f"{out}: {count} samples at most")
+    samples = read_samples(file)
+    preview(samples, count, out)
+    _say(f"{out}: {min(count, len(samples))} of {len(samples)} samples")
 
 
 @app.callback(invoke_without_command=True)
