@@ -145,6 +145,8 @@ def finetune(
         data_collator=Collator(checkpoint, settings.latent),
         callbacks=[_Marker(transformers, out, checkpoint, spec, settings)],
     )
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.add_callback(_progress_class(transformers))
     if accuracy is not None:
         runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
@@ -232,6 +234,7 @@ def _arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, dev
         logging_steps=t.log_every,
         logging_first_step=True,
         report_to=["tensorboard"],
+        disable_tqdm=False,  # else it follows the verbosity of transformers, which is turned down
         dataloader_num_workers=t.workers,
         dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
@@ -291,6 +294,19 @@ def _trainer_class(transformers: Any) -> Any:
             set_peft_model_state_dict(self.model.model, load_file(str(Path(resume_from_checkpoint) / "adapter_model.safetensors")))
 
     return SftTrainer
+
+
+def _progress_class(transformers: Any) -> Any:
+    class Progress(transformers.trainer_callback.ProgressCallback):
+        """The progress bar, with one short line a log instead of a dictionary."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
+            names = ("loss", "ce", "mse", "right", "eval_loss", "eval_ce", "eval_mse", "eval_right", "eval_accuracy")
+            said = "  ".join(f"{name} {float(logs[name]):.3f}" for name in names if logs and name in logs)
+            if said and self.training_bar is not None:
+                self.training_bar.write(f"step {state.global_step}: {said}")
+
+    return Progress
 
 
 def _Marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> Any:
