@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,13 @@ def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Se
         data = _read_yaml(recipe)
     for override in overrides or []:
         _override(data, override)
-    made = _fill(Settings, data, "", str(recipe) if recipe else "--set")
+    set_here = {override.partition("=")[0].strip() for override in overrides or []}
+
+    def where(name: str) -> str:
+        """What the user must look at to mend the key `name`."""
+        return "--set" if recipe is None or any(name == key or key.startswith(f"{name}.") for key in set_here) else str(recipe)
+
+    made = _fill(Settings, data, "", where)
     assert isinstance(made, Settings)
     return made
 
@@ -170,28 +177,28 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: the value is not valid YAML") from error
 
 
-def _fill(kind: Any, data: dict[str, Any], prefix: str, where: str) -> Any:
+def _fill(kind: Any, data: dict[str, Any], prefix: str, where: Callable[[str], str]) -> Any:
     hints = typing.get_type_hints(kind)
     known = {f.name for f in fields(kind)}
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise UsageError(f"{where}: unknown key {name}; known here: {', '.join(sorted(known))}")
+            raise UsageError(f"{where(name)}: unknown key {name}; known here: {', '.join(sorted(known))}")
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):
-                raise UsageError(f"{where}: {name} is a section; write {name}.key")
+                raise UsageError(f"{where(name)}: {name} is a section; write {name}.key")
             values[key] = _fill(hint, value, f"{name}.", where)
         else:
             values[key] = _checked(hint, value, name, where)
     return kind(**values)
 
 
-def _checked(hint: Any, value: Any, name: str, where: str) -> Any:
+def _checked(hint: Any, value: Any, name: str, where: Callable[[str], str]) -> Any:
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise UsageError(f"{where}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}")
+            raise UsageError(f"{where(name)}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}")
         return value
     allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if float in allowed and not isinstance(value, bool):
@@ -202,4 +209,4 @@ def _checked(hint: Any, value: Any, name: str, where: str) -> Any:
     if any(type(value) is a for a in allowed):
         return value
     wanted = " or ".join("nothing" if a is type(None) else a.__name__ for a in allowed)
-    raise UsageError(f"{where}: {name} must be {wanted}, not {value!r}")
+    raise UsageError(f"{where(name)}: {name} must be {wanted}, not {value!r}")
