@@ -337,7 +337,8 @@ def bench_(
         graphs = read_manifest(Path(name), check=False).graphs if is_bundle(Path(name)) else {}
         precision = read_manifest(Path(name), check=False).precision if graphs else "fp32"
         sizes = {graph: g.bytes for graph, g in graphs.items()}
-        title = name.rstrip("/")
+        folders = [Path(n).name for n in names]
+        title = Path(name).name if folders.count(Path(name).name) == 1 else name.rstrip("/")
         systems.append(measure.System(title, precision, runtime, sizes, _rss_of_run(name, threads), accuracy))
     cores = threads or usable_cores()
     plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, steps=steps, threads=cores)

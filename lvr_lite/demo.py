@@ -111,7 +111,7 @@ class _Demo:
 
 
 def _of_bundle(measured: dict[str, Any], model: str) -> dict[str, Any] | None:
-    return next((s for s in measured["systems"] if s["name"] == model), None)
+    return next((s for s in measured["systems"] if s["name"] == Path(model).name), None)
 
 
 def _system(name: str, scored: dict[str, Any], measured: dict[str, Any] | None) -> dict[str, Any]:
