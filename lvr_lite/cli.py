@@ -6,7 +6,6 @@ May import at the top: typer and the standard library; inside commands everythin
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,14 +51,11 @@ def main() -> None:
         if debug:
             raise
         _fail(f"{_missing_package(error)}", 1)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
 
 
 def _fail(message: str, code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    sys.exit(code)
 
 
 def _missing_package(error: ImportError) -> str:
