@@ -30,7 +30,10 @@ class LatentSFT(torch.nn.Module):
         return self.model.get_base_model()
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "mse", "right"}; right: share of the response's tokens (markers, answer, end) predicted."""
+        """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "mse", "right"}.
+
+        right: share of the response's tokens (markers, answer, end) predicted, fed what `settings.inputs` says.
+        """
         features = self._visual_tokens(batch["pixel_values"], batch["grid_thw"])
         targets = batch["pool"].to(features.dtype) @ features  # (L, H)
         embeds = self.core.get_input_embeddings()(batch["ids"])
