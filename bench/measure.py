@@ -31,7 +31,7 @@ from lvr_lite.errors import UsageError
 from lvr_lite.memory import peak_rss_mb
 from lvr_lite.runtime.base import Runtime
 
-STAGES = ("preprocess", "vision", "embed", "prefill", "latent_step", "text_step", "lm_head", "sampling")
+STAGES = ("preprocess", "vision", "embed", "prefill", "latent_step", "hand_over", "text_step", "lm_head", "sampling")
 STEP_STAGES = ("latent_step", "text_step", "lm_head", "sampling")
 LATENCIES = ("ttft", "ttfa", "tpls", "tpot", "end_to_end")
 EXACT = ("fp32", "exact")  # precisions that the quality of the others is measured against
@@ -261,6 +261,7 @@ def _timing(before: dict[str, float], prepared: float, clock: Clock, events: lis
         "embed": clock.embed[:1],
         "prefill": [clock.prefill],
         "latent_step": clock.latent_step,
+        "hand_over": [clock.hand_over] if clock.hand_over else [],
         "text_step": clock.text_step,
         "lm_head": clock.lm_head,
         "sampling": clock.sampling,

@@ -5,7 +5,7 @@ Both sides are Runtimes, so what is compared is what runs: padded batches, the s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from PIL import Image
 from lvr_lite.ask import prepare_prompt
 from lvr_lite.decode import Options, decode
 from lvr_lite.errors import LvrError
-from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.base import Runtime
 
 TOLERANCE = 1e-3  # relative; float32 graphs are at about 1e-6, a wrong mask or position at more than 1e-1
@@ -114,7 +113,7 @@ class _StartsWithLatents:
 
     def __init__(self, runtime: Runtime, steps: int) -> None:
         self._runtime = runtime
-        self.latent = LatentSpec(steps=steps)
+        self.latent = replace(runtime.latent, steps=steps)
         self._first = True
 
     def __getattr__(self, name: str) -> Any:

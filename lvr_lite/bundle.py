@@ -185,12 +185,15 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises BundleError on a full disk or a missing permission."""
-    staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, whole or not at all. Raises BundleError on a full disk or a missing permission."""
+    staged = path.parent / f".{path.name}.tmp-{os.getpid()}"  # "." and "/" have no name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
+        if isinstance(content, str):
+            staged.write_text(content, encoding="utf-8")
+        else:
+            staged.write_bytes(content)
         staged.replace(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another place") from error

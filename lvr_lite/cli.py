@@ -219,6 +219,9 @@ def run(
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    look: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw which visual tokens each latent step is nearest to, as heat maps.")
+    ] = None,
     threads: Threads = None,
     json_: JsonOut = None,
 ) -> None:
@@ -241,6 +244,10 @@ def run(
         raise UsageError(f"{question} is a file; write the question after the pictures, in quotes")
     pictures = [open_picture(Path(image)) for image in images]
     runtime = _open(model, threads)
+    if look is not None:
+        from lvr_lite import look as looking
+
+        looking.refuse(look, images, runtime.latent, steps)
     options = Options(max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed)
     prompt, seconds = ask.prepare_prompt(runtime, pictures, question)
     decoding = Decoding(runtime, [prompt], options)
@@ -261,37 +268,85 @@ def run(
     before = seconds["preprocess"] + seconds["vision"]
     times = {"ttft_ms": None if result.ttft is None else (before + result.ttft) * 1e3, "peak_rss_mb": peak_rss_mb()}
     _write_json(json_, answer | times)
+    if look is not None:
+        looking.write_look(look, looking.look(looking.views(runtime, pictures, prompt, result), question, text))
+        _say(f"{look}: the nearest visual tokens of {len(result.latents)} latent steps")
 
 
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
-    suite: Annotated[str, typer.Option(help="scenes, or a file of samples.")] = "scenes",
-    limit: Annotated[int | None, typer.Option(help="Questions at most; 300 of the scenes by default.")] = None,
+    suite: Annotated[str, typer.Option(help="scenes, skills (what tuning on scenes never asks), or a file of samples.")] = "scenes",
+    against: Annotated[
+        list[str] | None, typer.Option(help="Compare with this model, or with a file of --json, on the same questions; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions at most; 300 of the scenes or skills by default.")] = None,
+    skills: Annotated[
+        int | None, typer.Option(min=0, help="Skills asked beside the scenes; 150, or --limit if fewer, by default; 0 for none.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the held-out scenes.")] = 0,
     steps: Steps = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most; 16, or 64 for skills, by default.")] = None,
     threads: Threads = None,
     json_: JsonOut = None,
 ) -> None:
-    """Score a model on held-out questions, with n and a 95 % interval.
+    """Score a model on held-out questions, with n and a 95 % interval, and beside others on the same ones.
 
-    Example: lvr-lite eval bundle --suite scenes --limit 300
+    --steps is for MODEL alone; a model in --against takes its own latent steps.
+
+    Example: lvr-lite eval bundle --limit 300 --against tiny
     """
-    from lvr_lite.decode import Options
     from lvr_lite.eval.report import show
-    from lvr_lite.eval.suite import evaluate, load_suite
+    from lvr_lite.eval.suite import Plan, compare, reference_hint
 
-    items = load_suite(suite, limit, seed)
+    plan = Plan(suite, limit, seed, steps, batch, max_tokens, skills)
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True) as bar:
+        task = bar.add_task("answering", total=None)
+        result = compare(model, against or [], plan, lambda name: _open(name, threads), lambda n: bar.advance(task, n))
+    show(result)
+    if "skills" in result and not against and (hint := reference_hint(model)):
+        _say(hint)
+    _write_json(json_, result)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
+    data: Annotated[str, typer.Option(help="scenes (held-out ones), or a file of samples.")] = "scenes",
+    limit: Annotated[int, typer.Option(help="Questions at most.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the scenes, noise, orders, donors and intervals.")] = 0,
+    only: Annotated[str | None, typer.Option(help="Some interventions alone, such as noise,donor_same_question.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 16,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+    threads: Threads = None,
+    json_: JsonOut = None,
+) -> None:
+    """Say whether the latents carry the answer: replace them by others and see what becomes of it.
+
+    Example: lvr-lite probe bundle --limit 300 --html probe.html
+    """
+    from lvr_lite.eval import probe as probing
+    from lvr_lite.eval.report import show_probe, write_probe_page
+
+    names = probing.chosen(only)
+    items = probing.load_items(data, limit, seed)
     runtime = _open(model, threads)
     from rich.progress import Progress
 
     with Progress(console=_stderr(), transient=True) as bar:
         task = bar.add_task("answering", total=None)
-        result = evaluate(runtime, items, Options(max_tokens=max_tokens, steps=steps), batch, lambda n: bar.advance(task, n))
-    result["suite"] = suite
-    show(result)
+        result = probing.probe(runtime, items, names, seed, batch, lambda done, total: bar.update(task, completed=done, total=total))
+    result["data"] = data
+    if data == "scenes":
+        result["seeds"]["scenes"] = seed
+    show_probe(result)
+    if changed := result["interventions"].get("self", {}).get("changed_count"):
+        _say(f"warning: the sham changed {changed} answers, so differences of that size mean nothing")
+    if html is not None:
+        write_probe_page(result, html)
     _write_json(json_, result)
 
 

@@ -17,18 +17,30 @@ from lvr_lite.errors import UsageError
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """steps: latent steps K at run time, and the number of "pooled" targets. weight: λ of the latent regression (paper: 0.1).
+    """method: what is trained (lvr_lite/train/methods.py): "sft" (no latents), "dummy" (K times <|lvr|>), "lvr" (the paper: fed the
+    targets), "lvr-free" (fed their own hidden states, as when running), "lvr-bottleneck" (the same, and text sees the latents alone).
 
-    targets: "pooled" (K means over the visual tokens of the boxes) or "all" (the paper: each of them, `max_targets` at most).
-    inputs: what the latent steps are fed in training: "teacher" (the paper: the targets) or "free" (their own hidden states, as when
-    running, with gradients through all K steps; needs "pooled" targets and no gradient checkpointing).
+    steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled" (K means over the visual tokens of the boxes)
+    or "all" (the paper: each of them, `max_targets` at most; method lvr alone).
+    loss: of the latents: "mse" to the targets (the paper), "contrastive" (the tokens of the box against all others of the batch's
+    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1).
+    feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the training in which methods that run freely are fed the targets.
     """
 
+    method: Literal["sft", "dummy", "lvr", "lvr-free", "lvr-bottleneck"] = "lvr"
     steps: int = 4
     targets: Literal["pooled", "all"] = "pooled"
-    inputs: Literal["teacher", "free"] = "teacher"
+    loss: Literal["mse", "contrastive", "none"] = "mse"
     weight: float = 0.1
+    temperature: float = 0.1
+    feedback: Literal["identity", "norm-matched"] = "identity"
+    warmup: float = 0.0
     max_targets: int = 256
+
+    @property
+    def runs_freely(self) -> bool:
+        """Whether latents are fed their own hidden states in training."""
+        return self.method in ("lvr-free", "lvr-bottleneck")
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class DataSettings:
 @dataclass(frozen=True)
 class TrainSettings:
     """steps: optimizer steps. batch: samples a device and step; accumulation: such batches a step. lr: peak, cosine to zero after
-    `warmup` (share of steps). precision: "auto" takes bf16 where the machine computes in it, else fp32. eval_every, save_every: steps."""
+    `warmup` (share of steps). precision: "auto" takes bf16 where the machine computes in it, else fp32. dequantize: "auto" holds the NF4
+    values of a small base (below 1e9 parameters) unpacked on a CPU: the same numbers, a faster step. eval_every, save_every: steps."""
 
     steps: int = 2500
     batch: int = 1
@@ -67,6 +80,7 @@ class TrainSettings:
         "paged_adamw_8bit"
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    dequantize: Literal["auto", "never"] = "auto"
     gradient_checkpointing: bool = True
     eval_every: int = 250
     save_every: int = 250
@@ -87,13 +101,17 @@ class Settings:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.latent.inputs == "free" and self.latent.targets != "pooled":
-            raise UsageError("latent.inputs=free feeds K steps, so latent.targets must be pooled, not all")
-        if self.latent.inputs == "free" and self.train.gradient_checkpointing:
-            raise UsageError("latent.inputs=free keeps a K/V cache in training: set train.gradient_checkpointing=false")
+        if self.latent.targets == "all" and self.latent.method != "lvr":
+            raise UsageError(f"latent.targets=all is for latent.method=lvr; {self.latent.method} has K places: set latent.targets=pooled")
+        if self.latent.warmup and not self.latent.runs_freely:
+            raise UsageError(f"latent.warmup is for lvr-free and lvr-bottleneck; leave it out with latent.method={self.latent.method}")
+        if self.latent.loss == "none" and self.latent.method == "lvr":
+            raise UsageError("latent.method=lvr learns nothing about its latents with latent.loss=none: use mse or contrastive")
         limits: list[tuple[str, float, float, float]] = [
             ("latent.steps", self.latent.steps, 1, 1024),
             ("latent.weight", self.latent.weight, 0, 1000),
+            ("latent.temperature", self.latent.temperature, 1e-3, 100),
+            ("latent.warmup", self.latent.warmup, 0, 1),
             ("latent.max_targets", self.latent.max_targets, 1, 16384),
             ("lora.rank", self.lora.rank, 1, 4096),
             ("lora.alpha", self.lora.alpha, 1, 65536),
@@ -129,7 +147,7 @@ def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Se
     """Settings from a YAML recipe (or the defaults) with `section.key=value` overrides. Raises UsageError naming file, key and value."""
     data: dict[str, Any] = {}
     if recipe is not None:
-        data = _read_yaml(recipe)
+        data = _read_recipe(recipe)
     for override in overrides or []:
         _override(data, override)
     set_here = {override.partition("=")[0].strip() for override in overrides or []}
@@ -141,6 +159,24 @@ def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Se
     made = _fill(Settings, data, "", where)
     assert isinstance(made, Settings)
     return made
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe over the one that its `extends` names, a path from the recipe's own folder."""
+    data = _read_yaml(path)
+    if "extends" not in data:
+        return data
+    other = data.pop("extends")
+    if not isinstance(other, str):
+        raise UsageError(f"{path}: extends must be the path of another recipe, not {other!r}")
+    if (path.parent / other).resolve() in (path.resolve(), *above):
+        raise UsageError(f"{path}: extends {other}, which extends it again")
+    return _merged(_read_recipe(path.parent / other, (*above, path.resolve())), data)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = [k for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)]
+    return under | over | {k: _merged(under[k], over[k]) for k in both}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -5,21 +5,25 @@ latent steps at the same time:
 
     row state    input of its next step                    leaves the state when
     text         embedding of the chosen token             the token is <|lvr_start|> -> latent; an end id or the limit -> done
-    latent       feedback(hidden), K times                 K latents were fed -> closing
+    latent       feedback(hidden), K times                 open: K were fed -> closing; bottleneck: K are known -> handed over -> text
     closing      embedding of <|lvr_end|> (never chosen)   at once -> text
     done         embedding of the end token, ignored       never
+
+Handing over (lvr_lite/latent.py): the row's K/V is dropped, and its prompt is read again, in one call, with the K latents in place of
+its visual tokens. The last latent is never fed to the pass that sees the picture, and no <|lvr_end|> is needed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lvr_lite import sampling
 from lvr_lite.errors import UsageError
+from lvr_lite.latent import likeness
 from lvr_lite.runtime.base import Runtime
 
 
@@ -92,9 +96,11 @@ class Result:
 
 @dataclass
 class Clock:
-    """Seconds spent by stage over one batch; a latent step is one in which every row that is not done is fed a hidden state."""
+    """Seconds spent by stage over one batch. A latent step is one in which every row that is not done is fed a latent; hand_over:
+    reading the latents without the picture (bottleneck)."""
 
     prefill: float = 0.0
+    hand_over: float = 0.0
     embed: list[float] = field(default_factory=list)
     latent_step: list[float] = field(default_factory=list)
     text_step: list[float] = field(default_factory=list)
@@ -103,24 +109,34 @@ class Clock:
 
 
 class _Row:
-    def __init__(self, position: int, steps: int) -> None:
+    def __init__(self, position: int, steps: int, given: np.ndarray | None) -> None:
         self.state = "text"
         self.position = position
-        self.steps = steps  # latent steps of this row; spent once
+        self.given = given  # latents (K, H) to feed instead of its own
+        self.steps = steps if given is None else len(given)
+        self.may_start = steps > 0 or given is not None  # once
         self.left = 0
         self.result = Result()
 
 
 class Decoding:
-    """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome."""
+    """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome.
 
-    def __init__(self, runtime: Runtime, prompts: list[Prompt], options: Options) -> None:
+    latents: one entry a prompt: None, or what its latent steps are fed instead of its own states, (K_i, H) float32; K_i = 0 leaves
+    the markers alone (interventions: lvr_lite/eval/probe.py).
+    """
+
+    def __init__(
+        self, runtime: Runtime, prompts: list[Prompt], options: Options, latents: Sequence[np.ndarray | None] | None = None
+    ) -> None:
         self.runtime, self.prompts, self.options = runtime, prompts, options
         self.clock = Clock()
         steps = runtime.latent.steps if options.steps is None else options.steps
         if steps and not runtime.latent.steps:
             raise UsageError(f"this model was not tuned for latent steps: use steps 0, not {steps}")
-        self.rows = [_Row(int(p.positions.max()) + 1, steps) for p in prompts]
+        given = [None] * len(prompts) if latents is None else latents
+        self.rows = [_Row(int(p.positions.max()) + 1, steps, g) for p, g in zip(prompts, given, strict=True)]
+        self._placeholder: np.ndarray | None = None
         # a generator a row, so that a row's draws do not hang on what else is in the batch
         self.rngs = [np.random.default_rng([options.seed, i]) for i in range(len(prompts))]
         self.began = 0.0
@@ -133,12 +149,14 @@ class Decoding:
         self.began = time.perf_counter()
         hidden = self._prefill()
         while True:
-            feed, latent, events = self._advance(hidden)
-            yield from events
+            hidden, fed, events = self._reason(hidden)
+            feed, chosen_events = self._speak(hidden)
+            yield from events + chosen_events
             working = np.array([row.state != "done" for row in self.rows])
             if not working.any():
                 return
-            embeds = self._inputs(hidden, feed, latent)
+            latent = np.array([i in fed for i in range(len(self.rows))])
+            embeds = self._inputs(hidden, feed, fed)
             positions = np.array([row.position for row in self.rows], np.int64)
             stage = self.clock.latent_step if latent[working].all() else self.clock.text_step
             t = time.perf_counter()
@@ -166,42 +184,106 @@ class Decoding:
         self.clock.prefill = time.perf_counter() - t
         return hidden
 
-    def _inputs(self, hidden: np.ndarray, feed: np.ndarray, latent: np.ndarray) -> np.ndarray:
-        """Input embeddings of the next step (B, H): hidden states for rows in latent steps, word embeddings for the others."""
-        if latent.all():
-            return hidden  # feedback "identity": what came out goes in, and a runtime may see that it is the same array
+    def _inputs(self, hidden: np.ndarray, feed: np.ndarray, fed: dict[int, np.ndarray]) -> np.ndarray:
+        """Input embeddings of the next step (B, H): latents for the rows in `fed`, word embeddings for the others."""
+        if len(fed) == len(self.rows):
+            if self.runtime.latent.feedback == "identity" and all(row.given is None for row in self.rows):
+                return hidden  # what came out goes in, and a runtime may see that it is the same array
+            return np.stack([fed[i] for i in range(len(fed))])
         t = time.perf_counter()
         embeds = self.runtime.embed(feed)[:, 0]
-        embeds[latent] = hidden[latent]
+        for i, vector in fed.items():
+            embeds[i] = vector
         self.clock.embed.append(time.perf_counter() - t)
         return embeds
 
-    def _advance(self, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Event]]:
-        """The ids that rows feed next (B, 1), which rows feed their hidden state instead (B,), and what happened.
+    def _reason(self, hidden: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray], list[Event]]:
+        """Take rows in latent steps one further: hidden states (B, H), new ones where a row was handed over; what is fed next by row."""
+        self._keep(hidden, range(len(self.rows)))
+        fed: dict[int, np.ndarray] = {}
+        events: list[Event] = []
+        handed = []
+        for i, row in enumerate(self.rows):
+            if row.state != "latent":
+                continue
+            if row.left > 0:
+                fed[i] = self._next_latent(row, hidden[i])
+                row.left -= 1
+                row.result.latents.append(np.array(fed[i]))
+                events.append(self._event(i, "latent"))
+            elif self.runtime.latent.mode == "open":
+                row.state = "closing"
+                events.append(self._event(i, "end"))
+            if row.left == 0 and self.runtime.latent.mode == "bottleneck":
+                fed.pop(i, None)
+                handed.append(i)
+                events.append(self._event(i, "end"))
+        return (self._hand_over(hidden, handed) if handed else hidden), fed, events
 
-        The head runs once, for the rows that are in text."""
+    def _next_latent(self, row: _Row, hidden: np.ndarray) -> np.ndarray:
+        if row.given is not None:
+            return np.asarray(row.given[len(row.result.latents)], np.float32)
+        if self.runtime.latent.feedback != "token":
+            return np.asarray(self.runtime.latent.fed(hidden))
+        if self._placeholder is None:
+            self._placeholder = self.runtime.embed(np.array([[self.runtime.tokens.lvr]]))[0, 0]
+        return self._placeholder
+
+    def _hand_over(self, hidden: np.ndarray, handed: list[int]) -> np.ndarray:
+        """Rows whose latents are known read their prompt again with these as its picture; all that has seen the picture is dropped."""
+        t = time.perf_counter()
+        read = [self._second_reading(self.prompts[i], self.rows[i].result.latents) for i in handed]
+        lengths = np.array([len(ids) for ids, _, _ in read], np.int64)
+        ids = np.full((len(handed), int(lengths.max())), self.runtime.tokens.end[0], np.int64)
+        positions = np.zeros((3, *ids.shape), np.int64)
+        for row, (row_ids, row_positions, _) in enumerate(read):
+            ids[row, : len(row_ids)], positions[:, row, : len(row_ids)] = row_ids, row_positions
+        embeds = self.runtime.embed(ids)
+        for row, (row_ids, _, latents) in enumerate(read):
+            embeds[row, : len(row_ids)][row_ids == self.runtime.tokens.lvr] = latents
+        states = self.runtime.prefill(embeds, positions, lengths, handed)
+        hidden = np.array(hidden)
+        for i, state, (_, row_positions, _) in zip(handed, states, read, strict=True):
+            hidden[i] = state
+            self.rows[i].state, self.rows[i].position = "text", int(row_positions.max()) + 1
+        self._keep(hidden, handed)
+        self.clock.hand_over += time.perf_counter() - t
+        return hidden
+
+    def _second_reading(self, prompt: Prompt, fed: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids (S,), positions (3, S), latents (N, H)) of the prompt with N <= K times <|lvr|> for its visual tokens: one a place that
+        latents are nearest to, their mean. Without a picture all come last. Other positions stay as they were."""
+        latents = np.stack(fed) if fed else np.zeros((0, self.runtime.hidden_size), np.float32)
+        seen = prompt.ids == self.runtime.tokens.image
+        if seen.any():
+            near = likeness(latents, prompt.features).argmax(-1)
+            places = list(dict.fromkeys(near.tolist()))
+            latents = np.stack([latents[near == p].mean(0) for p in places]) if places else latents
+            at, positions = int(seen.argmax()), prompt.positions[:, seen][:, places]
+        else:
+            at, positions = len(prompt.ids), prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(latents)), (3, len(latents)))
+        before, after = np.flatnonzero(~seen[:at]), at + np.flatnonzero(~seen[at:])
+        ids = np.concatenate([prompt.ids[before], np.full(len(latents), self.runtime.tokens.lvr), prompt.ids[after]])
+        return ids, np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1), latents
+
+    def _keep(self, hidden: np.ndarray, rows: Iterable[int]) -> None:
+        for i in rows:
+            if self.options.keep_hidden and self.rows[i].state != "done":
+                self.rows[i].result.hidden.append(hidden[i].copy())
+
+    def _speak(self, hidden: np.ndarray) -> tuple[np.ndarray, list[Event]]:
+        """The ids (B, 1) that rows in text feed next, and what happened; the head runs once, for these rows."""
         tokens = self.runtime.tokens
         events: list[Event] = []
-        if self.options.keep_hidden:
-            for row, state in zip(self.rows, hidden, strict=True):
-                if row.state != "done":
-                    row.result.hidden.append(state.copy())
         chosen = self._choose(hidden)
         feed = np.full((len(self.rows), 1), tokens.end[0], np.int64)
-        latent = np.zeros(len(self.rows), bool)
         for i, row in enumerate(self.rows):
             if row.state == "text":
                 self._take(i, row, chosen[i], feed, events)
-            elif row.state == "latent" and row.left > 0:
-                row.left -= 1
-                latent[i] = True
-                row.result.latents.append(hidden[i].copy())
-                events.append(self._event(i, "latent"))
-            elif row.state == "latent":
+            elif row.state == "closing":
                 row.state = "text"
                 feed[i] = tokens.lvr_end
-                events.append(self._event(i, "end"))
-        return feed, latent, events
+        return feed, events
 
     def _choose(self, hidden: np.ndarray) -> dict[int, int]:
         speaking = [i for i, row in enumerate(self.rows) if row.state == "text"]
@@ -220,7 +302,7 @@ class Decoding:
             scores[never] = -np.inf
             if len(row.result.tokens) < self.options.min_tokens:
                 scores[list(tokens.end)] = -np.inf
-            if not row.steps:  # no latents asked for, or already spent
+            if not row.may_start:  # no latents asked for, or already spent
                 scores[tokens.lvr_start] = -np.inf
             chosen[i] = sampling.sample(scores, self.options.temperature, self.options.top_p, self.rngs[i])
         self.clock.sampling.append(time.perf_counter() - t)
@@ -230,7 +312,7 @@ class Decoding:
         """A row in text has chosen `token`: where that leads."""
         now = time.perf_counter() - self.began
         if token == self.runtime.tokens.lvr_start:
-            row.state, row.left, row.steps = "latent", row.steps, 0
+            row.state, row.left, row.may_start = "latent", row.steps, False
             feed[i] = token
             events.append(self._event(i, "start"))
             return
@@ -241,7 +323,7 @@ class Decoding:
             result.tokens.append(token)
             if result.ttft is None:
                 result.ttft = now
-            if result.ttfa is None and (result.latents or not row.steps):
+            if result.ttfa is None and not row.may_start:
                 result.ttfa = now
             events.append(self._event(i, "token", id=token))
             feed[i] = token
@@ -254,9 +336,11 @@ class Decoding:
         return Event(row, kind, at=time.perf_counter() - self.began, **more)  # type: ignore[arg-type]
 
 
-def decode(runtime: Runtime, prompts: list[Prompt], options: Options | None = None) -> list[Result]:
-    """Decode a batch to its end; see `Decoding` for events and timing."""
-    decoding = Decoding(runtime, prompts, options or Options())
+def decode(
+    runtime: Runtime, prompts: list[Prompt], options: Options | None = None, latents: Sequence[np.ndarray | None] | None = None
+) -> list[Result]:
+    """Decode a batch to its end; see `Decoding` for events, timing and `latents`."""
+    decoding = Decoding(runtime, prompts, options or Options(), latents)
     for _ in decoding:
         pass
     return decoding.results

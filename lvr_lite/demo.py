@@ -1,7 +1,7 @@
-"""`lvr-lite demo`: the whole job on the embedded model, as a user would do it. May import: the core and rich.
+"""`lvr-lite demo`: the whole job on the embedded model, as a user would do it. May import: the core, Pillow and rich.
 
 Every stage is one of the commands, in a process of its own, so that the demo shows what the commands do and nothing else; what they
-measured comes back through their --json files.
+measured comes back through their --json files. Only the page's heat maps are drawn in this process, with the int8 bundle.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from lvr_lite.ask import prepare_prompt
 from lvr_lite.bundle import write_atomically
 from lvr_lite.data.make import scene_samples
+from lvr_lite.decode import decode
 from lvr_lite.errors import LvrError, UsageError
+from lvr_lite.look import View, views
+from lvr_lite.runtime.base import Runtime
 
 RESULTS = "results.json"
 SHOWN = 12  # pictures on the page
@@ -129,17 +134,26 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _finish(out: Path, results: dict[str, Any]) -> None:
     from lvr_lite.page import write_page
+    from lvr_lite.runtime.onnx import OnnxRuntime
 
     answers = results.pop("answers")
+    int8 = OnnxRuntime(out / "int8")
     examples = []
     for i, (sample, picture) in enumerate(scene_samples(SHOWN, 0, "test")):
         said = {name: given[i]["answer"] for name, given in answers.items()}
         asked = {"question": sample.question, "expected": sample.answer, "answer": said["ONNX int8"], "by_system": said}
-        examples.append({"image": picture, "boxes": [list(b) for b in sample.boxes]} | asked)
+        examples.append({"image": picture, "view": _view(int8, picture, sample.question), "boxes": [list(b) for b in sample.boxes]} | asked)
     write_page(results | {"examples": examples}, out / "report.html")
     write_atomically(out / RESULTS, json.dumps(results, indent=1))
     show(results["systems"])
     Console(stderr=True).print(f"{results['minutes']['all']:.1f} min; the page: {out / 'report.html'}")
+
+
+def _view(runtime: Runtime, picture: Image.Image, question: str) -> View | None:
+    """What the latent steps of an answer are near to; None for an answer without them."""
+    prompt, _ = prepare_prompt(runtime, [picture], question)
+    (result,) = decode(runtime, [prompt])
+    return views(runtime, [picture], prompt, result)[0] if result.latents else None
 
 
 def show(systems: list[dict[str, Any]]) -> None:

@@ -19,9 +19,11 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from lvr_lite import look
 from lvr_lite.bundle import write_atomically
 
 WIDEST = 640  # pixels of an enlarged or shrunk picture
+PANEL = 168  # pixels of a heat map's longer side
 SERIES = 8  # colours that the style defines
 NONE = "–"
 
@@ -31,10 +33,13 @@ def write_page(results: dict[str, Any], out: Path) -> None:
 
     results: "systems" [{"name", "accuracy" 0–1, "interval" [lo, hi], "n", "by_type" {type: {"n", "accuracy"}}, "size_mb", "ttft_ms",
     "tpls_ms", "tpot_ms", "peak_rss_mb"}], "examples" [{"image" a picture, "question", "answer", "expected", "by_system" {name: answer},
-    "boxes" [[x0, y0, x1, y1], …] normalized}], "curve" [{"step", "loss", "accuracy"}], "machine" {…}, "commands" [lines], "minutes"
-    {stage: minutes}. All but "systems" may be left out, and any number may be None. Raises BundleError where the file cannot be written.
+    "boxes" [[x0, y0, x1, y1], …] normalized, "view" its latent steps (`look.View`)}], "curve" [{"step", "loss", "accuracy"}], "machine"
+    {…}, "commands" [lines], "minutes" {stage: minutes}. All but "systems", and "view", may be left out, and any number may be None. Raises
+    BundleError where the file cannot be written.
     """
-    systems = results["systems"]
+    systems, examples = results["systems"], results.get("examples") or []
+    seen = [e["view"] for e in examples if e.get("view")]
+    scale = look.bounds(seen) if seen else None
     sections = {
         "accuracy": interval_bars(
             [(s["name"], s.get("accuracy"), s.get("interval"), f"n = {s['n']}" if s.get("n") else "") for s in systems]
@@ -44,7 +49,8 @@ def write_page(results: dict[str, Any], out: Path) -> None:
         "learned": curve(
             [(p["step"], p["accuracy"]) for p in results.get("curve") or [] if p.get("accuracy") is not None], "accuracy", series=1, top=1.0
         ),
-        "examples": [_example(e) for e in results.get("examples") or []],
+        "examples": [_example(e, scale) for e in examples],
+        "scale": _scale(scale) if scale else None,
         "machine": results.get("machine") or {},
         "commands": results.get("commands") or [],
         "minutes": results.get("minutes") or {},
@@ -229,7 +235,7 @@ def curve(points: list[tuple[float, float]], label: str, series: int = 0, top: f
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def _example(example: dict[str, Any]) -> dict[str, Any]:
+def _example(example: dict[str, Any], scale: tuple[float, float] | None) -> dict[str, Any]:
     picture = _scaled(example["image"])
     answers = example.get("by_system") or {"": example.get("answer", "")}
     return {
@@ -239,8 +245,29 @@ def _example(example: dict[str, Any]) -> dict[str, Any]:
         "question": example["question"],
         "expected": example["expected"],
         "answers": [{"name": name, "text": text, "right": _same(text, example["expected"])} for name, text in answers.items()],
+        "looks": _looks(example["view"], scale) if scale and example.get("view") else [],
         "boxes": [[f"{100 * v:.2f}%" for v in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in example.get("boxes") or []],
     }
+
+
+def _looks(view: look.View, scale: tuple[float, float]) -> list[dict[str, Any]]:
+    """A small heat map a latent step, and what it shows in words."""
+    found = []
+    for step in range(len(view.similarities)):
+        row, column, top = view.nearest(step)
+        drawn = look.panel(view, step, scale, PANEL)
+        told = (
+            f"latent step {step + 1}: nearest to the visual token in row {row + 1}, column {column + 1}, of {view.grid[0]} x {view.grid[1]}"
+        )
+        found.append({"src": _png(drawn), "width": drawn.width, "height": drawn.height, "alt": told, "label": f"{step + 1}: {top:.2f}"})
+    return found
+
+
+def _scale(scale: tuple[float, float]) -> dict[str, str]:
+    """The colour bar of the heat maps as CSS, its ends in numbers, and what it means."""
+    colours = ", ".join("rgb({}, {}, {})".format(*colour) for colour in look.SCALE)
+    low, high = (f"{value:.2f}" for value in scale)
+    return {"gradient": f"linear-gradient(to right, {colours})", "low": low, "high": high, "meaning": look.MEANING, "note": look.NOTE}
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -149,6 +149,11 @@ def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, 
         ("eval INT8 --suite mmmu", 2, "--suite mmmu: neither a suite"),
         ("eval INT8 --limit 0", 2, "--limit must be 1 or more"),
         ("eval INT8 --suite BROKEN", 1, "broken.jsonl:3: not valid JSON"),
+        ("eval INT8 --limit 2 --against nosuch", 1, "nosuch: no such folder"),
+        ("eval INT8 --limit 2 --against none.json", 1, "--against none.json: cannot be read (No such file or directory)"),
+        ("eval INT8 --limit 2 --against TEXT", 1, "text.png: not what `lvr-lite eval --json` writes"),
+        ("eval INT8 --limit 2 --against EMPTY", 1, "config.json: missing; this folder is not a complete checkpoint"),
+        ("eval INT8 --suite skills --skills 3", 2, "--skills 3: --suite skills asks them already"),
         ("bench nosuch", 1, "nosuch: no such folder"),
         ("bench INT8 --image nosuch.png", 1, "nosuch.png: no such picture"),
         ("bench INT8 --vs nosuch", 1, "nosuch: no such folder"),
@@ -202,6 +207,7 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
         "eval bundle --batch 0",
         "eval bundle --seed -1",
         "eval bundle --threads 0",
+        "eval bundle --skills -1",
         "bench bundle --runs 0",
         "bench bundle --runs many",
         "data make --count 3",
@@ -431,6 +437,36 @@ def test_eval_writes_what_the_design_promises(call: Call, small_int8: Path, scen
     told = json.loads((tmp_path / "eval.json").read_text())
     assert (told["schema"], told["version"], told["suite"], told["n"], told["model"]) == ("lvr-lite/eval", 1, str(scenes), 3, "int8")
     assert {"accuracy", "interval", "by_type", "pair_accuracy", "answers"} <= set(told)
+
+
+def test_models_are_compared_on_the_same_questions(call: Call, small_int8: Path, small_fp32: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    done = call("eval", small_fp32, "--limit", 3, "--skills", 4, "--max-tokens", 2, "--json", one)
+    assert done.code == 0, done.err
+    told = json.loads(one.read_text())
+    assert [told["skills"]["n"], len(told["skills"]["answers"])] == [4, 4]
+    assert "outside the training questions" in done.out
+    told["answers"][0] |= {"score": 1 - told["answers"][0]["score"]}  # as if one answer had come out otherwise
+    one.write_text(json.dumps(told))
+    done = call(
+        "eval", small_fp32, "--limit", 3, "--skills", 4, "--max-tokens", 2, "--against", one, "--against", small_int8, "--json", two
+    )
+    assert done.code == 0, done.err
+    from_file, from_model = json.loads(two.read_text())["against"]
+    assert (from_file["source"], from_model["source"]) == (str(one), str(small_int8))
+    assert abs(from_file["difference"]) == 0.3333
+    assert {"model", "n", "accuracy", "difference", "interval", "p", "by_type", "skills"} <= set(from_file)
+    assert {"difference", "interval", "by_type"} <= set(from_model["skills"])
+    assert "difference on the same questions" in done.out
+
+
+def test_skills_are_a_suite_too_and_can_be_left_out(call: Call, small_int8: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    assert call("eval", small_int8, "--suite", "skills", "--limit", 3, "--max-tokens", 2, "--json", out).code == 0
+    told = json.loads(out.read_text())
+    assert (told["n"], sorted(told["by_type"]), "skills" in told) == (3, ["caption", "place", "short"], False)
+    done = call("eval", small_int8, "--limit", 2, "--skills", 0, "--max-tokens", 2, "--json", out)
+    assert (done.code, "outside" in done.out, "skills" in json.loads(out.read_text())) == (0, False, False)
 
 
 def test_inspect_and_doctor_write_what_they_show(call: Call, small_int8: Path, tmp_path: Path) -> None:

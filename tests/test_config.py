@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from lvr_lite.config import Settings, load_settings
+from lvr_lite.config import LatentSettings, Settings, load_settings
 from lvr_lite.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = [*sorted((ROOT / "configs").glob("*.y*ml")), Path(str(resources.files("lvr_lite") / "tiny" / "recipe.yaml"))]
+TINY = Path(str(resources.files("lvr_lite") / "tiny" / "recipe.yaml"))
+RECIPES = [*sorted((ROOT / "configs").glob("**/*.y*ml")), TINY]
+METHODS = typing.get_args(typing.get_type_hints(LatentSettings)["method"])
 
 
-def recipe(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "recipe.yaml"
+def recipe(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
@@ -33,6 +37,18 @@ def refusal(path: Path | None, *overrides: str) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_that_ships_parses(path: Path) -> None:
     assert load_settings(path) != Settings(), "a recipe that changes nothing"
+
+
+def test_the_recipes_of_the_methods_differ_in_their_latents_alone() -> None:
+    found = {path.stem: load_settings(path).to_json() for path in (ROOT / "configs" / "methods").iterdir()}
+    assert {latent["method"] for latent in (settings.pop("latent") for settings in found.values())} == set(METHODS)
+    others = {k: v for k, v in load_settings(TINY).to_json().items() if k != "latent"}
+    assert all(settings == others for settings in found.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_of_a_method_is_named_after_it(method: str) -> None:
+    assert load_settings(ROOT / "configs" / "methods" / f"{method}.yaml").latent.method == method
 
 
 def test_no_recipe_gives_the_defaults() -> None:
@@ -77,7 +93,12 @@ def test_an_unknown_key_is_named_with_its_file_and_what_is_known(tmp_path: Path,
         ("data.eval_file=3", "data.eval_file must be str or nothing, not 3"),
         ("max_pixels=big", "max_pixels must be int or nothing, not 'big'"),
         ("latent.targets=some", "latent.targets must be one of pooled, all, not 'some'"),
-        ("latent.inputs=own", "latent.inputs must be one of teacher, free, not 'own'"),
+        ("latent.method=free", "latent.method must be one of sft, dummy, lvr, lvr-free, lvr-bottleneck, not 'free'"),
+        ("latent.loss=cosine", "latent.loss must be one of mse, contrastive, none, not 'cosine'"),
+        ("latent.loss=null", "latent.loss must be one of mse, contrastive, none, not None"),  # in YAML, none is a word
+        ("latent.feedback=token", "latent.feedback must be one of identity, norm-matched, not 'token'"),
+        ("latent.warmup=half", "latent.warmup must be float, not 'half'"),
+        ("train.dequantize=true", "train.dequantize must be one of auto, never, not True"),
         ("data.eval_file=[a]", "data.eval_file must be str or nothing, not ['a']"),
         ("train.precision=fp16", "train.precision must be one of auto, bf16, fp32, not 'fp16'"),
         ("train=3", "train is a section; write train.key"),
@@ -92,6 +113,8 @@ def test_a_value_of_the_wrong_kind_is_named(override: str, wanted: str) -> None:
     [
         "latent.steps=0",
         "latent.weight=-0.1",
+        "latent.temperature=0",
+        "latent.temperature=.nan",
         "lora.rank=0",
         "lora.dropout=1.0",
         "data.count=0",
@@ -119,22 +142,43 @@ def test_a_value_out_of_range_is_named(override: str) -> None:
     assert said.endswith(f"not {float(value.replace('.nan', 'nan').replace('.inf', 'inf')):g}")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "other"),
-    [
-        (["latent.targets=all", "train.gradient_checkpointing=false"], "latent.targets"),
-        (["train.gradient_checkpointing=true"], "train.gradient_checkpointing"),
-        ([], "train.gradient_checkpointing"),  # it is on by default
-    ],
-)
-def test_free_latents_with_what_they_cannot_have_are_refused_by_both_keys(overrides: list[str], other: str) -> None:
-    said = refusal(None, "latent.inputs=free", *overrides)
-    assert "latent.inputs=free" in said
-    assert other in said
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_taken_as_it_stands_and_with_gradient_checkpointing(method: str) -> None:
+    for on in ("true", "false"):
+        settings = load_settings(None, [f"latent.method={method}", f"train.gradient_checkpointing={on}"])
+        assert settings.latent.method == method
 
 
-def test_free_latents_are_taken_without_checkpointing() -> None:
-    assert load_settings(None, ["latent.inputs=free", "train.gradient_checkpointing=false"]).latent.inputs == "free"
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lvr"])
+def test_all_tokens_as_targets_are_for_lvr_alone(method: str) -> None:
+    said = refusal(None, "latent.targets=all", f"latent.method={method}")
+    assert "latent.targets=all" in said
+    assert method in said
+    assert load_settings(None, ["latent.targets=all", "latent.method=lvr"]).latent.targets == "all"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_warm_up_is_for_methods_that_run_freely(method: str) -> None:
+    overrides = [f"latent.method={method}", "latent.warmup=0.25"]
+    if method in ("lvr-free", "lvr-bottleneck"):
+        assert load_settings(None, overrides).latent.warmup == 0.25
+    else:
+        said = refusal(None, *overrides)
+        assert "latent.warmup" in said
+        assert f"latent.method={method}" in said
+
+
+@pytest.mark.parametrize("method", ["lvr-free", "lvr-bottleneck"])
+@pytest.mark.parametrize("value", ["-0.1", "1.5", ".nan"])
+def test_a_warm_up_is_a_share(method: str, value: str) -> None:
+    assert refusal(None, f"latent.method={method}", f"latent.warmup={value}").startswith("latent.warmup must lie between 0 and 1, not ")
+
+
+def test_lvr_without_a_loss_of_its_latents_is_refused_by_both_keys() -> None:
+    said = refusal(None, "latent.method=lvr", "latent.loss=none")
+    assert "latent.method=lvr" in said
+    assert "latent.loss=none" in said
+    assert load_settings(None, ["latent.method=lvr-bottleneck", "latent.loss=none"]).latent.loss == "none"
 
 
 @pytest.mark.parametrize("optimizer", ["adam_of_mine", "", "3"])
@@ -202,3 +246,75 @@ def test_a_recipe_without_sections_is_refused(tmp_path: Path, text: str) -> None
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.yaml").startswith(f"{tmp_path / 'none.yaml'}: cannot be read")
+
+
+# -------------------------------------------------------------------------------------------------------------- extends
+
+
+def test_a_recipe_over_another_changes_what_it_names_in_its_sections_and_nothing_else(tmp_path: Path) -> None:
+    recipe(tmp_path, "train:\n  steps: 7\n  batch: 2\nlora:\n  rank: 8\nmax_pixels: 50176\n", "under.yaml")
+    path = recipe(tmp_path, "extends: under.yaml\ntrain:\n  steps: 9\n  keep: 5\ndata:\n  seed: 3\n")
+    expected = Settings().to_json()
+    expected["train"] |= {"steps": 9, "batch": 2, "keep": 5}
+    expected["lora"]["rank"], expected["data"]["seed"], expected["max_pixels"] = 8, 3, 50176
+    assert load_settings(path).to_json() == expected
+    assert load_settings(path, ["train.batch=4"]).train.batch == 4
+
+
+def test_a_recipe_may_undo_a_value_of_the_one_below(tmp_path: Path) -> None:
+    recipe(tmp_path, "max_pixels: 50176\n", "under.yaml")
+    assert load_settings(recipe(tmp_path, "extends: under.yaml\nmax_pixels: null\n")).max_pixels is None
+
+
+def test_a_path_in_extends_counts_from_the_recipes_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe(tmp_path, "train:\n  steps: 1\n", "a/bottom.yaml")
+    recipe(tmp_path, "extends: ../a/bottom.yaml\ntrain:\n  batch: 3\n", "b/middle.yaml")
+    recipe(tmp_path, "extends: b/middle.yaml\ntrain:\n  keep: 4\n", "top.yaml")
+    recipe(tmp_path, "train:\n  steps: 99\n", "elsewhere/b/middle.yaml")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train = load_settings(Path("..") / "top.yaml").train
+    assert (train.steps, train.batch, train.keep) == (1, 3, 4)
+    absolute = recipe(tmp_path, f"extends: {tmp_path / 'b' / 'middle.yaml'}\n", "elsewhere/deep/absolute.yaml")
+    assert load_settings(absolute).train.batch == 3
+
+
+def test_two_recipes_may_stand_on_one(tmp_path: Path) -> None:
+    recipe(tmp_path, "train:\n  steps: 1\n", "under.yaml")
+    for name in ("one", "two"):
+        assert load_settings(recipe(tmp_path, "extends: under.yaml\n", f"{name}.yaml")).train.steps == 1
+
+
+@pytest.mark.parametrize("ring", [["a"], ["a", "b"], ["a", "b", "c"]], ids=len)
+def test_recipes_that_extend_each_other_in_a_ring_are_refused(tmp_path: Path, ring: list[str]) -> None:
+    for name, other in zip(ring, ring[1:] + ring[:1], strict=True):
+        recipe(tmp_path, f"extends: ./{other}.yaml\n", f"{name}.yaml")
+    said = refusal(tmp_path / "a.yaml")
+    assert said == f"{tmp_path / ring[-1]}.yaml: extends ./a.yaml, which extends it again"
+
+
+def test_a_ring_that_does_not_hold_the_first_recipe_is_refused(tmp_path: Path) -> None:
+    recipe(tmp_path, "extends: a.yaml\n", "b.yaml")
+    recipe(tmp_path, "extends: b.yaml\n", "a.yaml")
+    assert "extends a.yaml, which extends it again" in refusal(recipe(tmp_path, "extends: a.yaml\n"))
+
+
+def test_a_missing_recipe_below_is_named(tmp_path: Path) -> None:
+    said = refusal(recipe(tmp_path, "extends: none.yaml\n"))
+    assert said == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory)"
+
+
+def test_a_malformed_recipe_below_is_named(tmp_path: Path) -> None:
+    recipe(tmp_path, "train: [\n", "under.yaml")
+    assert refusal(recipe(tmp_path, "extends: under.yaml\n")).startswith(f"{tmp_path / 'under.yaml'}: not valid YAML (")
+
+
+@pytest.mark.parametrize(("written", "read"), [("3", "3"), ("[a.yaml]", "['a.yaml']"), ("null", "None"), ("{a: b}", "{'a': 'b'}")])
+def test_extends_must_be_a_path(tmp_path: Path, written: str, read: str) -> None:
+    path = recipe(tmp_path, f"extends: {written}\n")
+    assert refusal(path) == f"{path}: extends must be the path of another recipe, not {read}"
+
+
+def test_a_key_from_below_that_is_unknown_is_named_with_the_recipe_that_was_asked_for(tmp_path: Path) -> None:
+    recipe(tmp_path, "train:\n  stepz: 3\n", "under.yaml")
+    path = recipe(tmp_path, "extends: under.yaml\n")
+    assert refusal(path).startswith(f"{path}: unknown key train.stepz")

@@ -57,24 +57,16 @@ def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:
 def pool_groups_of_boxes(tokens: Sequence[np.ndarray], steps: int) -> list[np.ndarray]:
     """`pool_groups` over several boxes: exactly `steps` groups, in the order of the boxes. tokens: what `tokens_in_boxes` gave.
 
-    With at least as many steps as boxes every group lies in one box and every box has a group; the other steps go one by one to the
-    box with the most tokens a group. With fewer steps, the union of all tokens is cut, each token taken where it comes first.
+    Every box but the last has one group, the last has the rest: how long a look takes does not hang on sizes that are not known before
+    it. With fewer steps than boxes the union of all tokens is cut, each token taken where it comes first. Raises ValueError for no boxes.
     """
+    if not tokens:
+        raise ValueError("no boxes: nothing to pool")
     if steps < len(tokens):
         return pool_groups(_union(tokens), steps)
-    shares = _shares([len(t) for t in tokens], steps)
-    return [group for t, share in zip(tokens, shares, strict=True) for group in pool_groups(t, share)]
+    groups = [pool_groups(t, 1)[0] for t in tokens[:-1]]
+    return groups + pool_groups(tokens[-1], steps - len(groups))
 
 
 def _union(tokens: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(list(dict.fromkeys(int(i) for t in tokens for i in t)), np.int64)
-
-
-def _shares(sizes: list[int], steps: int) -> list[int]:
-    if not sizes:
-        raise ValueError("no boxes: nothing to pool")
-    shares = [1] * len(sizes)
-    for _ in range(steps - len(sizes)):
-        most = max(range(len(sizes)), key=lambda i: (sizes[i] / shares[i], -i))
-        shares[most] += 1
-    return shares

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lvr_lite.bundle import fresh_folder
 from lvr_lite.data import scenes
 from lvr_lite.data.boxes import tokens_in_box
+from lvr_lite.data.drawing import INK, PAPER, QUIET, Font, box_colour, cell_edges, draw_boxes, fitted, token_grid, wrapped
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.families import qwen2_5_vl
@@ -34,10 +34,7 @@ def scene_samples(count: int, seed: int, split: str) -> Iterator[tuple[Sample, I
     The same (seed, split) always gives the same samples, and a larger count only adds to them. Raises UsageError for a count below 1,
     a seed outside 0 … MAX_SEED or an unknown split.
     """
-    if count < 1:
-        raise UsageError(f"count must be 1 or more, not {count}")
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed must be 0 to {MAX_SEED}, not {seed}")
+    _refuse_senseless(count, seed)
     if split not in SPLITS:
         raise UsageError(f"split must be train or test, not {split}")
     for name, scene, question, pair in scenes.items(seed, split, count):
@@ -48,6 +45,23 @@ def scene_sample(name: str, scene: scenes.Scene, question: scenes.Question, pair
     """A planned question as a sample without a picture."""
     boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in map(scene.box, question.things))
     return Sample(name, (), question.text, question.answer, question.choices, boxes, question.type, pair)
+
+
+def skill_samples(count: int, seed: int) -> Iterator[tuple[Sample, Image.Image]]:
+    """`count` samples of the skills outside the training questions (`scenes.skills`), with their pictures in memory and without boxes.
+
+    The same seed always gives the same samples, and a larger count only adds to them. Raises UsageError as `scene_samples` does.
+    """
+    _refuse_senseless(count, seed)
+    for name, scene, question in scenes.skills(seed, count):
+        yield Sample(name, (), question.text, question.answer, question.choices or None, (), question.type), scenes.draw(scene)
+
+
+def _refuse_senseless(count: int, seed: int) -> None:
+    if count < 1:
+        raise UsageError(f"count must be 1 or more, not {count}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must be 0 to {MAX_SEED}, not {seed}")
 
 
 def write_scenes(folder: Path, count: int, seed: int, split: str) -> Path:
@@ -85,8 +99,6 @@ def _refuse_others_files(folder: Path, split: str) -> None:
 # Stock Qwen2.5-VL sizes, with at most 256 visual tokens a picture: those of the embedded model.
 PREVIEW_SPEC: dict[str, Any] = {"patch": 14, "merge": 2, "min_pixels": 56 * 56, "max_pixels": 256 * 28 * 28}
 _TILE, _GAP, _CAPTION, _LINE = 320, 16, 15, 19  # pixels: side of a picture's place, space between, text size, text line
-_PAPER, _INK, _QUIET = (250, 250, 248), (25, 25, 25), (95, 95, 95)
-_BOXES = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
 
 
 def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_vl, spec: dict[str, Any] | None = None) -> None:
@@ -102,7 +114,7 @@ def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_
     columns = min(4, len(tiles))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
-    sheet = Image.new("RGB", (_GAP + columns * (_TILE + _GAP), _GAP + sum(h + _GAP for h in heights)), _PAPER)
+    sheet = Image.new("RGB", (_GAP + columns * (_TILE + _GAP), _GAP + sum(h + _GAP for h in heights)), PAPER)
     y = _GAP
     for row, height in zip(rows, heights, strict=True):
         for i, tile in enumerate(row):
@@ -117,17 +129,11 @@ def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_
 
 def _tile(sample: Sample, family: Any, spec: dict[str, Any]) -> Image.Image:
     picture = open_picture(sample.images[0])
-    height, width = family.resized(picture.height, picture.width, spec)
-    rows, columns = family.token_grid((height // spec["patch"], width // spec["patch"]), spec)
-    scale = _TILE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Nearest keeps the pixels of a small picture visible, which is what a preview of it is for.
-    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-    picture = _with_boxes(picture, sample, rows, columns)
+    picture = _with_boxes(fitted(picture, _TILE), sample, *token_grid(picture, family, spec))
     font = ImageFont.load_default(_CAPTION)
     lines = _caption(sample, font)
-    tile = Image.new("RGB", (_TILE, _TILE + 8 + _LINE * len(lines)), _PAPER)
-    tile.paste(picture, ((_TILE - size[0]) // 2, (_TILE - size[1]) // 2))
+    tile = Image.new("RGB", (_TILE, _TILE + 8 + _LINE * len(lines)), PAPER)
+    tile.paste(picture, ((_TILE - picture.width) // 2, (_TILE - picture.height) // 2))
     draw = ImageDraw.Draw(tile)
     for i, (line, ink) in enumerate(lines):
         draw.text((0, _TILE + 8 + i * _LINE), line, fill=ink, font=font)
@@ -137,24 +143,18 @@ def _tile(sample: Sample, family: Any, spec: dict[str, Any]) -> Image.Image:
 def _with_boxes(picture: Image.Image, sample: Sample, rows: int, columns: int) -> Image.Image:
     """The boxes, and the tokens that they select: those keep their colours with a rim in their box's, all others are washed out."""
     w, h = picture.size
-    xs, ys = [round(c * w / columns) for c in range(columns + 1)], [round(r * h / rows) for r in range(rows + 1)]
-    layer = Image.new("RGBA", picture.size, (*_PAPER, 150 if sample.boxes else 0))
+    xs, ys = cell_edges(w, columns), cell_edges(h, rows)
+    layer = Image.new("RGBA", picture.size, (*PAPER, 150 if sample.boxes else 0))
     draw = ImageDraw.Draw(layer)
     for i, box in enumerate(sample.boxes):
         for row, column in np.argwhere(_selected(box, rows, columns)):
-            draw.rectangle((xs[column], ys[row], xs[column + 1] - 1, ys[row + 1] - 1), fill=(0, 0, 0, 0), outline=(*_colour(i), 150))
+            draw.rectangle((xs[column], ys[row], xs[column + 1] - 1, ys[row + 1] - 1), fill=(0, 0, 0, 0), outline=(*box_colour(i), 150))
     for x in xs[1:-1]:
         draw.line((x, 0, x, h), fill=(255, 255, 255, 90))
     for y in ys[1:-1]:
         draw.line((0, y, w, y), fill=(255, 255, 255, 90))
-    for i, (x0, y0, x1, y1) in enumerate(sample.boxes):
-        at = (x0 * w, y0 * h, max(x1 * w - 1, x0 * w), max(y1 * h - 1, y0 * h))
-        draw.rectangle(at, outline=(*_colour(i), 255), width=2)
+    draw_boxes(draw, sample.boxes, picture.size)
     return Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
-
-
-def _colour(box: int) -> tuple[int, int, int]:
-    return _BOXES[box % len(_BOXES)]
 
 
 def _selected(box: tuple[float, float, float, float], rows: int, columns: int) -> np.ndarray:
@@ -163,12 +163,7 @@ def _selected(box: tuple[float, float, float, float], rows: int, columns: int) -
     return mask.reshape(rows, columns)
 
 
-def _caption(sample: Sample, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[tuple[str, tuple[int, int, int]]]:
+def _caption(sample: Sample, font: Font) -> list[tuple[str, tuple[int, int, int]]]:
     """Lines and their colours: the question, the answer, then id and type, each cut to three lines."""
-    texts = ((sample.question, _INK), (f"Answer: {sample.answer}", _INK), (", ".join(filter(None, (sample.id, sample.type))), _QUIET))
-    return [(line, ink) for text, ink in texts for line in _wrapped(text, font)]
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    widest = max(1, int(0.95 * _TILE * len(text) / font.getlength(text)))  # characters a line, at this text's mean width
-    return textwrap.wrap(text, widest, max_lines=3, placeholder=" ...")
+    texts = ((sample.question, INK), (f"Answer: {sample.answer}", INK), (", ".join(filter(None, (sample.id, sample.type))), QUIET))
+    return [(line, ink) for text, ink in texts for line in wrapped(text, font, _TILE)]

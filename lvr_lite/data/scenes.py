@@ -33,7 +33,9 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 # Every combination whose indices add up to 3 modulo 8: eight of 64, each shape and each colour once.
 HELD_OUT = frozenset((s, c) for i, s in enumerate(SHAPES) for j, c in enumerate(COLOURS) if (i + j) % 8 == 3)
 SIZES = ((140, 140), (112, 168), (168, 112))  # width, height: 25, 24 and 24 visual tokens of 28 px
-QUESTION_TYPES = ("attribute", "letter", "position", "count", "odd", "pair")
+QUESTION_TYPES = ("attribute", "letter", "position", "count", "odd", "pair", "odd-letter", "odd-pattern")
+PRETRAINED = ("attribute", "letter", "position", "count", "odd", "pair")  # those that the embedded model met before tuning
+SKILLS = ("caption", "place", "short")  # what it learned in pre-training and tuning on the scenes never asks
 
 # 5 x 7 bitmaps, row by row: drawn here so that no font or FreeType version can change a picture.
 _GLYPHS = {
@@ -325,6 +327,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
     else:
         word = thing.colour if rng.random() < 0.83 else str(rng.choice(list(COLOURS)))
         found = tuple(t for t in scene.things if t.colour == word)
+    found = tuple(sorted(found, key=lambda t: t.centre()[::-1]))  # an order that can be seen
     if len(found) >= len(NUMBERS):
         return ask_count(rng, scene)
     return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, found, f"count {word}")
@@ -332,8 +335,25 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
 
 def ask_odd(_: np.random.Generator, scene: Scene) -> Question:
     """The shape of the one thing that differs; for scenes planned with `odd=True`."""
-    (thing,) = (t for t in scene.things if _is_odd(scene, t))
+    thing = _odd(scene)
     return Question("odd", "which shape is the odd one out", thing.shape, SHAPES, (thing,), "odd")
+
+
+def _odd(scene: Scene) -> Thing:
+    (thing,) = (t for t in scene.things if _is_odd(scene, t))
+    return thing
+
+
+def ask_odd_letter(_: np.random.Generator, scene: Scene) -> Question:
+    """The letter on the one thing that differs: it has to be found before it can be read."""
+    thing = _odd(scene)
+    return Question("odd-letter", "what letter is on the odd one out", thing.glyph, GLYPHS, (thing,), "letter odd")
+
+
+def ask_odd_pattern(_: np.random.Generator, scene: Scene) -> Question:
+    """The pattern of the one thing that differs in colour."""
+    thing = _odd(scene)
+    return Question("odd-pattern", "what pattern is the odd one out", thing.pattern, PATTERNS, (thing,), "pattern odd")
 
 
 def _is_odd(scene: Scene, thing: Thing) -> bool:
@@ -384,6 +404,8 @@ ASK: dict[str, Ask] = {
     "position": ask_position,
     "count": ask_count,
     "odd": ask_odd,
+    "odd-letter": ask_odd_letter,
+    "odd-pattern": ask_odd_pattern,
 }
 
 
@@ -408,6 +430,39 @@ def items(seed: int, split: str, count: int, types: tuple[str, ...] = QUESTION_T
                 yield f"{name}b", twin, second, name
             i += 2
             continue
-        scene = plan(rng, split, odd=kind == "odd")
+        scene = plan(rng, split, odd=kind.startswith("odd"))
         yield name, scene, ASK[kind](rng, scene), None
         i += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- skills
+
+
+def ask_place(rng: np.random.Generator, scene: Scene) -> Question:
+    """Where the thing of a shape is, in the wording of pre-training."""
+    (thing,) = _pick(rng, scene)
+    cells = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+    return Question("place", f"where {thing.shape}", scene.cell_words(thing), cells, (thing,), f"where {thing.shape}")
+
+
+def ask_short(rng: np.random.Generator, scene: Scene, kind: str) -> Question:
+    """A question of one of the types PRETRAINED in its short wording; of a pair the question to the scene itself."""
+    question = make_twin(rng, scene, "test")[1] if kind == "pair" else ASK[kind](rng, scene)
+    return replace(question, type="short", text=question.short)
+
+
+def skills(seed: int, count: int) -> Iterator[tuple[str, Scene, Question]]:
+    """`count` questions that tuning on the scenes never trains, to held-out scenes: (id, scene, question).
+
+    The types SKILLS take turns, and within "short" those of PRETRAINED; item i depends on (seed, i) alone.
+    """
+    stream = zlib.crc32(b"skills")
+    for i in range(count):
+        rng = np.random.default_rng([stream, seed, i])
+        skill, kind = SKILLS[i % len(SKILLS)], PRETRAINED[i // len(SKILLS) % len(PRETRAINED)]
+        scene = plan(rng, "test", odd=(skill, kind) == ("short", "odd"))
+        if skill == "caption":
+            question = Question("caption", "describe", describe(scene), (), scene.things, "describe")
+        else:
+            question = ask_place(rng, scene) if skill == "place" else ask_short(rng, scene, kind)
+        yield f"skill-{seed}-{i:06d}", scene, question

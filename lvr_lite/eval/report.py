@@ -1,15 +1,40 @@
-"""An evaluation for people: a table on the terminal. May import: rich."""
+"""Evaluations for people: tables on the terminal, and the probe's page. May import: rich, the core.
+
+All of it is made from the JSON alone, so that a saved file can be shown again.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from lvr_lite.bundle import write_atomically
+from lvr_lite.page import NONE, interval_bars, number, percent, render_page
+
+UNSEEN = 0.02  # a skill that falls by more than this is told in words
+WHAT = {
+    "none": "its own latents: the baseline",
+    "zero": "zeros",
+    "noise": "noise of the same length",
+    "mean": "the mean over all items, step by step",
+    "first": "the first one, K times",
+    "shuffle": "the same ones in another order",
+    "donor_unrelated": "another picture's, under another question",
+    "donor_same_question": "another picture's, same question, other answer",
+    "oracle": "the visual tokens in the boxes",
+    "k0": "no latents and no markers",
+    "markers": "the markers alone",
+    "self": "its own again: the sham",
+}
 
 
 def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the score of `lvr_lite.eval.suite.evaluate`: overall with its interval, by type, and by pairs."""
+    """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the differences to other models; the skills."""
+    console = console or Console()
     low, high = result["interval"]
     table = Table(title=f"{result['model']} on {result['suite']}", title_justify="left")
     table.add_column("questions")
@@ -22,4 +47,141 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     table.add_row("all", str(result["n"]), f"[bold]{result['accuracy']:.1%}[/]", f"{low:.1%} – {high:.1%}")
     if result["pair_accuracy"] is not None:
         table.add_row("pairs, both right", "", f"{result['pair_accuracy']:.1%}", "")
-    (console or Console()).print(table)
+    console.print(table)
+    if "against" in result:
+        console.print(_differences(result["against"]))
+    if "skills" in result:
+        console.print(_skills(result["skills"], result.get("against", [])))
+
+
+def _differences(against: list[dict[str, Any]]) -> Table:
+    """One row for each model that was compared."""
+    table = Table("less that of", title="difference on the same questions, in points", title_justify="left")
+    for title in ("n", "all", "p"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("by type")
+    for other in against:
+        kinds = ", ".join(f"{kind} {points(of_kind['difference'])}" for kind, of_kind in other["by_type"].items())
+        difference = _with_interval(other["difference"], other["interval"])
+        table.add_row(escape(other["source"]), str(other["n"]), f"[bold]{difference}[/]", _p(other["p"]), escape(kinds))
+    return table
+
+
+def _skills(skills: dict[str, Any], against: list[dict[str, Any]]) -> Table:
+    """The skills by type, and how they changed against each model that was compared."""
+    table = Table("outside the training questions")
+    for title in ("n", "accuracy"):
+        table.add_column(title, justify="right")
+    for other in against:
+        table.add_column(f"against {escape(other['source'])}")
+    for kind, score in skills["by_type"].items():
+        changes = [_change(other["skills"]["by_type"][kind] if "skills" in other else None) for other in against]
+        table.add_row(kind, str(score["n"]), f"{score['accuracy']:.1%}", *changes)
+    table.add_section()
+    changes = [_change(other.get("skills")) for other in against]
+    table.add_row("all", str(skills["n"]), f"[bold]{skills['accuracy']:.1%}[/]", *changes)
+    return table
+
+
+def _change(other: dict[str, Any] | None) -> str:
+    """A difference in words where it is a loss that nobody should miss."""
+    if other is None:
+        return "not in that file"
+    told = _with_interval(other["difference"], other["interval"])
+    return f"[bold red]falls by {points(-other['difference'])} points[/]: {told}" if other["difference"] < -UNSEEN else told
+
+
+def _p(p: float | None) -> str:
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --------------------------------------------------------------------------------------------------------------- the probe
+
+
+def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
+    """Print the JSON of `lvr_lite.eval.probe.probe`: every intervention against the baseline, retrieval, and the verdict."""
+    console = console or Console()
+    title = f"{data['model']} on {data['data']}: accuracy in %, difference to its own latents in points, on the same items"
+    table = Table("latents fed", title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("n", "accuracy", "difference", "p", "changed"):
+        table.add_column(column, justify="right")
+    for name, one in data["interventions"].items():
+        table.add_row(name, *_cells(one))
+    console.print(table)
+    for line in notes(data):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"[bold]{data['verdict']}[/]", highlight=False, soft_wrap=True)
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    """What else the probe found, a sentence a line: which model and items, retrieval, the shape of the latents."""
+    latent, found, shape = data["latent"], data["retrieval"], data["geometry"]
+    lines = [
+        f"{latent['steps']} latent steps, mode {latent['mode']}, feedback {latent['feedback']}; the loop was opened in {data['opened']} of "
+        f"{data['n']} answers, and the interventions concern these. Seed {data['seeds']['interventions']}."
+    ]
+    for name, one in donors(data).items():
+        lines.append(
+            f"{name}: the donor's answer in {percent(one['flips_to_donor'])} of {one['pairs']} pairs, lift {points(one['lift'])} points"
+            + (f"; under noise in {percent(one['flips_by_noise'])}." if one["flips_by_noise"] is not None else ".")
+        )
+    if latent["mode"] == "bottleneck":
+        lines.append(
+            "Text sees the question and the latents alone, so that under the same question the donor's answer comes by construction."
+        )
+    if found["r_at_1"] is not None:
+        lines.append(
+            f"R@1 of the free-running latents {_with_interval(found['r_at_1'], found['interval'])} % (n = {found['n']}) against "
+            f"{percent(found['chance'])} by area, {number(found['ratio'])} times; in the step's own tokens {percent(found['own_box'])} "
+            f"against {percent(found['own_box_chance'])}."
+        )
+    lines.append(
+        f"Participation ratio {number(shape['participation_ratio'])} a step, {number(shape['participation_ratio_all'])} of all; cosine "
+        f"between items {number(shape['similarity'])}, {number(shape['similarity_centred'])} without the mean."
+    )
+    return lines
+
+
+def donors(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The interventions that fed another picture's latents, where there were pairs to count."""
+    return {name: one for name, one in data["interventions"].items() if one.get("pairs")}
+
+
+def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(one["n"]),
+        _with_interval(one["accuracy"], one["interval"]),
+        _with_interval(one["difference"], one["difference_interval"]),
+        _p(one["mcnemar_p"]),
+        percent(one["changed"]),
+    )
+
+
+def _with_interval(share: float | None, interval: list[float] | None) -> str:
+    """Percent or points with their interval: -1.0 [-7.3, 6.2]."""
+    return points(share) + ("" if interval is None else f" [{points(interval[0])}, {points(interval[1])}]")
+
+
+def points(share: float | None) -> str:
+    """A share or a difference of shares in percentage points; a dash for None."""
+    return NONE if share is None else f"{round(100 * share, 1) + 0:.1f}"
+
+
+def write_probe_page(data: dict[str, Any], out: Path) -> None:
+    """Write the probe's JSON as one self-contained HTML page. Raises BundleError where the file cannot be written."""
+    interventions = data["interventions"]
+    kinds = sorted({kind for one in interventions.values() for kind in one["by_type"]})
+    bars = interval_bars([(name, one["accuracy"], one["interval"], f"n = {one['n']}") for name, one in interventions.items()])
+    html = render_page(
+        "probe.html.j2",
+        "lvr_lite.eval",
+        data=data,
+        bars=bars,
+        baseline=f"{100 * interventions['none']['accuracy']:.2f}%",
+        notes=notes(data),
+        rows=[(name, WHAT[name], *_cells(one)) for name, one in interventions.items()],
+        flips=[(name, one, _with_interval(one["flips_to_donor"], one["flips_interval"])) for name, one in donors(data).items()],
+        kinds=kinds,
+        points=points,
+    )
+    write_atomically(out, html)

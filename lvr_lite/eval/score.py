@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
@@ -18,8 +19,25 @@ def is_correct(answer: str, expected: str) -> bool:
     return normalized(answer) == normalized(expected)
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of a share `right / n`; (0, 1) for n = 0 (Wilson 1927)."""
+def caption(answer: str, expected: str) -> float:
+    """F1 of the details that a caption tells, from 0 to 1.
+
+    Phrases such as "star red plain A top left" stand between semicolons. A detail is a word of a phrase together with the phrase's first
+    word, the thing that it is about; so a colour counts only on the right thing, a thing told twice counts once as right and twice as
+    said, and the order of things does not count.
+    """
+    said, right = _details(answer), _details(expected)
+    return 2 * (said & right).total() / max(1, said.total() + right.total())
+
+
+def _details(text: str) -> Counter[tuple[str, str]]:
+    phrases = [phrase.split() for phrase in normalized(text).split(";")]
+    return Counter((words[0], word) for words in phrases for word in words)
+
+
+def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of a share `right / n`; (0, 1) for n = 0 (Wilson 1927). Of the mean of n scores between 0 and 1 whose
+    sum is `right` it is an interval as well, rather too wide than too narrow: at one mean no scores vary more than zeros and ones."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = right / n, z * z

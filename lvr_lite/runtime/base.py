@@ -48,10 +48,11 @@ class Runtime(Protocol):
         """Begin a batch of `batch` rows with room for `capacity` positions each; forgets the one before."""
         ...
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """First call of a batch: embeds (B, S, H) padded on the right, positions (3, B, S), true lengths (B,).
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+        """Read whole inputs: embeds (R, S, H) padded on the right, positions (3, R, S), true lengths (R,). The first call of a batch is
+        for all its rows (None); a later one for `rows` drops the K/V of these R rows and leaves the others as they are.
 
-        Returns the hidden state of each row's last position (B, H)."""
+        Returns the hidden state of each input's last position (R, H)."""
         ...
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -86,36 +86,45 @@ class OnnxRuntime:
         if batch == self._batch and capacity <= self._capacity:
             return  # what is left of the batch before lies beyond seqlens_k, where attention does not look
         self._batch, self._capacity = batch, capacity
-        shape = (batch, self.manifest.decoder["kv_heads"], capacity, self.manifest.decoder["head_dim"])
-        self._cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self._cache_names}
+        self._cache = self._new_cache(batch, capacity)
         self._state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
         self._positions = ort.OrtValue.ortvalue_from_numpy(np.zeros((3, batch, 1), np.int64))
         self._seqlens = ort.OrtValue.ortvalue_from_numpy(np.zeros(batch, np.int32))
         self._total = ort.OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))
-        self._binding = self._bind_cache()
+        self._binding = self._bind(self._cache)
         self._binding.bind_ortvalue_input("inputs_embeds", self._state)
         self._binding.bind_ortvalue_input("position_ids", self._positions)
         self._binding.bind_ortvalue_input("seqlens_k", self._seqlens)
         self._binding.bind_ortvalue_input("total_sequence_length", self._total)
         self._binding.bind_ortvalue_output("last_hidden_state", self._state)
 
-    def _bind_cache(self) -> Any:
+    def _new_cache(self, batch: int, capacity: int) -> dict[str, Any]:
+        shape = (batch, self.manifest.decoder["kv_heads"], capacity, self.manifest.decoder["head_dim"])
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self._cache_names}
+
+    def _bind(self, cache: dict[str, Any]) -> Any:
         binding = self._decoder.io_binding()
-        for name, value in self._cache.items():
+        for name, value in cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        self._lengths = lengths.astype(np.int32)
-        binding = self._bind_cache()
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+        again = list(range(self._batch)) if rows is None else rows
+        # rows that go on beside these keep their K/V, so these are read elsewhere and then put in their place
+        cache = self._cache if len(again) == self._batch else self._new_cache(len(again), embeds.shape[1])
+        binding = self._bind(cache)
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        binding.bind_cpu_input("seqlens_k", self._lengths - 1)
+        binding.bind_cpu_input("seqlens_k", lengths.astype(np.int32) - 1)
         binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))
         binding.bind_output("last_hidden_state")
         self._decoder.run_with_iobinding(binding)
         hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
+        if cache is not self._cache:
+            for name, value in cache.items():
+                self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
+        self._lengths[again] = lengths
         self._in_state = None
         return np.ascontiguousarray(hidden[np.arange(len(lengths)), lengths - 1])
 

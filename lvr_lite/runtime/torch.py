@@ -53,10 +53,17 @@ class TorchRuntime:
         self._cache = DynamicCache(config=self.core.config.text_config)
         self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._place["device"])
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        real = np.arange(embeds.shape[1])[None] < lengths[:, None]
-        hidden = self._run(embeds, positions, real)
-        return np.asarray(hidden[np.arange(len(lengths)), lengths - 1])
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+        batch, longest = len(self._mask), embeds.shape[1]
+        again = list(range(batch)) if rows is None else rows
+        if len(again) == batch:
+            self.start(batch, longest)
+        self._mask[again] = 0  # what these rows had is not looked at any more
+        real = np.zeros((batch, longest), bool)
+        real[again] = np.arange(longest)[None] < lengths[:, None]
+        every, where = np.zeros((batch, *embeds.shape[1:]), np.float32), np.zeros((3, batch, longest), np.int64)
+        every[again], where[:, again] = embeds, positions
+        return np.asarray(self._run(every, where, real)[again, lengths - 1])
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         everywhere = np.broadcast_to(positions[None, :, None], (3, len(positions), 1))

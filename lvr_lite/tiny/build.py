@@ -31,7 +31,7 @@ PREPROCESSOR = {
 def corpus() -> list[str]:
     """Every question, answer and caption that a few hundred scenes give: what the tokenizer is trained on."""
     texts = [" user", " assistant", " describe", " where is the"] * 300
-    for _, scene, question, _ in scenes.items(seed=1, split="train", count=600):
+    for _, scene, question, _ in scenes.items(seed=1, split="train", count=600, types=scenes.PRETRAINED):
         texts += [f" {question.text}", f" {question.short}", f" {question.answer}", f" {scenes.describe(scene)}"]
     texts += [f" {w}" for w in (*scenes.SHAPES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.GLYPHS, *scenes.NUMBERS)] * 20
     return texts

@@ -20,6 +20,7 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.preprocess import open_picture, prepare
+from lvr_lite.train.methods import METHODS
 
 Item = tuple[Sample, tuple[Image.Image, ...]]
 
@@ -53,22 +54,23 @@ class Examples(torch.utils.data.Dataset[Item]):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's."""
+    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's; targets: of its latents."""
 
     ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     prompt: int
+    targets: int
 
 
 @dataclass(frozen=True)
 class Collator:
     """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that these begin in one column.
 
-    ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); latent_at (B, S) bool, the inputs
-    that are visual tokens instead of word embeddings; pool (L, T) float32, which turns the batch's T visual tokens into its L latent
-    targets in reading order of latent_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw
-    (pictures, 3).
+    ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); target_at (B, S) bool, the latent
+    places that have a target; pool (L, T) float32, which turns the batch's T visual tokens into its L targets in reading order of
+    target_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3).
+    In a bottleneck also the second reading: reader_ids, reader_labels, reader_mask (B, R), reader_positions (3, B, R), padded on the right.
     """
 
     checkpoint: Checkpoint
@@ -98,20 +100,48 @@ class Collator:
             "labels": np.full((len(rows), longest), -100),
             "positions": np.zeros((3, len(rows), longest), np.int64),
             "mask": np.zeros((len(rows), longest), np.int64),
+            "target_at": np.zeros((len(rows), longest), bool),
         }
         for i, row in enumerate(rows):
             there = slice(before - row.prompt, before - row.prompt + len(row.ids))
             batch["ids"][i, there], batch["labels"][i, there], batch["mask"][i, there] = row.ids, row.labels, 1
             batch["positions"][:, i, there] = row.positions
+            batch["target_at"][i, before + 1 : before + 1 + row.targets] = True
+        if METHODS[self.settings.method].mode == "bottleneck":
+            batch |= self._reader(rows)
         tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
         tensors["response"] = torch.tensor(before)
-        tensors["latent_at"] = (tensors["ids"] == c.tokens.lvr) & (tensors["mask"] == 1)
         tensors["pool"], tensors["pixel_values"] = torch.from_numpy(pool), torch.from_numpy(pixels)
         tensors["grid_thw"] = torch.tensor([[1, *g] for g in grids])
         return tensors
 
+    def _reader(self, rows: list[_Row]) -> dict[str, np.ndarray]:
+        """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose positions come in the forward pass, and the
+        answer, as in `lvr_lite.decode.Decoding._second_reading`."""
+        tokens, steps = self.checkpoint.tokens, self.settings.steps
+        read = []
+        for row in rows:
+            seen = row.ids == tokens.image
+            at, markers = int(seen.argmax()), np.arange(row.prompt, row.prompt + steps + 2)
+            kept = np.setdiff1d(np.flatnonzero(~seen), markers)
+            before, after = kept[kept < at], kept[kept > at]
+            positions = np.array(row.positions)
+            positions[:, row.prompt + steps + 2 :] -= steps + 2  # the answer follows the prompt
+            ids = np.concatenate([row.ids[before], np.full(steps, tokens.lvr), row.ids[after]])
+            labels = np.concatenate([row.labels[before], np.full(steps, -100), row.labels[after]])
+            read.append((ids, labels, np.concatenate([positions[:, before], np.zeros((3, steps), np.int64), positions[:, after]], 1)))
+        shape = (len(rows), max(len(ids) for ids, _, _ in read))
+        ids, labels, mask = np.full(shape, tokens.end[0]), np.full(shape, -100), np.zeros(shape, np.int64)
+        positions = np.zeros((3, *shape), np.int64)
+        for i, (row_ids, row_labels, row_positions) in enumerate(read):
+            there = slice(0, len(row_ids))
+            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = row_ids, row_labels, 1, row_positions
+        return {"reader_ids": ids, "reader_labels": labels, "reader_mask": mask, "reader_positions": positions}
+
     def _targets(self, sample: Sample, cells: list[tuple[int, int]]) -> list[np.ndarray]:
         """Visual tokens behind each latent of one sample; boxes lie in its first picture. Nothing to look at: its whole picture."""
+        if not METHODS[self.settings.method].targeted:
+            return []
         rows, columns = cells[0]
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
         in_boxes = box_rule.tokens_in_boxes(found, rows, columns)
@@ -119,8 +149,9 @@ class Collator:
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], latents: int) -> _Row:
-        c = self.checkpoint
+    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], targets: int) -> _Row:
+        c, method = self.checkpoint, METHODS[self.settings.method]
+        latents = targets if method.targeted else self.settings.steps if method.latents else 0
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
         end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
         said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
@@ -128,7 +159,7 @@ class Collator:
         labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)
         positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
         following = positions.max() + 1 + np.arange(len(said))
-        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked))
+        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked), targets)
 
 
 def check_answers(examples: Examples, checkpoint: Checkpoint) -> None:

@@ -30,9 +30,11 @@ from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train.batches import Collator, Examples, Item, check_answers
-from lvr_lite.train.sft import LatentSFT
+from lvr_lite.train.methods import METHODS
+from lvr_lite.train.sft import LatentSFT, visual_tokens
 
 COMPLETE = "complete"
+SMALL = 10**9  # parameters of a base that a CPU may hold without 4-bit storage
 EVAL_SEED = 500_000  # evaluation during training sees other scenes than `eval` and `demo`
 
 
@@ -71,13 +73,19 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 
 @torch.no_grad()
 def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
-    """Start the marker rows where the base model understands them: the opening one as the token that opens a picture, the closing one as
-    the prompt's last token, after which an answer comes. Their spare rows were never trained."""
+    """Start the marker rows where the base model understands them: both markers as the prompt's last token, after which the model says
+    what it found, the place of a latent as that of a visual token. Their spare rows were never trained."""
     prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [1])
     picture = prompt.index(checkpoint.tokens.image)
     rows = model.get_input_embeddings().weight
     tokens = checkpoint.tokens
-    rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = rows[prompt[picture - 1]], rows[prompt[picture]], rows[prompt[-1]]
+    rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = rows[prompt[-1]], rows[prompt[picture]], rows[prompt[-1]]
+
+
+def norm_of_visual_tokens(core: Any, collator: Collator, examples: Examples, samples: int = 32) -> float:
+    """Mean L2 norm of the visual tokens of the first samples."""
+    norms = [visual_tokens(core, collator([examples[i]])).float().norm(dim=-1) for i in range(min(samples, len(examples)))]
+    return float(torch.cat(norms).mean())
 
 
 def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
@@ -87,8 +95,9 @@ def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
             settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
         )
     samples = read_samples(Path(data))
-    if not any(s.boxes for s in samples):  # a few may have none (what is asked about is not there); they look at the whole picture
-        raise DataError(f"{data}: no sample has boxes, which the latents are trained on; add `boxes` (normalized xyxy)")
+    targeted = METHODS[settings.latent.method].targeted and settings.latent.loss != "none"
+    if targeted and not any(s.boxes for s in samples):  # a few may have none (what is asked about is not there): the whole picture
+        raise DataError(f"{data}: no sample has boxes, to train latents on; add `boxes` (normalized xyxy), or set latent.loss=none")
     if settings.data.eval_file is not None:
         held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
         return Examples.of_samples(samples), Examples.of_samples(held_out)
@@ -133,16 +142,21 @@ def finetune(
     train, held_out = load_examples(data, settings)
     check_answers(train, checkpoint)
     base = load_base(checkpoint, dtype, device)
+    if device == "cpu" and settings.train.dequantize == "auto" and base.num_parameters() < SMALL:
+        base = base.dequantize()  # the same NF4 values, held in `dtype`: without a GPU taking them apart costs a quarter of a step
     model = adapted(base, checkpoint, settings)
-    sft = LatentSFT(model, checkpoint.tokens.image, settings.latent)
-    spec = LatentSpec(steps=settings.latent.steps)
+    collator = Collator(checkpoint, settings.latent)
+    matched = settings.latent.feedback == "norm-matched"
+    norm = norm_of_visual_tokens(model.get_base_model(), collator, train) if matched else 0.0
+    sft = LatentSFT(model, checkpoint.tokens, settings.latent, norm)
+    spec = sft.spec
     _write_side_files(out, checkpoint, spec, settings)
     trainer = _trainer_class(transformers)(
         model=sft,
         args=_arguments(transformers, out, settings, fast_type, device),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=Collator(checkpoint, settings.latent),
+        data_collator=collator,
         callbacks=[_Marker(transformers, out, checkpoint, spec, settings)],
     )
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
@@ -258,10 +272,11 @@ def _trainer_class(transformers: Any) -> Any:
             self.parts: dict[str, list[float]] = {}
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            self.model.progress = self.state.global_step / self.state.max_steps
             out = model(**inputs)
             if not torch.isfinite(out["loss"]):
                 raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the samples")
-            for name in ("ce", "mse", "right"):
+            for name in ("ce", "latent", "right", "found"):
                 self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
             return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -301,7 +316,8 @@ def _progress_class(transformers: Any) -> Any:
         """The progress bar, with one short line a log instead of a dictionary."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
-            names = ("loss", "ce", "mse", "right", "eval_loss", "eval_ce", "eval_mse", "eval_right", "eval_accuracy")
+            names = ("loss", "ce", "latent", "right", "found")
+            names += (*(f"eval_{name}" for name in names), "eval_accuracy")
             said = "  ".join(f"{name} {float(logs[name]):.3f}" for name in names if logs and name in logs)
             if said and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step}: {said}")

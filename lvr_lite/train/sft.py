@@ -1,10 +1,10 @@
 """Supervised fine-tuning with latents (arXiv 2509.24251, stage 1). May import: torch, transformers and the core.
 
     inputs    … question <|lvr_start|> x1  x2 … xK <|lvr_end|> answer
-    learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · MSE(h_{i-1}, t_i) in fp32
+    learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · L(h_{i-1}, t_i) in fp32
 
-t: visual tokens of the boxes. x: t itself ("teacher": the paper), or h_{i-1} ("free": what is fed when running, so that training and
-running do not differ; that they do costs accuracy, docs/results/tuning.md).
+t: visual tokens of the boxes; L: regression (the paper) or contrastive. What x is, the method says (lvr_lite/train/methods.py). In a
+bottleneck the answer is read in a second pass over the prompt, whose picture the latents then are.
 """
 
 from __future__ import annotations
@@ -15,69 +15,122 @@ import torch
 from torch.nn import functional as F
 
 from lvr_lite.config import LatentSettings
+from lvr_lite.latent import likeness
+from lvr_lite.runtime.base import TokenIds
+from lvr_lite.train.methods import METHODS, Batch
 
 
 class LatentSFT(torch.nn.Module):
-    """A model and its training loss; the one forward pass of training. `core` is the transformers model inside any PEFT wrapper."""
+    """A model and its training loss; the one forward pass of training. `core` is the transformers model inside any PEFT wrapper.
 
-    def __init__(self, model: Any, image_token: int, settings: LatentSettings) -> None:
+    norm: mean L2 norm of visual tokens, for norm-matched feedback. progress: share of the training done, 1 where it is not trained.
+    """
+
+    def __init__(self, model: Any, tokens: TokenIds, settings: LatentSettings, norm: float = 0.0) -> None:
         super().__init__()
         self.model = model
-        self.image_token, self.settings = image_token, settings
+        self.tokens, self.settings = tokens, settings
+        self.method = METHODS[settings.method]
+        self.spec = self.method.spec(settings, norm)
+        self.progress = 1.0
 
     @property
     def core(self) -> Any:
         return self.model.get_base_model()
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "mse", "right"}.
+        """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "latent", "right", "found"}.
 
-        right: share of the response's tokens (markers, answer, end) predicted, fed what `settings.inputs` says.
+        latent: the loss of the latents. right: share of the response's tokens (markers, answer, end) predicted. found: share of latents
+        that are nearest to a visual token of their own box among all of the batch's pictures.
         """
-        features = self._visual_tokens(batch["pixel_values"], batch["grid_thw"])
+        features = visual_tokens(self.core, batch)
         targets = batch["pool"].to(features.dtype) @ features  # (L, H)
-        embeds = self.core.get_input_embeddings()(batch["ids"])
-        embeds = embeds.masked_scatter((batch["ids"] == self.image_token)[..., None], features.to(embeds.dtype))
-        if self.settings.inputs == "free":
-            hidden = self._run_freely(embeds, batch)
-        else:
-            embeds = embeds.masked_scatter(batch["latent_at"][..., None], targets.to(embeds.dtype))
-            hidden = self._states(embeds, batch, slice(0, embeds.shape[1]))
-        labels = batch["labels"][:, 1:]
-        spoken = labels != -100
-        logits = self.core.lm_head(hidden[:, :-1][spoken]).float()  # the head sees the answer's positions alone
-        ce = F.cross_entropy(logits, labels[spoken])
-        mse = F.mse_loss(hidden[:, :-1][batch["latent_at"][:, 1:]].float(), targets.float())
-        right = (logits.argmax(-1) == labels[spoken]).float().mean()
-        return {"loss": ce + self.settings.weight * mse, "ce": ce.detach(), "mse": mse.detach(), "right": right}
+        embeds = self._embed(batch["ids"], features)
+        forced = self.training and self.progress < self.settings.warmup
+        states, latents = self.method.run(self, embeds, batch, targets, forced)
+        hidden, labels = states_before(states, batch["labels"] != -100), spoken(states, batch["labels"])
+        if self.spec.mode == "bottleneck":
+            read = self._read_again(latents, features, batch)
+            asked = batch["reader_labels"] != -100
+            hidden = torch.cat([hidden, states_before(read, asked)])
+            labels = torch.cat([labels, spoken(read, batch["reader_labels"])])
+        logits = self.core.lm_head(hidden).float()  # the head sees the answer's positions alone
+        ce = F.cross_entropy(logits, labels)
+        loss, found = self._latent_loss(states_before(states, batch["target_at"]).float(), features.float(), batch["pool"])
+        right = (logits.argmax(-1) == labels).float().mean()
+        return {"loss": ce + self.settings.weight * loss, "ce": ce.detach(), "latent": loss.detach(), "right": right, "found": found}
 
-    def _states(self, embeds: torch.Tensor, batch: dict[str, torch.Tensor], span: slice, cache: Any = None) -> torch.Tensor:
-        """Final hidden states of the columns `span`, whose inputs are `embeds`, given the columns before it in `cache`."""
+    def _latent_loss(self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of latents (L, H) against the batch's visual tokens (T, H), of which pool (L, T) makes their targets, and `found`."""
+        if not len(predicted):
+            return torch.zeros((), device=predicted.device), torch.zeros((), device=predicted.device)
+        apart = F.normalize(features - features.mean(0), dim=-1)  # tokens share a large common part, which tells none of them apart
+        likeness = F.normalize(predicted, dim=-1) @ apart.T / self.settings.temperature
+        own = pool > 0
+        found = own.gather(1, likeness.argmax(-1, keepdim=True)).float().mean()
+        if self.settings.loss == "mse":
+            return F.mse_loss(predicted, pool @ features), found
+        if self.settings.loss == "contrastive":
+            return (likeness.logsumexp(-1) - likeness.masked_fill(~own, -torch.inf).logsumexp(-1)).mean(), found
+        return torch.zeros((), device=predicted.device), found
+
+    def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        embeds = self.core.get_input_embeddings()(ids)
+        return embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype))
+
+    def _read_again(self, latents: torch.Tensor, features: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Hidden states (B, R, H) of the pass that reads the prompt with the latents (B, K, H) as its picture, and then the answer.
+
+        As in decoding, latents that are nearest to one visual token become one, their mean: the first of them holds it, and the others
+        are masked out."""
+        ids, seen = batch["reader_ids"], batch["ids"] == self.tokens.image
+        at = ids == self.tokens.lvr
+        positions, mask, pictures = batch["reader_positions"].clone(), batch["reader_mask"].clone(), []
+        tokens = features.detach().float().split(seen.sum(1).tolist())
+        for row, (own, z) in enumerate(zip(tokens, latents, strict=True)):
+            near = likeness(z.detach().float(), own).argmax(-1)
+            alike = (near[:, None] == near[None]).to(z.dtype)
+            pictures.append(alike / alike.sum(1, keepdim=True) @ z)
+            positions[:, row, at[row]] = batch["positions"][:, row, seen[row]][:, near]
+            mask[row, at[row]] = (alike.argmax(1) == torch.arange(len(near), device=near.device)).to(mask.dtype)
+        embeds = self.core.get_input_embeddings()(ids).masked_scatter(at[..., None], torch.stack(pictures))
+        return self.states(embeds, {"positions": positions, "mask": mask})
+
+    def states(self, embeds: torch.Tensor, batch: Batch, first: int = 0, cache: Any = None) -> torch.Tensor:
+        stop = first + embeds.shape[1]
         out = self.core.model.language_model(
             inputs_embeds=embeds,
-            position_ids=batch["positions"][:, :, span],
-            attention_mask=batch["mask"][:, : span.stop],
+            position_ids=batch["positions"][:, :, first:stop],
+            attention_mask=batch["mask"][:, :stop],
             past_key_values=cache,
             use_cache=cache is not None,
         )
         return torch.as_tensor(out.last_hidden_state)
 
-    def _run_freely(self, embeds: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states (B, S, H) where each latent step is fed the state before it; responses begin with <|lvr_start|> in one column."""
+    def new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.core.config.text_config)
-        first = int(batch["response"]) + 1
-        last = first + self.settings.steps
-        states = [self._states(embeds[:, :first], batch, slice(0, first), cache)]
-        for column in range(first, last):
-            states.append(self._states(states[-1][:, -1:].to(embeds.dtype), batch, slice(column, column + 1), cache))
-        states.append(self._states(embeds[:, last:], batch, slice(last, embeds.shape[1]), cache))
-        return torch.cat(states, 1)
+        if self.core.model.language_model.is_gradient_checkpointing and self.training:
+            return None
+        return DynamicCache(config=self.core.config.text_config)
 
-    @torch.no_grad()
-    def _visual_tokens(self, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Visual tokens (T, H) of all pictures of the batch; tower and projector are frozen."""
-        weight = self.core.get_input_embeddings().weight
-        out = self.core.model.get_image_features(pixels.to(weight.dtype), grid)
-        return torch.cat(list(out.pooler_output))
+
+@torch.no_grad()
+def visual_tokens(core: Any, batch: Batch) -> torch.Tensor:
+    """Visual tokens (T, H) of all pictures of a batch; tower and projector are frozen."""
+    weight = core.get_input_embeddings().weight
+    out = core.model.get_image_features(batch["pixel_values"].to(weight), batch["grid_thw"].to(weight.device))
+    return torch.cat(list(out.pooler_output))
+
+
+def states_before(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The states (n, H) from which the columns marked in `at` (B, S) are predicted, among the C columns of states (B, C, H)."""
+    columns = min(states.shape[1], at.shape[1] - 1)
+    return states[:, :columns][at[:, 1 : columns + 1]]
+
+
+def spoken(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The labels (n,) that `states_before` predicts."""
+    within = labels[:, 1 : states.shape[1] + 1]
+    return within[within != -100]

@@ -85,13 +85,22 @@ def test_groups_hold_every_token_in_order_and_are_as_equal_as_possible() -> None
             assert set(flat.tolist()) == set(range(0, 3 * n, 3))
 
 
-def test_with_several_boxes_every_box_has_a_group_and_large_boxes_have_more() -> None:
+def test_every_box_but_the_last_is_one_group_and_the_last_has_the_rest() -> None:
     small, large = np.array([7]), np.arange(20, 26)
     assert plain(pool_groups_of_boxes([small, large], 2)) == [[7], [20, 21, 22, 23, 24, 25]]
     assert plain(pool_groups_of_boxes([small, large], 4)) == [[7], [20, 21], [22, 23], [24, 25]]
-    assert plain(pool_groups_of_boxes([large, small], 3)) == [[20, 21, 22], [23, 24, 25], [7]]
-    alike = [np.array([1, 2]), np.array([3, 4])]
-    assert plain(pool_groups_of_boxes(alike, 3)) == [[1], [2], [3, 4]]  # among equals, the first box
+    assert plain(pool_groups_of_boxes([large, small], 3)) == [[20, 21, 22, 23, 24, 25], [7], [7]]
+    alike = [np.array([1, 2]), np.array([3, 4]), np.array([5, 6])]
+    assert plain(pool_groups_of_boxes(alike, 3)) == [[1, 2], [3, 4], [5, 6]]
+    assert plain(pool_groups_of_boxes(alike, 5)) == [[1, 2], [3, 4], [5], [5], [6]]
+
+
+def test_which_box_a_latent_looks_at_does_not_hang_on_their_sizes() -> None:
+    def looks(*sizes: int) -> list[int]:
+        boxes = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(sizes)]
+        return [int(g[0]) // 100 for g in pool_groups_of_boxes(boxes, 5)]
+
+    assert looks(1, 9, 4) == looks(9, 1, 1) == looks(2, 2, 30) == [0, 1, 2, 2, 2]
 
 
 def test_boxes_over_the_same_tokens_each_keep_them() -> None:

@@ -24,12 +24,12 @@ Item = tuple[str, scenes.Scene, scenes.Question, "str | None"]
 
 @pytest.fixture(scope="module")
 def train() -> list[Item]:
-    return list(scenes.items(seed=5, split="train", count=600))
+    return list(scenes.items(seed=5, split="train", count=640))
 
 
 @pytest.fixture(scope="module")
 def test() -> list[Item]:
-    return list(scenes.items(seed=5, split="test", count=600))
+    return list(scenes.items(seed=5, split="test", count=640))
 
 
 def combinations(items: list[Item]) -> set[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_train_and_test_share_no_scene(train: list[Item], test: list[Item]) -> N
 
 
 def test_train_never_shows_a_held_out_combination_not_even_in_odd_ones_and_twins(train: list[Item]) -> None:
-    assert {"odd", "pair"} <= {q.type for _, _, q, _ in train}
+    assert {"odd", "odd-letter", "odd-pattern", "pair"} <= {q.type for _, _, q, _ in train}
     assert not combinations(train) & scenes.HELD_OUT
     assert len(combinations(train)) == 56  # and all others
 
@@ -63,8 +63,8 @@ def test_test_shows_every_held_out_combination(test: list[Item]) -> None:
 
 
 def test_question_types_are_balanced_and_ids_unique(train: list[Item]) -> None:
-    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(scenes.QUESTION_TYPES, 100)
-    assert len({name for name, *_ in train}) == 600
+    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(scenes.QUESTION_TYPES, 80)
+    assert len({name for name, *_ in train}) == 640
 
 
 def test_every_answer_is_among_its_choices(train: list[Item], test: list[Item]) -> None:
@@ -94,10 +94,16 @@ def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
         return "above" if by_shape[found[2]].centre()[1] < by_shape[found[1]].centre()[1] else "below"
     if found := re.fullmatch(r"how many are (\w+)", text):
         return scenes.NUMBERS[sum(found[1] in (t.colour, t.pattern) for t in scene.things)]
-    assert text == "which shape is the odd one out"
+    odd = odd_one_out(scene)
+    about = {"which shape is": odd.shape, "what letter is on": odd.glyph, "what pattern is": odd.pattern}
+    return about[text.removesuffix(" the odd one out")]
+
+
+def odd_one_out(scene: scenes.Scene) -> scenes.Thing:
     counts = Counter(t.colour for t in scene.things)
-    (shape,) = (t.shape for t in scene.things if counts[t.colour] == 1 and len(counts) == 2)
-    return shape
+    assert len(counts) == 2
+    (thing,) = (t for t in scene.things if counts[t.colour] == 1)
+    return thing
 
 
 def test_every_answer_follows_from_the_scene(train: list[Item], test: list[Item]) -> None:
@@ -112,8 +118,17 @@ def test_the_boxes_are_of_the_things_that_the_question_names(train: list[Item]) 
         assert named <= boxed
         if question.type == "count":
             assert len(boxed) == scenes.NUMBERS.index(question.answer)
+        elif question.type.startswith("odd"):
+            assert question.things == (odd_one_out(scene),)
         elif question.type != "position":
             assert len(boxed) == 1
+
+
+def test_what_is_counted_is_looked_at_from_top_to_bottom(train: list[Item]) -> None:
+    counted = [(scene, q.things) for _, scene, q, _ in train if q.type == "count" and len(q.things) > 1]
+    assert any(list(things) != [t for t in scene.things if t in things] for scene, things in counted), "the scenes' own order is as good"
+    for _, things in counted:
+        assert all(a.centre()[1] <= b.centre()[1] for a, b in itertools.pairwise(things))
 
 
 def test_a_thing_changes_pixels_inside_its_box_only_and_fills_it(train: list[Item]) -> None:
@@ -140,7 +155,7 @@ def test_boxes_do_not_overlap(train: list[Item]) -> None:
 
 def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(train: list[Item], test: list[Item]) -> None:
     pairs = [i for i in train + test if i[3] is not None]
-    assert len(pairs) == 200
+    assert len(pairs) == 160
     for (_, one, first, pair), (_, two, second, same_pair) in zip(pairs[::2], pairs[1::2], strict=True):
         assert pair == same_pair
         assert (first.text, one.clutter) == (second.text, two.clutter)

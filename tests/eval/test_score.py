@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lvr_lite.eval.score import agreement, is_correct, normalized, pair_accuracy, wilson
+from lvr_lite.eval.score import agreement, caption, is_correct, normalized, pair_accuracy, wilson
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,40 @@ def test_spaces_within_an_answer_count_once_and_are_not_lost() -> None:
 @pytest.mark.parametrize("answer", ["3.5", "x-1", "a, b"])
 def test_punctuation_within_an_answer_stays(answer: str) -> None:
     assert normalized(answer) == answer
+
+
+EXPECTED = "star red plain A top left ; heart blue dotted 7 bottom right"  # twelve details
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        (EXPECTED, 1.0),
+        ("heart blue dotted 7 bottom right ; star red plain A top left.", 1.0),  # in another order
+        ("STAR red plain a top left ;heart blue dotted 7 bottom right", 1.0),
+        ("star red plain A top left ; heart blue striped 7 bottom right", 22 / 24),
+        ("star blue dotted 7 bottom right ; heart red plain A top left", 4 / 24),  # all the words, on the wrong things
+        ("star red plain A top left", 12 / 18),  # one thing left out
+        (f"{EXPECTED} ; cross red plain A top left", 24 / 30),  # one invented
+        (f"{EXPECTED} ; star red plain A top left", 24 / 30),  # one told twice
+        ("star red plain A top left ; heart", 14 / 19),  # cut
+        ("star", 2 / 13),
+        ("red plain A top left", 0.0),
+        ("", 0.0),
+        (";;", 0.0),
+    ],
+)
+def test_a_caption_counts_by_the_details_that_it_tells_of_the_right_things(answer: str, share: float) -> None:
+    assert caption(answer, EXPECTED) == pytest.approx(share)
+
+
+def test_only_a_caption_with_every_detail_scores_exactly_one() -> None:
+    assert caption(EXPECTED, EXPECTED) == 1
+    assert caption(EXPECTED + " ; cross", EXPECTED) < 1
+
+
+def test_the_interval_of_a_mean_of_scores_is_that_of_a_share_of_the_same_size() -> None:
+    assert wilson(7.5, 10) == pytest.approx(wilson(75, 100, z=1.959964 * 10**0.5))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,25 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.checkpoint import read_checkpoint
-from lvr_lite.data.make import write_scenes
-from lvr_lite.data.samples import Sample
+from lvr_lite.checkpoint import read_checkpoint, resolve
+from lvr_lite.data import scenes
+from lvr_lite.data.make import skill_samples, write_scenes
+from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.decode import Options
-from lvr_lite.errors import DataError, UsageError
+from lvr_lite.errors import BundleError, DataError, UsageError
 from lvr_lite.eval.report import show
-from lvr_lite.eval.suite import Item, accuracy_on, evaluate, load_suite
+from lvr_lite.eval.suite import (
+    SKILLS_TOKENS,
+    Item,
+    Plan,
+    accuracy_on,
+    compare,
+    evaluate,
+    expected_answers,
+    load_suite,
+    reference_hint,
+    skill,
+)
 from lvr_lite.latent import LatentSpec
 
 H = 4
@@ -28,9 +43,10 @@ H = 4
 class Table:
     """Answers by question. A hidden state holds which answer it is in and how far: (answer, place, 0, 0)."""
 
-    name, hidden_size, latent = "table", H, LatentSpec()
+    name, hidden_size = "table", H
 
-    def __init__(self, answers: dict[str, str]) -> None:
+    def __init__(self, answers: dict[str, str], latent_steps: int = 0) -> None:
+        self.latent = LatentSpec(latent_steps)
         checkpoint = read_checkpoint("tiny")
         self.family, self.image_spec, self.template = checkpoint.family, checkpoint.image_spec, checkpoint.template
         self.tokenizer, self.tokens = checkpoint.tokenizer, checkpoint.tokens
@@ -113,7 +129,7 @@ def test_the_result_has_the_fields_that_the_design_promises(runtime: Any) -> Non
     result = json.loads(json.dumps(evaluate(runtime, items())))
     assert (result["schema"], result["version"], result["model"], result["n"]) == ("lvr-lite/eval", 1, "table", 5)
     assert result["interval"] == pytest.approx([0.2307, 0.8824], abs=1e-3)
-    assert set(result["answers"][0]) == {"id", "answer", "expected", "correct", "tokens"}
+    assert set(result["answers"][0]) == {"id", "type", "answer", "expected", "correct", "score", "tokens"}
     assert runtime.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
 
@@ -168,7 +184,7 @@ def test_a_limit_below_one_is_refused(limit: int) -> None:
 
 
 def test_an_unknown_suite_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--suite mmmu: neither a suite \(scenes\) nor a file of samples"):
+    with pytest.raises(UsageError, match=r"--suite mmmu: neither a suite \(scenes, skills\) nor a file of samples"):
         load_suite("mmmu", None)
 
 
@@ -176,3 +192,388 @@ def test_a_broken_line_is_named_before_anything_is_answered(tmp_path: Path) -> N
     (tmp_path / "s.jsonl").write_text('{"id": \n')
     with pytest.raises(DataError, match=r"s\.jsonl:1: not valid JSON"):
         load_suite(str(tmp_path / "s.jsonl"), None)
+
+
+@pytest.mark.parametrize("suite", ["scenes", "skills", "FILE"])
+@pytest.mark.parametrize("limit", [1, 14])
+def test_the_right_answers_are_known_without_a_picture(suite: str, limit: int, tmp_path: Path) -> None:
+    suite = str(write_scenes(tmp_path / "made", 20, 3, "test")) if suite == "FILE" else suite
+    assert expected_answers(suite, limit, 5) == {s.id: s.answer for s, _ in load_suite(suite, limit, 5)}
+
+
+# ----------------------------------------------------------------------------------------------------------- skills
+
+
+def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
+    """The answer to a short question, worked out again from its words, apart from the code that asks."""
+    by_shape = {t.shape: t for t in scene.things}
+    what, *names = asked.split()
+    if what == "where":
+        x, y = by_shape[names[0]].centre()
+        return f"{('top', 'middle', 'bottom')[int(y / (scene.height / 3))]} {('left', 'centre', 'right')[int(x / (scene.width / 3))]}"
+    if what in ("colour", "pattern", "letter"):
+        return str(getattr(by_shape[names[0]], "glyph" if what == "letter" else what))
+    if what == "shape":
+        (thing,) = (t for t in scene.things if t.colour == names[0])
+        return thing.shape
+    if what in ("across", "down"):
+        axis = ("across", "down").index(what)
+        after, before = (by_shape[n].centre()[axis] for n in names)
+        return (("left", "right"), ("above", "below"))[axis][before > after]
+    if what == "count":
+        return scenes.NUMBERS[sum(names[0] in (t.colour, t.pattern) for t in scene.things)]
+    assert asked == "odd"
+    colours = Counter(t.colour for t in scene.things)
+    (thing,) = (t for t in scene.things if colours[t.colour] == 1)
+    return thing.shape
+
+
+def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
+    for name, scene, question in scenes.skills(4, 300):
+        if question.type == "caption":
+            told = {tuple(phrase.split()) for phrase in question.answer.split(" ; ")}
+            where = {t.shape: tuple(answer_from_the_scene(scene, f"where {t.shape}").split()) for t in scene.things}
+            assert told == {(t.shape, t.colour, t.pattern, t.glyph, *where[t.shape]) for t in scene.things}, name
+        else:
+            assert answer_from_the_scene(scene, question.text) == question.answer, name
+
+
+def test_skills_take_turns_and_among_them_all_types_that_the_base_knows() -> None:
+    asked = [question for _, _, question in scenes.skills(0, 90)]
+    assert [q.type for q in asked[:4]] == ["caption", "place", "short", "caption"]
+    short = Counter(q.text.split()[0] for q in asked if q.type == "short")
+    assert short["odd"] == short["count"] == short["across"] + short["down"] == 5
+    assert short["letter"] >= 5
+    assert short.total() == 30
+
+
+def test_tuning_on_scenes_never_asks_what_the_skills_ask() -> None:
+    tuned = {q.text for _, _, q, _ in scenes.items(0, "train", 2000)}
+    assert not tuned & {s.question for s, _ in skill_samples(120, 0)}
+
+
+def test_skills_come_without_boxes_on_pictures_of_their_own() -> None:
+    skills = list(load_suite("skills", 12))
+    assert all(s.boxes == () and s.pair is None for s, _ in skills)
+    main = {p.tobytes() for _, (p,) in load_suite("scenes", 60)}
+    assert not main & {p.tobytes() for _, (p,) in skills}
+
+
+def test_skills_are_300_unless_limited_and_follow_from_the_seed_alone() -> None:
+    few = [(s, p.tobytes()) for s, (p,) in load_suite("skills", 9, 1)]
+    assert few == [(s, p.tobytes()) for s, (p,) in load_suite("skills", 12, 1)][:9]
+    assert [s.answer for s, _ in few] != [s.answer for s, _ in load_suite("skills", 9, 2)]
+    assert len({s.id for s, _ in few} | {s.id for s, _ in load_suite("skills", 9, 2)}) == 18
+    assert len(expected_answers("skills", None)) == 300
+
+
+def test_skills_show_combinations_that_training_never_does() -> None:
+    shown = {(t.shape, t.colour) for _, scene, _ in scenes.skills(0, 300) for t in scene.things}
+    assert shown >= scenes.HELD_OUT
+
+
+def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
+    tokenizer = read_checkpoint("tiny").tokenizer
+    found = [(len(s.things), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
+    assert max(things for things, _ in found) == 8
+    assert max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found) < SKILLS_TOKENS
+
+
+def test_a_caption_that_is_half_right_counts_half_and_is_not_correct() -> None:
+    caption = Sample("c", (), "describe", "star red ; heart blue", type="caption")
+    place = Sample("p", (), "where star", "top left", type="place")
+    asked = [(sample, (Image.new("RGB", (56, 56)),)) for sample in (caption, place)]
+    table: Any = Table({"describe": "star red ; cross white", "where star": "top left"})
+    result = evaluate(table, asked, grade=skill)
+    assert [(a["score"], a["correct"]) for a in result["answers"]] == [(0.5, False), (1.0, True)]
+    assert (result["accuracy"], result["by_type"]["caption"]) == (0.75, {"n": 1, "accuracy": 0.5})
+    assert [a["score"] for a in evaluate(table, asked)["answers"]] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "count"),
+    [
+        (Plan(), 150),
+        (Plan(limit=20), 20),
+        (Plan(limit=2000), 150),
+        (Plan(limit=20, skills=90), 90),
+        (Plan(skills=0), 0),
+        (Plan(suite="mine.jsonl"), 0),
+        (Plan(suite="mine.jsonl", skills=5), 5),
+        (Plan(suite="skills", limit=9), 0),
+    ],
+)
+def test_skills_are_asked_beside_the_scenes_in_numbers_that_follow_the_limit(plan: Plan, count: int) -> None:
+    assert plan.beside == count
+
+
+# ------------------------------------------------------------------------------------------------ several models, same items
+
+TINY, OTHER = "tiny", str(resolve("tiny"))  # names of models that are there; what opens them is a table
+WORSE = ["red", "green", "three", "Top left.", "X"]  # 2 of 5, where SAID has 3
+WRONG = "a wrong answer"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """The five items as a file."""
+    lines = []
+    for sample, (picture,) in items():
+        picture.save(tmp_path / f"{sample.id}.png")
+        lines.append(json.dumps(sample_json(replace(sample, images=(tmp_path / f"{sample.id}.png",)), tmp_path)))
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "mine.jsonl")
+
+
+def opener(**said: list[str]) -> Callable[[str], Any]:
+    """Opens tables: TINY says `tiny`, OTHER says `other`."""
+    return lambda name: Table(dict(zip(QUESTIONS, said["tiny" if name == TINY else "other"], strict=True)))
+
+
+def never(name: str) -> Any:
+    raise AssertionError(f"{name} was opened")
+
+
+def test_a_difference_is_over_the_same_items_and_by_type(mine: str) -> None:
+    result = compare(TINY, [OTHER], Plan(mine), opener(tiny=SAID, other=WORSE))
+    (other,) = result["against"]
+    assert (other["source"], other["model"], other["n"], other["accuracy"], other["difference"]) == (OTHER, "table", 5, 0.4, 0.2)
+    assert other["p"] == 1.0  # one discordant pair
+    assert other["interval"] == [0.0, 0.6]
+    assert {kind: (t["n"], t["accuracy"], t["difference"]) for kind, t in other["by_type"].items()} == {
+        "attribute": (2, 0.5, 0.0),
+        "count": (1, 0.0, 1.0),
+        "position": (1, 1.0, 0.0),
+    }
+
+
+def test_a_difference_turns_its_sign_with_the_models(mine: str) -> None:
+    (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=WORSE, other=SAID))["against"]
+    assert (other["difference"], other["interval"], other["by_type"]["count"]["difference"]) == (-0.2, [-0.6, 0.0], -1.0)
+
+
+def test_p_is_mcnemars_over_the_items_that_one_model_alone_has_right(mine: str) -> None:
+    (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=EXPECTED, other=[WRONG] * 5))["against"]
+    assert (other["difference"], other["p"]) == (1.0, 2 / 2**5)
+
+
+def test_a_model_does_not_differ_from_itself(mine: str) -> None:
+    (other,) = compare(TINY, [TINY], Plan(mine), opener(tiny=SAID))["against"]
+    assert (other["difference"], other["interval"], other["p"]) == (0.0, [0.0, 0.0], 1.0)
+
+
+def test_an_earlier_file_stands_for_its_model_whatever_the_order_of_its_answers(mine: str, tmp_path: Path) -> None:
+    open_model = opener(tiny=SAID, other=WORSE)
+    earlier = compare(OTHER, [], Plan(mine), open_model)
+    earlier["answers"].reverse()
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    both = compare(TINY, [str(tmp_path / "earlier.json"), OTHER], Plan(mine), open_model)["against"]
+    assert both[0]["source"] == str(tmp_path / "earlier.json")
+    assert both[0] == both[1] | {"source": both[0]["source"]}
+
+
+def test_a_file_of_before_scores_compares_by_what_is_correct(mine: str, tmp_path: Path) -> None:
+    earlier = compare(OTHER, [], Plan(mine), opener(other=WORSE))
+    for field in ("score", "type"):
+        for answer in earlier["answers"]:
+            del answer[field]
+    del earlier["seed"]
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    (other,) = compare(TINY, [str(tmp_path / "earlier.json")], Plan(mine), opener(tiny=SAID))["against"]
+    assert other["difference"] == 0.2
+
+
+def test_the_result_is_the_models_own_whatever_it_is_compared_with(mine: str) -> None:
+    open_model = opener(tiny=SAID, other=WORSE)
+    alone, beside = compare(TINY, [], Plan(mine), open_model), compare(TINY, [OTHER], Plan(mine), open_model)
+    beside.pop("against")
+    assert alone == beside
+    assert (alone["accuracy"], alone["suite"], alone["seed"]) == (0.6, mine, None)
+
+
+def test_latent_steps_are_for_the_model_alone(mine: str) -> None:
+    def open_model(name: str) -> Any:
+        return Table(dict(zip(QUESTIONS, SAID, strict=True)), latent_steps=2 if name == TINY else 0)
+
+    compare(TINY, [OTHER], Plan(mine, steps=3), open_model)  # OTHER, which has none, would refuse 3
+    with pytest.raises(UsageError, match="not tuned for latent steps"):
+        compare(OTHER, [TINY], Plan(mine, steps=3), open_model)
+
+
+def damaged(result: dict[str, Any], how: str) -> Any:
+    """An earlier result with something wrong."""
+    first = result["answers"][0]
+    changes: dict[str, Callable[[], Any]] = {
+        "list": lambda: [result],
+        "bench": lambda: result | {"schema": "lvr-lite/bench"},
+        "version": lambda: result | {"version": 2},
+        "no answers": lambda: {k: v for k, v in result.items() if k != "answers"},
+        "no score": lambda: result | {"answers": [{"id": "s0", "expected": "red"}]},
+        "score": lambda: result | {"answers": [first | {"score": 7}]},
+        "nan": lambda: result | {"answers": [first | {"score": float("nan")}]},
+        "word": lambda: result | {"answers": [first | {"score": "high"}]},
+        "fewer": lambda: result | {"answers": result["answers"][1:]},
+        "others": lambda: result | {"answers": [first | {"id": "new"}, *result["answers"][1:]]},
+        "changed": lambda: result | {"answers": [first | {"expected": "white"}, *result["answers"][1:]]},
+        "suite": lambda: result | {"suite": "scenes"},
+    }
+    return changes[how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        *((how, DataError, "not what `lvr-lite eval --json` writes") for how in ("list", "bench", "version", "no answers", "no score")),
+        *((how, DataError, "not what `lvr-lite eval --json` writes") for how in ("score", "nan", "word")),
+        ("fewer", UsageError, r"not about the same items \(4 there, 5 here; s0 is in one of them alone\): use the same --limit"),
+        ("others", UsageError, r"not about the same items \(5 there, 5 here; new is in one of them alone\)"),
+        ("changed", UsageError, "the right answer to s0 is 'white' there and 'red' here"),
+        ("suite", UsageError, "is about the suite scenes, not "),
+    ],
+)
+def test_a_file_that_cannot_be_compared_is_refused_before_a_model_is_opened(
+    mine: str, tmp_path: Path, how: str, error: type[Exception], said: str
+) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(damaged(compare(OTHER, [], Plan(mine), opener(other=WORSE)), how)))
+    with pytest.raises(error, match=said) as raised:
+        compare(TINY, [str(path)], Plan(mine), never)
+    assert str(raised.value).startswith(f"--against {path}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_scenes_of_another_seed_or_number_are_refused_by_name(tmp_path: Path) -> None:
+    asked = {s.question: WRONG for s, _ in load_suite("scenes", 6, 1)}
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(compare(TINY, [], Plan(limit=6, seed=1, skills=0), lambda _: Table(asked))))
+    compare(TINY, [str(path)], Plan(limit=6, seed=1, skills=0), lambda _: Table(asked))
+    with pytest.raises(UsageError, match="is about seed 1, not 2: use --seed 1"):
+        compare(TINY, [str(path)], Plan(limit=6, seed=2, skills=0), never)
+    with pytest.raises(UsageError, match="6 there, 5 here"):
+        compare(TINY, [str(path)], Plan(limit=5, seed=1, skills=0), never)
+    with pytest.raises(UsageError, match="is about the suite scenes, not skills"):
+        compare(TINY, [str(path)], Plan("skills", limit=6, seed=1), never)
+
+
+def test_a_model_that_is_not_there_is_named_before_another_is_opened(mine: str, tmp_path: Path) -> None:
+    for model, against in ((TINY, str(tmp_path / "none")), (str(tmp_path / "none"), TINY)):
+        with pytest.raises(BundleError, match="none: no such folder"):
+            compare(model, [against], Plan(mine), never)
+    with pytest.raises(DataError, match=r"none\.json: cannot be read"):
+        compare(TINY, [str(tmp_path / "none.json")], Plan(mine), never)
+
+
+def skill_table(answer: Callable[[str], str], seed: int, count: int, questions: list[str]) -> Any:
+    asked = [*questions, *(s.question for s, _ in skill_samples(count, seed))]
+    return Table({q: answer(q) for q in asked})
+
+
+def test_skills_are_scored_and_compared_beside_the_scenes(tmp_path: Path) -> None:
+    questions = [s.question for s, _ in load_suite("scenes", 4, 3)]
+
+    def open_model(name: str) -> Any:
+        return skill_table(lambda q: "top left" if name == TINY and q.startswith("where") else WRONG, 3, 30, questions)
+
+    plan = Plan(limit=4, seed=3, skills=30)
+    result = compare(TINY, [OTHER], plan, open_model)
+    right = sum(s.answer == "top left" for s, _ in skill_samples(30, 3))
+    assert right > 0
+    skills = result["skills"]
+    assert (skills["n"], skills["by_type"]["place"], skills["by_type"]["short"]["accuracy"]) == (30, {"n": 10, "accuracy": right / 10}, 0)
+    assert skills["accuracy"] == pytest.approx(right / 30, abs=1e-4)
+    assert [a["id"] for a in skills["answers"]] == [s.id for s, _ in skill_samples(30, 3)]
+    against = result["against"][0]["skills"]
+    assert (against["difference"], against["by_type"]["place"]["difference"]) == (round(right / 30, 4), right / 10)
+    assert (result["n"], len(result["answers"]), result["against"][0]["n"]) == (4, 4, 4)
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(result))
+    assert compare(OTHER, [str(path)], plan, open_model)["against"][0]["skills"]["difference"] == -against["difference"]
+    with pytest.raises(UsageError, match=r"30 there, 29 here; .*use the same --skills"):
+        compare(OTHER, [str(path)], replace(plan, skills=29), never)
+    del result["skills"]
+    path.write_text(json.dumps(result))
+    assert "skills" not in compare(OTHER, [str(path)], plan, open_model)["against"][0]
+
+
+def test_captions_are_not_cut_where_answers_to_the_scenes_are(mine: str) -> None:
+    (caption,) = expected_answers("skills", 1).values()
+    long = " ; ".join([caption.split(" ; ")[0]] * 7)
+    table = skill_table(lambda _: long, 0, 1, QUESTIONS)
+    result = compare(TINY, [], Plan(mine, skills=1), lambda _: table)
+    assert {len(a["tokens"]) for a in result["answers"]} == {16}
+    for scored in (result["skills"], compare(TINY, [], Plan("skills", limit=1), lambda _: table)):
+        assert len(scored["answers"][0]["tokens"]) == 48
+        assert 0 < scored["accuracy"] < 1  # one thing of several is told
+    assert len(compare(TINY, [], Plan("skills", limit=1, max_tokens=5), lambda _: table)["answers"][0]["tokens"]) == 5
+
+
+def test_skills_are_not_asked_twice() -> None:
+    with pytest.raises(UsageError, match="--suite skills asks them already"):
+        compare(TINY, [], Plan("skills", skills=4), never)
+
+
+def test_a_tuned_checkpoint_names_its_base_to_compare_with(small_checkpoint: Path, tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(small_checkpoint, tmp_path / "tuned"))
+    (tuned / "adapter_model.safetensors").write_bytes(b"")
+    for base, name in ((OTHER, "tiny"), (str(small_checkpoint), str(small_checkpoint))):
+        (tuned / "lvr_config.json").write_text(json.dumps({"base": base, "latent": {"steps": 2}}))
+        assert reference_hint(str(tuned)) == f"what tuning cost: --against {name}"
+    assert reference_hint(TINY) == reference_hint(str(small_checkpoint)) == ""
+
+
+def test_a_bundle_of_a_tuned_model_says_that_its_base_is_needed(small_fp32: Path, tmp_path: Path) -> None:
+    assert reference_hint(str(small_fp32)) == ""
+    manifest = json.loads((small_fp32 / "lvr.json").read_text())
+    manifest["source"]["adapter"] = True
+    (tmp_path / "lvr.json").write_text(json.dumps(manifest))
+    assert "--against BASE" in reference_hint(str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------- what people see
+
+
+def shown(result: dict[str, Any]) -> str:
+    out = io.StringIO()
+    show(result, Console(file=out, width=160))
+    return out.getvalue()
+
+
+def difference(value: float) -> dict[str, Any]:
+    return {"n": 50, "accuracy": 0.5, "difference": value, "interval": [value - 0.04, value + 0.04], "p": 0.0004}
+
+
+def with_skills(result: dict[str, Any], **changes: float) -> dict[str, Any]:
+    """A result with three skills and one model beside it, whose skills differ by `changes`."""
+    by_type = {kind: {"n": 50, "accuracy": 0.9} for kind in changes}
+    skills = difference(0.0) | {"by_type": {kind: difference(value) for kind, value in changes.items()}}
+    against = difference(0.031) | {"source": "base[x]", "model": "base", "by_type": {"odd": difference(-0.125)}, "skills": skills}
+    return result | {"suite": "mine", "skills": {"n": 150, "accuracy": 0.88, "by_type": by_type}, "against": [against]}
+
+
+def test_a_skill_that_falls_by_more_than_two_points_is_told_in_words(runtime: Any) -> None:
+    text = shown(with_skills(evaluate(runtime, items()), caption=-0.031, place=-0.02, short=0.05))
+    lines = {kind: next(line for line in text.splitlines() if kind in line) for kind in ("caption", "place", "short")}
+    assert "falls by 3.1 points: -3.1 [-7.1, 0.9]" in lines["caption"]
+    assert "-2.0 [-6.0, 2.0]" in lines["place"]
+    assert "5.0 [1.0, 9.0]" in lines["short"]
+    assert text.count("falls by") == 1
+
+
+def test_a_comparison_has_one_row_with_difference_interval_p_n_and_types(runtime: Any) -> None:
+    text = shown(with_skills(evaluate(runtime, items()), caption=0.0))
+    (row,) = (line for line in text.splitlines() if "odd" in line)
+    for part in ("base[x]", "50", "3.1 [-0.9, 7.1]", "< 0.001", "odd -12.5"):
+        assert part in row
+
+
+def test_a_file_without_skills_is_said_to_have_none(runtime: Any) -> None:
+    result = with_skills(evaluate(runtime, items()), caption=-0.5)
+    del result["against"][0]["skills"]
+    assert "not in that file" in shown(result)
+    assert "falls" not in shown(result)
+
+
+def test_without_skills_or_models_beside_there_is_one_table(runtime: Any) -> None:
+    text = shown(evaluate(runtime, items()) | {"suite": "mine"})
+    assert "outside the training questions" not in text
+    assert "difference" not in text
