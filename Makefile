@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint types bench readme check tiny clean
+.PHONY: setup demo test lint types bench results-latents readme check tiny clean
 
 setup: .venv/ready
 
@@ -31,6 +31,10 @@ types: setup
 
 bench: setup
 	$(BIN)/lvr-lite bench demo-out/int8 --vs demo-out/int4 --vs demo-out/fp32 --html demo-out/bench.html | head -n -1
+
+# All methods of training, three seeds, scored and probed: docs/results/latents.md. About two hours on two cores; goes on where it stopped.
+results-latents: setup
+	$(BIN)/python docs/results/latents.py --out build/latents
 
 # Every command of the README, word by word, in an empty folder.
 readme: setup

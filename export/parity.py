@@ -108,7 +108,7 @@ def _decoder(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Gener
     return found
 
 
-class _StartsWithLatents:
+class StartsWithLatents:
     """A runtime whose first choice is always <|lvr_start|>, so that any model, tuned or not, goes through the latent loop."""
 
     def __init__(self, runtime: Runtime, steps: int) -> None:
@@ -152,7 +152,7 @@ def check_decoding(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, la
 
 def _decode(runtime: Runtime, pictures: list[Image.Image], latents: int, options: Options) -> list[Any]:
     prompts = [prepare_prompt(runtime, [picture], "What is here?")[0] for picture in pictures]
-    return decode(_StartsWithLatents(runtime, latents), prompts, options)
+    return decode(StartsWithLatents(runtime, latents), prompts, options)
 
 
 def _pictures() -> list[Image.Image]:

@@ -120,29 +120,47 @@ def _quiet_libraries() -> None:
 @app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="tiny, a model folder, or a hub id.")],
-    data: Annotated[str, typer.Option(help="scenes, or a file of samples (JSONL, official LVR JSON).")],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")],
+    data: Annotated[str | None, typer.Option(help="scenes, or a file of samples (JSONL, official LVR JSON).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it will need, what fits, and train nothing.")] = False,
+    vram: Annotated[float | None, typer.Option(help="With --plan: the card's memory in GiB; 8, 12, 16 and 24 by default.")] = None,
     json_: JsonOut = None,
 ) -> None:
-    """Teach a model, loaded in 4 bits, to reason in visual latents (QLoRA).
+    """Teach a model, loaded in 4 bits, to reason in visual latents (QLoRA). --data and --out are needed but for --plan.
 
     Example: lvr-lite finetune --model tiny --data scenes --out tuned
     """
     from lvr_lite.checkpoint import read_checkpoint, resolve
     from lvr_lite.config import load_settings
+    from lvr_lite.errors import UsageError
 
+    if vram is not None and not plan:
+        raise UsageError("--vram is for --plan, which trains nothing; leave it out, or add --plan")
+    if vram is not None and not 0 < vram < 1e4:
+        raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
+    if plan and resume:
+        raise UsageError("--plan trains nothing: leave out --resume")
+    missing = [name for name, given in (("--data", data), ("--out", out)) if given is None]
+    if missing and not plan:
+        raise UsageError(f"finetune needs {' and '.join(missing)}; only --plan goes without")
     recipe = config
     if recipe is None and resolve(model) == resolve("tiny"):
         recipe = resolve("tiny").parent / "recipe.yaml"
     settings = load_settings(recipe, set_)
     checkpoint = read_checkpoint(model)
     if checkpoint.adapter:
-        from lvr_lite.errors import UsageError
-
         raise UsageError(f"--model {model}: is a tuned checkpoint; give its base ({checkpoint.base}), or go on with --resume")
+    if plan:
+        from lvr_lite.train import plan as planning
+
+        report = planning.plan(model, checkpoint.config, checkpoint.image_spec["max_pixels"], settings, vram)
+        planning.show(report)
+        _write_json(json_, report)
+        return
+    assert data is not None and out is not None
     _quiet_libraries()
     from lvr_lite.eval.suite import accuracy_on
     from lvr_lite.quant import nf4

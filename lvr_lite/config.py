@@ -24,7 +24,7 @@ class LatentSettings:
     or "all" (the paper: each of them, `max_targets` at most; method lvr alone).
     loss: of the latents: "mse" to the targets (the paper), "contrastive" (the tokens of the box against all others of the batch's
     pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1).
-    feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the training in which methods that run freely are fed the targets.
+    feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the steps in which those that run freely are fed the targets.
     """
 
     method: Literal["sft", "dummy", "lvr", "lvr-free", "lvr-bottleneck"] = "lvr"

@@ -79,7 +79,9 @@ class _Demo:
                 self.run("quantize", str(bundles["fp32"]), str(bundles[name]), "--precision", name)
         models = {"base (torch)": "tiny", "tuned (torch)": str(tuned)} | {f"ONNX {name}": str(path) for name, path in bundles.items()}
         with self.stage("score on held-out scenes"):
-            scored = {name: self.run("eval", model, "--limit", str(questions)) for name, model in models.items()}
+            scored = {name: self.run("eval", model, "--limit", str(questions), "--skills", "0") for name, model in models.items()}
+        with self.stage("probe the latents"):
+            probed = self.run("probe", str(bundles["int8"]), "--limit", str(questions), "--html", str(out / "probe.html"))
         with self.stage("measure latency"):
             runs = "3" if quick else "20"
             against = [part for path in (bundles["int8"], bundles["int4"]) for part in ("--vs", str(path))]
@@ -88,6 +90,7 @@ class _Demo:
             "schema": "lvr-lite/demo",
             "version": 1,
             "systems": [_system(name, scored[name], _of_bundle(measured, models[name])) for name in models],
+            "probe": {k: probed[k] for k in ("n", "baseline", "interventions", "retrieval", "verdict")},
             "curve": _curve(tuning["history"]),
             "machine": measured["machine"],
             "commands": [c.replace(str(here), str(out)) for c in self.commands],
@@ -146,6 +149,7 @@ def _finish(out: Path, results: dict[str, Any]) -> None:
     write_page(results | {"examples": examples}, out / "report.html")
     write_atomically(out / RESULTS, json.dumps(results, indent=1))
     show(results["systems"])
+    Console().print(f"probe of ONNX int8: {results['probe']['verdict']}", highlight=False)
     Console(stderr=True).print(f"{results['minutes']['all']:.1f} min; the page: {out / 'report.html'}")
 
 

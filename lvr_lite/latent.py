@@ -20,6 +20,7 @@ from lvr_lite.errors import BundleError, UsageError
 START, LATENT, END = "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>"
 FEEDBACKS = ("identity", "norm-matched", "token")
 MODES = ("open", "bottleneck")
+_SAME = 1e-4  # tokens that differ from their mean by this part of it differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,16 @@ class LatentSpec:
 
 
 def likeness(latents: Any, features: Any) -> Any:
-    """Cosine (K, T) of latents (K, H) to visual tokens (T, H) less their mean, since tokens share a large part that tells none of them
-    apart; arrays of numpy or torch. A vector of zeros is like none: 0."""
-    apart = features - features.mean(0)
-    lengths = (latents * latents).sum(axis=-1)[:, None] * (apart * apart).sum(axis=-1)[None]
+    """Cosine (K, T) of latents (K, H) to the visual tokens (T, H) of a picture less their mean; arrays of numpy or torch.
+
+    Tokens share a large part, which tells none of them apart. One that differs from the mean by rounding alone (all of a picture of one
+    colour), and a latent of zeros, is like none: 0.
+    """
+    mean = features.mean(0)
+    apart = features - mean
+    squares = (apart * apart).sum(axis=-1)
+    apart = apart * (squares > (_SAME * _SAME) * (mean * mean).sum())[:, None]
+    lengths = (latents * latents).sum(axis=-1)[:, None] * squares[None]
     return (latents @ apart.T) / (lengths + 1e-30) ** 0.5
 
 

@@ -1,9 +1,9 @@
 """`--look`: which visual tokens each latent step is nearest to, as heat maps over the pictures. May import: numpy, Pillow, the core.
 
-Nearness is a cosine, after the mean of the picture's visual tokens is taken from each token: all tokens of a picture share a large part,
-and with it every token would be about as near as the next. Nothing is taken from the latents: a mean over the few steps would remove
-what they agree on, which is what one wants to see, and the mean over many answers, which `probe` takes for its R@1, one answer does not
-have. The price: a latent that has the tokens' mean in it leans to tokens that lie along this mean, even one that equals another token.
+Nearness is `lvr_lite.latent.likeness`, by which a bottleneck finds the places of its latents too: a cosine, after the picture's mean of its
+visual tokens is taken from each. Nothing is taken from the latents: a mean over the few steps would remove what they agree on, and
+the mean over many answers, which `probe` takes for its R@1, one answer does not have. The price: a latent that has the tokens' mean in
+it leans to tokens that lie along this mean, even one that equals another token.
 What a latent is near to is not what the answer hangs on: that is for `probe`.
 """
 
@@ -21,7 +21,7 @@ from lvr_lite.bundle import write_atomically
 from lvr_lite.data.drawing import INK, PAPER, QUIET, Colour, Font, cell_edges, draw_boxes, fitted, token_grid, wrapped
 from lvr_lite.decode import Prompt, Result
 from lvr_lite.errors import LvrError, UsageError
-from lvr_lite.latent import LatentSpec
+from lvr_lite.latent import LatentSpec, likeness
 from lvr_lite.runtime.base import Runtime
 
 MEANING = "colour: cosine with each visual token less their mean; white frame: the highest"
@@ -35,7 +35,6 @@ SCALE: tuple[Colour, ...] = (
 _TINT, _DIM = 0.6, 0.75  # how much of a panel is colour; brightness of the grey picture beneath it
 _SIDE, _GAP, _TEXT, _LINE, _ACROSS = 224, 16, 15, 20, 5  # pixels: a picture's longer side, space, text size, text line; panels in a line
 _FRAME = 11  # pixels that the nearest token's frame measures at least, where the picture has them
-_SAME = 1e-4  # tokens that differ from their mean by this part of it differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,8 @@ class View:
 
 
 def similarities(latents: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1: the cosine of each latent with each token less the mean
-    of the T tokens; 0 for tokens that equal their mean (all those of a picture of one colour)."""
-    mean = features.mean(0, dtype=np.float64)
-    tokens = features - mean
-    lengths = np.linalg.norm(tokens, axis=1)
-    apart = lengths > _SAME * np.linalg.norm(mean)
-    directions = np.divide(tokens, lengths[:, None], out=np.zeros_like(tokens), where=apart[:, None])
-    return np.asarray(latents / np.linalg.norm(latents, axis=1, keepdims=True).clip(1e-12) @ directions.T)
+    """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1: `lvr_lite.latent.likeness`."""
+    return np.asarray(likeness(latents, features))
 
 
 def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | None) -> None:

@@ -26,6 +26,7 @@ WIDEST = 640  # pixels of an enlarged or shrunk picture
 PANEL = 168  # pixels of a heat map's longer side
 SERIES = 8  # colours that the style defines
 NONE = "–"
+SHOWN_INTERVENTIONS = ("noise", "donor_unrelated", "donor_same_question", "oracle", "k0", "self")  # of the probe, on the demo's page
 
 
 def write_page(results: dict[str, Any], out: Path) -> None:
@@ -45,6 +46,7 @@ def write_page(results: dict[str, Any], out: Path) -> None:
             [(s["name"], s.get("accuracy"), s.get("interval"), f"n = {s['n']}" if s.get("n") else "") for s in systems]
         ),
         "by_type": _by_type(systems),
+        "probe": _probe(results.get("probe")),
         "loss": curve([(p["step"], p["loss"]) for p in results.get("curve") or [] if p.get("loss") is not None], "loss"),
         "learned": curve(
             [(p["step"], p["accuracy"]) for p in results.get("curve") or [] if p.get("accuracy") is not None], "accuracy", series=1, top=1.0
@@ -56,6 +58,19 @@ def write_page(results: dict[str, Any], out: Path) -> None:
         "minutes": results.get("minutes") or {},
     }
     write_atomically(out, render_page("report.html.j2", "lvr_lite", systems=systems, **sections))
+
+
+def _probe(probed: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The verdict of `lvr-lite probe` on the demo's int8 bundle, and accuracy by what the latent steps were fed, as bars."""
+    if probed is None:
+        return None
+    bars = [("own latents", probed["baseline"]["accuracy"], probed["baseline"]["interval"], f"n = {probed['n']}")]
+    bars += [
+        (name.replace("_", " "), p["accuracy"], p["interval"], f"n = {p['n']}")
+        for name, p in probed["interventions"].items()
+        if name in SHOWN_INTERVENTIONS and p["accuracy"] is not None
+    ]
+    return {"verdict": probed["verdict"], "bars": interval_bars(bars)}
 
 
 def render_page(template: str, package: str, **values: Any) -> str:

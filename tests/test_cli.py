@@ -21,7 +21,7 @@ import lvr_lite
 from lvr_lite import cli
 from lvr_lite.data.make import write_scenes
 
-COMMANDS = ("finetune", "export", "quantize", "run", "eval", "bench", "inspect", "doctor", "demo", "data")
+COMMANDS = ("finetune", "export", "quantize", "run", "eval", "probe", "bench", "inspect", "doctor", "demo", "data")
 
 
 @dataclass(frozen=True)

@@ -101,5 +101,14 @@ def test_zeros_are_like_no_token_and_do_not_crash(array: Array) -> None:
 
 
 @EITHER
+@pytest.mark.parametrize(("spread", "told_apart"), [(1e-6, False), (1e-2, True)])
+def test_tokens_that_differ_by_rounding_alone_are_like_nothing(array: Array, spread: float, told_apart: bool) -> None:
+    """All of a picture of one colour: which of them came nearest would hang on the machine."""
+    tokens = drawn(1, 6) + np.float32(spread) * drawn(4, 6)
+    found = np.asarray(likeness(array(drawn(3, 6)[::-1].copy()), array(tokens)))
+    assert (np.abs(found).max(0) > 0.1).all() if told_apart else not found.any()
+
+
+@EITHER
 def test_no_latents_are_like_nothing(array: Array) -> None:
     assert tuple(likeness(array(np.zeros((0, 6), np.float32)), array(drawn(4, 6))).shape) == (0, 4)

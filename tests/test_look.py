@@ -254,7 +254,12 @@ def finished(out: Path, int8: Path) -> str:
     names = ("fp32", "ONNX int8")
     system = dict.fromkeys(("size_mb", "ttft_ms", "tpls_ms", "tpot_ms"))
     systems = [{"name": name, "accuracy": 0.5, "interval": [0.4, 0.6], "n": 12} | system for name in names]
-    results = {"systems": systems, "minutes": {"all": 1.0}, "answers": {name: [{"answer": "red"}] * demo.SHOWN for name in names}}
+    results = {
+        "systems": systems,
+        "probe": {"verdict": "v"},
+        "minutes": {"all": 1.0},
+        "answers": {name: [{"answer": "red"}] * demo.SHOWN for name in names},
+    }
     demo._finish(out, results)
     return (out / "report.html").read_text()
 

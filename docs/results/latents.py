@@ -16,6 +16,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from lvr_lite.eval.suite import versus
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("sft", "lvr-bottleneck", "dummy", "lvr", "lvr-free", "lvr-bottleneck-untargeted")  # the most telling first
@@ -55,15 +58,12 @@ def train(out: Path, method: str, seed: int, overrides: list[str]) -> None:
 
 
 def score(out: Path, method: str, seed: int, n: int) -> None:
-    """Accuracy and skills of one bundle, compared with the base and, but for the controls themselves, with both controls."""
+    """Accuracy and skills of one bundle."""
     here = out / f"{method}-{seed}"
     if whole(here / "eval.json") or not (here / "int8" / "lvr.json").is_file():
         return
-    others = [out / "tiny" / f"eval-{seed}.json"]
-    others += [out / f"{c}-{seed}" / "eval.json" for c in CONTROLS if method not in CONTROLS]
-    against = [part for other in others if whole(other) for part in ("--against", str(other))]
     line = ["eval", str(here / "int8"), "--seed", str(seed), "--limit", str(n), "--threads", "1", "--skills", str(SKILLS)]
-    command([*line, *against, "--json", str(here / "eval.json")], here / "log.txt")
+    command([*line, "--json", str(here / "eval.json")], here / "log.txt")
 
 
 def probe(out: Path, method: str, seed: int, n: int) -> None:
@@ -84,25 +84,27 @@ def base(out: Path, seed: int, n: int) -> None:
         command(["eval", str(out / "tiny" / "int8"), *scenes, "--json", str(out / "tiny" / f"eval-{seed}.json")], out / "tiny" / "log.txt")
 
 
-def collect(out: Path, methods: list[str], seeds: list[int]) -> dict[str, object]:
-    """All figures of all runs, without the answers."""
-    found: dict[str, object] = {"base": {}, "runs": []}
+def collect(out: Path, methods: list[str], seeds: list[int]) -> dict[str, Any]:
+    """All figures of all runs, without the answers; each run compared with the base and the controls of its seed, item by item."""
 
-    def read(path: Path) -> dict[str, object]:
-        data = json.loads(path.read_text())
-        data.pop("answers", None)
-        (data.get("skills") or {}).pop("answers", None)
-        return data
+    def read(path: Path) -> dict[str, Any]:
+        return dict(json.loads(path.read_text()))
 
-    found["base"] = {seed: read(out / "tiny" / f"eval-{seed}.json") for seed in seeds}
-    for method in methods:
-        for seed in seeds:
-            here = out / f"{method}-{seed}"
-            parts = {name: read(here / f"{name}.json") for name in ("finetune", "eval", "probe") if whole(here / f"{name}.json")}
-            if "eval" not in parts:
-                continue  # not run (yet)
-            found["runs"].append({"method": method, "seed": seed} | parts)  # type: ignore[attr-defined]
-    return found
+    def without_answers(data: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in data.items() if k not in ("answers", "items", "history")}
+        return kept | ({"skills": without_answers(kept["skills"])} if kept.get("skills") else {})
+
+    runs = []
+    for method, seed in [(m, s) for m in methods for s in seeds]:
+        here = out / f"{method}-{seed}"
+        if not whole(here / "eval.json"):
+            continue  # not run (yet)
+        scored = read(here / "eval.json")
+        others = {"base": out / "tiny" / f"eval-{seed}.json"} | {c: out / f"{c}-{seed}" / "eval.json" for c in CONTROLS if c != method}
+        against = {name: versus(scored, read(path)) for name, path in others.items() if whole(path)}
+        parts = {name: without_answers(read(here / f"{name}.json")) for name in ("finetune", "probe") if whole(here / f"{name}.json")}
+        runs.append({"method": method, "seed": seed, "eval": without_answers(scored), "against": against} | parts)
+    return {"base": {seed: without_answers(read(out / "tiny" / f"eval-{seed}.json")) for seed in seeds}, "runs": runs}
 
 
 def main() -> None:
@@ -124,8 +126,7 @@ def main() -> None:
         if "eval" in stages:
             base(a.out, seeds[0], a.n)  # alone, for it writes the bundle that the others read
             list(pool.map(lambda s: base(a.out, s, a.n), seeds[1:]))
-            for controls in (True, False):  # first, for the others are compared with them
-                list(pool.map(lambda job: score(a.out, *job, a.n), [j for j in jobs if (j[0] in CONTROLS) == controls]))
+            list(pool.map(lambda job: score(a.out, *job, a.n), jobs))
         if "probe" in stages:
             list(pool.map(lambda job: probe(a.out, *job, a.n), jobs))
     if stages[-1] == STAGES[-1]:

@@ -38,11 +38,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)])
 
 
-def against(run: Run, name: str) -> dict[str, Any] | None:
-    """The paired comparison of a run with the control `name` of its seed."""
-    return next((a for a in run["eval"].get("against", []) if f"{name}-{run['seed']}" in str(a["path"]).split("/")), None)
-
-
 def write(results: Path) -> None:
     data = json.loads(results.read_text())
     runs: list[Run] = data["runs"]
@@ -50,9 +45,11 @@ def write(results: Path) -> None:
     by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
     base = list(data["base"].values())
     kinds = list(base[0]["by_type"])
-    parts = ["## Accuracy by type of question", _accuracy(by_method, base, kinds), "## Against the controls, on the same items", _paired(by_method)]
-    parts += ["## Interventions", _interventions(by_method), "## Where the latents look", _retrieval(by_method)]
-    parts += ["## Verdicts of `probe`", _verdicts(runs), "## Outside the training questions", _skills(by_method, base), "## Cost", _cost(by_method)]
+    parts = ["## Accuracy by type of question", _accuracy(by_method, base, kinds), "![accuracy](latents_accuracy.png)"]
+    parts += ["## Against the controls, on the same items", _paired(by_method)]
+    parts += ["## Interventions", _interventions(by_method), "![interventions](latents_interventions.png)"]
+    parts += ["## Where the latents look", _retrieval(by_method), "## Verdicts of `probe`", _verdicts(runs)]
+    parts += ["## Outside the training questions", _skills(by_method, base), "## Cost", _cost(by_method)]
     page = HERE / "latents.md"
     text = page.read_text() if page.is_file() else f"# Latents that matter\n\n{BEGIN}\n{END}\n"
     before, after = text.split(BEGIN)[0], text.split(END)[1]
@@ -62,7 +59,8 @@ def write(results: Path) -> None:
 
 
 def _accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: list[str]) -> str:
-    rows = [["before tuning", spread([b["accuracy"] for b in base]), *(spread([b["by_type"][k]["accuracy"] for b in base]) for k in kinds)]]
+    before = [b["accuracy"] for b in base]
+    rows = [["before tuning", spread(before), *(spread([b["by_type"][k]["accuracy"] for b in base]) for k in kinds)]]
     for method, runs in by_method.items():
         evals = [r["eval"] for r in runs]
         rows.append([f"`{method}`", f"**{spread([e['accuracy'] for e in evals])}**"])
@@ -74,11 +72,11 @@ def _paired(by_method: dict[str, list[Run]]) -> str:
     rows = []
     for method, runs in by_method.items():
         for control in ("sft", "dummy"):
-            found = [(r["seed"], a) for r in runs if (a := against(r, control))]
+            found = [(r["seed"], r["against"][control]) for r in runs if control in r["against"]]
             for seed, a in found:
                 low, high = a["interval"]
-                rows.append([f"`{method}`", control, str(seed), str(a["n"]), f"{100 * a['difference']:+.1f}", f"{100 * low:+.1f} – {100 * high:+.1f}"])
-                rows[-1].append(f"{a['p']:.1e}")
+                row = [f"`{method}`", control, str(seed), str(a["n"]), f"{100 * a['difference']:+.1f}"]
+                rows.append([*row, f"{100 * low:+.1f} – {100 * high:+.1f}", f"{a['p']:.1e}"])
     return table(["method", "against", "seed", "n", "points", "95 % interval (paired bootstrap)", "McNemar p"], rows)
 
 
@@ -133,7 +131,8 @@ def _figure_accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: li
         values = [[100 * (e["accuracy"] if c == "all" else e["by_type"][c]["accuracy"]) for e in found] for c in columns]
         middle = [statistics.fmean(v) for v in values]
         error = [[m - min(v) for m, v in zip(middle, values, strict=True)], [max(v) - m for m, v in zip(middle, values, strict=True)]]
-        axes.bar([x + (i - len(systems) / 2 + 0.5) * width for x in range(len(columns))], middle, width, yerr=error, label=name, capsize=1.5)
+        places = [x + (i - len(systems) / 2 + 0.5) * width for x in range(len(columns))]
+        axes.bar(places, middle, width, yerr=error, label=name, capsize=1.5)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_ylabel("accuracy, % (bars: all seeds)")
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))

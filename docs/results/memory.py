@@ -175,16 +175,15 @@ class Saved:
 
 
 @contextlib.contextmanager
-def autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """bf16 autocast as the trainer has it. PEFT asks for the card's switch, so that is on while a CPU stands in for a card."""
-    on, before = dtype == torch.bfloat16, torch.is_autocast_enabled("cuda")
-    with torch.autocast(device, torch.bfloat16, enabled=on):
-        if device == "cpu":
-            torch.set_autocast_enabled("cuda", on)
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled("cuda", before)
+def as_on_a_card(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """PEFT asks for the card's autocast switch, also where checkpointing runs a layer again: it is on while a CPU stands in for a card."""
+    before = torch.is_autocast_enabled("cuda")
+    if device == "cpu":
+        torch.set_autocast_enabled("cuda", dtype == torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def optimizer_of(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -208,16 +207,16 @@ def measure_training(
 ) -> dict[str, Any]:
     """Three steps: peak bytes, on CPUs also what autograd saved, and the seconds of a step."""
     core = model.get_base_model()
-    if settings.train.gradient_checkpointing:
-        core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        core.gradient_checkpointing_disable()
+    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in core.modules():
+        if hasattr(module, "gradient_checkpointing"):  # what switches it off has another name in each transformers
+            module.gradient_checkpointing = settings.train.gradient_checkpointing
     batch = Collator(checkpoint, settings.latent)(items_of(visual, settings.train.batch))
     tokens = tokens_of(batch, checkpoint, settings)
     shape = plan.shape_of(checkpoint.config)
     predicted = plan.phase_bytes(shape, settings, tokens)
     del predicted["answering held-out questions"]
-    stays = sum(plan.standing_bytes(shape, settings).values()) + (unpaged(shape, settings) if device == "cpu" else 0)
+    stays = sum(plan.standing_bytes(shape, settings).values()) + (unpaged(shape, settings) if device == "cpu" else plan.WORKSPACE)
     sft = LatentSFT(model, checkpoint.tokens, settings.latent).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(settings.train.optimizer, trained)
@@ -226,10 +225,12 @@ def measure_training(
         for _ in range(3 if device == "cuda" else 2):
             started = time.perf_counter()
             there = {k: v.to(device, copy=True) for k, v in batch.items()}
-            with saved.hooks() if device == "cpu" else contextlib.nullcontext(), autocast(device, dtype):
-                loss = sft(**there)["loss"]
-            kept = saved.bytes() if device == "cpu" else 0
-            loss.backward()
+            with as_on_a_card(device, dtype):
+                counted = saved.hooks() if device == "cpu" else contextlib.nullcontext()
+                with counted, torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss = sft(**there)["loss"]
+                kept = saved.bytes() if device == "cpu" else 0
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -262,6 +263,7 @@ def measure_answering(model: Any, checkpoint: Checkpoint, settings: Settings, vi
     stays = plan.standing_bytes(shape, settings)
     del stays["optimizer"]  # there is none here
     predicted = sum(stays.values()) + plan.phase_bytes(shape, settings, plan.Tokens(visual))["answering held-out questions"]
+    predicted += plan.WORKSPACE if device == "cuda" else 0
     return {"seconds": time.perf_counter() - started, "peak": meter.peak, "predicted": predicted, "phase": "answering"} | {
         "reserved": meter.reserved, "context": meter.context,
     }  # fmt: skip

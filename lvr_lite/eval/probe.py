@@ -389,8 +389,8 @@ def verdict(interventions: dict[str, dict[str, Any]], found: dict[str, Any], spe
     carry the answer: noise costs at least COSTLY, its interval clear of 0, and same-question donors flip at least FLIPPED of their pairs;
     matter in part: noise's cost is clear of 0, or the flips' lift is at least LIFTED; are ignored: neither.
     A sham that changed anything makes the probe itself unsound; latents that are all the same token carry nothing whatever it costs. In
-    bottleneck mode the same question with the donor's latents is all that the donor's text saw, and its answer comes by construction: there
-    flips and lift prove nothing, and noise alone decides.
+    bottleneck mode the question and the donor's latents are all that the text sees, but for the places that these take in the picture, so
+    that the donor's answer, right or wrong, comes nearly by construction: there lift proves nothing, and noise decides.
     """
     noise, donor = interventions.get("noise"), interventions.get("donor_same_question")
     numbers = ", ".join(_numbers(noise, donor, found, spec))
@@ -418,7 +418,7 @@ def _numbers(noise: dict[str, Any] | None, donor: dict[str, Any] | None, found: 
     if donor is not None and donor["pairs"]:
         told = f"{_points(donor['flips_to_donor'])} % of {donor['pairs']} pairs (lift {_points(donor['lift'])} points"
         told += f"; under noise {_points(donor['flips_by_noise'])} %)" if noise is not None else ")"
-        yield f"the same-question donor's answer comes in {told}" + (", by construction" if spec.mode == "bottleneck" else "")
+        yield f"the same-question donor's answer comes in {told}" + (", nearly by construction" if spec.mode == "bottleneck" else "")
     elif donor is not None:
         yield "no item has a same-question donor"
     yield f"R@1 is {found['ratio']:.1f} times chance" if found["ratio"] is not None else "R@1 is not defined"

@@ -16,6 +16,10 @@ from lvr_lite.bundle import write_atomically
 from lvr_lite.page import NONE, interval_bars, number, percent, render_page
 
 UNSEEN = 0.02  # a skill that falls by more than this is told in words
+BOTTLENECK = (
+    "Text sees nothing of the picture but the latents and their places, so that the same-question donor's answer comes nearly by "
+    "construction."
+)
 WHAT = {
     "none": "its own latents: the baseline",
     "zero": "zeros",
@@ -126,9 +130,7 @@ def notes(data: dict[str, Any]) -> list[str]:
             + (f"; under noise in {percent(one['flips_by_noise'])}." if one["flips_by_noise"] is not None else ".")
         )
     if latent["mode"] == "bottleneck":
-        lines.append(
-            "Text sees the question and the latents alone, so that under the same question the donor's answer comes by construction."
-        )
+        lines.append(BOTTLENECK)
     if found["r_at_1"] is not None:
         lines.append(
             f"R@1 of the free-running latents {_with_interval(found['r_at_1'], found['interval'])} % (n = {found['n']}) against "
@@ -183,5 +185,6 @@ def write_probe_page(data: dict[str, Any], out: Path) -> None:
         flips=[(name, one, _with_interval(one["flips_to_donor"], one["flips_interval"])) for name, one in donors(data).items()],
         kinds=kinds,
         points=points,
+        bottleneck=BOTTLENECK if data["latent"]["mode"] == "bottleneck" else "",
     )
     write_atomically(out, html)

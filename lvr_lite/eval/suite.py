@@ -182,7 +182,7 @@ def compare(
     references |= {name: _score_model(open_model(name), replace(plan, steps=None), progress) for name in models}
     result = _score_model(open_model(model), plan, progress)
     if against:
-        result["against"] = [{"source": name, "model": references[name]["model"]} | _versus(result, references[name]) for name in against]
+        result["against"] = [{"source": name, "model": references[name]["model"]} | versus(result, references[name]) for name in against]
     return result
 
 
@@ -274,7 +274,7 @@ def _refuse_other_items(path: Path, option: str, answers: list[dict[str, Any]], 
         raise UsageError(f"--against {path}: the right answer to {changed} is {what}, so the items have changed: score both again")
 
 
-def _versus(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def versus(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """How a result differs from another over the same items, and in the skills where both have them."""
     found = _difference(result["answers"], reference["answers"])
     if "skills" in result and "skills" in reference:

@@ -53,6 +53,7 @@ class TorchRuntime:
         self._cache = DynamicCache(config=self.core.config.text_config)
         self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._place["device"])
 
+    @torch.inference_mode()
     def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
         batch, longest = len(self._mask), embeds.shape[1]
         again = list(range(batch)) if rows is None else rows

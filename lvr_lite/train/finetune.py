@@ -316,8 +316,8 @@ def _progress_class(transformers: Any) -> Any:
         """The progress bar, with one short line a log instead of a dictionary."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
-            names = ("loss", "ce", "latent", "right", "found")
-            names += (*(f"eval_{name}" for name in names), "eval_accuracy")
+            parts = ("loss", "ce", "latent", "right", "found")
+            names = (*parts, *(f"eval_{name}" for name in parts), "eval_accuracy")
             said = "  ".join(f"{name} {float(logs[name]):.3f}" for name in names if logs and name in logs)
             if said and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step}: {said}")

@@ -22,9 +22,11 @@ VISUAL_TOKENS = (64, 256, 512, 1024, 2048)
 TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a question with its template, and of an answer with its end
 EVAL_ROWS = 16  # held-out questions answered together (lvr_lite/eval/suite.py)
 MARKERS = 3
-# What torch does not count, both to be replaced by what docs/results/memory.py measures on a card: the CUDA context with the kernels of
-# torch, cuBLAS and bitsandbytes (an estimate for CUDA 12 with lazy loading; it grows with the card's SM count), and what the caching
-# allocator holds beside live tensors (an estimate).
+# cuBLAS's workspace, which torch takes from its own allocator: 8 MiB, on Hopper 32 (CublasHandlePool.cpp).
+# bitsandbytes has none that lasts: a linear's weight is dequantized into a tensor, which is counted below.
+WORKSPACE = 32 * MIB
+# What torch does not count, both estimates until docs/results/memory.py has measured them on a card: the CUDA context with the kernels of
+# torch, cuBLAS and bitsandbytes (CUDA 12, loaded lazily), and what the caching allocator holds beside live tensors.
 CONTEXT = 512 * MIB
 SLACK = 0.05
 
@@ -198,8 +200,8 @@ def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
     else:
         made = [Pass(first, first, padded)] + [Pass(1, first + i, padded) for i in range(1, steps + 1)]
         made += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
-    reader = whole - tokens.visual
-    return made + ([Pass(reader, reader, padded)] if bottleneck else [])
+    reader = tokens.text + k + tokens.answer  # the latents stand for the picture; where two are alike, one is masked out
+    return made + ([Pass(reader, reader, True)] if bottleneck else [])
 
 
 def layer_bytes(shape: Shape, settings: Settings, one: Pass) -> int:
@@ -224,7 +226,7 @@ def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     markers' rows in it, and the visual tokens which the latents' contrastive loss compares with."""
     s, w, batch = shape, width(settings), settings.train.batch
     spoken = batch * (tokens.answer + (2 if latents(settings, tokens) else 0))
-    compared = 4 * batch * tokens.visual * s.hidden if latents(settings, tokens) and settings.latent.loss == "contrastive" else 0
+    compared = 4 * batch * tokens.visual * s.hidden if settings.latent.loss == "contrastive" else 0
     return spoken * (w * s.hidden + 4 * s.vocab) + (w * s.vocab * s.hidden if s.tied else 0) + compared
 
 
@@ -287,7 +289,7 @@ def _answering(s: Shape, settings: Settings, tokens: Tokens) -> int:
     PEFT runs the adapters in fp32."""
     w, asked = width(settings), tokens.visual + tokens.text
     cache = s.layers * 2 * w * s.keys * (asked + latents(settings, tokens) + tokens.answer)
-    mlp = asked * ((2 * w + 8) * s.intermediate + 3 * w * s.hidden)
+    mlp = asked * ((2 * w + 8) * s.intermediate + (4 * w + (8 if w < 4 else 0)) * s.hidden)
     masks = asked * asked
     return EVAL_ROWS * (cache + mlp + masks) + w * max(o * i for o, i in s.linears)
 
@@ -310,7 +312,7 @@ def need(shape: Shape, settings: Settings, tokens: Tokens) -> Need:
     made = phase_bytes(shape, settings, tokens)
     phase = max(made, key=made.__getitem__)
     paged = optimizer_bytes(settings.train.optimizer, trained(shape, settings.lora.rank))[1]
-    return Need(sum(standing_bytes(shape, settings).values()) + made[phase], phase, paged)
+    return Need(sum(standing_bytes(shape, settings).values()) + made[phase] + WORKSPACE, phase, paged)
 
 
 # ------------------------------------------------------------------------------------------------------ what fits, what to lower
@@ -374,30 +376,31 @@ def _rank(shape: Shape, at: Choice, vram: float) -> list[Choice]:  # noqa: ARG00
 LEVERS = (_checkpointing, _batch, _max_pixels, _optimizer, _rank)  # what costs least first; each gives its lower values, the mildest first
 
 
-def what_to_lower(shape: Shape, settings: Settings, visual: int, vram: float) -> tuple[str, ...] | None:
-    """The `--set` values with which pictures of `visual` tokens train on `vram` GiB: none where they do already, the first setting that
-    is enough alone, else the first that are together. None where all of them are not enough."""
+def lowered(shape: Shape, settings: Settings, visual: int, vram: float) -> Choice:
+    """What trains pictures of `visual` tokens on `vram` GiB: these settings where they do already, else the first change that is enough
+    alone, else the first changes that are together. Where none are, all of them, though it does not fit."""
     limit, at = vram * GIB, Choice(settings, visual)
     if at.need(shape) <= limit:
-        return ()
+        return at
     for choice in (c for lever in LEVERS for c in lever(shape, at, vram)):
         if choice.need(shape) <= limit:
-            return choice.said
+            return choice
     for lever in LEVERS:
         choices = lever(shape, at, vram)
         for choice in choices:
             if choice.need(shape) <= limit:
-                return choice.said
+                return choice
         if choices and choices[-1].need(shape) < at.need(shape):
             at = choices[-1]
-    return None
+    return at
 
 
 # ------------------------------------------------------------------------------------------------------------------ said
 
 
-def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings, cards: tuple[float, ...] = CARDS) -> dict[str, Any]:
-    """All of it, ready for JSON (schema lvr-lite/plan); bytes throughout. max_pixels: the model's own, where the settings name none."""
+def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings, vram: float | None = None) -> dict[str, Any]:
+    """All of it, ready for JSON (schema lvr-lite/plan); bytes throughout. max_pixels: the model's own, where the settings name none.
+    vram: GiB of one card; None takes CARDS."""
     shape = shape_of(config)
     own = (settings.max_pixels or max_pixels) // shape.pixels_per_token
     here = need(shape, settings, Tokens(own))
@@ -422,20 +425,26 @@ def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings
         "tensors": here.tensors,
         "phase": here.phase,
         "paged": here.paged,
+        "workspace": WORKSPACE,
         "context": CONTEXT,
         "slack": SLACK,
         "card": here.card,
         "pictures": pictures,
-        "cards": [
-            {
-                "gib": gib,
-                "fits": here.card <= gib * GIB,
-                "largest_visual_tokens": largest_picture(shape, settings, gib),
-                "lower": what_to_lower(shape, settings, own, gib),
-            }
-            for gib in cards
-        ],
+        "cards": [_on_card(shape, settings, own, gib) for gib in (CARDS if vram is None else (vram,))],
         "notes": _notes(settings, Tokens(own), here),
+    }
+
+
+def _on_card(shape: Shape, settings: Settings, visual: int, gib: float) -> dict[str, Any]:
+    """What a card of so many GiB makes of it. lower: `--set` values; lower_card: what it needs with them."""
+    found = lowered(shape, settings, visual, gib)
+    return {
+        "gib": gib,
+        "fits": not found.said and found.need(shape) <= gib * GIB,
+        "largest_visual_tokens": largest_picture(shape, settings, gib),
+        "lower": list(found.said),
+        "lower_card": found.need(shape),
+        "lower_fits": found.need(shape) <= gib * GIB,
     }
 
 
@@ -490,7 +499,7 @@ def show(report: dict[str, Any]) -> None:
     for name, size in report["phases"].items():
         table.add_row(f"{name}{' (the most)' if name == report['phase'] else ''}", f"+ {_mib(size)}")
     table.add_section()
-    table.add_row("live tensors at the most", _mib(report["tensors"]))
+    table.add_row("live tensors at the most, with cuBLAS's workspace", _mib(report["tensors"]))
     table.add_row("on the card, with slack and CUDA context", _mib(report["card"]))
     console.print(table)
     by_picture = Table(title="by picture, with gradient checkpointing on / off", title_justify="left")
@@ -506,7 +515,9 @@ def show(report: dict[str, Any]) -> None:
     for name in ("GiB", "fits", "largest picture", "lower first"):
         by_card.add_column(name)
     for card in report["cards"]:
-        lower = "nothing listed is enough" if card["lower"] is None else " ".join(f"--set {said}" for said in card["lower"]) or "–"
+        lower = " ".join(f"--set {said}" for said in card["lower"]) or "–"
+        if not card["lower_fits"]:
+            lower = f"not enough, {_gib(card['lower_card'])} GiB at the least: {lower}"
         largest = f"{card['largest_visual_tokens']} visual tokens" if card["largest_visual_tokens"] else "none"
         by_card.add_row(f"{card['gib']:g}", "yes" if card["fits"] else "no", largest, lower)
     console.print(by_card)

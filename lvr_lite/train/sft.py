@@ -77,7 +77,7 @@ class LatentSFT(torch.nn.Module):
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         embeds = self.core.get_input_embeddings()(ids)
-        return embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype))
+        return torch.as_tensor(embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype)))
 
     def _read_again(self, latents: torch.Tensor, features: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Hidden states (B, R, H) of the pass that reads the prompt with the latents (B, K, H) as its picture, and then the answer.

@@ -15,6 +15,7 @@ from lvr_lite.ask import prepare_prompt
 from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.data.make import scene_samples
 from lvr_lite.decode import Decoding, Options, Prompt, Result
+from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.torch import TorchRuntime
 
@@ -22,27 +23,35 @@ TEXT = Options(max_tokens=6, min_tokens=6, keep_hidden=True)
 
 
 class StartsLatents:
-    """A runtime whose choice is <|lvr_start|> for the first row that speaks in each of the first `rows` calls of the head: every row
-    goes through the latents, and each at a time of its own. rows 0 leaves the runtime as it is."""
+    """A runtime whose choice is <|lvr_start|> for the first `together` rows that speak in each of the first calls of the head, until
+    `rows` rows have gone into the latents, each at a time of its own, or several together. rows 0 leaves the runtime as it is.
 
-    def __init__(self, runtime: Any, rows: int, copying: bool = False) -> None:
-        self._runtime, self._rows, self._copying = runtime, rows, copying
+    spec: a latent loop in place of the runtime's own."""
+
+    def __init__(self, runtime: Any, rows: int, copying: bool = False, spec: LatentSpec | None = None, together: int = 1) -> None:
+        self._runtime, self._rows, self._copying, self._together = runtime, rows, copying, together
+        self.latent = spec or runtime.latent
+        self.handed: list[list[int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
     def start(self, batch: int, capacity: int) -> None:
-        self._calls = 0
+        self._started = 0
         self._runtime.start(batch, capacity)
+
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+        self.handed += [] if rows is None else [rows]
+        return self._runtime.prefill(embeds, positions, lengths, rows)  # type: ignore[no-any-return]
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return self._runtime.step(np.array(embeds) if self._copying else embeds, positions)  # type: ignore[no-any-return]
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         logits = np.array(self._runtime.head(hidden))
-        if self._calls < self._rows:
-            logits[0, self.tokens.lvr_start] = 1e4
-        self._calls += 1
+        starting = min(self._together, self._rows - self._started)
+        logits[:starting, self.tokens.lvr_start] = 1e4
+        self._started += starting
         return logits
 
 
@@ -175,3 +184,90 @@ def test_latents_are_fed_from_the_buffer_that_they_lie_in_and_are_what_copying_w
 def test_a_kept_latent_is_not_overwritten_by_the_steps_after_it(onnx: OnnxRuntime, asked: list[Prompt]) -> None:
     ((result,), _) = run(onnx, asked[:1], latents=1)
     assert len({latent.tobytes() for latent in result.latents}) == onnx.latent.steps
+
+
+# ----------------------------------------------------------------------------------- norm-matched feedback and the bottleneck
+
+LONG = 5  # latent steps, as many as there are prompts: the last row has begun before the first one speaks again
+SPECS = {
+    "norm-matched": LatentSpec(LONG, "norm-matched", norm=6.0),
+    "token": LatentSpec(LONG, "token"),
+    "bottleneck": LatentSpec(LONG, mode="bottleneck"),
+    "norm-matched bottleneck": LatentSpec(LONG, "norm-matched", "bottleneck", 6.0),
+}
+EVERY_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+BOTTLENECKS = pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.mode == "bottleneck"], ids=["identity", "norm-matched"])
+
+
+def run_spec(runtime: Any, prompts: Sequence[Prompt], spec: LatentSpec, together: int = 1) -> tuple[list[Result], list[list[int]]]:
+    """Results of rows that all go through the latents, `together` at a time, and which of them were handed over together."""
+    starting = StartsLatents(runtime, len(prompts), spec=spec, together=together)
+    decoding = Decoding(starting, list(prompts), TEXT)
+    for _ in decoding:
+        pass
+    assert all(len(r.latents) == spec.steps for r in decoding.results), "a row without latents"
+    return decoding.results, starting.handed
+
+
+def assert_same_latents(mine: list[Result], theirs: list[Result], tolerance: float = 1e-3) -> None:
+    assert_same(mine, theirs, tolerance)
+    for a, b in zip(mine, theirs, strict=True):
+        got, want = np.stack(a.latents), np.stack(b.latents)
+        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+def test_every_way_through_the_latents_leads_elsewhere(onnx: OnnxRuntime, asked: list[Prompt]) -> None:
+    """What the tests below compare would else be alike for any of them."""
+    ends = [run_spec(onnx, asked[:1], spec)[0][0].hidden[-1] for spec in (LatentSpec(LONG), *SPECS.values())]
+    for i, a in enumerate(ends):
+        assert all(np.linalg.norm(a - b) > 1e-2 * np.linalg.norm(b) for b in ends[:i])
+
+
+@EVERY_SPEC
+@pytest.mark.parametrize("case", range(5), ids=["scene", "scene 2", "scene 3", "two pictures", "no picture"])
+def test_one_question_through_other_latents_decodes_as_under_torch(
+    onnx: OnnxRuntime, reference: TorchRuntime, asked: list[Prompt], case: int, spec: LatentSpec
+) -> None:
+    (mine, handed), (theirs, _) = (run_spec(r, asked[case : case + 1], spec) for r in (onnx, reference))
+    assert handed == ([[0]] if spec.mode == "bottleneck" else [])
+    assert_same_latents(mine, theirs)
+
+
+@EVERY_SPEC
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_a_batch_through_other_latents_decodes_as_under_torch_and_as_each_row_alone(
+    onnx: OnnxRuntime, reference: TorchRuntime, asked: list[Prompt], spec: LatentSpec, together: int
+) -> None:
+    (mine, handed), (theirs, _) = (run_spec(r, asked, spec, together) for r in (onnx, reference))
+    rows = {1: [[0], [1], [2], [3], [4]], 2: [[0, 1], [2, 3], [4]], 5: [[0, 1, 2, 3, 4]]}[together]
+    assert handed == (rows if spec.mode == "bottleneck" else [])
+    assert_same_latents(mine, theirs)
+    if together == 5:  # else a row has said something of its own before
+        assert_same_latents(mine, [run_spec(onnx, [p], spec)[0][0] for p in asked])
+
+
+@BOTTLENECKS
+def test_rows_beside_one_that_is_handed_over_go_on_as_if_alone(onnx: OnnxRuntime, asked: list[Prompt], spec: LatentSpec) -> None:
+    """The K/V of the other rows lie in the buffers that the second reading is copied into."""
+    starting = StartsLatents(onnx, 1, spec=spec)
+    decoding = Decoding(starting, asked, replace(TEXT, max_tokens=10, min_tokens=10))
+    assert sum(e.kind == "done" for e in decoding) == len(asked)
+    assert starting.handed == [[0]]
+    alone = [run(onnx, [p], replace(TEXT, max_tokens=10, min_tokens=10))[0][0] for p in asked[1:]]
+    assert_same(decoding.results[1:], alone)
+
+
+@BOTTLENECKS
+@pytest.mark.parametrize("together", [1, 5])
+def test_a_batch_after_one_that_was_handed_over_finds_no_trace_of_it(
+    onnx: OnnxRuntime, small_fp32: Path, asked: list[Prompt], spec: LatentSpec, together: int
+) -> None:
+    fresh = OnnxRuntime(small_fp32, threads=1)
+    following = [asked[i] for i in (4, 2, 0, 1, 3)]
+    run_spec(onnx, [asked[3]] * 5, spec, together)  # the longest prompt in every row
+    for next_spec in (spec, LatentSpec(LONG)):
+        buffers = onnx._state
+        again, _ = run_spec(onnx, following, next_spec, 2)
+        assert onnx._state is buffers, "the buffers were made anew, so nothing was tested"
+        assert_same(again, run_spec(fresh, following, next_spec, 2)[0], tolerance=1e-6)
+        fresh = OnnxRuntime(small_fp32, threads=1)
