@@ -66,11 +66,12 @@ def score(out: Path, method: str, seed: int, n: int) -> None:
     command([*line, "--json", str(here / "eval.json")], here / "log.txt")
 
 
-def probe(out: Path, method: str, seed: int, n: int) -> None:
+def probe(out: Path, method: str, seed: int, n: int, only: str | None) -> None:
+    """The interventions on one bundle's latents; all of them, or `only` some."""
     here = out / f"{method}-{seed}"
     if method == "sft" or whole(here / "probe.json") or not (here / "int8" / "lvr.json").is_file():
         return
-    line = ["probe", str(here / "int8"), "--seed", str(seed), "--limit", str(n), "--threads", "1"]
+    line = ["probe", str(here / "int8"), "--seed", str(seed), "--limit", str(n), "--threads", "1", *(["--only", only] if only else [])]
     command([*line, "--json", str(here / "probe.json"), "--html", str(here / "probe.html")], here / "log.txt")
 
 
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--only", help="interventions, as for probe; all by default")
     parser.add_argument("--set", action="append", default=[], help="as for finetune, for all methods")
     a = parser.parse_args()
     seeds, methods = [int(s) for s in a.seeds.split(",")], a.methods.split(",")
@@ -128,7 +130,7 @@ def main() -> None:
             list(pool.map(lambda s: base(a.out, s, a.n), seeds[1:]))
             list(pool.map(lambda job: score(a.out, *job, a.n), jobs))
         if "probe" in stages:
-            list(pool.map(lambda job: probe(a.out, *job, a.n), jobs))
+            list(pool.map(lambda job: probe(a.out, *job, a.n, a.only), jobs))
     if stages[-1] == STAGES[-1]:
         results = Path(__file__).with_suffix(".json")
         results.write_text(json.dumps(collect(a.out, methods, seeds), indent=1))

@@ -147,8 +147,9 @@ def _figure_interventions(by_method: dict[str, list[Run]]) -> None:
         names = ["none", *SHOWN]
         for r in runs:
             p = r["probe"]
-            values = [100 * (p["baseline"] if n == "none" else p["interventions"][n])["accuracy"] for n in names]
-            axes.plot(values, range(len(names)), "o", alpha=0.6, markersize=5)
+            found = {"none": p["baseline"]} | p["interventions"]
+            places = [i for i, n in enumerate(names) if n in found]
+            axes.plot([100 * found[names[i]]["accuracy"] for i in places], places, "o", alpha=0.6, markersize=5)
         axes.axvline(100 * statistics.fmean([r["probe"]["baseline"]["accuracy"] for r in runs]), color="grey", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(method, fontsize=9)

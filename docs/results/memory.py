@@ -4,6 +4,8 @@
 .venv/bin/python docs/results/memory.py --shape tiny --device cpu            # the same code on a CPU, tensors counted as they are made
 .venv/bin/python docs/results/memory.py --shape 3b --layers 2 --device cpu   # real widths, few layers
 
+.venv/bin/python docs/results/memory.py --predict                            # what it will be held against
+
 Measured are training steps through the collator, LatentSFT and the optimizer of the settings, and answering 16 held-out questions.
 """
 
@@ -190,7 +192,10 @@ def optimizer_of(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim
     import bitsandbytes as bnb
 
     if "8bit" in name or name.startswith("paged"):
-        return bnb.optim.AdamW(parameters, lr=1e-4, optim_bits=8 if "8bit" in name else 32, is_paged=name.startswith("paged"))
+        made: torch.optim.Optimizer = bnb.optim.AdamW(
+            parameters, lr=1e-4, optim_bits=8 if "8bit" in name else 32, is_paged=name.startswith("paged")
+        )
+        return made
     return torch.optim.SGD(parameters, lr=1e-4) if name == "sgd" else torch.optim.AdamW(parameters, lr=1e-4, fused=name.endswith("fused"))
 
 
@@ -244,7 +249,8 @@ def measure_training(
         "phase": max(predicted, key=predicted.__getitem__),
     }
     if device == "cpu":
-        found |= {"saved": kept, "saved_predicted": plan.saved_bytes(shape, settings, tokens)}
+        saved_predicted = plan.saved_bytes(shape, settings, tokens)
+        found |= {"saved": kept, "saved_predicted": saved_predicted, "saved_ratio": saved_predicted / kept}
     return found | {"reserved": meter.reserved, "context": meter.context}
 
 
@@ -310,53 +316,77 @@ def model_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     return tensors
 
 
-COLUMNS = ("shape", "method", "visual tokens", "batch", "checkpointing", "s/step", "measured MiB", "predicted MiB", "at", "ratio")
+COLUMNS: dict[str, tuple[str, str, float]] = {  # title -> key of a row, its format, its unit
+    "shape": ("shape", "", 1),
+    "method": ("method", "", 1),
+    "visual tokens": ("visual", "", 1),
+    "batch": ("batch", "", 1),
+    "checkpointing": ("checkpointing", "", 1),
+    "s/step": ("seconds", ".2f", 1),
+    "measured MiB": ("peak", ",.1f", plan.MIB),
+    "predicted MiB": ("predicted", ",.1f", plan.MIB),
+    "at": ("phase", "", 1),
+    "ratio": ("ratio", ".3f", 1),
+    "saved MiB": ("saved", ",.2f", plan.MIB),
+    "predicted saved MiB": ("saved_predicted", ",.2f", plan.MIB),
+    "saved, ratio": ("saved_ratio", ".3f", 1),
+}
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row of the table; on CPUs with the saved bytes and their ratio."""
-    cells = [row["shape"], row["method"], row["visual"], row["batch"], "on" if row["checkpointing"] else "off"]
-    if row.get("out_of_memory"):
-        return "| " + " | ".join(map(str, cells)) + " | out of memory" + " |" * 5
-    cells += [
-        f"{row['seconds']:.2f}",
-        f"{row['peak'] / plan.MIB:.1f}",
-        f"{row['predicted'] / plan.MIB:.1f}",
-        row["phase"],
-        f"{row['ratio']:.3f}",
-    ]
-    if "saved" in row:
-        cells += [
-            f"{row['saved'] / plan.MIB:.2f}",
-            f"{row['saved_predicted'] / plan.MIB:.2f}",
-            f"{row['saved_predicted'] / row['saved']:.3f}",
-        ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+def line(row: dict[str, Any], titles: list[str]) -> str:
+    """A row of the table; what was not measured is left empty."""
+    cells = []
+    for key, how, unit in (COLUMNS[title] for title in titles):
+        value = row.get(key, "")
+        cells.append(format(value / unit, how) if how and value != "" else str(value))
+    return f"| {' | '.join(cells)} |"
+
+
+def settings_of(a: argparse.Namespace, *overrides: str) -> Settings:
+    return load_settings(None, [f"train.precision={a.precision}", "train.accumulation=1", *a.overrides, *overrides])
+
+
+def wanted(a: argparse.Namespace) -> Iterator[tuple[Settings, dict[str, Any]]]:
+    """The settings to measure, each with the first cells of its row; last of all the answering of held-out questions."""
+    for method, visual, batch, on in itertools.product(a.method, a.visual, a.batch, ("on", "off")):
+        chosen = settings_of(a, f"latent.method={method}", f"train.batch={batch}", f"train.gradient_checkpointing={on}")
+        yield chosen, {"method": method, "visual": visual, "batch": batch, "checkpointing": on}
+    if a.answering or a.device == "cuda":
+        for visual in a.visual:
+            yield settings_of(a), {"method": "answering", "visual": visual, "batch": plan.EVAL_ROWS, "checkpointing": ""}
 
 
 def measure(name: str, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of one shape."""
     tiny, config = read_checkpoint("tiny"), config_of(name, a.layers)
     checkpoint = replace(tiny, config=config, image_spec=tiny.image_spec | {"max_pixels": 28 * 28 * max(SIDES)})
-    always = [f"train.precision={a.precision}", "train.gradient_checkpointing=false", "train.accumulation=1"]
-    base = load_settings(None, [*always, *a.overrides])
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
-    model = adapted(build(config, checkpoint, dtype, a.device), checkpoint, base)
-    wanted: list[tuple[str, int, int, bool]] = list(itertools.product(a.method, a.visual, a.batch, [True, False]))
-    if a.answering or a.device == "cuda":
-        wanted += [("answering", visual, plan.EVAL_ROWS, False) for visual in a.visual]
-    for method, visual, batch, checkpointing in wanted:
-        row: dict[str, Any] = {"shape": name, "method": method, "visual": visual, "batch": batch, "checkpointing": checkpointing}
+    model = adapted(build(config, checkpoint, dtype, a.device), checkpoint, settings_of(a))
+    for settings, row in wanted(a):
+        row["shape"] = name
         try:
-            if method == "answering":
-                row |= measure_answering(model, checkpoint, base, visual, a.device)
+            if row["method"] == "answering":
+                row |= measure_answering(model, checkpoint, settings, row["visual"], a.device)
             else:
-                train = replace(base.train, batch=batch, gradient_checkpointing=checkpointing)
-                settings = replace(base, latent=replace(base.latent, method=method), train=train)
-                row |= measure_training(model, checkpoint, settings, visual, dtype, a.device)
+                row |= measure_training(model, checkpoint, settings, row["visual"], dtype, a.device)
             row["ratio"] = row["predicted"] / row["peak"]
         except torch.cuda.OutOfMemoryError:
-            row["out_of_memory"] = True
+            row["phase"] = "out of memory"
+        yield row
+
+
+def predict(name: str, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same rows, planned and not measured, for the plan's own number of text tokens."""
+    shape = plan.shape_of(config_of(name, a.layers))
+    for settings, row in wanted(a):
+        made = plan.phase_bytes(shape, settings, plan.Tokens(row["visual"]))
+        stays, answering = sum(plan.standing_bytes(shape, settings).values()) + plan.WORKSPACE, made.pop("answering held-out questions")
+        if row["method"] == "answering":
+            row |= {"shape": name, "predicted": stays + answering, "phase": "answering"}
+        else:
+            phase = max(made, key=made.__getitem__)
+            row |= {"shape": name, "predicted": stays + made[phase], "phase": phase}
+            row["saved_predicted"] = plan.saved_bytes(shape, settings, plan.Tokens(row["visual"]))
         yield row
 
 
@@ -371,18 +401,21 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["lvr", "lvr-bottleneck"])
     parser.add_argument("--answering", action="store_true", help="also 16 held-out questions (always on a card)")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="settings, as of `finetune`")
+    parser.add_argument("--predict", action="store_true", help="predictions alone: nothing is built or measured")
     parser.add_argument("--out", type=Path, help="JSON to write")
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
-    card = torch.cuda.get_device_name() if a.device == "cuda" else "CPU (live tensors counted)"
-    columns = COLUMNS + (("saved MiB", "predicted", "ratio") if a.device == "cpu" else ())
-    print(f"{card}; torch {torch.__version__}; {a.precision}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    device = "CPU (live tensors counted)" if a.device == "cpu" else "predictions" if a.predict else torch.cuda.get_device_name()
+    left_out = {"s/step", "measured MiB", "ratio", "saved MiB", "saved, ratio"} if a.predict else set()
+    left_out |= {"saved MiB", "predicted saved MiB", "saved, ratio"} if a.device == "cuda" and not a.predict else set()
+    titles = [title for title in COLUMNS if title not in left_out]
+    print(f"{device}; torch {torch.__version__}; {a.precision}\n\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     rows = []
-    for row in itertools.chain.from_iterable(measure(name, a) for name in a.shape):
+    for row in itertools.chain.from_iterable((predict if a.predict else measure)(name, a) for name in a.shape):
         rows.append(row)
-        print(line(row), flush=True)
+        print(line(row, titles), flush=True)
     if a.out is not None:
-        a.out.write_text(json.dumps({"card": card, "torch": torch.__version__, "layers": a.layers, "rows": rows}, indent=1))
+        a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "layers": a.layers, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

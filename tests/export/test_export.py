@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export import graphs, parity
 from lvr_lite.export.write import describe, write_bundle
+from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.tiny import build
@@ -129,6 +131,22 @@ def test_the_gate_fails_on_another_models_graphs(written: Path, model: Any, chec
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+
+
+@pytest.mark.parametrize("spec", [LatentSpec(), LatentSpec(2, "norm-matched", "bottleneck", 5.0)], ids=["open", "bottleneck"])
+def test_the_gate_decodes_through_the_latent_loop_that_is_written(
+    written: Path, model: Any, checkpoint: Checkpoint, spec: LatentSpec
+) -> None:
+    mine, theirs = OnnxRuntime(written), TorchRuntime(model, replace(checkpoint, latent=spec))
+    mine.latent = spec
+    found = parity.check_decoding(mine, theirs, latents=4, tokens=6)
+    states = (
+        4 + 6 + (1 if spec.mode == "bottleneck" else 2)
+    )  # the last latent and <|lvr_end|> are not fed in a bottleneck, the prompt twice
+    assert (found["prompts"], found["cases"]) == (6, 6 * states)
+    mine.latent = replace(spec, feedback="norm-matched", norm=50.0)
+    with pytest.raises(LvrError, match="parity: decoding"):
+        parity.check_decoding(mine, theirs, latents=4, tokens=6)
 
 
 def test_a_bundle_that_fails_the_gate_is_not_written(

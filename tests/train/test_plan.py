@@ -345,6 +345,6 @@ def test_the_measuring_script_writes_rows_and_json(
     monkeypatch.setattr(sys, "argv", ["memory.py", *small, "--method", "lvr", "--out", str(tmp_path / "m.json")])
     memory.main()
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
-    assert [(row["checkpointing"], row["method"]) for row in rows] == [(True, "lvr"), (False, "lvr")]
+    assert [(row["checkpointing"], row["method"]) for row in rows] == [("on", "lvr"), ("off", "lvr")]
     assert all(0.9 < row["ratio"] < 1.1 for row in rows)
     assert capsys.readouterr().out.count("| tiny | lvr | 64 | 1 |") == 2
