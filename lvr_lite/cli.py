@@ -147,8 +147,9 @@ def finetune(
     if missing and not plan:
         raise UsageError(f"finetune needs {' and '.join(missing)}; only --plan goes without")
     recipe = config
-    if recipe is None and resolve(model) == resolve("tiny"):
-        recipe = resolve("tiny").parent / "recipe.yaml"
+    if recipe is None:
+        embedded = resolve("tiny")
+        recipe = (embedded.parent if resolve(model) == embedded else embedded.parents[1] / "train") / "recipe.yaml"
     settings = load_settings(recipe, set_)
     checkpoint = read_checkpoint(model)
     if checkpoint.adapter:

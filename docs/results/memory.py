@@ -57,6 +57,19 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as published in the models' config.jso
         },
         "tie_word_embeddings": True,
     },
+    "quarter": {  # a quarter of the 3B's widths and vocabulary, for CPUs: there too the embedding outweighs a layer
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "hidden_size": 512, "intermediate_size": 2752, "num_hidden_layers": 2, "num_attention_heads": 8,
+            "num_key_value_heads": 1, "vocab_size": 37984, "tie_word_embeddings": True,
+            "bos_token_id": None, "eos_token_id": None, "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 320, "intermediate_size": 856, "num_heads": 4, "out_hidden_size": 512,
+            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+        },
+        "tie_word_embeddings": True,
+    },
     "2b": {
         "model_type": "qwen2_vl",
         "text_config": {
