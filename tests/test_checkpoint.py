@@ -175,6 +175,6 @@ def test_a_tuned_checkpoint_without_a_field_is_refused(small_checkpoint: Path, t
     assert field in said
 
 
-@pytest.mark.parametrize("loop", [{"steps": 4, "feedback": "norm"}, {"steps": 4, "mode": "bottleneck"}])
+@pytest.mark.parametrize("loop", [{"steps": 4, "feedback": "norm"}, {"steps": 4, "mode": "sealed"}])
 def test_a_loop_of_a_later_version_is_refused(small_checkpoint: Path, tmp_path: Path, loop: dict[str, Any]) -> None:
     assert "update lvr-lite" in refusal(tuned(tmp_path / "tuned", small_checkpoint, latent=loop))

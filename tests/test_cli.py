@@ -213,7 +213,7 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
         "data make --count 3",
         "data make --out here --count 0",
         "data make --out here --seed 1000000",
-        "finetune --model tiny",
+        "finetune --data scenes --out here",
         "data validate some.jsonl --nosuch",
         "nosuch",
         "--nosuch",

@@ -53,7 +53,7 @@ class Recurrent:
         raise NotImplementedError
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        return self.table[ids]
+        return np.asarray(self.table[ids])
 
     def start(self, batch: int, capacity: int) -> None:
         self.state, self.capacity = np.zeros((batch, H), np.float32), capacity
@@ -78,7 +78,7 @@ class Recurrent:
             self.used[row] = length
         self.states.append(self.state.copy())
         self.read.append(Read(embeds.copy(), positions.copy(), lengths.copy(), rows, self.state[again].copy()))
-        return self.state[again].copy()
+        return np.array(self.state[again])
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self.used += 1
@@ -87,7 +87,7 @@ class Recurrent:
         self.positions.append(positions.copy())
         self.state = self._next(self.state, embeds, positions)
         self.states.append(self.state.copy())
-        return self.state.copy()
+        return np.array(self.state)
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         self.headed.append(hidden.copy())

@@ -53,7 +53,7 @@ def test_a_bundle_tells_its_graphs_latents_parity_and_report(tmp_path: Path) -> 
     assert (told["kind"], told["precision"], told["intact"]) == ("bundle", "int4", True)
     assert list(told["graphs"]) == list(bundle.GRAPHS)
     assert told["bytes"] == sum(100 * len(name) for name in bundle.GRAPHS)
-    assert told["latent"] == {"steps": 4, "feedback": "identity", "mode": "open"}
+    assert told["latent"] == {"steps": 4, "feedback": "identity", "mode": "open", "norm": 0.0}
     assert (told["parity"], told["report"]) == ({"decoder": 1e-6}, {"drift": [0.1, 0.2]})
 
 

@@ -130,7 +130,8 @@ def _figure_accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: li
     for i, (name, found) in enumerate(systems.items()):
         values = [[100 * (e["accuracy"] if c == "all" else e["by_type"][c]["accuracy"]) for e in found] for c in columns]
         middle = [statistics.fmean(v) for v in values]
-        error = [[m - min(v) for m, v in zip(middle, values, strict=True)], [max(v) - m for m, v in zip(middle, values, strict=True)]]
+        pairs = list(zip(middle, values, strict=True))
+        error = [[max(0.0, m - min(v)) for m, v in pairs], [max(0.0, max(v) - m) for m, v in pairs]]
         places = [x + (i - len(systems) / 2 + 0.5) * width for x in range(len(columns))]
         axes.bar(places, middle, width, yerr=error, label=name, capsize=1.5)
     axes.set_xticks(range(len(columns)), columns)

@@ -178,7 +178,7 @@ def test_latents_are_fed_from_the_buffer_that_they_lie_in_and_are_what_copying_w
         results.append(found)
         copies.append(buffer.copies)
     assert copies[1] - copies[0] == runtime.latent.steps
-    assert_same(*results, tolerance=1e-6)
+    assert_same(results[0], results[1], tolerance=1e-6)
 
 
 def test_a_kept_latent_is_not_overwritten_by_the_steps_after_it(onnx: OnnxRuntime, asked: list[Prompt]) -> None:

@@ -76,10 +76,10 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
     assert list(losses(metrics)) == [1, 2, 3, 4]
     assert all(math.isfinite(v) for v in losses(metrics).values())
     parts = [h for h in metrics["history"] if "loss" in h]
-    assert all(h["loss"] == pytest.approx(h["ce"] + 0.1 * h["mse"], rel=1e-2) for h in parts)
+    assert all(h["loss"] == pytest.approx(h["ce"] + 0.1 * h["latent"], rel=1e-2) for h in parts)
     evaluated = [h for h in metrics["history"] if "eval_loss" in h]
     assert [h["step"] for h in evaluated] == [4]
-    assert {"eval_ce", "eval_mse", "eval_right"} <= set(evaluated[0])
+    assert {"eval_ce", "eval_latent", "eval_right", "eval_found"} <= set(evaluated[0])
     assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
     assert any("16 samples, 2 held out" in line for line in said)
     assert metrics["trainable_parameters"] < 10**6
@@ -191,7 +191,9 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(module, "Collator", lambda checkpoint, _: seen.append(checkpoint.image_spec["max_pixels"]) or _stop())
+    collator = module.Collator
+    monkeypatch.setattr(module, "Collator", lambda c, settings: seen.append(c.image_spec["max_pixels"]) or collator(c, settings))
+    monkeypatch.setattr(module, "_arguments", lambda *_: _stop())
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
     assert seen == [read_checkpoint_spec(tmp_path / "out")["max_pixels"]] == [6272]
