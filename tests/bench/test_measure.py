@@ -152,7 +152,8 @@ def test_every_stage_has_its_samples_of_every_request() -> None:
     counts = {stage: len(measured.stage(stage)) / PLAN.rounds for stage in measure.STAGES}
     # Steps, of the even request: <|lvr_start|>, five latents, <|lvr_end|>, four of five tokens; the head speaks before and at the end.
     assert counts == {
-        "preprocess": 1, "vision": 1, "embed": 1, "prefill": 1, "latent_step": 5, "hand_over": 0, "text_step": 6, "lm_head": 6, "sampling": 6,
+        "preprocess": 1, "vision": 1, "embed": 1, "prefill": 1, "latent_step": 5, "hand_over": 0, "text_step": 6, "lm_head": 6,
+        "sampling": 6,
     }  # fmt: skip
     assert measured.stage("vision") == pytest.approx([2.0] * PLAN.rounds)
 
