@@ -68,7 +68,8 @@ class _Demo:
     def stages(self, out: Path, quick: bool, questions: int) -> dict[str, Any]:
         here = self.scratch
         tuned, bundles = here / "checkpoint", {name: here / name for name in ("fp32", "int8", "int4")}
-        faster = ["--set", "train.steps=6", "--set", "train.eval_every=3", "--set", "train.save_every=3", "--set", "data.count=96"]
+        # so many that the model opens the latent loop, without which there is nothing to probe
+        faster = ["--set", "train.steps=40", "--set", "train.eval_every=20", "--set", "train.save_every=20", "--set", "data.count=640"]
         small = ["--set", "data.eval_count=12"]
         with self.stage("tune in 4 bits (QLoRA)"):
             tuning = self.run("finetune", "--model", "tiny", "--data", "scenes", "--out", str(tuned), *((faster + small) if quick else []))
