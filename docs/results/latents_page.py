@@ -119,7 +119,7 @@ def _cost(by_method: dict[str, list[Run]]) -> str:
     for method, runs in by_method.items():
         minutes, memory = [r["finetune"]["minutes"] for r in runs], [r["finetune"]["peak_memory_gb"] for r in runs]
         rows.append([f"`{method}`", str(runs[0]["finetune"]["steps"]), spread(minutes, scale=1), spread(memory, 2, 1)])
-    return table(["method", "steps", "minutes (one thread, two runs at a time)", "peak memory, GiB"], rows)
+    return table(["method", "steps", "minutes, one thread", "peak memory, GiB"], rows)
 
 
 def _figure_accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: list[str]) -> None:

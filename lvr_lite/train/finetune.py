@@ -112,7 +112,11 @@ def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
 def last_whole_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint-N in `out` that was written to its end."""
     found = [p for p in out.glob("checkpoint-*") if (p / COMPLETE).is_file() and p.name.split("-")[1].isdigit()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return max(found, key=_steps_of, default=None)
+
+
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def finetune(
@@ -168,7 +172,12 @@ def finetune(
     say(f"{trainable:,} of {total:,} parameters are trained; {len(train):,} samples, {len(held_out):,} held out; {dtype} on {device}")
     if begin_from is not None:
         say(f"resuming from {begin_from}")
-    trainer.train(resume_from_checkpoint=str(begin_from) if begin_from else None)
+    if begin_from is not None and _steps_of(begin_from) >= settings.train.steps:
+        # Trainer looks at max_steps after a step only: it would train one more
+        trainer._load_from_checkpoint(str(begin_from))
+        trainer.state = transformers.TrainerState.load_from_json(str(begin_from / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(begin_from) if begin_from else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(str(out), safe_serialization=True)
     history = trainer.state.log_history

@@ -48,6 +48,7 @@ from lvr_lite.eval.report import show_probe, write_probe_page
 from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
 from lvr_lite.eval.suite import Item
+from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.latent import LatentSpec
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -707,25 +708,12 @@ def test_the_page_of_a_few_interventions_without_boxes_or_types_is_whole(tmp_pat
 # --------------------------------------------------------------------------------------------------- the command line
 
 
-class AlwaysLatents:
+class AlwaysLatents(StartsWithLatents):
     """A runtime whose first choice is <|lvr_start|>, so that a model with random weights goes through its latents."""
 
     def __init__(self, runtime: Any, spec: LatentSpec) -> None:
-        self._runtime, self.latent = runtime, spec
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def start(self, batch: int, capacity: int) -> None:
-        self._first = True
-        self._runtime.start(batch, capacity)
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.array(self._runtime.head(hidden))
-        if self._first:
-            logits[:, self.tokens.lvr_start] = 1e4
-        self._first = False
-        return logits
+        super().__init__(runtime, spec.steps)
+        self.latent = spec
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

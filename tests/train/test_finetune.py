@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,18 @@ def test_a_file_in_the_place_of_out_is_refused(small_checkpoint: Path, tmp_path:
     with pytest.raises(UsageError, match="exists"):
         tune(small_checkpoint, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_resuming_a_finished_run_trains_no_further(run: Run, small_checkpoint: Path, copied: Callable[[Path], Path]) -> None:
+    from safetensors.torch import load_file
+
+    finished, before, _ = run
+    out = copied(finished)
+    (out / "adapter_model.safetensors").unlink()  # as after a kill between the last checkpoint and the end
+    metrics, _ = tune(small_checkpoint, out, resume=True)
+    assert metrics["steps"] == before["steps"] == 4
+    mine, first = (load_file(str(folder / "adapter_model.safetensors")) for folder in (out, finished))
+    assert all(torch.equal(mine[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize("there", [False, True])
