@@ -20,18 +20,22 @@ class LatentSettings:
     """method: what is trained (lvr_lite/train/methods.py): "sft" (no latents), "dummy" (K times <|lvr|>), "lvr" (the paper: fed the
     targets), "lvr-free" (fed their own hidden states, as when running), "lvr-bottleneck" (the same, and text sees the latents alone).
 
+    samples: which are answered through latents: "boxed", those with boxes, the others at once; or "all".
     steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled" (K means over the visual tokens of the boxes)
     or "all" (the paper: each of them, `max_targets` at most; method lvr alone).
     loss: of the latents: "mse" to the targets (the paper), "contrastive" (the tokens of the box against all others of the batch's
-    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1).
+    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1). relax: the last share of the steps, in which λ falls
+    to 0.
     feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the steps in which those that run freely are fed the targets.
     """
 
     method: Literal["sft", "dummy", "lvr", "lvr-free", "lvr-bottleneck"] = "lvr"
+    samples: Literal["boxed", "all"] = "boxed"
     steps: int = 4
     targets: Literal["pooled", "all"] = "pooled"
     loss: Literal["mse", "contrastive", "none"] = "mse"
     weight: float = 0.1
+    relax: float = 0.0
     temperature: float = 0.1
     feedback: Literal["identity", "norm-matched"] = "identity"
     warmup: float = 0.0
@@ -55,10 +59,14 @@ class LoraSettings:
 @dataclass(frozen=True)
 class DataSettings:
     """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples (JSONL); without it the last
-    `eval_count` samples of a file, by picture, are held out. eval_count: samples that evaluation during training answers."""
+    `eval_count` samples of a file, by picture, are held out. eval_count: samples that evaluation during training answers.
+    replay: samples of what the base can do already, mixed in so that it keeps it: a file, or "skills", those of the embedded model
+    (drawn); replay_share: their share of all training samples."""
 
     count: int = 8000
     seed: int = 0
+    replay: str | None = None
+    replay_share: float = 0.2
     eval_file: str | None = None
     eval_count: int = 96
 
@@ -110,6 +118,7 @@ class Settings:
         limits: list[tuple[str, float, float, float]] = [
             ("latent.steps", self.latent.steps, 1, 1024),
             ("latent.weight", self.latent.weight, 0, 1000),
+            ("latent.relax", self.latent.relax, 0, 1),
             ("latent.temperature", self.latent.temperature, 1e-3, 100),
             ("latent.warmup", self.latent.warmup, 0, 1),
             ("latent.max_targets", self.latent.max_targets, 1, 16384),
@@ -117,6 +126,7 @@ class Settings:
             ("lora.alpha", self.lora.alpha, 1, 65536),
             ("lora.dropout", self.lora.dropout, 0, 0.99),
             ("data.count", self.data.count, 1, 10**9),
+            ("data.replay_share", self.data.replay_share, 0.01, 0.9),
             ("data.seed", self.data.seed, 0, 499_999),  # evaluation takes the seeds above (train/finetune.py)
             ("data.eval_count", self.data.eval_count, 1, 10**6),
             ("train.steps", self.train.steps, 1, 10**9),

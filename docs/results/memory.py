@@ -212,12 +212,20 @@ def optimizer_of(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim
     return torch.optim.SGD(parameters, lr=1e-4) if name == "sgd" else torch.optim.AdamW(parameters, lr=1e-4, fused=name.endswith("fused"))
 
 
-def tokens_of(batch: dict[str, torch.Tensor], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
+def tokens_of(batch: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
     """What the plan is told about a batch: its longest row."""
-    visual = int((batch["ids"][0] == checkpoint.tokens.image).sum())
+    (rows,) = [batch] if "ids" in batch else batch["direct"]
+    visual = int((rows["ids"][0] == checkpoint.tokens.image).sum())
     k = plan.latents(settings, plan.Tokens(visual))
-    text = int(batch["response"]) - visual
-    return plan.Tokens(visual, text, batch["ids"].shape[1] - visual - text - (k + 2 if k else 0))
+    text = int(rows["response"]) - visual
+    return plan.Tokens(visual, text, rows["ids"].shape[1] - visual - text - (k + 2 if k else 0))
+
+
+def copied(batch: Any, device: str) -> Any:
+    """A batch's tensors as new ones on the device."""
+    if isinstance(batch, dict):
+        return {k: copied(v, device) for k, v in batch.items()}
+    return [copied(v, device) for v in batch] if isinstance(batch, list) else batch.to(device, copy=True)
 
 
 def measure_training(
@@ -242,7 +250,7 @@ def measure_training(
     with meter:
         for _ in range(3 if device == "cuda" else 2):
             started = time.perf_counter()
-            there = {k: v.to(device, copy=True) for k, v in batch.items()}
+            there = copied(batch, device)
             with as_on_a_card(device, dtype):
                 counted = saved.hooks() if device == "cpu" else contextlib.nullcontext()
                 with counted, torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -54,7 +54,12 @@ def skill_samples(count: int, seed: int) -> Iterator[tuple[Sample, Image.Image]]
     """
     _refuse_senseless(count, seed)
     for name, scene, question in scenes.skills(seed, count):
-        yield Sample(name, (), question.text, question.answer, question.choices or None, (), question.type), scenes.draw(scene)
+        yield skill_sample(name, question), scenes.draw(scene)
+
+
+def skill_sample(name: str, question: scenes.Question) -> Sample:
+    """A planned question of the skills as a sample without boxes and picture."""
+    return Sample(name, (), question.text, question.answer, question.choices or None, (), question.type)
 
 
 def _refuse_senseless(count: int, seed: int) -> None:

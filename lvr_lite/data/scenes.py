@@ -319,18 +319,18 @@ def ask_position(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Question:
-    """How many things have a colour or a pattern (one in six questions names a colour that is not there)."""
+    """How many things have a colour or a pattern (one in six questions names a colour that is not there). There is no one place to look
+    at, so it has no things."""
     (thing,) = _pick(rng, scene)
     if rng.random() < 0.5:
         word = thing.pattern
-        found = tuple(t for t in scene.things if t.pattern == word)
+        found = [t for t in scene.things if t.pattern == word]
     else:
         word = thing.colour if rng.random() < 0.83 else str(rng.choice(list(COLOURS)))
-        found = tuple(t for t in scene.things if t.colour == word)
-    found = tuple(sorted(found, key=lambda t: t.centre()[::-1]))  # an order that can be seen
+        found = [t for t in scene.things if t.colour == word]
     if len(found) >= len(NUMBERS):
         return ask_count(rng, scene)
-    return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, found, f"count {word}")
+    return Question("count", f"how many are {word}", NUMBERS[len(found)], NUMBERS, (), f"count {word}")
 
 
 def ask_odd(_: np.random.Generator, scene: Scene) -> Question:
@@ -445,24 +445,24 @@ def ask_place(rng: np.random.Generator, scene: Scene) -> Question:
     return Question("place", f"where {thing.shape}", scene.cell_words(thing), cells, (thing,), f"where {thing.shape}")
 
 
-def ask_short(rng: np.random.Generator, scene: Scene, kind: str) -> Question:
+def ask_short(rng: np.random.Generator, scene: Scene, kind: str, split: str) -> Question:
     """A question of one of the types PRETRAINED in its short wording; of a pair the question to the scene itself."""
-    question = make_twin(rng, scene, "test")[1] if kind == "pair" else ASK[kind](rng, scene)
+    question = make_twin(rng, scene, split)[1] if kind == "pair" else ASK[kind](rng, scene)
     return replace(question, type="short", text=question.short)
 
 
-def skills(seed: int, count: int) -> Iterator[tuple[str, Scene, Question]]:
-    """`count` questions that tuning on the scenes never trains, to held-out scenes: (id, scene, question).
+def skills(seed: int, count: int, split: str = "test", types: tuple[str, ...] = SKILLS) -> Iterator[tuple[str, Scene, Question]]:
+    """`count` questions of the kinds that the embedded model was pre-trained in, beside those of the suite: (id, scene, question).
 
-    The types SKILLS take turns, and within "short" those of PRETRAINED; item i depends on (seed, i) alone.
+    The types take turns, and within "short" those of PRETRAINED; item i depends on (seed, split, types, i) alone.
     """
-    stream = zlib.crc32(b"skills")
+    stream = zlib.crc32(b"skills" if split == "test" else b"skills train")
     for i in range(count):
         rng = np.random.default_rng([stream, seed, i])
-        skill, kind = SKILLS[i % len(SKILLS)], PRETRAINED[i // len(SKILLS) % len(PRETRAINED)]
-        scene = plan(rng, "test", odd=(skill, kind) == ("short", "odd"))
+        skill, kind = types[i % len(types)], PRETRAINED[i // len(types) % len(PRETRAINED)]
+        scene = plan(rng, split, odd=(skill, kind) == ("short", "odd"))
         if skill == "caption":
             question = Question("caption", "describe", describe(scene), (), scene.things, "describe")
         else:
-            question = ask_place(rng, scene) if skill == "place" else ask_short(rng, scene, kind)
-        yield f"skill-{seed}-{i:06d}", scene, question
+            question = ask_place(rng, scene) if skill == "place" else ask_short(rng, scene, kind, split)
+        yield f"{'skill' if split == 'test' else 'replay'}-{seed}-{i:06d}", scene, question

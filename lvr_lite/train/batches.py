@@ -15,7 +15,7 @@ from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
 from lvr_lite.data import scenes
-from lvr_lite.data.make import scene_sample
+from lvr_lite.data.make import scene_sample, skill_sample
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.prompt import prompt_ids
@@ -23,6 +23,7 @@ from lvr_lite.runtime.preprocess import open_picture, prepare
 from lvr_lite.train.methods import METHODS
 
 Item = tuple[Sample, tuple[Image.Image, ...]]
+REPLAYED = ("caption", "short")
 
 
 class Examples(torch.utils.data.Dataset[Item]):
@@ -42,6 +43,21 @@ class Examples(torch.utils.data.Dataset[Item]):
         samples = [scene_sample(name, scene, question, pair) for name, scene, question, pair in planned]
         return cls(samples, lambda i: (scenes.draw(planned[i][1]),))
 
+    @classmethod
+    def of_skills(cls, seed: int, count: int) -> Examples:
+        """Drawn questions of what the embedded model was pre-trained in, to scenes of the train split (`lvr_lite.data.scenes.skills`)."""
+        planned = list(scenes.skills(seed, count, "train", REPLAYED))
+        return cls([skill_sample(name, question) for name, _, question in planned], lambda i: (scenes.draw(planned[i][1]),))
+
+    def with_share_of(self, others: Examples, share: float) -> Examples:
+        """These and so many of `others`, from the first on and over again where they are too few, that they are `share` of all."""
+        own, more = len(self), round(len(self) * share / (1 - share))
+        chosen = [i % len(others) for i in range(more)]
+        return Examples(
+            [*self.samples, *(others.samples[i] for i in chosen)],
+            lambda i: self.pictures(i) if i < own else others.pictures(chosen[i - own]),
+        )
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -54,30 +70,37 @@ class Examples(torch.utils.data.Dataset[Item]):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's; targets: of its latents."""
+    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's; targets: of its latents;
+    looks: whether it has latent places."""
 
     ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     prompt: int
     targets: int
+    looks: bool
 
 
 @dataclass(frozen=True)
 class Collator:
     """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that these begin in one column.
 
+    Samples that are answered through latents (`looks`) come first, whatever the order of the items, then the others, the longest first;
+    pictures likewise. Of the B that look:
     ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); target_at (B, S) bool, the latent
     places that have a target; pool (L, T) float32, which turns the batch's T visual tokens into its L targets in reading order of
     target_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3).
     In a bottleneck also the second reading: reader_ids, reader_labels, reader_mask (B, R), reader_positions (3, B, R), padded on the right.
+    direct: the samples that are answered at once, in one or two parts (the long ones apart, where that saves padding), each with the
+    ids, labels, positions and mask of its own. A kind of which the batch has no sample is not there.
     """
 
     checkpoint: Checkpoint
     settings: LatentSettings
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         c = self.checkpoint
+        items = in_order(items, self.settings)
         pictures = [p for _, own in items for p in own]
         pixels, grids = prepare(pictures, c.family, c.image_spec)
         rows, groups = [], []
@@ -93,27 +116,28 @@ class Collator:
         pool = np.zeros((len(groups), first_token), np.float32)
         for i, group in enumerate(groups):
             pool[i, group] = 1 / len(group)
+        batch: dict[str, Any] = {"pool": pool, "pixel_values": pixels, "grid_thw": np.array([[1, *g] for g in grids])}
+        if looking := [row for row in rows if row.looks]:
+            batch |= self._aligned(looking)
+            if METHODS[self.settings.method].mode == "bottleneck":
+                batch |= self._reader(looking)
+        tensors: dict[str, Any] = _tensors(batch)
+        if direct := [row for row in rows if not row.looks]:
+            tensors["direct"] = [_tensors(self._aligned(part)) for part in _long_and_short(direct)]
+        return tensors
+
+    def _aligned(self, rows: list[_Row]) -> dict[str, Any]:
+        """Rows as arrays, padded so that responses begin in one column."""
         before = max(row.prompt for row in rows)
         longest = before + max(len(row.ids) - row.prompt for row in rows)
-        batch: dict[str, Any] = {
-            "ids": np.full((len(rows), longest), c.tokens.end[0]),
-            "labels": np.full((len(rows), longest), -100),
-            "positions": np.zeros((3, len(rows), longest), np.int64),
-            "mask": np.zeros((len(rows), longest), np.int64),
-            "target_at": np.zeros((len(rows), longest), bool),
-        }
+        ids, labels = np.full((len(rows), longest), self.checkpoint.tokens.end[0]), np.full((len(rows), longest), -100)
+        positions, mask = np.zeros((3, *ids.shape), np.int64), np.zeros(ids.shape, np.int64)
+        target_at = np.zeros(ids.shape, bool)
         for i, row in enumerate(rows):
             there = slice(before - row.prompt, before - row.prompt + len(row.ids))
-            batch["ids"][i, there], batch["labels"][i, there], batch["mask"][i, there] = row.ids, row.labels, 1
-            batch["positions"][:, i, there] = row.positions
-            batch["target_at"][i, before + 1 : before + 1 + row.targets] = True
-        if METHODS[self.settings.method].mode == "bottleneck":
-            batch |= self._reader(rows)
-        tensors = {k: torch.from_numpy(v) for k, v in batch.items()}
-        tensors["response"] = torch.tensor(before)
-        tensors["pool"], tensors["pixel_values"] = torch.from_numpy(pool), torch.from_numpy(pixels)
-        tensors["grid_thw"] = torch.tensor([[1, *g] for g in grids])
-        return tensors
+            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = row.ids, row.labels, 1, row.positions
+            target_at[i, before + 1 : before + 1 + row.targets] = True
+        return {"ids": ids, "labels": labels, "positions": positions, "mask": mask, "target_at": target_at, "response": np.array(before)}
 
     def _reader(self, rows: list[_Row]) -> dict[str, np.ndarray]:
         """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose positions come in the forward pass, and the
@@ -139,8 +163,8 @@ class Collator:
         return {"reader_ids": ids, "reader_labels": labels, "reader_mask": mask, "reader_positions": positions}
 
     def _targets(self, sample: Sample, cells: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Nothing to look at: its whole picture."""
-        if not METHODS[self.settings.method].targeted:
+        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without boxes: its whole picture."""
+        if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
         rows, columns = cells[0]
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
@@ -150,8 +174,8 @@ class Collator:
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
     def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], targets: int) -> _Row:
-        c, method = self.checkpoint, METHODS[self.settings.method]
-        latents = targets if method.targeted else self.settings.steps if method.latents else 0
+        c, look = self.checkpoint, looks(sample, self.settings)
+        latents = targets or (self.settings.steps if look else 0)
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
         end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
         said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
@@ -159,7 +183,32 @@ class Collator:
         labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)
         positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
         following = positions.max() + 1 + np.arange(len(said))
-        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked), targets)
+        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked), targets, look)
+
+
+def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:
+    """Those that look first, then the others, the longest first (by letters, which is near enough)."""
+    return sorted(items, key=lambda item: (0, 0) if looks(item[0], settings) else (1, -len(item[0].question) - len(item[0].answer)))
+
+
+def _tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()}
+
+
+def _long_and_short(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows cut in two where that saves a quarter of their padded size at least: one caption among words should not make all rows long."""
+
+    def size(part: list[_Row]) -> int:
+        return len(part) * max((len(row.ids) for row in part), default=0)
+
+    cut = min(range(len(rows)), key=lambda i: size(rows[:i]) + size(rows[i:]))
+    worth = size(rows[:cut]) + size(rows[cut:]) <= 0.75 * size(rows)
+    return [rows[:cut], rows[cut:]] if worth else [rows]
+
+
+def looks(sample: Sample, settings: LatentSettings) -> bool:
+    """Whether a sample is answered through latents; the others are answered at once."""
+    return METHODS[settings.method].latents and (settings.samples == "all" or bool(sample.boxes))
 
 
 def check_answers(examples: Examples, checkpoint: Checkpoint) -> None:

@@ -89,15 +89,28 @@ def norm_of_visual_tokens(core: Any, collator: Collator, examples: Examples, sam
 
 
 def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
-    """Training and held-out examples for `--data scenes` or a file of samples with boxes."""
+    """Training examples, replayed ones among them, and held-out ones, for `--data scenes` or a file of samples with boxes."""
+    train, held_out = _load_own(data, settings)
+    if settings.data.replay is None:
+        return train, held_out
+    share = settings.data.replay_share
+    if settings.data.replay == "skills":
+        return train.with_share_of(Examples.of_skills(settings.data.seed, math.ceil(len(train) * share / (1 - share))), share), held_out
+    return train.with_share_of(Examples.of_samples(read_samples(Path(settings.data.replay))), share), held_out
+
+
+def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
     if data == "scenes":
         return Examples.of_scenes(settings.data.seed, "train", settings.data.count), Examples.of_scenes(
             settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
         )
     samples = read_samples(Path(data))
-    targeted = METHODS[settings.latent.method].targeted and settings.latent.loss != "none"
-    if targeted and not any(s.boxes for s in samples):  # a few may have none (what is asked about is not there): the whole picture
-        raise DataError(f"{data}: no sample has boxes, to train latents on; add `boxes` (normalized xyxy), or set latent.loss=none")
+    method = METHODS[settings.latent.method]
+    if method.latents and settings.latent.samples == "boxed" and not any(s.boxes for s in samples):
+        untargeted = "latent.samples=all" + (" and latent.loss=none" if method.targeted and settings.latent.loss != "none" else "")
+        raise DataError(
+            f"{data}: no sample has boxes, so none would be answered through latents; add `boxes` (normalized xyxy), or set {untargeted}"
+        )
     if settings.data.eval_file is not None:
         held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
         return Examples.of_samples(samples), Examples.of_samples(held_out)
@@ -285,7 +298,7 @@ def _trainer_class(transformers: Any) -> Any:
             out = model(**inputs)
             if not torch.isfinite(out["loss"]):
                 raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the samples")
-            for name in ("ce", "latent", "right", "found"):
+            for name in ("ce", "latent", "right", "found") if len(inputs["pool"]) else ("ce", "right"):
                 self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
             return (out["loss"], out) if return_outputs else out["loss"]
 

@@ -4,7 +4,8 @@
     learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · L(h_{i-1}, t_i) in fp32
 
 t: visual tokens of the boxes; L: regression (the paper) or contrastive. What x is, the method says (lvr_lite/train/methods.py). In a
-bottleneck the answer is read in a second pass over the prompt, whose picture the latents then are.
+bottleneck the answer is read in a second pass over the prompt, whose picture the latents then are. Samples without boxes are answered
+at once (`latent.samples`), in a pass of their own.
 """
 
 from __future__ import annotations
@@ -38,28 +39,42 @@ class LatentSFT(torch.nn.Module):
     def core(self) -> Any:
         return self.model.get_base_model()
 
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
         """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "latent", "right", "found"}.
 
-        latent: the loss of the latents. right: share of the response's tokens (markers, answer, end) predicted. found: share of latents
-        that are nearest to a visual token of their own box among all of the batch's pictures.
+        ce: the mean over samples of each one's mean over the tokens that it says: a batch of n is as n batches of one, and a caption
+        weighs what a word does. latent: the loss of the latents. right: share of the responses' tokens (markers, answer, end) predicted.
+        found: share of latents that are nearest to a visual token of their own box among all of the batch's pictures.
         """
         features = visual_tokens(self.core, batch)
-        targets = batch["pool"].to(features.dtype) @ features  # (L, H)
-        embeds = self._embed(batch["ids"], features)
-        forced = self.training and self.progress < self.settings.warmup
-        states, latents = self.method.run(self, embeds, batch, targets, forced)
-        hidden, labels = states_before(states, batch["labels"] != -100), spoken(states, batch["labels"])
-        if self.spec.mode == "bottleneck":
-            read = self._read_again(latents, features, batch)
-            asked = batch["reader_labels"] != -100
-            hidden = torch.cat([hidden, states_before(read, asked)])
-            labels = torch.cat([labels, spoken(read, batch["reader_labels"])])
-        logits = self.core.lm_head(hidden).float()  # the head sees the answer's positions alone
-        ce = F.cross_entropy(logits, labels)
-        loss, found = self._latent_loss(states_before(states, batch["target_at"]).float(), features.float(), batch["pool"])
+        predicted = features[:0]  # the states that learn to be latents
+        parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of each reading: its first sample, states, what is said after them
+        if "ids" in batch:
+            targets = batch["pool"].to(features.dtype) @ features  # (L, H)
+            embeds = self._embed(batch["ids"], features)
+            forced = self.training and self.progress < self.settings.warmup
+            states, latents = self.method.run(self, embeds, batch, targets, forced)
+            parts.append((0, states, batch["labels"]))
+            predicted = states_before(states, batch["target_at"])
+            if self.spec.mode == "bottleneck":
+                parts.append((0, self._read_again(latents, features, batch), batch["reader_labels"]))
+        samples, rest = len(batch.get("ids", ())), features[self._pictures(batch) :]
+        for part in batch.get("direct", ()):
+            parts.append((samples, self.states(self._embed(part["ids"], rest), part), part["labels"]))
+            samples, rest = samples + len(part["ids"]), rest[self._pictures(part) :]
+        labels = torch.cat([spoken(states, said) for _, states, said in parts])
+        # the head sees the answers' positions alone
+        logits = self.core.lm_head(torch.cat([states_before(states, said != -100) for _, states, said in parts])).float()
+        speakers = torch.cat([first + speakers_of(states, said) for first, states, said in parts])
+        ce = mean_over_samples(F.cross_entropy(logits, labels, reduction="none"), speakers)
+        loss, found = self._latent_loss(predicted.float(), features.float(), batch["pool"])
         right = (logits.argmax(-1) == labels).float().mean()
-        return {"loss": ce + self.settings.weight * loss, "ce": ce.detach(), "latent": loss.detach(), "right": right, "found": found}
+        return {"loss": ce + self.latent_weight() * loss, "ce": ce.detach(), "latent": loss.detach(), "right": right, "found": found}
+
+    def latent_weight(self) -> float:
+        """λ now: that of the settings, and over the last `relax` of the steps less and less of it."""
+        relax = self.settings.relax if self.training else 0.0
+        return self.settings.weight * (min(1.0, (1 - self.progress) / relax) if relax else 1.0)
 
     def _latent_loss(self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of latents (L, H) against the batch's visual tokens (T, H), of which pool (L, T) makes their targets, and `found`."""
@@ -75,7 +90,12 @@ class LatentSFT(torch.nn.Module):
             return (likeness.logsumexp(-1) - likeness.masked_fill(~own, -torch.inf).logsumexp(-1)).mean(), found
         return torch.zeros((), device=predicted.device), found
 
+    def _pictures(self, batch: Batch) -> int:
+        """How many visual tokens the prompts of `batch` have."""
+        return int((batch["ids"] == self.tokens.image).sum()) if "ids" in batch else 0
+
     def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Inputs (B, S, H) in which the first visual tokens of `features` (T, H) stand in the places of pictures, in reading order."""
         embeds = self.core.get_input_embeddings()(ids)
         return torch.as_tensor(embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype)))
 
@@ -87,7 +107,8 @@ class LatentSFT(torch.nn.Module):
         ids, seen = batch["reader_ids"], batch["ids"] == self.tokens.image
         at = ids == self.tokens.lvr
         positions, mask, pictures = batch["reader_positions"].clone(), batch["reader_mask"].clone(), []
-        tokens = features.detach().float().split(seen.sum(1).tolist())
+        counts = seen.sum(1).tolist()
+        tokens = features[: sum(counts)].detach().float().split(counts)
         for row, (own, z) in enumerate(zip(tokens, latents, strict=True)):
             near = likeness(z.detach().float(), own).argmax(-1)
             alike = (near[:, None] == near[None]).to(z.dtype)
@@ -134,3 +155,14 @@ def spoken(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The labels (n,) that `states_before` predicts."""
     within = labels[:, 1 : states.shape[1] + 1]
     return within[within != -100]
+
+
+def speakers_of(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The rows (n,) of the labels that `spoken` gives."""
+    return (labels[:, 1 : states.shape[1] + 1] != -100).nonzero()[:, 0]
+
+
+def mean_over_samples(losses: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """The mean over samples of each one's mean loss; losses (n,), samples (n,): whose each is."""
+    counts = torch.bincount(samples)
+    return (losses / counts[samples]).sum() / (counts > 0).sum()

@@ -117,18 +117,11 @@ def test_the_boxes_are_of_the_things_that_the_question_names(train: list[Item]) 
         boxed = {t.shape for t in question.things}
         assert named <= boxed
         if question.type == "count":
-            assert len(boxed) == scenes.NUMBERS.index(question.answer)
+            assert not boxed, "there is no one place to look at"
         elif question.type.startswith("odd"):
             assert question.things == (odd_one_out(scene),)
         elif question.type != "position":
             assert len(boxed) == 1
-
-
-def test_what_is_counted_is_looked_at_from_top_to_bottom(train: list[Item]) -> None:
-    counted = [(scene, q.things) for _, scene, q, _ in train if q.type == "count" and len(q.things) > 1]
-    assert any(list(things) != [t for t in scene.things if t in things] for scene, things in counted), "the scenes' own order is as good"
-    for _, things in counted:
-        assert all(a.centre()[1] <= b.centre()[1] for a, b in itertools.pairwise(things))
 
 
 def test_a_thing_changes_pixels_inside_its_box_only_and_fills_it(train: list[Item]) -> None:

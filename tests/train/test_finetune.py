@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.config import Settings, load_settings
@@ -21,6 +23,7 @@ from lvr_lite.data.make import write_scenes
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.quant import nf4
+from lvr_lite.runtime.preprocess import open_picture
 from lvr_lite.train import finetune as module
 from lvr_lite.train.finetune import COMPLETE, finetune, last_whole_checkpoint, load_examples
 
@@ -296,8 +299,8 @@ def test_scenes_that_are_held_out_are_not_those_that_eval_scores() -> None:
     from lvr_lite.data.make import scene_samples
 
     _, held_out = load_examples("scenes", settings("data.eval_count=20"))
-    scored = {(s.question, s.boxes) for s, _ in scene_samples(60, 0, "test")}
-    assert not {(s.question, s.boxes) for s in held_out.samples} & scored
+    scored = {picture.tobytes() for _, picture in scene_samples(60, 0, "test")}
+    assert not {pictures[0].tobytes() for _, pictures in held_out.items()} & scored
 
 
 def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) -> None:
@@ -305,8 +308,38 @@ def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) 
     for line in lines:
         line["image"] = str(scenes_file.parent / line["image"])
     (tmp_path / "blind.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(DataError, match=r"blind\.jsonl: no sample has boxes"):
-        load_examples(str(tmp_path / "blind.jsonl"), settings())
+    blind = str(tmp_path / "blind.jsonl")
+    with pytest.raises(DataError, match=r"blind\.jsonl: no sample has boxes.* set latent\.samples=all and latent\.loss=none$"):
+        load_examples(blind, settings())
+    with pytest.raises(DataError, match=r"set latent\.samples=all$"):
+        load_examples(blind, settings("latent.method=dummy"))
+    for overrides in (["latent.method=sft"], ["latent.method=lvr-free", "latent.loss=none", "latent.samples=all"]):
+        assert len(load_examples(blind, settings(*overrides))[0]) == 11
+
+
+def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(scenes_file: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56), (1, 2, 3)).save(tmp_path / "known.png")
+    known = [{"id": f"known-{i}", "image": "known.png", "question": "q", "answer": "a"} for i in range(2)]
+    (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
+    replay = [f"data.eval_file={scenes_file}", f"data.replay={tmp_path / 'known.jsonl'}", "data.replay_share=0.25"]
+    train, held_out = load_examples(str(scenes_file), settings(*replay))
+    assert [s.id for s in train.samples[12:]] == ["known-0", "known-1", "known-0", "known-1"]  # a quarter of 16, two of them twice
+    assert [train[i][0] for i in range(16)] == train.samples
+    assert {train[i][1][0].getpixel((0, 0)) for i in range(12, 16)} == {(1, 2, 3)}
+    assert train[3][1][0].tobytes() == open_picture(train.samples[3].images[0]).tobytes()
+    assert not [s for s in held_out.samples if s.id.startswith("known")]
+
+
+def test_replayed_skills_are_of_other_scenes_than_those_that_eval_asks() -> None:
+    from lvr_lite.data.make import skill_samples
+
+    train, held_out = load_examples("scenes", settings("data.count=40", "data.replay=skills", "data.replay_share=0.5"))
+    replayed = [train[i] for i in range(40, 80)]
+    assert Counter(s.type for s, _ in replayed) == {"caption": 20, "short": 20}
+    assert not any(s.boxes for s, _ in replayed)
+    asked = {picture.tobytes() for _, picture in skill_samples(60, settings().data.seed)}
+    assert not {pictures[0].tobytes() for _, pictures in replayed} & asked
+    assert len(held_out) == settings().data.eval_count
 
 
 def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Path) -> None:

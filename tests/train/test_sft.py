@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import typing
 from collections.abc import Sequence
@@ -26,13 +27,15 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train import sft as module
-from lvr_lite.train.batches import Collator, Examples, Item, check_answers
+from lvr_lite.train.batches import Collator, Examples, Item, check_answers, in_order
 from lvr_lite.train.finetune import _write_side_files, adapted, norm_of_visual_tokens
 from lvr_lite.train.methods import METHODS, Bottleneck
 from lvr_lite.train.sft import LatentSFT
 
 STEPS, NORM = 4, 9.0
-SETTINGS = load_settings(None, ["lora.rank=4", "lora.alpha=16", "train.gradient_checkpointing=false", f"latent.steps={STEPS}"])
+SETTINGS = load_settings(
+    None, ["lora.rank=4", "lora.alpha=16", "train.gradient_checkpointing=false", f"latent.steps={STEPS}", "latent.samples=all"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,21 @@ def items() -> list[Item]:
     """Scenes of six question types, with one and with several boxes, in pictures of all sizes; every third answer made longer."""
     found = list(Examples.of_scenes(0, "train", 12).items())
     found = [(replace(s, answer=f"{s.answer} and {s.answer}") if i % 3 == 1 else s, pictures) for i, (s, pictures) in enumerate(found)]
+    found = [(replace(s, boxes=s.boxes or ((0.1, 0.2, 0.6, 0.5), (0.4, 0.5, 0.9, 1.0))), pictures) for s, pictures in found]  # of counts
     assert {len(sample.boxes) for sample, _ in found} >= {1, 2}
     assert len({picture.size for _, (picture,) in found}) == 3
     return found
 
 
-def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> dict[str, torch.Tensor]:
+def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> dict[str, Any]:
     return Collator(checkpoint, replace(SETTINGS.latent, **settings))(items)
+
+
+def rows_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a batch whose samples are all of one kind, with latent places or without."""
+    (rows,) = [batch] if "ids" in batch else batch["direct"]
+    assert "ids" not in batch or "direct" not in batch
+    return batch | rows
 
 
 def two_pictures(items: Sequence[Item]) -> Item:
@@ -70,6 +81,7 @@ def extent(batch: dict[str, torch.Tensor], row: int) -> tuple[int, int]:
 
 
 TARGETED = pytest.mark.parametrize("method", ["lvr", "lvr-free", "lvr-bottleneck"])
+WITH_LATENTS = [m for m in METHODS if m != "sft"]
 FREE = pytest.mark.parametrize("method", ["lvr-free", "lvr-bottleneck"])
 
 
@@ -77,7 +89,7 @@ def test_every_method_that_can_be_set_is_there() -> None:
     assert set(typing.get_args(typing.get_type_hints(LatentSettings)["method"])) == set(METHODS)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sft"])
+@pytest.mark.parametrize("method", WITH_LATENTS)
 def test_a_response_is_markers_around_latents_then_the_answer_then_the_end(checkpoint: Checkpoint, items: list[Item], method: str) -> None:
     batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.tokens
     for row, (sample, _) in enumerate(items):
@@ -118,7 +130,8 @@ def test_dummy_has_latent_places_and_no_targets(checkpoint: Checkpoint, items: l
 
 
 def test_sft_has_the_answer_alone(checkpoint: Checkpoint, items: list[Item]) -> None:
-    batch, tokens = batch_of(checkpoint, items, method="sft"), checkpoint.tokens
+    items = in_order(items, replace(SETTINGS.latent, method="sft"))
+    batch, tokens = rows_of(batch_of(checkpoint, items, method="sft")), checkpoint.tokens
     assert not torch.isin(batch["ids"], torch.tensor([tokens.lvr_start, tokens.lvr, tokens.lvr_end])).any()
     for row, (sample, _) in enumerate(items):
         (_, end), response = extent(batch, row), int(batch["response"])
@@ -133,7 +146,7 @@ def test_sft_has_the_answer_alone(checkpoint: Checkpoint, items: list[Item]) -> 
     assert len(batch["pool"]) == 0
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sft"])
+@pytest.mark.parametrize("method", WITH_LATENTS)
 def test_markers_answer_and_end_are_learned_and_nothing_else(checkpoint: Checkpoint, items: list[Item], method: str) -> None:
     batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.tokens
     for row in range(len(items)):
@@ -257,6 +270,33 @@ def test_a_sample_without_boxes_looks_at_its_whole_picture(checkpoint: Checkpoin
     assert (batch["pool"].sum(0) > 0).all()
 
 
+@pytest.mark.parametrize("method", WITH_LATENTS)
+def test_a_sample_without_boxes_is_answered_at_once(checkpoint: Checkpoint, items: list[Item], method: str) -> None:
+    """In its place among the others: those that look come first, and pictures in the samples' order."""
+    boxless = [(replace(s, boxes=()), pictures) for s, pictures in items[:3]]
+    mixed = [boxless[0], items[3], boxless[1], items[4], boxless[2]]
+    batch = batch_of(checkpoint, mixed, method=method, samples="boxed")
+    looking, direct = batch_of(checkpoint, items[3:5], method=method), batch_of(checkpoint, boxless, method="sft")
+    for name in looking.keys() - {"pool", "pixel_values", "grid_thw"}:
+        assert torch.equal(batch[name], looking[name]), name
+    assert batch["direct"][0].keys() == direct["direct"][0].keys()
+    for name, tensor in direct["direct"][0].items():
+        assert torch.equal(batch["direct"][0][name], tensor), name
+    for name in ("pixel_values", "grid_thw"):
+        assert torch.equal(batch[name], torch.cat([looking[name], direct[name]])), name
+    assert torch.equal(batch["pool"][:, : looking["pool"].shape[1]], looking["pool"])
+    assert not batch["pool"][:, looking["pool"].shape[1] :].any()
+
+
+def test_a_caption_among_words_does_not_make_all_rows_long(checkpoint: Checkpoint, items: list[Item]) -> None:
+    sample, pictures = items[0]
+    caption = (replace(sample, answer=" ; ".join([sample.answer] * 40)), pictures)
+    long, short = batch_of(checkpoint, [*items[1:5], caption, *items[5:9]], method="sft")["direct"]
+    assert (len(long["ids"]), len(short["ids"])) == (1, 8)
+    assert long["ids"].shape[1] > 2 * short["ids"].shape[1]
+    assert len(batch_of(checkpoint, items, method="sft")["direct"]) == 1, "not worth a pass of its own"
+
+
 @pytest.mark.parametrize("token", ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>", "<|image_pad|>"])
 def test_an_answer_with_a_token_of_the_loop_is_refused_by_its_sample(checkpoint: Checkpoint, token: str) -> None:
     examples = Examples.of_samples([Sample("good", (), "q", "a"), Sample("bad", (), "q", f"a {token}")])
@@ -288,7 +328,7 @@ class Watched(LatentSFT):
 
     detached = False  # feed latents that no gradient goes through
 
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
         self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         return super().forward(**batch)
 
@@ -383,7 +423,7 @@ def by_hand(model: Any, checkpoint: Checkpoint, item: Item, taught: bool | None 
     """A sample's pass written out, position by position and without a cache. taught: feed the targets; None: as the method does."""
     chosen, tokens = replace(SETTINGS.latent, **settings), checkpoint.tokens
     taught = chosen.method == "lvr" if taught is None else taught
-    batch = batch_of(checkpoint, [item], **settings)
+    batch = rows_of(batch_of(checkpoint, [item], **settings))
     ids, places = batch["ids"][0].tolist(), list(batch["positions"][:, 0].T)
     hand = ByHand(torch.cat(list(model.model.get_image_features(batch["pixel_values"], batch["grid_thw"]).pooler_output)))
     if chosen.method not in ("sft", "dummy"):
@@ -414,6 +454,11 @@ def by_hand(model: Any, checkpoint: Checkpoint, item: Item, taught: bool | None 
             if ids[column] != tokens.lvr:
                 hand.hear(model, hidden[column - 1], ids[column])
     return hand
+
+
+def mean_ce(hands: list[ByHand]) -> float:
+    """Each sample weighs the same, however much it says."""
+    return sum(sum(hand.ce) / len(hand.ce) for hand in hands) / len(hands)
 
 
 def regression(hands: list[ByHand]) -> float:
@@ -448,9 +493,9 @@ def test_the_loss_is_cross_entropy_and_the_weighted_loss_of_the_latents(
     """Of a sample alone and of several together, whose cross-entropy and regression do not hang on each other."""
     hands = [by_hand(small_model, checkpoint, item, **latents) for item in items[:count]]
     batch = batch_of(checkpoint, items[:count], **latents)
-    assert (batch["mask"] == 0).any() == (count > 1), "nothing is padded"
-    ce, right = [x for hand in hands for x in hand.ce], [x for hand in hands for x in hand.right]
-    wanted = {"ce": sum(ce) / len(ce), "right": sum(right) / len(right), "latent": 0.0, "found": 0.0}
+    assert (rows_of(batch)["mask"] == 0).any() == (count > 1), "nothing is padded"
+    right = [x for hand in hands for x in hand.right]
+    wanted = {"ce": mean_ce(hands), "right": sum(right) / len(right), "latent": 0.0, "found": 0.0}
     if latents["method"] not in ("sft", "dummy"):
         contrastive, wanted["found"] = contrast(hands, 0.3)
         wanted["latent"] = {"mse": regression(hands), "contrastive": contrastive, "none": 0.0}[latents["loss"]]
@@ -461,10 +506,47 @@ def test_the_loss_is_cross_entropy_and_the_weighted_loss_of_the_latents(
     assert float(out["loss"]) == pytest.approx(wanted["ce"] + 1.7 * wanted["latent"], rel=1e-4)
 
 
+@pytest.mark.parametrize("latents", [c for c in EVERY_LOSS if c.values[0]["method"] != "sft"])
+def test_samples_that_look_and_others_learn_beside_each_other(
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], latents: Latents
+) -> None:
+    """Each as if it were alone, a long one among them, but for the contrast, which is against the pictures of all."""
+    long = replace(items[6][0], boxes=(), answer=" ; ".join([items[6][0].answer] * 40))
+    direct = [(long, items[6][1]), *((replace(s, boxes=()), pictures) for s, pictures in items[4:6])]
+    hands = [by_hand(small_model, checkpoint, item, **latents) for item in items[:2]]
+    plain = [by_hand(small_model, checkpoint, item, method="sft") for item in direct]
+    batch = batch_of(checkpoint, [direct[2], items[0], direct[0], items[1], direct[1]], **latents, samples="boxed")
+    assert len(batch["direct"]) == 2
+    out = sft_of(small_model, checkpoint, **latents, temperature=0.3)(**batch)
+    assert float(out["ce"]) == pytest.approx(mean_ce(hands + plain), rel=1e-4)
+    if latents["method"] == "dummy" or latents["loss"] == "none":
+        assert float(out["latent"]) == 0
+    elif latents["loss"] == "mse":
+        assert float(out["latent"]) == pytest.approx(regression(hands), rel=1e-4)
+    else:
+        others = [replace(hand, predicting=[], own=[]) for hand in plain]
+        assert float(out["latent"]) == pytest.approx(contrast(hands + others, 0.3)[0], rel=1e-4)
+
+
 def test_a_loss_without_weight_is_cross_entropy_alone(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
     out = sft_of(small_model, checkpoint, weight=0.0)(**batch_of(checkpoint, items[:1]))
     assert float(out["loss"]) == float(out["ce"])
     assert float(out["latent"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("relax", "share"), [(0.0, [1, 1, 1, 1]), (1.0, [1, 0.75, 0.5, 0]), (0.5, [1, 1, 1, 0]), (0.8, [1, 0.9375, 0.625, 0])]
+)
+def test_the_weight_of_the_latents_loss_falls_to_0_over_the_last_steps(
+    small_model: Any, checkpoint: Checkpoint, items: list[Item], relax: float, share: list[float]
+) -> None:
+    sft, batch = sft_of(small_model, checkpoint, weight=0.5, relax=relax), batch_of(checkpoint, items[:1])
+    for progress, part in zip((0.0, 0.25, 0.5, 1.0), share, strict=True):
+        sft.train().progress = progress
+        out = sft(**batch)
+        assert float(out["loss"] - out["ce"]) == pytest.approx(part * 0.5 * float(out["latent"]), abs=1e-5), progress
+    out = sft.eval()(**batch)
+    assert float(out["loss"] - out["ce"]) == pytest.approx(0.5 * float(out["latent"]), rel=1e-4), "evaluation compares across steps"
 
 
 def test_what_the_latents_are_fed_and_what_the_answer_sees_matters(small_model: Any, checkpoint: Checkpoint, items: list[Item]) -> None:
@@ -490,9 +572,11 @@ def test_a_samples_hidden_states_do_not_hang_on_the_others_of_its_batch(
     small_model: Any, checkpoint: Checkpoint, items: list[Item], latents: Latents
 ) -> None:
     sft = sft_of(small_model, checkpoint, **latents)
+    items = in_order(items, sft.settings)
     batch = batch_of(checkpoint, items, **latents)
-    extents = [extent(batch, row) for row in range(len(items))]
-    assert len({int(batch["response"]) - first for first, _ in extents}) > 1, "all prompts are equally long"
+    there = rows_of(batch)
+    extents = [extent(there, row) for row in range(len(items))]
+    assert len({int(there["response"]) - first for first, _ in extents}) > 1, "all prompts are equally long"
     sft(**batch)
     together, reading = sft.hidden, getattr(sft, "reading", None)
     assert (reading is not None) == (latents["method"] == "lvr-bottleneck")
@@ -511,12 +595,13 @@ def test_a_samples_hidden_states_do_not_hang_on_the_others_of_its_batch(
 @pytest.mark.parametrize("latents", EVERY_METHOD)
 def test_what_stands_in_padding_changes_nothing(small_model: Any, checkpoint: Checkpoint, items: list[Item], latents: Latents) -> None:
     batch = batch_of(checkpoint, items[:2], **latents)
-    padded = {k: v.clone() for k, v in batch.items()}
+    padded = copy.deepcopy(batch)
+    (rows,) = [padded] if "ids" in padded else padded["direct"]
     for name, value in (("ids", 7), ("labels", -100), ("mask", 0), ("target_at", False), ("positions", 3)):
-        padded[name] = torch.nn.functional.pad(padded[name], (3, 5), value=value)
+        rows[name] = torch.nn.functional.pad(rows[name], (3, 5), value=value)
         if f"reader_{name}" in batch:
-            padded[f"reader_{name}"] = torch.nn.functional.pad(padded[f"reader_{name}"], (2, 4), value=value)
-    padded["response"] += 3
+            rows[f"reader_{name}"] = torch.nn.functional.pad(rows[f"reader_{name}"], (2, 4), value=value)
+    rows["response"] += 3
     losses = [float(sft_of(small_model, checkpoint, **latents)(**b)["loss"]) for b in (batch, padded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -533,8 +618,7 @@ def test_a_warm_up_feeds_the_targets_in_training_alone(
     for training, progress, hands in ((True, 0.0, taught), (True, 0.49, taught), (True, 0.5, free), (True, 1.0, free), (False, 0.0, free)):
         sft.train(training).progress = progress
         out = sft(**batch)
-        ce = [x for hand in hands for x in hand.ce]
-        assert float(out["ce"]) == pytest.approx(sum(ce) / len(ce), rel=1e-4), (training, progress)
+        assert float(out["ce"]) == pytest.approx(mean_ce(hands), rel=1e-4), (training, progress)
         assert float(out["latent"]) == pytest.approx(regression(hands), rel=1e-4), (training, progress)
     assert sum(taught[0].ce) != pytest.approx(sum(free[0].ce), rel=1e-3)
 
@@ -641,11 +725,12 @@ def test_what_is_trained_is_what_the_decode_loop_does(
     small_model: Any, checkpoint: Checkpoint, items: list[Item], latents: Latents
 ) -> None:
     """Latents and hidden states at every step. Of "lvr", which is fed what is not there when running, the loop is given the targets."""
-    mixed, method = [*items[:7], two_pictures(items)], latents["method"]
+    sft, method = sft_of(small_model, checkpoint, **latents), latents["method"]
+    mixed = in_order([*items[:7], two_pictures(items)], sft.settings)
     batch = batch_of(checkpoint, mixed, **latents)
-    sft = sft_of(small_model, checkpoint, **latents)
     with torch.no_grad():
         sft(**batch)
+    batch = rows_of(batch)
     tokens, response = checkpoint.tokens, int(batch["response"])
     at = batch["ids"] == tokens.lvr
     fed = [sft.latents[row] if method == "lvr-bottleneck" else sft.fed[row, at[row]] for row in range(len(mixed))]
