@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("sft", "lvr-bottleneck", "dummy", "lvr", "lvr-free", "lvr-bottleneck-untargeted")  # the most telling first
 CONTROLS = ("sft", "dummy")
 SKILLS = 600  # questions outside the training questions
-DEFAULT = "lvr-bottleneck"  # probed in full; the others by the interventions that the bars are about
-TELLING = "noise,donor_unrelated,donor_same_question,oracle,self"
+DEFAULT = "lvr-bottleneck"  # probed in full; the others by the interventions that the bars are about, on half of the questions
+TELLING = "noise,donor_unrelated,donor_same_question,self"
 STAGES = ("train", "eval", "probe")
 
 
@@ -75,6 +75,7 @@ def probe(out: Path, method: str, seed: int, n: int, only: str | None) -> None:
     if method == "sft" or whole(here / "probe.json") or not (here / "int8" / "lvr.json").is_file():
         return
     only = only or (None if method == DEFAULT else TELLING)
+    n = n if method == DEFAULT else n // 2
     line = ["probe", str(here / "int8"), "--seed", str(seed), "--limit", str(n), "--threads", "1", *(["--only", only] if only else [])]
     command([*line, "--json", str(here / "probe.json"), "--html", str(here / "probe.html")], here / "log.txt")
 
