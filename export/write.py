@@ -33,7 +33,7 @@ def write_bundle(model: Any, checkpoint: Checkpoint, target: Path, progress: Cal
     written; either way nothing is left and an earlier bundle at `target` stays as it was.
     """
     model = model.eval()
-    pieces = graphs.specs(model)
+    pieces = graphs.specs(model, checkpoint.family, checkpoint.image_spec)
     with bundle.fresh_folder(target) as folder:
         (folder / "onnx").mkdir()
         written, seconds = {}, {}
@@ -101,7 +101,7 @@ def _manifest(model: Any, checkpoint: Checkpoint, written: dict[str, Graph], tok
         image=checkpoint.image_spec,
         decoder={
             "layers": config.num_hidden_layers,
-            "kv_heads": attention.num_key_value_heads,
+            "kv_heads": config.num_key_value_heads,
             "head_dim": attention.head_dim,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
