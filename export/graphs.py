@@ -15,16 +15,18 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from lvr_lite.errors import LvrError
+from lvr_lite.runtime.torch import language_model
 
 OPSET = 23  # the first with RMSNormalization and RotaryEmbedding
 MASKED = -1e9  # added to attention scores; finite, so that no softmax row is ever all -inf
@@ -61,12 +63,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.names = names  # of the inputs beside pixels, in their order
         self.visual = tower  # attributes have transformers' names, and so have nodes and weights
-        kernel, bias = tower.patch_embed.proj.weight.detach(), tower.patch_embed.proj.bias
-        # a convolution whose kernel is its stride is a matrix product
-        self.patch_embed = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None)
-        self.patch_embed.weight = nn.Parameter(kernel.reshape(kernel.shape[0], -1), requires_grad=False)
-        if bias is not None:
-            self.patch_embed.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.patch_embed = _as_linear(tower.patch_embed.proj)
         self.deepstack = [int(i) for i in getattr(tower, "deepstack_visual_indexes", ())]
         self.unit = tower.spatial_merge_size**2
 
@@ -119,6 +116,48 @@ def _vision_attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, bias:
     weights = torch.softmax(q @ k.transpose(-1, -2) * attention.scaling + bias, -1)
     out: Tensor = attention.proj((weights @ v).transpose(1, 2).reshape(1, n, -1))
     return out
+
+
+class TileEncoder(nn.Module):
+    """Patches of any number of tiles, all of one size and each seen by itself -> visual tokens (SmolVLM)."""
+
+    def __init__(self, tower: Any, connector: Any, places: Callable[[int, int], np.ndarray]) -> None:
+        super().__init__()
+        self.vision_model, self.connector = tower, connector
+        embeddings = tower.embeddings
+        self.patch_embed = _as_linear(embeddings.patch_embedding)
+        self.merge, self.patches = connector.scale_factor, embeddings.num_patches
+        self.register_buffer("places", torch.from_numpy(places(embeddings.num_patches_per_side, self.merge)), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patch_embed(pixel_values.reshape(-1, self.patches, pixel_values.shape[1]))  # (tiles, P, C)
+        x = x + self.vision_model.embeddings.position_embedding(self.places)
+        for layer in self.vision_model.encoder.layers:
+            x = x + _tile_attention(layer.self_attn, layer.layer_norm1(x))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        x = self.vision_model.post_layernorm(x)
+        merged = x.reshape(-1, self.patches // self.merge**2, x.shape[2] * self.merge**2)
+        features = self.connector.modality_projection(merged)
+        return torch.as_tensor(features.reshape(-1, features.shape[2]))
+
+
+def _tile_attention(attention: Any, x: Tensor) -> Tensor:
+    """x (tiles, P, C) -> (tiles, P, C); every patch attends in its tile."""
+    tiles, patches, width = x.shape
+    parts = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
+    q, k, v = (t.reshape(tiles, patches, attention.num_heads, -1).transpose(1, 2) for t in parts)
+    weights = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1)
+    return torch.as_tensor(attention.out_proj((weights @ v).transpose(1, 2).reshape(tiles, patches, width)))
+
+
+def _as_linear(convolution: Any) -> nn.Linear:
+    """A convolution whose kernel is its stride as the matrix product that it is."""
+    kernel, bias = convolution.weight.detach(), convolution.bias
+    linear = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(kernel.reshape(kernel.shape[0], -1), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 class EmbedTokens(nn.Module):
@@ -221,11 +260,12 @@ def specs(model: Any, family: Any, image_spec: dict[str, Any]) -> dict[str, Spec
     Raises LvrError for another dtype, and for features of the architecture that the graphs do not have.
     """
     _refuse_unknown(model)
-    core = model.model
+    core, text = model.model, language_model(model)
+    deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
     return {
-        "vision_encoder": _vision(core.visual, family, image_spec),
-        "embed_tokens": _embed(core.language_model.embed_tokens),
-        "decoder": _decoder(core.language_model, family, len(getattr(core.visual, "deepstack_visual_indexes", ()))),
+        "vision_encoder": _tiles(core, family) if hasattr(core, "connector") else _vision(core.visual, family, image_spec),
+        "embed_tokens": _embed(text.embed_tokens),
+        "decoder": _decoder(text, family, deepstack),
         "lm_head": _head(model.lm_head),
     }
 
@@ -254,6 +294,12 @@ def _vision(tower: Any, family: Any, image_spec: dict[str, Any]) -> Spec:
     axes = [{"patches": patches, "tokens": visual}[family.VISION_AXES[name]] for name in inputs]
     arguments = (torch.randn(6 * merge**2, tower.patch_embed.proj.weight[0].numel()), list(inputs.values()))
     return Spec(VisionEncoder(tower, list(inputs)), arguments, ["pixel_values", *inputs], ["image_features"], (patches, axes))
+
+
+def _tiles(core: Any, family: Any) -> Spec:
+    module = TileEncoder(core.vision_model, core.connector, family.learned_places)
+    patches, channels = 2 * module.patches, module.patch_embed.in_features
+    return Spec(module, (torch.randn(patches, channels),), ["pixel_values"], ["image_features"], ({0: module.patches * _axis("tiles")},))
 
 
 def _embed(embedding: nn.Module) -> Spec:
@@ -290,7 +336,8 @@ def _decoder(text_model: Any, family: Any, deepstack: int) -> Spec:
         arguments += (torch.randn(b, s, deepstack * width),)
         inputs.append("deepstack_embeds")
         dynamic += ({0: batch, 1: sequence},)
-    axes = torch.from_numpy(family.rope_axes(text_model.rotary_emb.mrope_section))
+    rotary = text_model.rotary_emb
+    axes = torch.from_numpy(family.rope_axes(getattr(rotary, "mrope_section", None), len(rotary.inv_freq)))
     return Spec(Decoder(text_model, axes), arguments, inputs, ["last_hidden_state", *cache_names(layers, "present")], dynamic)
 
 

@@ -20,7 +20,7 @@ from lvr_lite.bundle import Graph, Manifest
 from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.export import graphs, parity
 from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.torch import TorchRuntime
+from lvr_lite.runtime.torch import TorchRuntime, language_model
 
 PACKAGES = ("lvr-lite", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -83,7 +83,7 @@ def _tensor(value: Any) -> dict[str, Any]:
 
 def _manifest(model: Any, checkpoint: Checkpoint, written: dict[str, Graph], tokenizer_sha256: str) -> Manifest:
     config = model.config.text_config
-    attention = model.model.language_model.layers[0].self_attn
+    attention = language_model(model).layers[0].self_attn
     source = {
         "checkpoint_sha256": checkpoint.digest(),
         "base": checkpoint.base.name,

@@ -1,7 +1,7 @@
-"""What the Qwen-VL families share: patches, visual tokens, positions. May import: numpy.
+"""What the Qwen-VL families share: patches, visual tokens, positions. May import: numpy, Pillow.
 
 Arrays follow transformers' layout: patches come in blocks of `merge` x `merge`, so that each run of merge**2 patches is one
-visual token; tokens are in reading order.
+visual token; tokens are in reading order. A grid is (rows, columns) of patches.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 KEEP_UNQUANTIZED = ["model.visual", "lm_head"]  # "visual" alone matches nothing (docs/decisions.md)
 IMAGE_TOKEN = "<|image_pad|>"
+LANGUAGE_MODEL = "language_model"  # what transformers calls it
+POSITION_AXES = 3
 
 
 def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +46,18 @@ def resized(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
         beta = math.sqrt(spec["min_pixels"] / (height * width))
         h, w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
     return h, w
+
+
+def grid_of(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
+    """The grid of a picture of this size in pixels."""
+    h, w = resized(height, width, spec)
+    return h // spec["patch"], w // spec["patch"]
+
+
+def frames(picture: Image.Image, spec: dict[str, Any]) -> tuple[list[Image.Image], tuple[int, int]]:
+    """What the tower sees of an RGB picture, and its grid: the whole picture, resized."""
+    height, width = resized(picture.height, picture.width, spec)
+    return [picture.resize((width, height), Image.Resampling.BICUBIC)], grid_of(picture.height, picture.width, spec)
 
 
 def patches(pixels: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
@@ -80,6 +95,21 @@ def token_grid(grid: tuple[int, int], spec: dict[str, Any]) -> tuple[int, int]:
     return grid[0] // spec["merge"], grid[1] // spec["merge"]
 
 
+def token_places(grid: tuple[int, int], spec: dict[str, Any]) -> np.ndarray:
+    """Where each token of the token grid (rows * columns,) stands among the visual tokens of its picture: there are no others."""
+    return np.arange(math.prod(token_grid(grid, spec)))
+
+
+def picture_text(grid: tuple[int, int], spec: dict[str, Any]) -> str:
+    """What stands in the prompt for a picture."""
+    return IMAGE_TOKEN * math.prod(token_grid(grid, spec))
+
+
+def image_inputs(pixel_values: Any, grid_thw: Any, config: Any) -> dict[str, Any]:  # noqa: ARG001
+    """Patches (N, C) and (1, rows, columns) of each picture -> what transformers' get_image_features takes."""
+    return {"pixel_values": pixel_values, "image_grid_thw": grid_thw}
+
+
 def positions(ids: np.ndarray, image_token: int, grids: list[tuple[int, int]], spec: dict[str, Any]) -> np.ndarray:
     """mRoPE position ids (3, S) int64 of one prompt (S,): text counts on, a picture's tokens carry (start, row, column).
 
@@ -104,6 +134,7 @@ def positions(ids: np.ndarray, image_token: int, grids: list[tuple[int, int]], s
     return out
 
 
-def rope_axes(sections: list[int]) -> np.ndarray:
+def rope_axes(sections: list[int], frequencies: int) -> np.ndarray:
     """Which of time, row, column (0, 1, 2) each rotary frequency (head_dim / 2,) follows: one section after another."""
+    assert sum(sections) == frequencies
     return np.repeat(np.arange(len(sections)) % 3, sections)

@@ -14,27 +14,39 @@ from lvr_lite.families import qwen
 from lvr_lite.families.qwen import (
     IMAGE_TOKEN,
     KEEP_UNQUANTIZED,
+    LANGUAGE_MODEL,
     LORA_TARGETS,
+    POSITION_AXES,
+    frames,
+    grid_of,
+    image_inputs,
     patches,
+    picture_text,
     positions,
-    resized,
     rows_columns,
     token_grid,
+    token_places,
 )
 
 __all__ = [
     "ARCHITECTURE",
     "IMAGE_TOKEN",
     "KEEP_UNQUANTIZED",
+    "LANGUAGE_MODEL",
     "LORA_TARGETS",
     "MODEL_TYPE",
+    "POSITION_AXES",
     "VISION_AXES",
+    "frames",
+    "grid_of",
+    "image_inputs",
     "image_spec",
     "patches",
+    "picture_text",
     "positions",
-    "resized",
     "rope_axes",
     "token_grid",
+    "token_places",
     "vision_inputs",
 ]
 
@@ -65,9 +77,9 @@ def vision_inputs(grids: list[tuple[int, int]], spec: dict[str, Any]) -> dict[st
     return qwen.vision_inputs(grids, spec) | {"near_ids": np.concatenate(ids), "near_weights": np.concatenate(weights).astype(np.float32)}
 
 
-def rope_axes(sections: list[int]) -> np.ndarray:
+def rope_axes(sections: list[int], frequencies: int) -> np.ndarray:
     """Which of time, row, column (0, 1, 2) each rotary frequency (head_dim / 2,) follows: in turn, as far as row and column reach."""
-    axes = np.zeros(sum(sections), np.int64)
+    axes = np.zeros(frequencies, np.int64)
     for axis in (1, 2):
         axes[axis : 3 * sections[axis] : 3] = axis
     return axes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvr_lite import families
 from lvr_lite.checkpoint import Checkpoint
 
 
@@ -81,9 +82,15 @@ class TorchRuntime:
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Visual tokens (T, H) of all pictures of a batch; (T, (1 + D) * H) where D inner layers of the tower have a say (deepstack)."""
     weight = core.get_input_embeddings().weight
-    out = core.model.get_image_features(pixel_values.to(weight), grid_thw.to(weight.device))
+    family = families.get(core.config.model_type)
+    out = core.model.get_image_features(**family.image_inputs(pixel_values.to(weight), grid_thw.to(weight.device), core.config))
     parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
     return torch.cat([part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in parts], -1)
+
+
+def language_model(core: Any) -> Any:
+    """The part of a transformers model that reads embeddings, whatever its family calls it."""
+    return getattr(core.model, families.get(core.config.model_type).LANGUAGE_MODEL)
 
 
 def read(core: Any, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -95,7 +102,9 @@ def read(core: Any, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.T
         embeds, *deepstack = embeds.split(width, -1)
         everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         added = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [d.flatten(0, 1) for d in deepstack]}
-    out = core.model.language_model(
+    if families.get(core.config.model_type).POSITION_AXES == 1:
+        positions = positions[0]
+    out = language_model(core)(
         inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **added
     )
     return torch.as_tensor(out.last_hidden_state)

@@ -75,7 +75,7 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
     """Start the marker rows where the base model understands them: both markers as the prompt's last token, after which the model says
     what it found, the place of a latent as that of a visual token. Their spare rows were never trained."""
-    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [1])
+    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [checkpoint.family.IMAGE_TOKEN])
     picture = prompt.index(checkpoint.tokens.image)
     rows = model.get_input_embeddings().weight
     tokens = checkpoint.tokens

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lvr_lite.config import LatentSettings
 from lvr_lite.latent import likeness
 from lvr_lite.runtime.base import TokenIds
-from lvr_lite.runtime.torch import read, visual_tokens
+from lvr_lite.runtime.torch import language_model, read, visual_tokens
 from lvr_lite.train.methods import METHODS, Batch, as_wide
 
 
@@ -128,7 +128,7 @@ class LatentSFT(torch.nn.Module):
     def new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        if self.core.model.language_model.is_gradient_checkpointing and self.training:
+        if language_model(self.core).is_gradient_checkpointing and self.training:
             return None
         return DynamicCache(config=self.core.config.text_config)
 

@@ -29,7 +29,6 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.quant.weights import quantize_bundle
 from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.preprocess import prepare
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
 from lvr_lite.tiny import build
 from lvr_lite.train.batches import Collator
@@ -49,9 +48,26 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"depth": 3, "embed_dim": 96, "hidden_size": 128, "num_heads": 3, "mlp_ratio": 2, "patch_size": 14},
     "qwen3_vl": {"depth": 4, "hidden_size": 96, "intermediate_size": 160, "num_heads": 3, "out_hidden_size": 128, "patch_size": 16,
                  "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
+    "smolvlm": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "image_size": 84,
+                "patch_size": 14},
 }  # fmt: skip
-CONFIGS = {"qwen2_5_vl": "Qwen2_5_VLConfig", "qwen2_vl": "Qwen2VLConfig", "qwen3_vl": "Qwen3VLConfig"}
-MORE_TEXT: dict[str, dict[str, Any]] = {"qwen3_vl": {"head_dim": 32}}
+CONFIGS = {"qwen2_5_vl": "Qwen2_5_VLConfig", "qwen2_vl": "Qwen2VLConfig", "qwen3_vl": "Qwen3VLConfig", "smolvlm": "SmolVLMConfig"}
+MORE_TEXT: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 32},
+    "smolvlm": {"model_type": "llama", "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+SMOLVLM_TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# What differs in preprocessor_config.json from that of the embedded model.
+PREPROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"patch_size": 16},
+    "smolvlm": {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 84}, "do_image_splitting": True,
+                "min_pixels": None, "max_pixels": None, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ def make_model(model_type: str) -> tuple[Any, Any]:
     import transformers
 
     tokenizer = build.make_tokenizer()
+    tokenizer.add_special_tokens(SMOLVLM_TOKENS if model_type == "smolvlm" else [])
     ids = {name: tokenizer.token_to_id(name) for name in build.SPECIALS}
     text = TEXT | MORE_TEXT.get(model_type, {}) | {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
@@ -74,7 +91,7 @@ def make_model(model_type: str) -> tuple[Any, Any]:
     }  # fmt: skip
     config = getattr(transformers, CONFIGS[model_type])(
         text_config=text, vision_config=VISION[model_type], tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        image_token_id=tokenizer.token_to_id(families.get(model_type).IMAGE_TOKEN), video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(3)
@@ -94,7 +111,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("families") / request.param
     build.save(model, tokenizer, folder, torch.float32)
     preprocessor = folder / "preprocessor_config.json"
-    preprocessor.write_text(json.dumps(json.loads(preprocessor.read_text()) | {"patch_size": model.config.vision_config.patch_size}))
+    preprocessor.write_text(json.dumps(json.loads(preprocessor.read_text()) | PREPROCESSORS.get(request.param, {})))
+    if request.param == "smolvlm":
+        (folder / "chat_template.jinja").write_text(SMOLVLM_TEMPLATE)
     return Case(model, replace(read_checkpoint(folder), latent=LatentSpec(steps=STEPS)))
 
 
@@ -120,10 +139,28 @@ PICTURES: dict[str, list[list[Image.Image]]] = {
 }
 
 
+def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    """The pictures of a batch as transformers' own image processor prepares them."""
+    import transformers
+
+    settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
+    if case.checkpoint.family.MODEL_TYPE == "smolvlm":
+        names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
+        processor = transformers.models.smolvlm.image_processing_pil_smolvlm.SmolVLMImageProcessorPil(**{n: settings[n] for n in names})
+        found = processor([list(group) for group in groups], return_tensors="pt")
+        return {"pixel_values": found["pixel_values"], "pixel_attention_mask": found["pixel_attention_mask"]}
+    size = {"shortest_edge": settings["min_pixels"], "longest_edge": settings["max_pixels"]}
+    names = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+    processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
+        size=size, **{n: settings[n] for n in names}
+    )
+    return dict(processor([picture for group in groups for picture in group], return_tensors="pt"))
+
+
 def by_transformers(case: Case, groups: Sequence[Sequence[Image.Image]], questions: Sequence[str]) -> list[np.ndarray]:
     """The last prompt position's hidden state (H,) of each row, from the model's own forward pass over a batch padded on the left, with
     the positions, the merging of visual tokens and all else that transformers does by itself."""
-    c, spec = case.checkpoint, case.checkpoint.image_spec
+    c = case.checkpoint
     runtime = TorchRuntime(case.model, c)
     rows = [prepare_prompt(runtime, pictures, q)[0].ids for pictures, q in zip(groups, questions, strict=True)]
     longest = max(map(len, rows))
@@ -131,12 +168,11 @@ def by_transformers(case: Case, groups: Sequence[Sequence[Image.Image]], questio
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.from_numpy(row), 1
-    pictures = [p for group in groups for p in group]
     inputs: dict[str, Any] = {}
-    if pictures:
-        pixels, grids = prepare(pictures, c.family, spec)  # equal to transformers' processor: tests/runtime/test_preprocess.py
-        inputs = {"pixel_values": torch.from_numpy(pixels), "image_grid_thw": torch.tensor([[1, *g] for g in grids])}
-        inputs["mm_token_type_ids"] = (ids == c.tokens.image).int()
+    if any(groups):
+        inputs = inputs_of_transformers(case, groups)
+        if c.family.POSITION_AXES == 3:
+            inputs["mm_token_type_ids"] = (ids == c.tokens.image).int()
     with torch.no_grad():
         out = case.model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
     return [state.numpy() for state in out.last_hidden_state[:, -1]]
