@@ -178,6 +178,8 @@ class Decoder(nn.Module):
     deepstack (B, S, D * H): what is added after each of the first D layers, 0 for all but visual tokens; None where D is 0.
     """
 
+    axes: Tensor
+
     def __init__(self, text_model: Any, axes: Tensor) -> None:
         super().__init__()
         self.language_model = text_model

@@ -133,7 +133,7 @@ def token_places(grid: tuple[int, int], spec: dict[str, Any]) -> np.ndarray:
     """Where each token of the token grid (rows * columns,) stands among the visual tokens of its picture: tile by tile."""
     side = _side(spec)
     tiles = np.arange(max(1, grid[0] * grid[1]) * side**2).reshape(max(1, grid[0]), max(1, grid[1]), side, side)
-    return tiles.transpose(0, 2, 1, 3).ravel()
+    return np.asarray(tiles.transpose(0, 2, 1, 3).ravel())
 
 
 def picture_text(grid: tuple[int, int], spec: dict[str, Any]) -> str:

@@ -256,3 +256,18 @@ def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path) -> None:
     assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
     manifest = write_bundle(nf4.load_merged(tuned), tuned, tmp_path / "bundle", [].append)
     assert manifest.parity["decoding"]["relative"] < 1e-4
+
+
+@pytest.mark.parametrize("side", [6, 27, 32, 14])
+def test_learned_places_are_rounded_as_in_transformers(side: int) -> None:
+    """It finds them by comparing fractions in float32; where 1 / side is not exact, that is not always the patch's own number."""
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionEmbeddings
+
+    from lvr_lite.families.smolvlm import learned_places
+
+    embeddings = SmolVLMVisionEmbeddings(SmolVLMVisionConfig(hidden_size=1, image_size=2 * side, patch_size=2)).requires_grad_(False)
+    for parameter in embeddings.parameters():
+        parameter.zero_()
+    embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+    found = embeddings(torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
+    assert learned_places(side, 1).tolist() == found.flatten().long().tolist()
