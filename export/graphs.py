@@ -15,16 +15,18 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from lvr_lite.errors import LvrError
+from lvr_lite.runtime.torch import language_model
 
 OPSET = 23  # the first with RMSNormalization and RotaryEmbedding
 MASKED = -1e9  # added to attention scores; finite, so that no softmax row is ever all -inf
@@ -39,43 +41,64 @@ def _operator(
     )
 
 
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return _operator("RMSNormalization", (x, norm.weight), {"axis": -1, "epsilon": float(norm.variance_epsilon)}, (x,), version=OPSET)[0]
-
-
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """x (B, S, heads * head_dim) turned by cos, sin (B, S, head_dim / 2)."""
     return _operator("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, (x,), version=OPSET)[0]
 
 
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return torch.as_tensor(norm(x))
+    return _operator("RMSNormalization", (x, norm.weight), {"axis": -1, "epsilon": float(norm.variance_epsilon)}, (x,), version=OPSET)[0]
+
+
 class VisionEncoder(nn.Module):
-    """Patches of any number of pictures -> visual tokens. What depends on sizes comes in as ids (families.qwen2_5_vl.vision_inputs)."""
+    """Patches of any number of pictures -> visual tokens. What depends on sizes comes in by name (a family's `vision_inputs`).
 
-    def __init__(self, tower: Any) -> None:
+    Of the parts that not all towers have: attention in windows (Qwen2.5-VL) where a window_index is given; learned positions of patches,
+    and features of inner layers side by side with the last ones (Qwen3-VL, deepstack).
+    """
+
+    def __init__(self, tower: Any, names: list[str]) -> None:
         super().__init__()
+        self.names = names  # of the inputs beside pixels, in their order
         self.visual = tower  # attributes have transformers' names, and so have nodes and weights
-        kernel = tower.patch_embed.proj.weight.detach()  # a convolution whose kernel is its stride is a matrix product
-        self.patch_embed = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=False)
-        self.patch_embed.weight = nn.Parameter(kernel.reshape(kernel.shape[0], -1), requires_grad=False)
+        self.patch_embed = _as_linear(tower.patch_embed.proj)
+        self.deepstack = [int(i) for i in getattr(tower, "deepstack_visual_indexes", ())]
+        self.unit = tower.spatial_merge_size**2
 
-    def forward(
-        self, pixel_values: Tensor, position_ids: Tensor, window_index: Tensor, reverse_index: Tensor, window_id: Tensor, image_id: Tensor
-    ) -> Tensor:
-        tower, unit = self.visual, self.visual.spatial_merge_unit
-        x = self.patch_embed(pixel_values[None])  # (1, N, C)
+    def forward(self, pixel_values: Tensor, others: list[Tensor]) -> Tensor:
+        tower, unit, inputs = self.visual, self.unit, dict(zip(self.names, others, strict=True))
+        x, positions = self.patch_embed(pixel_values[None]), inputs["position_ids"]  # (1, N, C), (N, 2)
+        if "near_ids" in inputs:
+            x = x + (tower.pos_embed(inputs["near_ids"]) * inputs["near_weights"][..., None]).sum(1)
         n, width = x.shape[1], x.shape[2]
-        x = x.reshape(n // unit, unit * width).index_select(0, window_index).reshape(1, n, width)
-        positions = position_ids.reshape(n // unit, unit * 2).index_select(0, window_index).reshape(n, 2)
+        within_image = within_window = _attention_bias(inputs["image_id"])
+        order = inputs.get("window_index")
+        if order is not None:
+            x = x.reshape(n // unit, unit * width).index_select(0, order).reshape(1, n, width)
+            positions = positions.reshape(n // unit, unit * 2).index_select(0, order).reshape(n, 2)
+            within_window = _attention_bias(inputs["window_id"])
         angles = (positions[..., None].float() * tower.rotary_pos_emb.inv_freq).reshape(1, n, -1)  # (1, N, head_dim / 2): rows, columns
         cos, sin = angles.cos(), angles.sin()
-        within_window, within_image = _attention_bias(window_id), _attention_bias(image_id)
+        stacked = []
         for i, block in enumerate(tower.blocks):
-            bias = within_image if i in tower.fullatt_block_indexes else within_window
-            x = x + _vision_attention(block.attn, _rms_norm(block.norm1, x), cos, sin, bias)
-            x = x + block.mlp(_rms_norm(block.norm2, x))
-        merged = _rms_norm(tower.merger.ln_q, x).reshape(1, n // unit, unit * width)
-        features: Tensor = tower.merger.mlp(merged)[0]
-        return features.index_select(0, reverse_index)
+            bias = within_window if order is not None and i not in tower.fullatt_block_indexes else within_image
+            x = x + _vision_attention(block.attn, _norm(block.norm1, x), cos, sin, bias)
+            x = x + block.mlp(_norm(block.norm2, x))
+            if i in self.deepstack:
+                stacked.append(_merged(tower.deepstack_merger_list[self.deepstack.index(i)], x, unit))
+        features = torch.cat([_merged(tower.merger, x, unit), *stacked], -1)[0]
+        return features if order is None else features.index_select(0, inputs["reverse_index"])
+
+
+def _merged(merger: Any, x: Tensor, unit: int) -> Tensor:
+    """Patches (1, N, C) -> visual tokens (1, N / unit, H)."""
+    blocks = (1, x.shape[1] // unit, unit * x.shape[2])
+    if hasattr(merger, "ln_q"):
+        return torch.as_tensor(merger.mlp(_norm(merger.ln_q, x).reshape(blocks)))
+    x = merger.norm(x.reshape(blocks)) if merger.use_postshuffle_norm else merger.norm(x).reshape(blocks)
+    return torch.as_tensor(merger.linear_fc2(merger.act_fn(merger.linear_fc1(x))))
 
 
 def _attention_bias(ids: Tensor) -> Tensor:
@@ -95,6 +118,48 @@ def _vision_attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, bias:
     return out
 
 
+class TileEncoder(nn.Module):
+    """Patches of any number of tiles, all of one size and each seen by itself -> visual tokens (SmolVLM)."""
+
+    def __init__(self, tower: Any, connector: Any, places: Callable[[int, int], np.ndarray]) -> None:
+        super().__init__()
+        self.vision_model, self.connector = tower, connector
+        embeddings = tower.embeddings
+        self.patch_embed = _as_linear(embeddings.patch_embedding)
+        self.merge, self.patches = connector.scale_factor, embeddings.num_patches
+        self.register_buffer("places", torch.from_numpy(places(embeddings.num_patches_per_side, self.merge)), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patch_embed(pixel_values.reshape(-1, self.patches, pixel_values.shape[1]))  # (tiles, P, C)
+        x = x + self.vision_model.embeddings.position_embedding(self.places)
+        for layer in self.vision_model.encoder.layers:
+            x = x + _tile_attention(layer.self_attn, layer.layer_norm1(x))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        x = self.vision_model.post_layernorm(x)
+        merged = x.reshape(-1, self.patches // self.merge**2, x.shape[2] * self.merge**2)
+        features = self.connector.modality_projection(merged)
+        return torch.as_tensor(features.reshape(-1, features.shape[2]))
+
+
+def _tile_attention(attention: Any, x: Tensor) -> Tensor:
+    """x (tiles, P, C) -> (tiles, P, C); every patch attends in its tile."""
+    tiles, patches, width = x.shape
+    parts = (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x))
+    q, k, v = (t.reshape(tiles, patches, attention.num_heads, -1).transpose(1, 2) for t in parts)
+    weights = torch.softmax(q @ k.transpose(-1, -2) * attention.scale, -1)
+    return torch.as_tensor(attention.out_proj((weights @ v).transpose(1, 2).reshape(tiles, patches, width)))
+
+
+def _as_linear(convolution: Any) -> nn.Linear:
+    """A convolution whose kernel is its stride as the matrix product that it is."""
+    kernel, bias = convolution.weight.detach(), convolution.bias
+    linear = nn.Linear(kernel[0].numel(), kernel.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(kernel.reshape(kernel.shape[0], -1), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
 class EmbedTokens(nn.Module):
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -109,25 +174,40 @@ class Decoder(nn.Module):
     """Embeddings in, final hidden states out; keys and values in one buffer of fixed capacity, given in and handed back.
 
     mRoPE is applied outside GroupQueryAttention: its own rotation ignores position ids in prefill (docs/decisions.md).
+    axes (head_dim / 2,): which of the three position ids each rotary frequency follows (a family's `rope_axes`).
+    deepstack (B, S, D * H): what is added after each of the first D layers, 0 for all but visual tokens; None where D is 0.
     """
 
-    def __init__(self, text_model: Any) -> None:
+    axes: Tensor
+
+    def __init__(self, text_model: Any, axes: Tensor) -> None:
         super().__init__()
         self.language_model = text_model
+        self.register_buffer("axes", axes, persistent=False)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor, past: list[Tensor]
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        past: list[Tensor],
+        deepstack: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         hidden = inputs_embeds
-        cos, sin = _mrope(self.language_model.rotary_emb, position_ids)
+        width = inputs_embeds.shape[-1]
+        added = [] if deepstack is None else list(deepstack.split(width, -1))
+        cos, sin = self._mrope(position_ids)
         present: list[Tensor] = []
         for i, layer in enumerate(self.language_model.layers):
             attention, (key, value) = layer.self_attn, past[2 * i : 2 * i + 2]
-            heads, kv_heads = attention.num_heads, attention.num_key_value_heads
-            x = _rms_norm(layer.input_layernorm, hidden)
-            q = _rotary(attention.q_proj(x), cos, sin, heads)
-            k = _rotary(attention.k_proj(x), cos, sin, kv_heads)
-            v = attention.v_proj(x)
+            config = attention.config
+            heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+            x = _norm(layer.input_layernorm, hidden)
+            q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+            if hasattr(attention, "q_norm"):  # of each head
+                q, k = _norm_heads(attention.q_norm, q, heads), _norm_heads(attention.k_norm, k, kv_heads)
+            q, k = _rotary(q, cos, sin, heads), _rotary(k, cos, sin, kv_heads)
             x, key, value = _operator(
                 "com.microsoft::GroupQueryAttention",
                 (q, k, v, key, value, seqlens_k, total_sequence_length),
@@ -136,15 +216,22 @@ class Decoder(nn.Module):
             )
             present += [key, value]
             hidden = hidden + attention.o_proj(x)
-            hidden = hidden + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden))
-        return (_rms_norm(self.language_model.norm, hidden), *present)
+            hidden = hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+            if i < len(added):
+                hidden = hidden + added[i]
+        return (_norm(self.language_model.norm, hidden), *present)
+
+    def _mrope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Position ids (3, B, S) -> cos, sin (B, S, head_dim / 2)."""
+        rotary = self.language_model.rotary_emb
+        angles = position_ids.index_select(0, self.axes).permute(1, 2, 0).float() * rotary.inv_freq
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
 
-def _mrope(rotary: Any, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Position ids (3, B, S) -> cos, sin (B, S, head_dim / 2); each section of frequencies follows one of time, row, column."""
-    parts = rotary.inv_freq.split(rotary.mrope_section)
-    angles = torch.cat([position_ids[i % 3][..., None].float() * part for i, part in enumerate(parts)], -1)
-    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+def _norm_heads(norm: Any, x: Tensor, heads: int) -> Tensor:
+    """x (B, S, heads * head_dim), each head normalized by itself."""
+    batch, length, width = x.shape
+    return _norm(norm, x.reshape(batch, length, heads, width // heads)).reshape(batch, length, width)
 
 
 class Head(nn.Module):
@@ -168,17 +255,19 @@ class Spec:
     dynamic: tuple[Any, ...]
 
 
-def specs(model: Any) -> dict[str, Spec]:
-    """Name -> Spec of the four graphs of a Qwen2_5_VLForConditionalGeneration in float32 on the CPU.
+def specs(model: Any, family: Any, image_spec: dict[str, Any]) -> dict[str, Spec]:
+    """Name -> Spec of the four graphs of a model in float32 on the CPU. family: its module in lvr_lite.families; image_spec: the
+    manifest's `image` block.
 
     Raises LvrError for another dtype, and for features of the architecture that the graphs do not have.
     """
     _refuse_unknown(model)
-    core = model.model
+    core, text = model.model, language_model(model)
+    deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
     return {
-        "vision_encoder": _vision(core.visual),
-        "embed_tokens": _embed(core.language_model.embed_tokens),
-        "decoder": _decoder(core.language_model),
+        "vision_encoder": _tiles(core, family) if hasattr(core, "connector") else _vision(core.visual, family, image_spec),
+        "embed_tokens": _embed(text.embed_tokens),
+        "decoder": _decoder(text, family, deepstack),
         "lm_head": _head(model.lm_head),
     }
 
@@ -199,15 +288,20 @@ def _axis(name: str) -> Any:
     return torch.export.Dim(name, min=1, max=1 << 20)
 
 
-def _vision(tower: Any) -> Spec:
-    tokens, unit = _axis("tokens"), tower.spatial_merge_unit
-    n, channels = 6, tower.patch_embed.proj.weight[0].numel()
-    ids = torch.arange(n * unit) // (2 * unit)
-    order, positions = torch.arange(n), torch.zeros(n * unit, 2, dtype=torch.long)
-    arguments = (torch.randn(n * unit, channels), positions, order, order.clone(), ids, ids // 2)
-    names = ["pixel_values", "position_ids", "window_index", "reverse_index", "window_id", "image_id"]
-    patches, visual = {0: unit * tokens}, {0: tokens}
-    return Spec(VisionEncoder(tower), arguments, names, ["image_features"], (patches, patches, visual, visual, patches, patches))
+def _vision(tower: Any, family: Any, image_spec: dict[str, Any]) -> Spec:
+    tokens, merge = _axis("tokens"), tower.spatial_merge_size
+    grids = [(2 * merge, merge), (merge, 2 * merge), (merge, 2 * merge)]  # of two visual tokens each
+    inputs = {name: torch.from_numpy(array) for name, array in family.vision_inputs(grids, image_spec).items()}
+    patches, visual = {0: merge**2 * tokens}, {0: tokens}
+    axes = [{"patches": patches, "tokens": visual}[family.VISION_AXES[name]] for name in inputs]
+    arguments = (torch.randn(6 * merge**2, tower.patch_embed.proj.weight[0].numel()), list(inputs.values()))
+    return Spec(VisionEncoder(tower, list(inputs)), arguments, ["pixel_values", *inputs], ["image_features"], (patches, axes))
+
+
+def _tiles(core: Any, family: Any) -> Spec:
+    module = TileEncoder(core.vision_model, core.connector, family.learned_places)
+    patches, channels = 2 * module.patches, module.patch_embed.in_features
+    return Spec(module, (torch.randn(patches, channels),), ["pixel_values"], ["image_features"], ({0: module.patches * _axis("tiles")},))
 
 
 def _embed(embedding: nn.Module) -> Spec:
@@ -225,13 +319,14 @@ def cache_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def _decoder(text_model: Any) -> Spec:
-    layers, attention = len(text_model.layers), text_model.layers[0].self_attn
+def _decoder(text_model: Any, family: Any, deepstack: int) -> Spec:
+    config, head_dim = text_model.config, text_model.layers[0].self_attn.head_dim
+    layers, width = len(text_model.layers), config.hidden_size
     b, s, capacity = 2, 3, 16
     batch, sequence, room = _axis("batch"), _axis("sequence"), _axis("capacity")
-    past = [torch.zeros(b, attention.num_key_value_heads, capacity, attention.head_dim) for _ in range(2 * layers)]
-    arguments = (
-        torch.randn(b, s, text_model.config.hidden_size),
+    past = [torch.zeros(b, config.num_key_value_heads, capacity, head_dim) for _ in range(2 * layers)]
+    arguments: tuple[Any, ...] = (
+        torch.randn(b, s, width),
         torch.arange(s).expand(3, b, s).contiguous(),
         torch.full((b,), s - 1, dtype=torch.int32),
         torch.tensor(s, dtype=torch.int32),
@@ -239,7 +334,13 @@ def _decoder(text_model: Any) -> Spec:
     )
     inputs = ["inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", *cache_names(layers, "past_key_values")]
     dynamic: tuple[Any, ...] = ({0: batch, 1: sequence}, {1: batch, 2: sequence}, {0: batch}, {}, [{0: batch, 2: room}] * len(past))
-    return Spec(Decoder(text_model), arguments, inputs, ["last_hidden_state", *cache_names(layers, "present")], dynamic)
+    if deepstack:
+        arguments += (torch.randn(b, s, deepstack * width),)
+        inputs.append("deepstack_embeds")
+        dynamic += ({0: batch, 1: sequence},)
+    rotary = text_model.rotary_emb
+    axes = torch.from_numpy(family.rope_axes(getattr(rotary, "mrope_section", None), len(rotary.inv_freq)))
+    return Spec(Decoder(text_model, axes), arguments, inputs, ["last_hidden_state", *cache_names(layers, "present")], dynamic)
 
 
 def write_graph(spec: Spec, path: Path) -> list[Path]:

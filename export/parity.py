@@ -15,9 +15,10 @@ from lvr_lite.ask import prepare_prompt
 from lvr_lite.decode import Options, decode
 from lvr_lite.errors import LvrError
 from lvr_lite.runtime.base import Runtime
+from lvr_lite.runtime.preprocess import prepare
 
 TOLERANCE = 1e-3  # relative; float32 graphs are at about 1e-6, a wrong mask or position at more than 1e-1
-GRIDS = ([(2, 2)], [(6, 10)], [(12, 20)], [(8, 6), (10, 14)])  # in patches: one visual token, ragged windows, two pictures
+SEEN = ([(28, 28)], [(140, 84)], [(280, 168)], [(84, 112), (196, 140)])  # sizes of pictures for the vision graph, width and height
 SIZES = ((64, 64), (120, 80), (90, 170))  # of pictures to decode with, width and height in pixels
 
 
@@ -66,11 +67,10 @@ def check_graphs(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, seed
 
 
 def _vision(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator) -> list[Difference]:
-    spec = want.image_spec
-    channels = 3 * spec["temporal_patch"] * spec["patch"] ** 2
     found = []
-    for grids in GRIDS:
-        pixels = rng.standard_normal((sum(h * w for h, w in grids), channels)).astype(np.float32)
+    for sizes in SEEN:
+        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+        pixels, grids = prepare(pictures, want.family, want.image_spec)
         found.append(compare(f"vision_encoder {grids}", got.encode(pixels, grids), want.encode(pixels, grids), tolerance))
     return found
 

@@ -20,7 +20,7 @@ from lvr_lite.bundle import Graph, Manifest
 from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.export import graphs, parity
 from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.torch import TorchRuntime
+from lvr_lite.runtime.torch import TorchRuntime, language_model
 
 PACKAGES = ("lvr-lite", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -33,7 +33,7 @@ def write_bundle(model: Any, checkpoint: Checkpoint, target: Path, progress: Cal
     written; either way nothing is left and an earlier bundle at `target` stays as it was.
     """
     model = model.eval()
-    pieces = graphs.specs(model)
+    pieces = graphs.specs(model, checkpoint.family, checkpoint.image_spec)
     with bundle.fresh_folder(target) as folder:
         (folder / "onnx").mkdir()
         written, seconds = {}, {}
@@ -83,7 +83,7 @@ def _tensor(value: Any) -> dict[str, Any]:
 
 def _manifest(model: Any, checkpoint: Checkpoint, written: dict[str, Graph], tokenizer_sha256: str) -> Manifest:
     config = model.config.text_config
-    attention = model.model.language_model.layers[0].self_attn
+    attention = language_model(model).layers[0].self_attn
     source = {
         "checkpoint_sha256": checkpoint.digest(),
         "base": checkpoint.base.name,
@@ -101,7 +101,7 @@ def _manifest(model: Any, checkpoint: Checkpoint, written: dict[str, Graph], tok
         image=checkpoint.image_spec,
         decoder={
             "layers": config.num_hidden_layers,
-            "kv_heads": attention.num_key_value_heads,
+            "kv_heads": config.num_key_value_heads,
             "head_dim": attention.head_dim,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,

@@ -25,8 +25,8 @@ def prepare_prompt(runtime: Runtime, pictures: Sequence[Image.Image], question: 
         seen = time.perf_counter()
         features = runtime.encode(pixels, grids)
     vision = time.perf_counter() - seen
-    counts = [int(np.prod(runtime.family.token_grid(g, runtime.image_spec))) for g in grids]
-    ids = np.array(prompt_ids(runtime.tokenizer, runtime.template, question, runtime.family.IMAGE_TOKEN, counts), np.int64)
+    shown = [runtime.family.picture_text(g, runtime.image_spec) for g in grids]
+    ids = np.array(prompt_ids(runtime.tokenizer, runtime.template, question, runtime.family.IMAGE_TOKEN, shown), np.int64)
     positions = runtime.family.positions(ids, runtime.tokens.image, grids, runtime.image_spec)
     return Prompt(ids, features, positions), {"preprocess": seen - began, "vision": vision}
 

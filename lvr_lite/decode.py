@@ -29,7 +29,9 @@ from lvr_lite.runtime.base import Runtime
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids (S,) int64 with the image token at each visual token's place; features (T, H) those tokens; positions (3, S)."""
+    """ids (S,) int64 with the image token at each visual token's place; features (T, H) those tokens; positions (3, S).
+
+    features may be wider than H: what lies beyond is for the runtime to add in later layers (families/qwen3_vl.py)."""
 
     ids: np.ndarray
     features: np.ndarray
@@ -176,8 +178,11 @@ class Decoding:
         for i, p in enumerate(self.prompts):
             ids[i, : lengths[i]], positions[:, i, : lengths[i]] = p.ids, p.positions
         embeds = self.runtime.embed(ids)
+        wider = max(p.features.shape[1] for p in self.prompts) - embeds.shape[2]
+        if wider:
+            embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
         for i, p in enumerate(self.prompts):
-            embeds[i, : lengths[i]][p.ids == self.runtime.tokens.image] = p.features
+            embeds[i, : lengths[i]][p.ids == self.runtime.tokens.image, : p.features.shape[1]] = p.features
         self.clock.embed.append(time.perf_counter() - t)
         t = time.perf_counter()
         hidden = self.runtime.prefill(embeds, positions, lengths)

@@ -67,11 +67,13 @@ class LatentSpec:
 
 
 def likeness(latents: Any, features: Any) -> Any:
-    """Cosine (K, T) of latents (K, H) to the visual tokens (T, H) of a picture less their mean; arrays of numpy or torch.
+    """Cosine (K, T) of latents (K, H) to the visual tokens (T, H) of a picture less their mean; arrays of numpy or torch. Of wider tokens
+    the first H numbers are compared, those that stand in the prompt.
 
     Tokens share a large part, which tells none of them apart. One that differs from the mean by rounding alone (all of a picture of one
     colour), and a latent of zeros, is like none: 0.
     """
+    features = features[:, : latents.shape[-1]]
     mean = features.mean(0)
     apart = features - mean
     squares = (apart * apart).sum(axis=-1)

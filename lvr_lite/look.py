@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lvr_lite.bundle import write_atomically
-from lvr_lite.data.drawing import INK, PAPER, QUIET, Colour, Font, cell_edges, draw_boxes, fitted, token_grid, wrapped
+from lvr_lite.data.drawing import INK, PAPER, QUIET, Colour, Font, cell_edges, draw_boxes, fitted, wrapped
 from lvr_lite.decode import Prompt, Result
 from lvr_lite.errors import LvrError, UsageError
 from lvr_lite.latent import LatentSpec, likeness
@@ -77,12 +77,16 @@ def views(runtime: Runtime, pictures: Sequence[Image.Image], prompt: Prompt, res
     """What the latents of an answer are near to, in each of the prompt's pictures. Raises LvrError for an answer without latents."""
     if not result.latents:
         raise LvrError("--look: the model answered without latent steps this time, so there is nothing to look at")
-    grids = [token_grid(picture, runtime.family, runtime.image_spec) for picture in pictures]
-    ends = np.cumsum([rows * columns for rows, columns in grids])
+    family, spec = runtime.family, runtime.image_spec
+    grids = [family.grid_of(picture.height, picture.width, spec) for picture in pictures]
+    ends = np.cumsum([family.picture_text(grid, spec).count(family.IMAGE_TOKEN) for grid in grids])
     assert ends[-1] == len(prompt.features), f"{ends[-1]} places for {len(prompt.features)} visual tokens"
     latents = np.stack(result.latents)
     parts = np.split(prompt.features, ends[:-1])
-    return [View(p, g, similarities(latents, f)) for p, g, f in zip(pictures, grids, parts, strict=True)]
+    return [
+        View(picture, family.token_grid(grid, spec), similarities(latents, tokens)[:, family.token_places(grid, spec)])
+        for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
+    ]
 
 
 def bounds(seen: Sequence[View]) -> tuple[float, float]:

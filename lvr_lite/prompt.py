@@ -31,13 +31,13 @@ def render(template: str, question: str, images: int) -> str:
         raise LvrError(f"the chat template cannot be rendered: {error}") from error
 
 
-def prompt_ids(tokenizer: Tokenizer, template: str, question: str, image_token: str, tokens_per_image: list[int]) -> list[int]:
-    """Token ids of a prompt in which picture i takes `tokens_per_image[i]` image tokens.
+def prompt_ids(tokenizer: Tokenizer, template: str, question: str, image_token: str, pictures: list[str]) -> list[int]:
+    """Token ids of a prompt in which `pictures[i]` stands for picture i (a family's `picture_text`).
 
     Raises LvrError where the question itself contains the image token.
     """
     if image_token in question:
         raise LvrError(f"the question contains {image_token}, which stands for a picture: leave it out")
-    parts = render(template, question, len(tokens_per_image)).split(image_token)
-    text = parts[0] + "".join(image_token * n + part for n, part in zip(tokens_per_image, parts[1:], strict=True))
+    parts = render(template, question, len(pictures)).split(image_token)
+    text = parts[0] + "".join(picture + part for picture, part in zip(pictures, parts[1:], strict=True))
     return list(tokenizer.encode(text, add_special_tokens=False).ids)

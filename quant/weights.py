@@ -1,4 +1,4 @@
-"""Integer weights for a bundle: from an fp32 bundle to an int8 or int4 one. May import: onnx, onnxruntime and the core.
+"""Integer weights for a bundle: from an fp32 bundle to an int8 or int4 one. May import: onnx, onnxruntime, numpy, Pillow and the core.
 
     quantize_bundle(Path("bundles/first-fp32"), Path("bundles/first-int4"), "int4", print)
 
@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import external_data_helper, numpy_helper
+from PIL import Image
 
 from lvr_lite import bundle
 from lvr_lite.bundle import Graph, Manifest
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.quant.blocks import Blocks, pack, quantize
 from lvr_lite.runtime.onnx import OnnxRuntime
+from lvr_lite.runtime.preprocess import prepare
 
 SMALL = 4096  # a weight with fewer values may stay as it is
 MICROSOFT = "com.microsoft"
@@ -231,9 +233,8 @@ def measure_drift(reference: OnnxRuntime, quantized: OnnxRuntime, seed: int = 0)
     """
     rng = np.random.default_rng(seed)
     both = (reference, quantized)
-    spec = reference.image_spec
-    grids = [(12, 16)]
-    pixels = rng.standard_normal((12 * 16, 3 * spec["temporal_patch"] * spec["patch"] ** 2)).astype(np.float32)
+    noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
+    pixels, grids = prepare([noise], reference.family, reference.image_spec)
     ids = rng.integers(0, reference.tokenizer.get_vocab_size(), (1, 24), np.int64)
     hidden = _run(both[0], ids)[1][None]
     return {

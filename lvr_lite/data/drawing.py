@@ -16,9 +16,8 @@ _BOXES = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60,
 
 
 def token_grid(picture: Image.Image, family: Any, spec: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the visual tokens that a model of this family and `image` block makes of a picture."""
-    height, width = family.resized(picture.height, picture.width, spec)
-    rows, columns = family.token_grid((height // spec["patch"], width // spec["patch"]), spec)
+    """Rows and columns of the visual tokens that a model of this family and `image` block makes of a picture: where boxes select."""
+    rows, columns = family.token_grid(family.grid_of(picture.height, picture.width, spec), spec)
     return int(rows), int(columns)
 
 

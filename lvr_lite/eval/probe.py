@@ -28,7 +28,6 @@ import numpy as np
 
 from lvr_lite.ask import prepare_prompt, text_of
 from lvr_lite.data.boxes import pool_groups_of_boxes, tokens_in_boxes
-from lvr_lite.data.drawing import token_grid
 from lvr_lite.data.samples import Sample
 from lvr_lite.decode import Options, Prompt, Result, decode
 from lvr_lite.errors import UsageError
@@ -132,7 +131,7 @@ def probe(
             said[name] = asked.answers_of(opened, feeds[name], forbidden=name == "k0")
     interventions = {name: measure(those, said, name, feed, seed) for name, feed in feeds.items()}
     everyone = np.array([s.right for s in own])
-    found = retrieval(latents, [s.prompt.features for s in those], [s.boxes for s in those], seed)
+    found = retrieval(latents, [s.prompt.features[:, : latents.shape[2]] for s in those], [s.boxes for s in those], seed)
     data: dict[str, Any] = {
         "schema": "lvr-lite/probe",
         "version": 1,
@@ -159,7 +158,10 @@ def _subject(runtime: Runtime, sample: Sample, pictures: tuple[Any, ...]) -> Sub
     prompt, _ = prepare_prompt(runtime, pictures, sample.question)
     boxes: list[np.ndarray] = []
     if sample.boxes and pictures:  # boxes lie in the first picture, whose tokens come first
-        boxes = tokens_in_boxes(sample.boxes, *token_grid(pictures[0], runtime.family, runtime.image_spec))
+        family, spec = runtime.family, runtime.image_spec
+        grid = family.grid_of(pictures[0].height, pictures[0].width, spec)
+        places = family.token_places(grid, spec)
+        boxes = [places[cells] for cells in tokens_in_boxes(sample.boxes, *family.token_grid(grid, spec))]
     return Subject(sample, prompt, boxes, hashlib.sha256(prompt.features.tobytes()).hexdigest())
 
 
@@ -205,7 +207,7 @@ class _Asked:
 
 def intervene(name: str, subjects: Sequence[Subject], latents: np.ndarray, spec: LatentSpec, rng: np.random.Generator) -> Feed:
     """What the intervention `name` feeds. latents (N, K, H) float32: the subjects' own, as they were fed."""
-    count, steps, _ = latents.shape
+    count, steps, width = latents.shape
     if name == "zero":
         return Feed(list(np.zeros_like(latents)))
     if name == "noise":
@@ -222,7 +224,7 @@ def intervene(name: str, subjects: Sequence[Subject], latents: np.ndarray, spec:
         donors = choose_donors(subjects, name == "donor_same_question", rng)
         return Feed([latents[d] if d >= 0 else None for d in donors], donors)
     if name == "oracle":
-        return Feed([_oracle(subject, steps, spec) for subject in subjects])
+        return Feed([_oracle(subject, steps, width, spec) for subject in subjects])
     if name == "markers":
         return Feed(list(latents[:, :0]))
     assert name in ("self", "k0"), name
@@ -260,11 +262,12 @@ def choose_donors(subjects: Sequence[Subject], same_question: bool, rng: np.rand
     return donors
 
 
-def _oracle(subject: Subject, steps: int, spec: LatentSpec) -> np.ndarray | None:
+def _oracle(subject: Subject, steps: int, width: int, spec: LatentSpec) -> np.ndarray | None:
     """The K means (K, H) of the visual tokens in the boxes that training pulls latents towards, as feedback would feed them."""
     if not subject.boxes:
         return None
-    pooled = np.stack([subject.prompt.features[group].mean(0) for group in pool_groups_of_boxes(subject.boxes, steps)])
+    features = subject.prompt.features[:, :width]
+    pooled = np.stack([features[group].mean(0) for group in pool_groups_of_boxes(subject.boxes, steps)])
     return np.asarray(spec.fed(pooled) if spec.feedback == "norm-matched" else pooled, np.float32)
 
 

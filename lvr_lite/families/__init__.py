@@ -7,7 +7,7 @@ from typing import Any
 
 from lvr_lite.errors import BundleError
 
-KNOWN = ("qwen2_5_vl",)
+KNOWN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
 
 
 def get(model_type: str) -> Any:

@@ -1,7 +1,6 @@
-"""Qwen2.5-VL: everything that is particular to this architecture, for both worlds. May import: numpy.
+"""Qwen2.5-VL: most layers of the vision tower attend within windows. May import: numpy.
 
-Arrays follow transformers' layout: patches come in blocks of `merge` x `merge`, so that each run of merge**2 patches is one
-visual token; tokens are in reading order. Checked against transformers in tests/families/test_qwen2_5_vl.py.
+Checked against transformers in tests/families/test_families.py.
 """
 
 from __future__ import annotations
@@ -11,114 +10,85 @@ from typing import Any
 
 import numpy as np
 
+from lvr_lite.families import qwen
+from lvr_lite.families.qwen import (
+    IMAGE_TOKEN,
+    KEEP_UNQUANTIZED,
+    LANGUAGE_MODEL,
+    LORA_TARGETS,
+    POSITION_AXES,
+    frames,
+    grid_of,
+    image_inputs,
+    patches,
+    picture_text,
+    positions,
+    rope_axes,
+    token_grid,
+    token_places,
+)
+
+__all__ = [
+    "ARCHITECTURE",
+    "IMAGE_TOKEN",
+    "KEEP_UNQUANTIZED",
+    "LANGUAGE_MODEL",
+    "LORA_TARGETS",
+    "MODEL_TYPE",
+    "POSITION_AXES",
+    "VISION_AXES",
+    "frames",
+    "grid_of",
+    "image_inputs",
+    "image_spec",
+    "patches",
+    "picture_text",
+    "positions",
+    "rope_axes",
+    "token_grid",
+    "token_places",
+    "vision_inputs",
+]
+
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-KEEP_UNQUANTIZED = ["model.visual", "lm_head"]  # "visual" alone matches nothing (docs/decisions.md)
-IMAGE_TOKEN = "<|image_pad|>"
-VISION_INPUTS = ("position_ids", "window_index", "reverse_index", "window_id", "image_id")
+VISION_AXES = {
+    "position_ids": "patches",
+    "window_index": "tokens",
+    "reverse_index": "tokens",
+    "window_id": "patches",
+    "image_id": "patches",
+}
 
 
 def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's `image` block from a checkpoint's config.json and preprocessor_config.json."""
-    size = preprocessor.get("size") or {}
-    return {
-        "patch": config["vision_config"]["patch_size"],
-        "merge": config["vision_config"]["spatial_merge_size"],
-        "temporal_patch": config["vision_config"].get("temporal_patch_size", 2),
-        "window": config["vision_config"]["window_size"],
-        "mean": preprocessor["image_mean"],
-        "std": preprocessor["image_std"],
-        "min_pixels": preprocessor.get("min_pixels") or size["shortest_edge"],
-        "max_pixels": preprocessor.get("max_pixels") or size["longest_edge"],
-        "resample": "bicubic",
-    }
-
-
-def resized(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels that a picture is resized to: multiples of patch * merge, area within the spec's limits."""
-    factor = spec["patch"] * spec["merge"]
-    h, w = round(height / factor) * factor, round(width / factor) * factor  # 0 for a thin side: then below min_pixels, as in transformers
-    if h * w > spec["max_pixels"]:
-        beta = math.sqrt(height * width / spec["max_pixels"])
-        h = max(factor, math.floor(height / beta / factor) * factor)
-        w = max(factor, math.floor(width / beta / factor) * factor)
-    elif h * w < spec["min_pixels"]:
-        beta = math.sqrt(spec["min_pixels"] / (height * width))
-        h, w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
-    return h, w
-
-
-def patches(pixels: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
-    """Normalized pixels (H, W, 3) float32, H and W multiples of patch * merge -> (N, 3 * temporal * patch**2) float32."""
-    p, m, t = spec["patch"], spec["merge"], spec["temporal_patch"]
-    gh, gw = pixels.shape[0] // p, pixels.shape[1] // p
-    x = pixels.reshape(gh // m, m, p, gw // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # (bh, bw, m, m, 3, p, p)
-    x = np.repeat(x[:, :, :, :, :, None], t, axis=5)  # a still picture fills every temporal slot
-    return np.ascontiguousarray(x.reshape(gh * gw, 3 * t * p * p), dtype=np.float32)
-
-
-def _patch_rows_columns(gh: int, gw: int, merge: int) -> np.ndarray:
-    rows, columns = np.meshgrid(np.arange(gh), np.arange(gw), indexing="ij")
-    blocks = np.stack([rows, columns], -1).reshape(gh // merge, merge, gw // merge, merge, 2)
-    return np.asarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
+    return qwen.image_spec(config, preprocessor) | {"window": config["vision_config"]["window_size"]}
 
 
 def vision_inputs(grids: list[tuple[int, int]], spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What the vision graph needs beside pixels, for pictures of `grids` (rows, columns in patches), one after another.
+    """What the vision graph needs beside pixels (`qwen.vision_inputs`), and the windows.
 
-    position_ids (N, 2): row and column of each patch. window_index (N / merge**2,): visual tokens ordered window by window;
-    reverse_index undoes it. window_id (N,), in window order, and image_id (N,): which window and picture a patch attends in. All int64.
+    window_index (N / merge**2,): visual tokens ordered window by window; reverse_index undoes it. window_id (N,), in window order, and
+    image_id (N,): which window and picture a patch attends in. All int64.
     """
     m, unit = spec["merge"], spec["merge"] ** 2
     side = spec["window"] // m // spec["patch"]
-    positions, order, windows, images = [], [], [], []
+    order, windows = [], []
     first_token = first_window = 0
-    for number, (gh, gw) in enumerate(grids):
-        positions.append(_patch_rows_columns(gh, gw, m))
+    for gh, gw in grids:
         rows, columns = gh // m, gw // m
         token = np.arange(rows * columns).reshape(rows, columns)
         window = (np.arange(rows)[:, None] // side) * math.ceil(columns / side) + np.arange(columns)[None] // side
         by_window = np.argsort(window.ravel(), kind="stable")
         order.append(token.ravel()[by_window] + first_token)
         windows.append(np.repeat(window.ravel()[by_window], unit) + first_window)
-        images.append(np.full(gh * gw, number))
         first_token += rows * columns
         first_window += int(window.max()) + 1
-    window_index = np.concatenate(order)
+    window_index, whole = np.concatenate(order), qwen.vision_inputs(grids, spec)
     return {
-        "position_ids": np.concatenate(positions).astype(np.int64),
+        "position_ids": whole["position_ids"],
         "window_index": window_index.astype(np.int64),
         "reverse_index": np.argsort(window_index).astype(np.int64),
         "window_id": np.concatenate(windows).astype(np.int64),
-        "image_id": np.concatenate(images).astype(np.int64),
+        "image_id": whole["image_id"],
     }
-
-
-def token_grid(grid: tuple[int, int], spec: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of visual tokens for a patch grid."""
-    return grid[0] // spec["merge"], grid[1] // spec["merge"]
-
-
-def positions(ids: np.ndarray, image_token: int, grids: list[tuple[int, int]], spec: dict[str, Any]) -> np.ndarray:
-    """mRoPE position ids (3, S) int64 of one prompt (S,): text counts on, a picture's tokens carry (start, row, column).
-
-    The next position after the prompt is `positions.max() + 1` (transformers: get_rope_index).
-    """
-    out = np.zeros((3, len(ids)), np.int64)
-    i = following = picture = 0
-    while i < len(ids):
-        if ids[i] == image_token:
-            rows, columns = token_grid(grids[picture], spec)
-            n = rows * columns
-            out[0, i : i + n] = following
-            out[1, i : i + n] = following + np.repeat(np.arange(rows), columns)
-            out[2, i : i + n] = following + np.tile(np.arange(columns), rows)
-            following += max(rows, columns)
-            picture += 1
-            i += n
-        else:
-            out[:, i] = following
-            following += 1
-            i += 1
-    return out

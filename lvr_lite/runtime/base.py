@@ -37,7 +37,7 @@ class Runtime(Protocol):
     hidden_size: int
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        """Patches (N, C) of pictures with these patch grids -> visual tokens (N / merge**2, H)."""
+        """Patches (N, C) of pictures with these patch grids -> visual tokens (N / merge**2, H), or wider (see `decode.Prompt`)."""
         ...
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -49,8 +49,9 @@ class Runtime(Protocol):
         ...
 
     def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
-        """Read whole inputs: embeds (R, S, H) padded on the right, positions (3, R, S), true lengths (R,). The first call of a batch is
-        for all its rows (None); a later one for `rows` drops the K/V of these R rows and leaves the others as they are.
+        """Read whole inputs: embeds (R, S, H), or as wide as the visual tokens, padded on the right, positions (3, R, S), true lengths
+        (R,). The first call of a batch is for all its rows (None); a later one for `rows` drops the K/V of these R rows and leaves the
+        others as they are.
 
         Returns the hidden state of each input's last position (R, H)."""
         ...

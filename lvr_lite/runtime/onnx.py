@@ -67,6 +67,8 @@ class OnnxRuntime:
         sessions = (_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
         self._vision, self._embed, self._decoder, self._head = sessions
         self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
+        deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
+        self._deepstack = int(deepstack["axes"][-1]) if deepstack else 0  # width of what visual tokens add in later layers
         self._batch = self._capacity = 0
         self._in_state: np.ndarray | None = None  # the hidden states that lie in the step's input buffer already
 
@@ -97,6 +99,8 @@ class OnnxRuntime:
         self._binding.bind_ortvalue_input("seqlens_k", self._seqlens)
         self._binding.bind_ortvalue_input("total_sequence_length", self._total)
         self._binding.bind_ortvalue_output("last_hidden_state", self._state)
+        if self._deepstack:  # nothing that is fed step by step is a visual token
+            self._binding.bind_cpu_input("deepstack_embeds", np.zeros((batch, 1, self._deepstack), np.float32))
 
     def _new_cache(self, batch: int, capacity: int) -> dict[str, Any]:
         shape = (batch, self.manifest.decoder["kv_heads"], capacity, self.manifest.decoder["head_dim"])
@@ -114,7 +118,11 @@ class OnnxRuntime:
         # rows that go on beside these keep their K/V, so these are read elsewhere and then put in their place
         cache = self._cache if len(again) == self._batch else self._new_cache(len(again), embeds.shape[1])
         binding = self._bind(cache)
-        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[..., : self.hidden_size], np.float32))
+        if self._deepstack:
+            added = np.zeros((*embeds.shape[:2], self._deepstack), np.float32)
+            added[..., : embeds.shape[2] - self.hidden_size] = embeds[..., self.hidden_size :]
+            binding.bind_cpu_input("deepstack_embeds", added)
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
         binding.bind_cpu_input("seqlens_k", lengths.astype(np.int32) - 1)
         binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))

@@ -98,17 +98,17 @@ def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
 def prepare(pictures: list[Image.Image], family: Any, spec: dict[str, Any]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """RGB pictures -> what the vision graph takes: (patches (N, C) float32 of all pictures one after another, their grids).
 
-    family: a module of lvr_lite.families; spec: the manifest's `image` block. A grid is (rows, columns) in patches.
+    family: a module of lvr_lite.families, which says what a grid counts; spec: the manifest's `image` block.
     Raises DataError for a picture whose sides differ more than MAX_ASPECT times, as transformers does.
     """
     table = _normalized(spec)
     patches, grids = [], []
     for number, picture in enumerate(pictures, 1):
         _refuse_extreme(picture, number)
-        height, width = family.resized(picture.height, picture.width, spec)
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-        patches.append(family.patches(np.stack([table[c][pixels[..., c]] for c in range(3)], -1), spec))
-        grids.append((height // spec["patch"], width // spec["patch"]))
+        frames, grid = family.frames(picture, spec)
+        seen = (np.asarray(frame) for frame in frames)
+        patches += [family.patches(np.stack([table[c][pixels[..., c]] for c in range(3)], -1), spec) for pixels in seen]
+        grids.append(grid)
     return np.concatenate(patches), grids
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvr_lite import families
 from lvr_lite.checkpoint import Checkpoint
 
 
 class TorchRuntime:
     """A loaded model and its checkpoint's files, ready to decode (see `lvr_lite.runtime.base.Runtime`).
 
-    model: a Qwen2_5_VLForConditionalGeneration in any dtype, on any device, plain or with 4-bit linears and adapters.
+    model: transformers' model of a family in any dtype, on any device, plain or with 4-bit linears and adapters.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
@@ -35,8 +36,7 @@ class TorchRuntime:
     @torch.inference_mode()
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         grid = torch.tensor([[1, *g] for g in grids], device=self._place["device"])
-        features = self.core.model.get_image_features(torch.from_numpy(pixel_values).to(**self._place), grid).pooler_output
-        return np.asarray(torch.cat(list(features)).float().cpu().numpy())
+        return np.asarray(visual_tokens(self.core, torch.from_numpy(pixel_values), grid).float().cpu().numpy())
 
     @torch.inference_mode()
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -74,11 +74,37 @@ class TorchRuntime:
     def _run(self, embeds: np.ndarray, positions: np.ndarray, real: np.ndarray) -> np.ndarray:
         device = self._place["device"]
         self._mask = torch.cat([self._mask, torch.from_numpy(real.astype(np.int64)).to(device)], 1)
-        out = self.core.model.language_model(
-            inputs_embeds=torch.from_numpy(np.ascontiguousarray(embeds)).to(**self._place),
-            position_ids=torch.from_numpy(np.ascontiguousarray(positions)).to(device),
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return np.asarray(out.last_hidden_state.float().cpu().numpy())
+        fed = torch.from_numpy(np.ascontiguousarray(embeds)).to(**self._place)
+        states = read(self.core, fed, torch.from_numpy(np.ascontiguousarray(positions)).to(device), self._mask, self._cache)
+        return np.asarray(states.float().cpu().numpy())
+
+
+def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Visual tokens (T, H) of all pictures of a batch; (T, (1 + D) * H) where D inner layers of the tower have a say (deepstack)."""
+    weight = core.get_input_embeddings().weight
+    family = families.get(core.config.model_type)
+    out = core.model.get_image_features(**family.image_inputs(pixel_values.to(weight), grid_thw.to(weight.device), core.config))
+    parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+    return torch.cat([part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in parts], -1)
+
+
+def language_model(core: Any) -> Any:
+    """The part of a transformers model that reads embeddings, whatever its family calls it."""
+    return getattr(core.model, families.get(core.config.model_type).LANGUAGE_MODEL)
+
+
+def read(core: Any, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Final hidden states (B, S, H) of the language model. embeds (B, S, H), or as wide as `visual_tokens`, with 0 beyond H for all else;
+    positions (3, B, S); mask (B, all columns so far); cache: K/V of the columns before, or None."""
+    width = core.config.text_config.hidden_size
+    added: dict[str, Any] = {}
+    if embeds.shape[-1] > width:
+        embeds, *deepstack = embeds.split(width, -1)
+        everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        added = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [d.flatten(0, 1) for d in deepstack]}
+    if families.get(core.config.model_type).POSITION_AXES == 1:
+        positions = positions[0]
+    out = language_model(core)(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **added
+    )
+    return torch.as_tensor(out.last_hidden_state)

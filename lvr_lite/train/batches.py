@@ -107,12 +107,12 @@ class Collator:
         first_picture = first_token = 0
         for sample, own_pictures in items:
             own = grids[first_picture : first_picture + len(own_pictures)]
-            cells = [c.family.token_grid(g, c.image_spec) for g in own]
-            targets = self._targets(sample, cells)
+            targets = self._targets(sample, own)
             groups += [g + first_token for g in targets]
-            rows.append(self._row(sample, own, [r * k for r, k in cells], len(targets)))
+            row = self._row(sample, own, len(targets))
+            rows.append(row)
             first_picture += len(own)
-            first_token += sum(r * k for r, k in cells)
+            first_token += int((row.ids == c.tokens.image).sum())
         pool = np.zeros((len(groups), first_token), np.float32)
         for i, group in enumerate(groups):
             pool[i, group] = 1 / len(group)
@@ -162,21 +162,24 @@ class Collator:
             ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = row_ids, row_labels, 1, row_positions
         return {"reader_ids": ids, "reader_labels": labels, "reader_mask": mask, "reader_positions": positions}
 
-    def _targets(self, sample: Sample, cells: list[tuple[int, int]]) -> list[np.ndarray]:
+    def _targets(self, sample: Sample, grids: list[tuple[int, int]]) -> list[np.ndarray]:
         """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without boxes: its whole picture."""
         if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
-        rows, columns = cells[0]
+        c = self.checkpoint
+        rows, columns = c.family.token_grid(grids[0], c.image_spec)
+        places = c.family.token_places(grids[0], c.image_spec)
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
-        in_boxes = box_rule.tokens_in_boxes(found, rows, columns)
+        in_boxes = [places[cells] for cells in box_rule.tokens_in_boxes(found, rows, columns)]
         if self.settings.targets == "pooled":
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[tuple[int, int]], counts: list[int], targets: int) -> _Row:
+    def _row(self, sample: Sample, grids: list[tuple[int, int]], targets: int) -> _Row:
         c, look = self.checkpoint, looks(sample, self.settings)
         latents = targets or (self.settings.steps if look else 0)
-        asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, counts)
+        shown = [c.family.picture_text(g, c.image_spec) for g in grids]
+        asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, shown)
         end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
         said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
         ids = np.array(asked + said, np.int64)

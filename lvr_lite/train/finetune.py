@@ -28,10 +28,10 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.memory import peak_rss_mb
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
-from lvr_lite.runtime.torch import TorchRuntime
+from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
 from lvr_lite.train.batches import Collator, Examples, Item, check_answers
 from lvr_lite.train.methods import METHODS
-from lvr_lite.train.sft import LatentSFT, visual_tokens
+from lvr_lite.train.sft import LatentSFT
 
 COMPLETE = "complete"
 SMALL = 10**9  # parameters of a base that a CPU may hold without 4-bit storage
@@ -75,16 +75,19 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
     """Start the marker rows where the base model understands them: both markers as the prompt's last token, after which the model says
     what it found, the place of a latent as that of a visual token. Their spare rows were never trained."""
-    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [1])
+    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [checkpoint.family.IMAGE_TOKEN])
     picture = prompt.index(checkpoint.tokens.image)
     rows = model.get_input_embeddings().weight
     tokens = checkpoint.tokens
     rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = rows[prompt[-1]], rows[prompt[picture]], rows[prompt[-1]]
 
 
+@torch.no_grad()
 def norm_of_visual_tokens(core: Any, collator: Collator, examples: Examples, samples: int = 32) -> float:
     """Mean L2 norm of the visual tokens of the first samples."""
-    norms = [visual_tokens(core, collator([examples[i]])).float().norm(dim=-1) for i in range(min(samples, len(examples)))]
+    width = core.config.text_config.hidden_size
+    seen = (collator([examples[i]]) for i in range(min(samples, len(examples))))
+    norms = [visual_tokens(core, batch["pixel_values"], batch["grid_thw"])[:, :width].float().norm(dim=-1) for batch in seen]
     return float(torch.cat(norms).mean())
 
 

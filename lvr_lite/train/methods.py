@@ -99,7 +99,12 @@ METHODS: dict[str, Method] = {
 
 def with_targets(reader: Reader, embeds: torch.Tensor, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
     """Inputs (B, S, H) with the targets at the places that have one, as they would be fed back."""
-    return embeds.masked_scatter(batch["target_at"][..., None], reader.spec.fed(targets).to(embeds.dtype))
+    return embeds.masked_scatter(batch["target_at"][..., None], as_wide(reader.spec.fed(targets).to(embeds.dtype), embeds))
+
+
+def as_wide(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Vectors (…, H) with zeros beyond, as wide as those of `like`: only visual tokens have something for later layers."""
+    return torch.nn.functional.pad(vectors, (0, like.shape[-1] - vectors.shape[-1]))
 
 
 def run_freely(reader: Reader, embeds: torch.Tensor, batch: Batch, first: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +117,7 @@ def run_freely(reader: Reader, embeds: torch.Tensor, batch: Batch, first: int, s
     states = [reader.states(embeds[:, :first], batch, 0, cache)]
     latents: list[torch.Tensor] = []
     for column in range(first, first + steps):
-        latents.append(reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype))
+        latents.append(as_wide(reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype), embeds))
         if column == end:
             break
         if cache is None:
@@ -125,4 +130,4 @@ def run_freely(reader: Reader, embeds: torch.Tensor, batch: Batch, first: int, s
             states = [reader.states(torch.cat([embeds[:, :first], *latents, rest], 1), batch)]
         else:
             states.append(reader.states(rest, batch, first + steps, cache))
-    return torch.cat(states, 1), torch.cat(latents, 1)
+    return torch.cat(states, 1), torch.cat(latents, 1)[..., : states[0].shape[-1]]

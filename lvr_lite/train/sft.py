@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from lvr_lite.config import LatentSettings
 from lvr_lite.latent import likeness
 from lvr_lite.runtime.base import TokenIds
-from lvr_lite.train.methods import METHODS, Batch
+from lvr_lite.runtime.torch import language_model, read, visual_tokens
+from lvr_lite.train.methods import METHODS, Batch, as_wide
 
 
 class LatentSFT(torch.nn.Module):
@@ -46,11 +47,13 @@ class LatentSFT(torch.nn.Module):
         weighs what a word does. latent: the loss of the latents. right: share of the responses' tokens (markers, answer, end) predicted.
         found: share of latents that are nearest to a visual token of their own box among all of the batch's pictures.
         """
-        features = visual_tokens(self.core, batch)
-        predicted = features[:0]  # the states that learn to be latents
+        with torch.no_grad():  # tower and projector are frozen
+            features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"])
+        shown = features[:, : self.core.config.text_config.hidden_size]  # what of them stands in the prompt
+        predicted = shown[:0]  # the states that learn to be latents
         parts: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of each reading: its first sample, states, what is said after them
         if "ids" in batch:
-            targets = batch["pool"].to(features.dtype) @ features  # (L, H)
+            targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
             embeds = self._embed(batch["ids"], features)
             forced = self.training and self.progress < self.settings.warmup
             states, latents = self.method.run(self, embeds, batch, targets, forced)
@@ -67,7 +70,7 @@ class LatentSFT(torch.nn.Module):
         logits = self.core.lm_head(torch.cat([states_before(states, said != -100) for _, states, said in parts])).float()
         speakers = torch.cat([first + speakers_of(states, said) for first, states, said in parts])
         ce = mean_over_samples(F.cross_entropy(logits, labels, reduction="none"), speakers)
-        loss, found = self._latent_loss(predicted.float(), features.float(), batch["pool"])
+        loss, found = self._latent_loss(predicted.float(), shown.float(), batch["pool"])
         right = (logits.argmax(-1) == labels).float().mean()
         return {"loss": ce + self.latent_weight() * loss, "ce": ce.detach(), "latent": loss.detach(), "right": right, "found": found}
 
@@ -95,8 +98,8 @@ class LatentSFT(torch.nn.Module):
         return int((batch["ids"] == self.tokens.image).sum()) if "ids" in batch else 0
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Inputs (B, S, H) in which the first visual tokens of `features` (T, H) stand in the places of pictures, in reading order."""
-        embeds = self.core.get_input_embeddings()(ids)
+        """Inputs (B, S, H), or as wide as `features` (T, …), the first of which stand in the places of pictures, in reading order."""
+        embeds = as_wide(self.core.get_input_embeddings()(ids), features)
         return torch.as_tensor(embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype)))
 
     def _read_again(self, latents: torch.Tensor, features: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -120,29 +123,14 @@ class LatentSFT(torch.nn.Module):
 
     def states(self, embeds: torch.Tensor, batch: Batch, first: int = 0, cache: Any = None) -> torch.Tensor:
         stop = first + embeds.shape[1]
-        out = self.core.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch["positions"][:, :, first:stop],
-            attention_mask=batch["mask"][:, :stop],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return torch.as_tensor(out.last_hidden_state)
+        return read(self.core, embeds, batch["positions"][:, :, first:stop], batch["mask"][:, :stop], cache)
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        if self.core.model.language_model.is_gradient_checkpointing and self.training:
+        if language_model(self.core).is_gradient_checkpointing and self.training:
             return None
         return DynamicCache(config=self.core.config.text_config)
-
-
-@torch.no_grad()
-def visual_tokens(core: Any, batch: Batch) -> torch.Tensor:
-    """Visual tokens (T, H) of all pictures of a batch; tower and projector are frozen."""
-    weight = core.get_input_embeddings().weight
-    out = core.model.get_image_features(batch["pixel_values"].to(weight), batch["grid_thw"].to(weight.device))
-    return torch.cat(list(out.pooler_output))
 
 
 def states_before(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(small_m
     prefix = int((packed["ids"][0] == packed["image_id"]).nonzero().max()) + 2  # up to <|vision_end|>
     at = prefix
     for question, answer in conversation:
-        asked = prompt_ids(checkpoint.tokenizer, checkpoint.template, question, family.IMAGE_TOKEN, [rows * columns])
+        asked = prompt_ids(checkpoint.tokenizer, checkpoint.template, question, family.IMAGE_TOKEN, [family.IMAGE_TOKEN * rows * columns])
         said = checkpoint.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False).ids
         ids = np.array(asked + said)
         own = slice(at, at + len(ids) - prefix)
