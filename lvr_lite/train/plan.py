@@ -22,6 +22,7 @@ VISUAL_TOKENS = (64, 256, 512, 1024, 2048)
 TEXT_TOKENS, ANSWER_TOKENS = 64, 16  # of a question with its template, and of an answer with its end
 EVAL_ROWS = 16  # held-out questions answered together (lvr_lite/eval/suite.py)
 MARKERS = 3
+COUNTED = ("qwen2_5_vl", "qwen2_vl")  # the other families' tensors have not been counted yet
 # cuBLAS's workspace, which torch takes from its own allocator: 8 MiB, on Hopper 32 (CublasHandlePool.cpp).
 # bitsandbytes has none that lasts: a linear's weight is dequantized into a tensor, which is counted below.
 WORKSPACE = 32 * MIB
@@ -74,6 +75,8 @@ class Shape:
 def shape_of(config: dict[str, Any]) -> Shape:
     """The Shape of a config.json (text sizes at its top or under `text_config`). Raises BundleError naming what is missing."""
     text, vision = config.get("text_config", config), config.get("vision_config")
+    if (kind := config.get("model_type", COUNTED[0])) not in COUNTED:
+        raise BundleError(f"--plan counts {' and '.join(COUNTED)} so far, not {kind}: tune without it and watch the peak in metrics.json")
     try:
         if vision is None:
             raise KeyError("vision_config")

@@ -84,6 +84,11 @@ def test_a_head_of_its_own_counts(memory: ModuleType) -> None:
     assert plan.parameters(shape)["head"] == 0
 
 
+def test_a_family_that_is_not_counted_is_refused_and_not_guessed() -> None:
+    with pytest.raises(BundleError, match="--plan counts qwen2_5_vl and qwen2_vl so far, not smolvlm"):
+        plan.shape_of({"model_type": "smolvlm", "text_config": {}, "vision_config": {}})
+
+
 @pytest.mark.parametrize("missing", ["vision_config", "text_config.hidden_size", "vision_config.depth"])
 def test_a_config_that_lacks_a_size_is_refused_by_the_key(memory: ModuleType, missing: str) -> None:
     config = memory.config_of("3b", None)
