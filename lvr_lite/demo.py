@@ -69,7 +69,7 @@ class _Demo:
         here = self.scratch
         tuned, bundles = here / "checkpoint", {name: here / name for name in ("fp32", "int8", "int4")}
         # so many that the model opens the latent loop, without which there is nothing to probe
-        faster = ["--set", "train.steps=40", "--set", "train.eval_every=20", "--set", "train.save_every=20", "--set", "data.count=640"]
+        faster = ["--set", "train.steps=60", "--set", "train.eval_every=30", "--set", "train.save_every=30", "--set", "data.count=640"]
         small = ["--set", "data.eval_count=12"]
         with self.stage("tune in 4 bits (QLoRA)"):
             tuning = self.run("finetune", "--model", "tiny", "--data", "scenes", "--out", str(tuned), *((faster + small) if quick else []))
