@@ -295,7 +295,7 @@ def run(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
-    suite: Annotated[str, typer.Option(help="scenes, skills (what tuning on scenes never asks), or a file of samples.")] = "scenes",
+    suite: Annotated[str, typer.Option(help="scenes, skills (what the embedded model could do before), or a file of samples.")] = "scenes",
     against: Annotated[
         list[str] | None, typer.Option(help="Compare with this model, or with a file of --json, on the same questions; repeatable.")
     ] = None,

@@ -24,7 +24,8 @@ class LatentSettings:
     steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled" (K means over the visual tokens of the boxes)
     or "all" (the paper: each of them, `max_targets` at most; method lvr alone).
     loss: of the latents: "mse" to the targets (the paper), "contrastive" (the tokens of the box against all others of the batch's
-    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1). relax: the last share of the steps, in which λ falls
+    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1), of the mean over the latents of
+    one batch of a device. relax: the last share of the steps, in which λ falls
     to 0.
     feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the steps in which those that run freely are fed the targets.
     """

@@ -64,7 +64,8 @@ def _probe(probed: dict[str, Any] | None) -> dict[str, Any] | None:
     """The verdict of `lvr-lite probe` on the demo's int8 bundle, and accuracy by what the latent steps were fed, as bars."""
     if probed is None:
         return None
-    bars = [("own latents", probed["baseline"]["accuracy"], probed["baseline"]["interval"], f"n = {probed['n']}")]
+    own = probed["interventions"]["none"]  # of the items that the interventions concern, not of all
+    bars = [("own latents", own["accuracy"], own["interval"], f"n = {own['n']}")]
     bars += [
         (name.replace("_", " "), p["accuracy"], p["interval"], f"n = {p['n']}")
         for name, p in probed["interventions"].items()

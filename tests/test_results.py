@@ -36,6 +36,7 @@ def scored(right: str) -> dict[str, Any]:
 
 def probed(accuracy: float) -> dict[str, Any]:
     found = {name: {"accuracy": accuracy, "flips_to_donor": None} for name in ("noise", "self")}
+    found["none"] = {"accuracy": 0.85, "flips_to_donor": None}  # of those that looked
     found["donor_same_question"] = {"accuracy": accuracy, "flips_to_donor": 0.75}
     retrieval = {"r_at_1": 0.8, "chance": 0.1}
     return {"baseline": {"accuracy": 0.9}, "interventions": found, "retrieval": retrieval, "verdict": "they carry it", "items": [1]}
@@ -87,6 +88,7 @@ def test_the_page_has_every_figure_and_keeps_the_words_around_it(finished: Path,
         "| `sft` | **50.0 (50.0 – 50.0)** | 75.0 (50.0 – 100.0) | 25.0 (0.0 – 50.0) |",
         "| `lvr-bottleneck` | **100.0** | 100.0 | 100.0 |",
         "| donor_same_question: flips to the donor's answer | 75.0 |",
+        "| none | 85.0 |",
         "| `lvr-bottleneck` | 80.0 | 10.0 | 8.0 |",
         "| `sft` | 3 | 1.5 (1.5 – 1.5) | 0.25 (0.25 – 0.25) |",
         "- `lvr-bottleneck`, seed 0: they carry it",

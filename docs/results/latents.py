@@ -23,7 +23,7 @@ from lvr_lite.eval.suite import versus
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("sft", "lvr-bottleneck", "dummy", "lvr", "lvr-free", "lvr-bottleneck-untargeted")  # the most telling first
 CONTROLS = ("sft", "dummy")
-SKILLS = 600  # questions outside the training questions
+SKILLS = 600  # questions outside the suite
 DEFAULT = "lvr-bottleneck"  # probed in full; the others by the interventions that the bars are about, on half of the questions
 TELLING = "noise,donor_unrelated,donor_same_question,self"
 STAGES = ("train", "eval", "probe")

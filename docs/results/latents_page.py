@@ -49,7 +49,7 @@ def write(results: Path) -> None:
     parts += ["## Against the controls, on the same items", _paired(by_method)]
     parts += ["## Interventions", _interventions(by_method), "![interventions](latents_interventions.png)"]
     parts += ["## Where the latents look", _retrieval(by_method), "## Verdicts of `probe`", _verdicts(runs)]
-    parts += ["## Outside the training questions", _skills(by_method, base), "## Cost", _cost(by_method)]
+    parts += ["## Outside the suite", _skills(by_method, base), "## Cost", _cost(by_method)]
     page = HERE / "latents.md"
     text = page.read_text() if page.is_file() else f"# Latents that matter\n\n{BEGIN}\n{END}\n"
     before, after = text.split(BEGIN)[0], text.split(END)[1]
@@ -82,7 +82,7 @@ def _paired(by_method: dict[str, list[Run]]) -> str:
 
 def _interventions(by_method: dict[str, list[Run]]) -> str:
     probed = {m: runs for m, runs in by_method.items() if any("probe" in r for r in runs)}
-    rows = [["none", *(spread([r["probe"]["baseline"]["accuracy"] for r in runs]) for runs in probed.values())]]
+    rows = [["none", *(spread([r["probe"]["interventions"]["none"]["accuracy"] for r in runs]) for runs in probed.values())]]
     for name in SHOWN:
         cells = [[r["probe"]["interventions"][name] for r in runs if name in r["probe"]["interventions"]] for runs in probed.values()]
         rows.append([name, *(spread([c["accuracy"] for c in cell]) for cell in cells)])
@@ -148,10 +148,10 @@ def _figure_interventions(by_method: dict[str, list[Run]]) -> None:
         names = ["none", *SHOWN]
         for r in runs:
             p = r["probe"]
-            found = {"none": p["baseline"]} | p["interventions"]
+            found = p["interventions"]
             places = [i for i, n in enumerate(names) if n in found]
             axes.plot([100 * found[names[i]]["accuracy"] for i in places], places, "o", alpha=0.6, markersize=5)
-        axes.axvline(100 * statistics.fmean([r["probe"]["baseline"]["accuracy"] for r in runs]), color="grey", linewidth=0.8)
+        axes.axvline(100 * statistics.fmean([r["probe"]["interventions"]["none"]["accuracy"] for r in runs]), color="grey", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(method, fontsize=9)
         axes.set_xlim(0, 100)

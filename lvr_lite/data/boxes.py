@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,13 @@ def _along(low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]
 def tokens_in_boxes(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> list[np.ndarray]:
     """`tokens_in_box` of each box, in the order of the boxes."""
     return [tokens_in_box(box, rows, columns) for box in boxes]
+
+
+def visual_tokens_in_boxes(boxes: Sequence[Sequence[float]], grid: tuple[int, int], family: Any, spec: dict[str, Any]) -> list[np.ndarray]:
+    """For each box the indices (n,) of its tokens among all visual tokens of a picture. family: a module of lvr_lite.families, whose
+    `grid` the picture has; spec: the manifest's `image` block."""
+    places = family.token_places(grid, spec)
+    return [places[cells] for cells in tokens_in_boxes(boxes, *family.token_grid(grid, spec))]
 
 
 def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:

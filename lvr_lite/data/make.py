@@ -48,7 +48,7 @@ def scene_sample(name: str, scene: scenes.Scene, question: scenes.Question, pair
 
 
 def skill_samples(count: int, seed: int) -> Iterator[tuple[Sample, Image.Image]]:
-    """`count` samples of the skills outside the training questions (`scenes.skills`), with their pictures in memory and without boxes.
+    """`count` samples of the skills that the suite never asks (`scenes.skills`), with their pictures in memory and without boxes.
 
     The same seed always gives the same samples, and a larger count only adds to them. Raises UsageError as `scene_samples` does.
     """

@@ -35,7 +35,7 @@ HELD_OUT = frozenset((s, c) for i, s in enumerate(SHAPES) for j, c in enumerate(
 SIZES = ((140, 140), (112, 168), (168, 112))  # width, height: 25, 24 and 24 visual tokens of 28 px
 QUESTION_TYPES = ("attribute", "letter", "position", "count", "odd", "pair", "odd-letter", "odd-pattern")
 PRETRAINED = ("attribute", "letter", "position", "count", "odd", "pair")  # those that the embedded model met before tuning
-SKILLS = ("caption", "place", "short")  # what it learned in pre-training and tuning on the scenes never asks
+SKILLS = ("caption", "place", "short")  # what it learned in pre-training and the suite never asks
 
 # 5 x 7 bitmaps, row by row: drawn here so that no font or FreeType version can change a picture.
 _GLYPHS = {

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from lvr_lite.ask import prepare_prompt, text_of
-from lvr_lite.data.boxes import pool_groups_of_boxes, tokens_in_boxes
+from lvr_lite.data.boxes import pool_groups_of_boxes, visual_tokens_in_boxes
 from lvr_lite.data.samples import Sample
 from lvr_lite.decode import Options, Prompt, Result, decode
 from lvr_lite.errors import UsageError
@@ -158,10 +158,8 @@ def _subject(runtime: Runtime, sample: Sample, pictures: tuple[Any, ...]) -> Sub
     prompt, _ = prepare_prompt(runtime, pictures, sample.question)
     boxes: list[np.ndarray] = []
     if sample.boxes and pictures:  # boxes lie in the first picture, whose tokens come first
-        family, spec = runtime.family, runtime.image_spec
-        grid = family.grid_of(pictures[0].height, pictures[0].width, spec)
-        places = family.token_places(grid, spec)
-        boxes = [places[cells] for cells in tokens_in_boxes(sample.boxes, *family.token_grid(grid, spec))]
+        grid = runtime.family.grid_of(pictures[0].height, pictures[0].width, runtime.image_spec)
+        boxes = visual_tokens_in_boxes(sample.boxes, grid, runtime.family, runtime.image_spec)
     return Subject(sample, prompt, boxes, hashlib.sha256(prompt.features.tobytes()).hexdigest())
 
 

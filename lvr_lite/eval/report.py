@@ -73,7 +73,7 @@ def _differences(against: list[dict[str, Any]]) -> Table:
 
 def _skills(skills: dict[str, Any], against: list[dict[str, Any]]) -> Table:
     """The skills by type, and how they changed against each model that was compared."""
-    table = Table("outside the training questions")
+    table = Table("outside the suite")
     for title in ("n", "accuracy"):
         table.add_column(title, justify="right")
     for other in against:

@@ -38,7 +38,7 @@ TEST_SEED = 0
 
 
 def load_suite(suite: str, limit: int | None, seed: int = TEST_SEED) -> Iterator[Item]:
-    """The items of a suite: `scenes` (held-out scenes), `skills` (what tuning on them never asks), 300 of either unless limited, or a
+    """The items of a suite: `scenes` (held-out scenes), `skills` (what they never ask), 300 of either unless limited, or a
     file of samples. Raises DataError, UsageError."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be 1 or more, not {limit}")
@@ -138,7 +138,7 @@ class Plan:
     """What a model is asked and how: the options of `lvr-lite eval`.
 
     suite, limit, seed: as in `load_suite`. steps: latent steps of the model, None for its own. batch: questions decoded together.
-    max_tokens: of an answer, None for the suite's usual. skills: questions outside the training questions, asked beside; None for 150, or
+    max_tokens: of an answer, None for the suite's usual. skills: questions outside the suite, asked beside; None for 150, or
     `limit` if that is fewer, beside the scenes and none beside another suite.
     """
 

@@ -37,7 +37,8 @@ class Runtime(Protocol):
     hidden_size: int
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        """Patches (N, C) of pictures with these patch grids -> visual tokens (N / merge**2, H), or wider (see `decode.Prompt`)."""
+        """Patches (N, C) of pictures with these grids (a family says what they count) -> visual tokens (N / merge**2, H), or wider (see
+        `decode.Prompt`)."""
         ...
 
     def embed(self, ids: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From a picture file to patches, in numpy and Pillow: what transformers' image processor does, without it.
 
-May import: numpy, Pillow, the core. The numbers equal those of `Qwen2VLImageProcessorPil`;
-tests/runtime/test_preprocess.py compares them over sizes, modes and orientations.
+May import: numpy, Pillow, the core. The numbers equal those of transformers' processors:
+tests/runtime/test_preprocess.py compares them over sizes, modes and orientations, tests/families/test_families.py by family.
 """
 
 from __future__ import annotations

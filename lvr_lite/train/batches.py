@@ -49,10 +49,10 @@ class Examples(torch.utils.data.Dataset[Item]):
         planned = list(scenes.skills(seed, count, "train", REPLAYED))
         return cls([skill_sample(name, question) for name, _, question in planned], lambda i: (scenes.draw(planned[i][1]),))
 
-    def with_share_of(self, others: Examples, share: float) -> Examples:
-        """These and so many of `others`, from the first on and over again where they are too few, that they are `share` of all."""
-        own, more = len(self), round(len(self) * share / (1 - share))
-        chosen = [i % len(others) for i in range(more)]
+    def and_also(self, others: Examples, count: int) -> Examples:
+        """These and `count` of `others`, from the first on and over again where they are too few."""
+        own = len(self)
+        chosen = [i % len(others) for i in range(count)]
         return Examples(
             [*self.samples, *(others.samples[i] for i in chosen)],
             lambda i: self.pictures(i) if i < own else others.pictures(chosen[i - own]),
@@ -166,11 +166,8 @@ class Collator:
         """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without boxes: its whole picture."""
         if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
-        c = self.checkpoint
-        rows, columns = c.family.token_grid(grids[0], c.image_spec)
-        places = c.family.token_places(grids[0], c.image_spec)
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
-        in_boxes = [places[cells] for cells in box_rule.tokens_in_boxes(found, rows, columns)]
+        in_boxes = box_rule.visual_tokens_in_boxes(found, grids[0], self.checkpoint.family, self.checkpoint.image_spec)
         if self.settings.targets == "pooled":
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
@@ -214,8 +211,10 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
     return METHODS[settings.method].latents and (settings.samples == "all" or bool(sample.boxes))
 
 
-def check_answers(examples: Examples, checkpoint: Checkpoint) -> None:
-    """Raises DataError for a sample whose answer holds a token of the loop, which the model could not say."""
+def check_samples(examples: Examples, checkpoint: Checkpoint) -> None:
+    """Raises DataError for a sample whose question or answer holds a token that stands for a picture or for a step of the loop."""
     for sample in examples.samples:
-        if any(t in sample.answer for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN)):
-            raise DataError(f"sample {sample.id}: its answer contains a token of the latent loop: leave it out")
+        for part, text in (("question", sample.question), ("answer", sample.answer)):
+            found = [t for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN) if t in text]
+            if found:
+                raise DataError(f"sample {sample.id}: its {part} contains {found[0]}, which stands for something else here: leave it out")

@@ -29,7 +29,7 @@ from lvr_lite.memory import peak_rss_mb
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
-from lvr_lite.train.batches import Collator, Examples, Item, check_answers
+from lvr_lite.train.batches import Collator, Examples, Item, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
@@ -63,7 +63,12 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     _begin_markers(model, checkpoint)
     torch.manual_seed(settings.train.seed)  # the adapters' random start
     tuned = get_peft_model(model, config)
-    wrong = [n for n, p in tuned.named_parameters() if p.requires_grad and ("visual" in n or not ("lora_" in n or "trainable_tokens" in n))]
+    text = checkpoint.family.LANGUAGE_MODEL
+    wrong = [
+        n
+        for n, p in tuned.named_parameters()
+        if p.requires_grad and not ("lora_" in n and f".{text}." in n) and "trainable_tokens" not in n
+    ]
     if wrong:
         raise LvrError(f"{wrong[0]} would be trained, but only adapters and the three token rows may be")
     if settings.train.gradient_checkpointing:
@@ -94,12 +99,19 @@ def norm_of_visual_tokens(core: Any, collator: Collator, examples: Examples, sam
 def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
     """Training examples, replayed ones among them, and held-out ones, for `--data scenes` or a file of samples with boxes."""
     train, held_out = _load_own(data, settings)
-    if settings.data.replay is None:
+    replay, share = settings.data.replay, settings.data.replay_share
+    if replay is None:
         return train, held_out
-    share = settings.data.replay_share
-    if settings.data.replay == "skills":
-        return train.with_share_of(Examples.of_skills(settings.data.seed, math.ceil(len(train) * share / (1 - share))), share), held_out
-    return train.with_share_of(Examples.of_samples(read_samples(Path(settings.data.replay))), share), held_out
+    count = round(len(train) * share / (1 - share))
+    if replay == "skills":
+        return train.and_also(Examples.of_skills(settings.data.seed, max(1, count)), count), held_out
+    if not Path(replay).is_file():
+        raise UsageError(f"data.replay={replay}: neither skills nor a file of samples")
+    held = {picture.resolve() for sample in held_out.samples for picture in sample.images}
+    others = [s for s in read_samples(Path(replay)) if not held & {picture.resolve() for picture in s.images}]
+    if not others:
+        raise DataError(f"{replay}: all of its pictures are held out, so none can be replayed; give samples of other pictures")
+    return train.and_also(Examples.of_samples(others), count), held_out
 
 
 def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
@@ -108,9 +120,9 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
             settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
         )
     samples = read_samples(Path(data))
-    method = METHODS[settings.latent.method]
-    if method.latents and settings.latent.samples == "boxed" and not any(s.boxes for s in samples):
-        untargeted = "latent.samples=all" + (" and latent.loss=none" if method.targeted and settings.latent.loss != "none" else "")
+    if METHODS[settings.latent.method].latents and settings.latent.samples == "boxed" and not any(s.boxes for s in samples):
+        free = settings.latent.runs_freely and settings.latent.loss != "none"
+        untargeted = "latent.samples=all" + (" and latent.loss=none" if free else "")
         raise DataError(
             f"{data}: no sample has boxes, so none would be answered through latents; add `boxes` (normalized xyxy), or set {untargeted}"
         )
@@ -160,7 +172,8 @@ def finetune(
     if settings.max_pixels is not None:
         checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
     train, held_out = load_examples(data, settings)
-    check_answers(train, checkpoint)
+    for examples in (train, held_out):
+        check_samples(examples, checkpoint)
     base = load_base(checkpoint, dtype, device)
     if device == "cpu" and settings.train.dequantize == "auto" and base.num_parameters() < SMALL:
         base = base.dequantize()  # the same NF4 values, held in `dtype`: without a GPU taking them apart costs a quarter of a step

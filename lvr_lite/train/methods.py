@@ -18,7 +18,7 @@ import torch
 from lvr_lite.config import LatentSettings
 from lvr_lite.latent import LatentSpec
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # of `lvr_lite.train.batches.Collator`
 
 
 class Reader(Protocol):
@@ -80,7 +80,7 @@ class Free(Method):
         columns = embeds.shape[1] if self.mode == "open" else first + steps - 1
         if forced:
             filled = with_targets(reader, embeds, batch, targets)
-            return reader.states(filled[:, :columns], batch), filled[:, first : first + steps]
+            return reader.states(filled[:, :columns], batch), filled[:, first : first + steps, : targets.shape[-1]]
         return run_freely(reader, embeds[:, :columns], batch, first, steps)
 
 

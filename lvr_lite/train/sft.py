@@ -61,10 +61,10 @@ class LatentSFT(torch.nn.Module):
             predicted = states_before(states, batch["target_at"])
             if self.spec.mode == "bottleneck":
                 parts.append((0, self._read_again(latents, features, batch), batch["reader_labels"]))
-        samples, rest = len(batch.get("ids", ())), features[self._pictures(batch) :]
+        samples, rest = len(batch.get("ids", ())), features[self._seen(batch) if "ids" in batch else 0 :]
         for part in batch.get("direct", ()):
             parts.append((samples, self.states(self._embed(part["ids"], rest), part), part["labels"]))
-            samples, rest = samples + len(part["ids"]), rest[self._pictures(part) :]
+            samples, rest = samples + len(part["ids"]), rest[self._seen(part) :]
         labels = torch.cat([spoken(states, said) for _, states, said in parts])
         # the head sees the answers' positions alone
         logits = self.core.lm_head(torch.cat([states_before(states, said != -100) for _, states, said in parts])).float()
@@ -93,9 +93,9 @@ class LatentSFT(torch.nn.Module):
             return (likeness.logsumexp(-1) - likeness.masked_fill(~own, -torch.inf).logsumexp(-1)).mean(), found
         return torch.zeros((), device=predicted.device), found
 
-    def _pictures(self, batch: Batch) -> int:
-        """How many visual tokens the prompts of `batch` have."""
-        return int((batch["ids"] == self.tokens.image).sum()) if "ids" in batch else 0
+    def _seen(self, rows: Batch) -> int:
+        """How many visual tokens the prompts of `rows` have."""
+        return int((rows["ids"] == self.tokens.image).sum())
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Inputs (B, S, H), or as wide as `features` (T, …), the first of which stand in the places of pictures, in reading order."""

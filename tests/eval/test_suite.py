@@ -575,5 +575,5 @@ def test_a_file_without_skills_is_said_to_have_none(runtime: Any) -> None:
 
 def test_without_skills_or_models_beside_there_is_one_table(runtime: Any) -> None:
     text = shown(evaluate(runtime, items()) | {"suite": "mine"})
-    assert "outside the training questions" not in text
+    assert "outside the suite" not in text
     assert "difference" not in text

@@ -233,6 +233,10 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
     for row, result in zip(trained, decode(StartsWithLatents(runtime, STEPS), prompts, Options(max_tokens=1)), strict=True):
         assert row.shape[-1] == case.model.config.text_config.hidden_size
         compare("latents", row.numpy(), np.stack(result.latents), 1e-4)
+        _, taught = sft.method.run(
+            sft, sft._embed(batch["ids"], features), batch, batch["pool"] @ features[:, : trained.shape[-1]], forced=True
+        )
+    torch.testing.assert_close(taught.flatten(0, 1), sft.spec.fed(batch["pool"] @ features[:, : trained.shape[-1]]))
     assert all(np.isfinite(loss) for loss in losses.values())
     assert len(set(losses.values())) == len(losses), "two methods are one"
 
@@ -246,7 +250,7 @@ def sft_loss(case: Case, method: str, items: Sequence[Any]) -> float:
 def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path) -> None:
     """Two steps of the default method: the right linears are in 4 bits and adapted, and what comes out passes the export's gate."""
     overrides = ["latent.method=lvr-bottleneck", "latent.loss=contrastive", "latent.feedback=norm-matched", f"latent.steps={STEPS}"]
-    overrides += ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.gradient_checkpointing=false"]
+    overrides += ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.gradient_checkpointing=true"]
     overrides += ["data.count=4", "data.eval_count=2", "lora.rank=4", "train.save_every=2", "train.eval_every=2", "train.dequantize=never"]
     out = tmp_path / "tuned"
     metrics = finetune(case.checkpoint, nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=[].append)
@@ -256,6 +260,17 @@ def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path) -> None:
     assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
     manifest = write_bundle(nf4.load_merged(tuned), tuned, tmp_path / "bundle", [].append)
     assert manifest.parity["decoding"]["relative"] < 1e-4
+
+
+def test_the_text_of_a_picture_is_that_of_transformers() -> None:
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    from lvr_lite.families.smolvlm import picture_text
+
+    spec = {"tile": 84, "patch": 14, "merge": 2}
+    for rows, columns in ((0, 0), (1, 2), (3, 2)):
+        wanted = get_image_prompt_string(rows, columns, 9, "<fake_token_around_image>", "<image>", "<global-img>")
+        assert picture_text((rows, columns), spec) == wanted
 
 
 @pytest.mark.parametrize("side", [6, 27, 32, 14])

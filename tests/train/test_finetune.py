@@ -310,9 +310,10 @@ def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) 
     (tmp_path / "blind.jsonl").write_text("\n".join(map(json.dumps, lines)))
     blind = str(tmp_path / "blind.jsonl")
     with pytest.raises(DataError, match=r"blind\.jsonl: no sample has boxes.* set latent\.samples=all and latent\.loss=none$"):
-        load_examples(blind, settings())
-    with pytest.raises(DataError, match=r"set latent\.samples=all$"):
-        load_examples(blind, settings("latent.method=dummy"))
+        load_examples(blind, settings("latent.method=lvr-free"))
+    for method in ("dummy", "lvr"):
+        with pytest.raises(DataError, match=r"set latent\.samples=all$"):
+            load_examples(blind, settings(f"latent.method={method}"))
     for overrides in (["latent.method=sft"], ["latent.method=lvr-free", "latent.loss=none", "latent.samples=all"]):
         assert len(load_examples(blind, settings(*overrides))[0]) == 11
 
@@ -328,6 +329,19 @@ def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(scenes_
     assert {train[i][1][0].getpixel((0, 0)) for i in range(12, 16)} == {(1, 2, 3)}
     assert train[3][1][0].tobytes() == open_picture(train.samples[3].images[0]).tobytes()
     assert not [s for s in held_out.samples if s.id.startswith("known")]
+
+
+def test_a_replayed_sample_never_shows_a_held_out_picture(scenes_file: Path) -> None:
+    """Replaying the training file itself, from which the last pictures are held out."""
+    train, held_out = load_examples(str(scenes_file), settings(f"data.replay={scenes_file}", "data.replay_share=0.6"))
+    held = {s.images for s in held_out.samples}
+    assert len(train) == 27  # 11 and 16 more
+    assert held
+    assert not held & {s.images for s in train.samples}
+    with pytest.raises(DataError, match="all of its pictures are held out"):
+        load_examples(str(scenes_file), settings(f"data.eval_file={scenes_file}", f"data.replay={scenes_file}", "data.eval_count=12"))
+    with pytest.raises(UsageError, match=r"data\.replay=skils: neither skills nor a file of samples"):
+        load_examples("scenes", settings("data.replay=skils"))
 
 
 def test_replayed_skills_are_of_other_scenes_than_those_that_eval_asks() -> None:

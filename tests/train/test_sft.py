@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train import sft as module
-from lvr_lite.train.batches import Collator, Examples, Item, check_answers, in_order
+from lvr_lite.train.batches import Collator, Examples, Item, check_samples, in_order
 from lvr_lite.train.finetune import _write_side_files, adapted, norm_of_visual_tokens
 from lvr_lite.train.methods import METHODS, Bottleneck
 from lvr_lite.train.sft import LatentSFT
@@ -298,10 +299,11 @@ def test_a_caption_among_words_does_not_make_all_rows_long(checkpoint: Checkpoin
 
 
 @pytest.mark.parametrize("token", ["<|lvr_start|>", "<|lvr|>", "<|lvr_end|>", "<|image_pad|>"])
-def test_an_answer_with_a_token_of_the_loop_is_refused_by_its_sample(checkpoint: Checkpoint, token: str) -> None:
-    examples = Examples.of_samples([Sample("good", (), "q", "a"), Sample("bad", (), "q", f"a {token}")])
-    with pytest.raises(DataError, match="sample bad: its answer contains a token"):
-        check_answers(examples, checkpoint)
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(checkpoint: Checkpoint, token: str, part: str) -> None:
+    bad = replace(Sample("bad", (), "q", "a"), **{part: f"a {token}"})
+    with pytest.raises(DataError, match=f"sample bad: its {part} contains {re.escape(token)}"):
+        check_samples(Examples.of_samples([Sample("good", (), "q", "a"), bad]), checkpoint)
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
