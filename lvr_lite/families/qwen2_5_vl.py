@@ -11,44 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvr_lite.families import qwen
-from lvr_lite.families.qwen import (
-    IMAGE_TOKEN,
-    KEEP_UNQUANTIZED,
-    LANGUAGE_MODEL,
-    LORA_TARGETS,
-    POSITION_AXES,
-    frames,
-    grid_of,
-    image_inputs,
-    patches,
-    picture_text,
-    positions,
-    rope_axes,
-    token_grid,
-    token_places,
-)
-
-__all__ = [
-    "ARCHITECTURE",
-    "IMAGE_TOKEN",
-    "KEEP_UNQUANTIZED",
-    "LANGUAGE_MODEL",
-    "LORA_TARGETS",
-    "MODEL_TYPE",
-    "POSITION_AXES",
-    "VISION_AXES",
-    "frames",
-    "grid_of",
-    "image_inputs",
-    "image_spec",
-    "patches",
-    "picture_text",
-    "positions",
-    "rope_axes",
-    "token_grid",
-    "token_places",
-    "vision_inputs",
-]
+from lvr_lite.families.qwen import *  # noqa: F403 (all that a family is made of; what differs is below)
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
