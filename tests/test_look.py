@@ -256,7 +256,7 @@ def finished(out: Path, int8: Path) -> str:
     systems = [{"name": name, "accuracy": 0.5, "interval": [0.4, 0.6], "n": 12} | system for name in names]
     results = {
         "systems": systems,
-        "probe": {"verdict": "v", "n": 4, "baseline": {"accuracy": 0.5, "interval": [0.2, 0.8]}, "interventions": {}},
+        "probe": {"verdict": "v", "n": 4, "interventions": {"none": {"n": 3, "accuracy": 0.5, "interval": [0.2, 0.8]}}},
         "minutes": {"all": 1.0},
         "answers": {name: [{"answer": "red"}] * demo.SHOWN for name in names},
     }
