@@ -95,7 +95,7 @@ def _interventions(by_method: dict[str, list[Run]]) -> str:
 def _retrieval(by_method: dict[str, list[Run]]) -> str:
     rows = []
     for method, runs in by_method.items():
-        found = [r["probe"]["retrieval"] for r in runs if r.get("probe", {}).get("retrieval")]
+        found = [r["probe"]["retrieval"] for r in runs if (r.get("probe", {}).get("retrieval") or {}).get("r_at_1") is not None]
         if found:
             ratio = [f["r_at_1"] / f["chance"] for f in found]
             rows.append([f"`{method}`", spread([f["r_at_1"] for f in found]), spread([f["chance"] for f in found]), spread(ratio, scale=1)])
