@@ -19,7 +19,25 @@ LATENT_STEPS = 3  # of the small bundles
 
 
 @pytest.fixture(scope="session")
-def small_model() -> Any:
+def noticeable() -> Callable[[Any], Any]:
+    """Makes a fresh model's weights large, and its biases and norms uneven, and freezes it: as initialized, activations are so small that
+    a mistake hardly shows."""
+    import torch
+
+    def change(model: Any) -> Any:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(3)
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model.requires_grad_(False)
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def small_model(noticeable: Callable[[Any], Any]) -> Any:
     """Random weights, two layers in each tower, float32: of the embedded model's making."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -31,14 +49,7 @@ def small_model() -> Any:
     config.text_config.layer_types = config.text_config.layer_types[:2]
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 2, [1]
     torch.manual_seed(5)
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # as initialized, activations are so small that a mistake hardly shows
-            if parameter.dim() >= 2:
-                parameter.mul_(3)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.requires_grad_(False)
+    return noticeable(Qwen2_5_VLForConditionalGeneration(config).float().eval())
 
 
 @pytest.fixture(scope="session")
