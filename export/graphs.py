@@ -17,15 +17,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from lvr_lite.errors import LvrError
+from lvr_lite.onnxfile import declared
 from lvr_lite.runtime.torch import language_model
 
 OPSET = 23  # the first with RMSNormalization and RotaryEmbedding
@@ -343,11 +344,51 @@ def _decoder(text_model: Any, family: Any, deepstack: int) -> Spec:
     return Spec(Decoder(text_model, axes), arguments, inputs, ["last_hidden_state", *cache_names(layers, "present")], dynamic)
 
 
-def write_graph(spec: Spec, path: Path) -> list[Path]:
-    """Export to `path` (….onnx) with the weights beside it in `….onnx_data`; returns both.
+class _Product(nn.Module):
+    """A linear layer with its weight as (in, out), so that it leaves as MatMul without a transposition; an adapter stays beside it."""
 
-    Raises LvrError where a linear layer did not become a MatMul with a constant weight: it would stay unquantized unnoticed.
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
+        self.bias = linear.bias
+        self.adapted = hasattr(linear, "lora_A")
+        if self.adapted:
+            self.lora_A, self.lora_B = (nn.Parameter(p.detach().t(), requires_grad=False) for p in (linear.lora_A, linear.lora_B))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        if self.adapted:
+            y = y + (x @ self.lora_A) @ self.lora_B
+        return y if self.bias is None else y + self.bias
+
+
+def _as_products(module: nn.Module) -> list[str]:
+    """Turns all linear layers below `module` into products; returns the names of the weights that they hold transposed."""
+    transposed = []
+    for path, parent in list(module.named_modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, product := _Product(child))
+                held = [n for n, p in product.named_parameters() if p.dim() == 2]
+                transposed += [".".join(filter(None, (path, name, n))) for n in held]
+    return transposed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an initializer's values come from: a parameter of the model, reshaped, or transposed and reshaped."""
+
+    parameter: str
+    transposed: bool
+
+
+def structure(spec: Spec, codes: dict[int, str]) -> tuple[onnx.ModelProto, dict[str, Origin]]:
+    """The graph of an empty model's part, its weights declared and not there, and where each comes from. The part can be used once.
+
+    codes: `lvr_lite.weights.origins` of the model. Raises LvrError where a linear layer did not become a MatMul with a constant weight (it
+    would stay unquantized unnoticed), and where a constant was computed from weights, which are not there.
     """
+    transposed = set(_as_products(spec.module))
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             spec.module.eval(), spec.arguments, dynamo=True, input_names=spec.inputs, output_names=spec.outputs,
@@ -355,10 +396,27 @@ def write_graph(spec: Spec, path: Path) -> list[Path]:
         )  # fmt: skip
     assert program is not None  # with dynamo=True and no file name, the program is what comes back
     _name_nodes(program.model)
-    _check_linears(spec.module, program.model, path.stem)
-    weights = path.with_name(path.name + "_data")
-    ir.save(program.model, path, external_data=weights.name)
-    return [path, weights]
+    name = type(spec.module).__name__
+    _check_linears(transposed, program.model, name)
+    found: dict[str, Origin] = {}
+    weights: list[onnx.TensorProto] = []
+    named = dict(spec.module.named_parameters())
+    for key, value in list(program.model.graph.initializers.items()):
+        array = value.const_value.numpy()
+        code = int(array.reshape(-1)[:1].view(np.int32)[0]) if array.dtype == np.float32 and array.size else 0
+        if code in codes and key in named:
+            found[key] = Origin(codes[code], key in transposed)
+            weights.append(declared(key, np.float32, array.shape))
+        elif array.dtype.kind == "f" and np.isnan(array).any():
+            raise LvrError(f"{name}: the exporter computed {key} from weights, which it must not; nothing was written")
+        else:
+            weights.append(onnx.numpy_helper.from_array(array, key))
+        # the exporter's own record of it is not needed any more; a graph of any size passes through memory without its weights
+        value.const_value = ir.tensor(np.zeros(0, np.float32), name=key)
+    model = ir.to_proto(program.model)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(weights)
+    return model, found
 
 
 @contextlib.contextmanager
@@ -387,16 +445,13 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Names nodes after their modules and weights after their parameters ("….up_proj/MatMul", "….up_proj.weight"), and drops the
-    exporter's traces, which hold this machine's paths."""
+    """Names nodes after their modules ("….up_proj/MatMul"), and drops the exporter's traces, which hold this machine's paths."""
     seen: Counter[str] = Counter()
     for node in model.graph:
         path = _module_path(node)
         name = f"{path}/{node.op_type}" if path else node.op_type
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        if path and _has_constant_weight(node):
-            _rename(model, node.inputs[1], f"{path}.weight")
         node.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *(o for node in model.graph for o in node.outputs)):
         value.metadata_props.clear()
@@ -404,18 +459,8 @@ def _name_nodes(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
 
 
-def _has_constant_weight(node: ir.Node) -> bool:
-    return node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
-
-
-def _rename(model: ir.Model, weight: Any, name: str) -> None:
-    if name not in model.graph.initializers:
-        weight.name = name
-
-
-def _check_linears(module: nn.Module, model: ir.Model, name: str) -> None:
-    wanted = {path for path, child in module.named_modules() if isinstance(child, nn.Linear)}
-    found = {str(node.name).split("/")[0] for node in model.graph if _has_constant_weight(node)}
-    if wanted != found:
-        lost = sorted(wanted ^ found)
+def _check_linears(wanted: set[str], model: ir.Model, name: str) -> None:
+    found = {node.inputs[1].name for node in model.graph if node.op_type == "MatMul" and node.inputs[1] is not None}
+    lost = sorted(wanted - found)
+    if lost:
         raise LvrError(f"{name}: {len(lost)} of {len(wanted)} linear layers are not MatMul nodes (first: {lost[0]}); nothing was written")

@@ -1,21 +1,32 @@
-"""The gate that a bundle passes before it gets its name: graphs and whole decodings against torch. May import: numpy, Pillow, the core.
+"""The gate that a bundle passes before it gets its name: graphs and whole decodings against torch. May import: numpy, Pillow, torch,
+the core.
 
 Both sides are Runtimes, so what is compared is what runs: padded batches, the shared K/V buffer, the latent loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lvr_lite.ask import prepare_prompt
+from lvr_lite.bundle import Manifest
+from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.decode import Options, decode
 from lvr_lite.errors import LvrError
+from lvr_lite.onnxfile import DecoderLayers, LayerCall, bar
 from lvr_lite.runtime.base import Runtime
+from lvr_lite.runtime.onnx import open_session
 from lvr_lite.runtime.preprocess import prepare
+from lvr_lite.runtime.torch import language_model, read, visual_tokens
+from lvr_lite.weights import empty_model
 
 TOLERANCE = 1e-3  # relative; float32 graphs are at about 1e-6, a wrong mask or position at more than 1e-1
 SEEN = ([(28, 28)], [(140, 84)], [(280, 168)], [(84, 112), (196, 140)])  # sizes of pictures for the vision graph, width and height
@@ -64,6 +75,106 @@ def check_graphs(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, seed
         "decoder": _worst(_decoder(got, want, tolerance, rng)),
         "lm_head": _worst(_head(got, want, tolerance, rng)),
     }
+
+
+def check_graphs_apart(folder: Path, manifest: Manifest, checkpoint: Checkpoint, weights: Any, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """As `check_graphs`, for a model of any size: one graph at a time is in memory; the decoder is left to `check_layers`.
+
+    weights: its parameters, with `model`, their empty model.
+    """
+    rng = np.random.default_rng(0)
+    model, family, spec = empty_model(checkpoint.config, checkpoint.family), checkpoint.family, checkpoint.image_spec
+    text = f"model.{family.LANGUAGE_MODEL}."
+    sessions = {name: open_session(folder / manifest.graphs[name].path) for name in ("vision_encoder",)}
+    seen = []
+    with filled(model, weights, {n: n for n, _ in model.named_parameters() if not n.startswith((text, "lm_head."))}), torch.inference_mode():
+        for sizes in SEEN:
+            pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+            pixels, grids = prepare(pictures, family, spec)
+            want = visual_tokens(model, torch.from_numpy(pixels), torch.tensor([[1, *grid] for grid in grids]))
+            got = sessions["vision_encoder"].run(None, {"pixel_values": pixels, **family.vision_inputs(grids, spec)})[0]
+            seen.append(compare(f"vision_encoder {grids}", got, want.numpy(), tolerance))
+    sessions.clear()
+    table = weights[f"{text}embed_tokens.weight"]
+    ids = rng.integers(0, len(table), (2, 9), np.int64)
+    got = open_session(folder / manifest.graphs["embed_tokens"].path).run(None, {"input_ids": ids})[0]
+    embedded = compare("embed_tokens", got, table[torch.from_numpy(ids)].numpy(), tolerance)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    head = table if tied else weights["lm_head.weight"]
+    hidden = rng.standard_normal((3, 1, head.shape[1])).astype(np.float32)
+    got = open_session(folder / manifest.graphs["lm_head"].path).run(None, {"last_hidden_state": hidden})[0]
+    said = compare("lm_head", got, (torch.from_numpy(hidden) @ head.T).numpy(), tolerance)
+    return {"vision_encoder": _worst(seen), "embed_tokens": _worst([embedded]), "lm_head": _worst([said])}
+
+
+def check_layers(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, weights: Any, tolerance: float = TOLERANCE, steps: int = 2
+) -> list[float]:
+    """The relative difference of each decoder layer from transformers' on the same input, over padded rows and `steps` further positions.
+
+    One layer at a time is in memory. Each reads what transformers' layer before it wrote. Raises LvrError naming the layer that differs.
+    """
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    one = {"num_hidden_layers": 1} | ({"layer_types": text["layer_types"][:1]} if text.get("layer_types") else {})
+    model = empty_model(checkpoint.config | {"text_config": text | one}, checkpoint.family)
+    language = language_model(model)
+    language.norm = torch.nn.Identity()
+    prefix, layers = f"model.{checkpoint.family.LANGUAGE_MODEL}.layers", DecoderLayers(folder, manifest)
+    names = [name for name, _ in model.named_parameters() if name.startswith(f"{prefix}.0.")]
+    rng, lengths, width = np.random.default_rng(0), np.array([11, 6]), manifest.decoder["hidden_size"]
+    deepstack = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes") or ())
+    calls = [_first_call(rng, lengths, width)]
+    calls += [LayerCall(rng.standard_normal((2, 1, width)).astype(np.float32), np.full((3, 2, 1), 40 + i), lengths + 1 + i) for i in range(steps)]
+    found = []
+    for index in bar(range(manifest.decoder["layers"]), "parity of layers"):
+        added = rng.standard_normal(calls[0].hidden.shape).astype(np.float32) if index < deepstack else None
+        calls[0] = replace(calls[0], added=added)
+        with filled(model, weights, {n: n.replace(f"{prefix}.0.", f"{prefix}.{index}.") for n in names}), torch.inference_mode():
+            want = _torch_layer(model, calls, lengths)
+        differences = []
+        for call, mine, reference in zip(calls, layers.run(index, calls), want, strict=True):
+            real = np.arange(call.hidden.shape[1])[None] < lengths[:, None] if call is calls[0] else np.ones((2, 1), bool)
+            differences.append(compare(f"decoder layer {index}", mine[real], reference[real], tolerance).relative)
+        found.append(max(differences))
+        calls = [replace(call, hidden=reference) for call, reference in zip(calls, want, strict=True)]
+    return found
+
+
+def _first_call(rng: np.random.Generator, lengths: np.ndarray, width: int) -> LayerCall:
+    longest = int(lengths.max())
+    positions = np.sort(rng.integers(0, 40, (3, 2, longest)), axis=-1)  # the three axes apart, as inside a picture
+    return LayerCall(rng.standard_normal((2, longest, width)).astype(np.float32), positions, lengths)
+
+
+def _torch_layer(model: Any, calls: list[LayerCall], lengths: np.ndarray) -> list[np.ndarray]:
+    from transformers import DynamicCache
+
+    cache, out = DynamicCache(config=model.config.text_config), []
+    mask = torch.zeros(len(lengths), 0, dtype=torch.long)
+    for call in calls:
+        width = call.hidden.shape[1]
+        real = np.arange(width)[None] < lengths[:, None] if width > 1 else np.ones((len(lengths), 1), bool)
+        mask = torch.cat([mask, torch.from_numpy(real.astype(np.int64))], 1)
+        fed = call.hidden if call.added is None else np.concatenate([call.hidden, call.added], -1)
+        out.append(read(model, torch.from_numpy(fed), torch.from_numpy(call.positions), mask, cache).numpy())
+    return out
+
+
+@contextmanager
+def filled(model: Any, weights: Any, names: dict[str, str]) -> Iterator[None]:
+    """Gives an empty model some of its parameters, {its own name: its name in `weights`}, and takes them away again."""
+    empty = {}
+    for own, name in names.items():
+        path, _, part = own.rpartition(".")
+        module = model.get_submodule(path)
+        empty[own] = getattr(module, part)
+        setattr(module, part, torch.nn.Parameter(weights[name], requires_grad=False))
+    try:
+        yield
+    finally:
+        for own, parameter in empty.items():
+            path, _, part = own.rpartition(".")
+            setattr(model.get_submodule(path), part, parameter)
 
 
 def _vision(got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator) -> list[Difference]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,10 @@ app.add_typer(data_app, name="data")
 
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
+Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 64 by default.")]
+Bits = Annotated[float, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included.")]
+Calibration = Annotated[str, typer.Option(help="For mixed: scenes (drawn, of the training split), or a file of samples.")]
+PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
 
 
@@ -175,56 +180,125 @@ def finetune(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, `tiny`, or a hub id.")],
-    bundle: Annotated[Path, typer.Argument(help="Folder to write.")],
-    precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int8",
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, `tiny`, or a hub id; BUNDLE, with --synthetic.")],
+    bundle: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
+    precision: Annotated[str, typer.Option(help="exact, fp32, int8, int4, mixed or fp16.")] = "int8",
+    synthetic: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="Random weights of a known model's shape, such as qwen2-vl-2b, instead of a checkpoint.")
+    ] = None,
+    block: Block = None,
+    bits: Bits = 5.0,
+    calibration: Calibration = "scenes",
     json_: JsonOut = None,
 ) -> None:
-    """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch token by token.
+    """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch.
 
     Example: lvr-lite export tuned bundle --precision int8
     """
-    from lvr_lite.checkpoint import read_checkpoint
     from lvr_lite.errors import UsageError
 
-    if precision not in ("fp32", "int8", "int4"):
-        raise UsageError(f"--precision {precision}: must be fp32, int8 or int4")
-    read = read_checkpoint(checkpoint)
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
+    if block is not None and precision not in ("int4", "mixed"):
+        raise UsageError(f"--block is for weights of 4 bits, which --precision {precision} has none of; leave it out")
     _quiet_libraries()
+    began = time.time()
+    if synthetic is not None:
+        if bundle is not None:
+            raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
+        report, bundle = _export_synthetic(synthetic, Path(checkpoint), precision, block), Path(checkpoint)
+    elif bundle is None:
+        raise UsageError("export needs a checkpoint and the folder to write (or --synthetic SHAPE and the folder)")
+    else:
+        report = _export(checkpoint, bundle, precision, block, bits, calibration)
+    _say_done(bundle, began)
+    _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
+
+
+def _say_done(bundle: Path, began: float) -> None:
+    from lvr_lite.memory import peak_rss_mb
+
+    _say(f"{bundle}: written and checked in {time.time() - began:.0f} s, peak memory {(peak_rss_mb() or 0) / 1024:.1f} GiB")
+
+
+def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
+    import tempfile
+
+    from lvr_lite.bundle import fresh_folder
+    from lvr_lite.checkpoint import read_checkpoint
     from lvr_lite.export.write import write_bundle
     from lvr_lite.quant import nf4
 
-    model = nf4.load_merged(read)
+    read = read_checkpoint(checkpoint)
+    if precision == "exact":
+        import torch
+
+        from lvr_lite.quant.exact import ExactConvert
+
+        weights = nf4.TrainedWeights(read, unmerged=True)
+
+        def trained() -> Any:
+            return nf4.load_trained(read, torch.float32)
+
+        return {"parity": write_bundle(read, weights, bundle, _say, trained, "exact", ExactConvert(weights)).parity}
+    merged = nf4.TrainedWeights(read)
+
+    def reference() -> Any:
+        return nf4.load_merged(read)
+
     if precision == "fp32":
-        report = {"parity": write_bundle(model, read, bundle, _say).parity}
-    else:
-        import tempfile
+        return {"parity": write_bundle(read, merged, bundle, _say, reference).parity}
+    with fresh_folder(bundle) as staged, tempfile.TemporaryDirectory(dir=staged.parent, prefix=f"{staged.name}-fp32-") as exact:
+        write_bundle(read, merged, Path(exact) / "fp32", _say, reference)
+        return _quantize(Path(exact) / "fp32", staged, precision, block, bits, calibration)
 
-        from lvr_lite.bundle import fresh_folder
-        from lvr_lite.quant.weights import quantize_bundle
 
-        with fresh_folder(bundle) as staged, tempfile.TemporaryDirectory(dir=staged.parent, prefix=f"{staged.name}-fp32-") as exact:
-            write_bundle(model, read, Path(exact) / "fp32", _say)
-            report = quantize_bundle(Path(exact) / "fp32", staged, precision, _say)
-    _say(f"{bundle}: written and checked")
-    _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
+def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | None) -> dict[str, Any]:
+    from lvr_lite.errors import UsageError
+    from lvr_lite.export.synthetic import SyntheticWeights, shape_of
+    from lvr_lite.export.write import write_bundle
+    from lvr_lite.quant import weights
+
+    made = shape_of(shape)
+    if precision not in ("fp32", "int8", "int4"):
+        raise UsageError(f"--synthetic writes fp32, int8 or int4, not {precision}: random weights have nothing to search or to keep")
+    convert = None if precision == "fp32" else weights.Converter(weights.whole(precision, block))
+    source = {"synthetic": shape, "base": shape, "adapter": False}
+    manifest = write_bundle(made, SyntheticWeights(made), bundle, _say, precision=precision, convert=convert, source=source)
+    return {"bytes": {name: graph.bytes for name, graph in manifest.graphs.items()}}
+
+
+def _quantize(source: Path, target: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
+    from lvr_lite.quant import search, weights
+
+    if precision == "mixed":
+        return search.quantize_mixed(source, target, bits, calibration, _say, block)
+    return weights.quantize_bundle(source, target, precision, _say, block)
 
 
 @app.command()
 def quantize(
     bundle: Annotated[Path, typer.Argument(help="An fp32 bundle.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
-    precision: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    precision: Annotated[str, typer.Option(help="int8, int4, mixed or fp16.")] = "int8",
+    block: Block = None,
+    bits: Bits = 5.0,
+    calibration: Calibration = "scenes",
     json_: JsonOut = None,
 ) -> None:
     """Quantize the weights of an fp32 bundle, and say what was replaced and what was not.
 
-    Example: lvr-lite quantize fp32 int4 --precision int4
-    """
-    from lvr_lite.quant.weights import quantize_bundle
+    mixed gives each layer 4 or 8 bits under a budget, by what this costs in answers and latents on a calibration set.
 
-    report = quantize_bundle(bundle, target, precision, _say)
-    _say(f"{target}: written and checked")
+    Example: lvr-lite quantize fp32 mixed --precision mixed --bits 4.8
+    """
+    from lvr_lite.errors import UsageError
+
+    if block is not None and precision not in ("int4", "mixed"):
+        raise UsageError(f"--block is for weights of 4 bits, which --precision {precision} has none of; leave it out")
+    began = time.time()
+    report = _quantize(bundle, target, precision, block, bits, calibration)
+    _say_done(target, began)
     _write_json(json_, {"schema": "lvr-lite/quantize", "version": 1, "bundle": str(target)} | report)
 
 

@@ -1,4 +1,4 @@
-"""Block-wise integer weights: how a matrix is cut into blocks, rounded, packed. May import: numpy.
+"""Block-wise integer weights: how a matrix is cut into blocks, rounded, packed. May import: numpy, the core.
 
 A block of consecutive values shares a scale (and, where asymmetric, a zero point): value = (q - zero) * scale, q in 0 … 2**bits - 1.
 ONNX Runtime's packing: two 4-bit values a byte, the earlier one low (MatMulNBits, GatherBlockQuantized).
@@ -6,10 +6,16 @@ ONNX Runtime's packing: two 4-bit values a byte, the earlier one low (MatMulNBit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lvr_lite.runtime.onnx import usable_cores
+
+CHUNK = 1 << 18  # values rounded together
+DAMPING = 0.01  # of the mean power, added to every column's
+LAZY = 128  # columns whose errors reach those after them in one product
 SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # scales tried, as a part of the one that reaches the largest value
 
 
@@ -27,6 +33,9 @@ class Blocks:
     bits: int
     columns: int
 
+    def rows(self, part: slice) -> Blocks:
+        return replace(self, values=self.values[part], scales=self.scales[part], zeros=None if self.zeros is None else self.zeros[part])
+
     def dense(self) -> np.ndarray:
         """The matrix (rows, columns) float32 that the integers stand for."""
         zero = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[..., None].astype(np.float32)
@@ -34,53 +43,111 @@ class Blocks:
         return np.asarray(whole.reshape(len(whole), -1)[:, : self.columns])
 
 
-def quantize(matrix: np.ndarray, bits: int, block: int, symmetric: bool) -> Blocks:
-    """Round a float32 matrix (rows, columns), of the scales tried keeping the one with the least squared error in each block."""
+def quantize(matrix: np.ndarray, bits: int, block: int, symmetric: bool, importance: np.ndarray | None = None) -> Blocks:
+    """Round a float32 matrix (rows, columns), of the scales tried keeping the one with the least squared error in each block.
+
+    importance (columns,): how much a squared error in each column counts, such as the mean square of what it is multiplied with.
+    """
     rows, columns = matrix.shape
     count = -(-columns // block)
-    x = np.zeros((rows, count * block), np.float32)
-    x[:, :columns] = matrix
-    x = x.reshape(rows, count, block)
-    find = _symmetric if symmetric else _asymmetric
-    best_error = np.full((rows, count), np.inf, np.float32)
-    values = np.zeros(x.shape, np.uint8)
+    values = np.zeros((rows, count, block), np.uint8)
     scales, zeros = np.zeros((rows, count), np.float32), np.zeros((rows, count), np.uint8)
-    for shrink in SHRINK if bits < 8 else SHRINK[:1]:  # at 8 bits clipping never pays
-        q, scale, zero = find(x, bits, shrink)
-        error = np.square((q - zero[..., None]) * scale[..., None] - x).sum(-1)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        values[better], scales[better], zeros[better] = q[better], scale[better], zero[better]
+    weight = None
+    if importance is not None:
+        padded = np.zeros(count * block, np.float32)
+        padded[:columns] = importance
+        weight = padded.reshape(count, block) + 1e-6 * float(importance.max() or 1)
+
+    def some(first: int) -> None:
+        part = slice(first, first + step)
+        x = np.zeros((len(matrix[part]), count * block), np.float32)
+        x[:, :columns] = matrix[part]
+        values[part], scales[part], zeros[part] = _round(x.reshape(-1, count, block), bits, symmetric, weight)
+
+    step = max(1, CHUNK // (count * block))  # rows whose every intermediate stays in the cache
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        list(pool.map(some, range(0, rows, step)))
     return Blocks(values, scales, None if symmetric else zeros, bits, columns)
 
 
-def _symmetric(x: np.ndarray, bits: int, shrink: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _round(x: np.ndarray, bits: int, symmetric: bool, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    find = _symmetric if symmetric else _asymmetric
+    best: tuple[np.ndarray, ...] | None = None
+    for shrink in SHRINK if bits < 8 else SHRINK[:1]:  # at 8 bits clipping never pays
+        q, scale, zero = find(x, bits, shrink, weight)
+        gap = np.square((q - zero[..., None]) * scale[..., None] - x)
+        error = (gap if weight is None else gap * weight).sum(-1)
+        if best is None:
+            best = (error, q, scale, zero)
+            continue
+        better = error < best[0]
+        for kept, new in zip(best, (error, q, scale, zero), strict=True):
+            kept[better] = new[better]
+    assert best is not None
+    return best[1].astype(np.uint8), best[2], best[3].astype(np.uint8)
+
+
+def gptq(matrix: np.ndarray, products: np.ndarray, bits: int, block: int, symmetric: bool) -> Blocks:
+    """Round a float32 matrix (rows, columns) so that its *products* stay close: the error of each column is made up for by those not
+    rounded yet (GPTQ, arXiv 2210.17323), columns of large inputs first; scales are `quantize`'s, found beforehand.
+
+    products (columns, columns): the sum of x xᵀ over inputs x.
+    """
+    columns = matrix.shape[1]
+    power = np.diagonal(products).astype(np.float32)
+    found = quantize(matrix, bits, block, symmetric, power)
+    order = np.argsort(-power, kind="stable")
+    damped = products[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(columns)] += DAMPING * max(float(np.diagonal(damped).mean()), 1e-10)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    left = np.ascontiguousarray(matrix[:, order].T)  # (columns, rows): what is still to be rounded
+    zero = np.full(found.scales.shape, 1 << (bits - 1), np.float32) if found.zeros is None else found.zeros.astype(np.float32)
+    top = (1 << bits) - 1
+    for begin in range(0, columns, LAZY):
+        end = min(begin + LAZY, columns)
+        errors = np.zeros((end - begin, len(matrix)), np.float32)
+        for i in range(begin, end):
+            at, place = divmod(int(order[i]), block)
+            scale = found.scales[:, at]
+            q = np.clip(np.rint(left[i] / scale) + zero[:, at], 0, top)
+            found.values[:, at, place] = q.astype(np.uint8)
+            errors[i - begin] = (left[i] - (q - zero[:, at]) * scale) / upper[i, i]
+            left[i + 1 : end] -= upper[i, i + 1 : end, None] * errors[i - begin]
+        left[end:] -= upper[begin:end, end:].T @ errors
+    return found
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _symmetric(x: np.ndarray, bits: int, shrink: np.float32, weight: np.ndarray | None) -> Found:
     half = 1 << (bits - 1)
     low, high = x.min(-1), x.max(-1)
     extreme = np.where(-low > high, low, high)  # its sign decides the scale's: q has one step more below zero than above
     scale = _nonzero(extreme * shrink / -half)
     q = np.clip(np.rint(x / scale[..., None]), -half, half - 1)
-    scale = _refit(x, q, scale)
+    scale = _refit(x, q, scale, weight)
     return q + half, scale, np.full(scale.shape, half, np.float32)
 
 
-def _asymmetric(x: np.ndarray, bits: int, shrink: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _asymmetric(x: np.ndarray, bits: int, shrink: np.float32, weight: np.ndarray | None) -> Found:
     top = (1 << bits) - 1
     low, high = np.minimum(x.min(-1), 0) * shrink, np.maximum(x.max(-1), 0) * shrink
     scale = _nonzero((high - low) / top)
     zero = np.clip(np.rint(-low / scale), 0, top)
     q = np.clip(np.rint(x / scale[..., None]) + zero[..., None], 0, top)
-    return q, _refit(x, q - zero[..., None], scale), zero
+    return q, _refit(x, q - zero[..., None], scale, weight), zero
 
 
 def _nonzero(scale: np.ndarray) -> np.ndarray:
     return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
 
 
-def _refit(x: np.ndarray, q: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _refit(x: np.ndarray, q: np.ndarray, scale: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
     """The scale with the least squared error for these integers; `scale` where all are 0."""
-    square = np.square(q).sum(-1)
-    return np.where(square > 0, (q * x).sum(-1) / np.maximum(square, 1), scale).astype(np.float32)
+    counted = q if weight is None else q * weight
+    square = (counted * q).sum(-1)
+    return np.where(square > 0, (counted * x).sum(-1) / np.where(square > 0, square, 1), scale).astype(np.float32)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

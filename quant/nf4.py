@@ -6,12 +6,19 @@ which is checked on the loaded model, since a wrong name in the skip list is sil
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.errors import BundleError
+from lvr_lite.onnxfile import check_finite
+from lvr_lite.weights import StoredWeights, empty_model, placeholder
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:
@@ -54,8 +61,6 @@ def load_nf4(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, device
 
 def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
     """The number of 4-bit linears, all of them in the language model and all of its linears among them; keeps them trainable on CPUs."""
-    import re
-
     import bitsandbytes as bnb
 
     four_bit = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
@@ -90,8 +95,126 @@ def load_merged(checkpoint: Checkpoint) -> Any:
 def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     from peft import PeftModel
 
+    _check_adapter(model, checkpoint)
     try:
         return PeftModel.from_pretrained(model, checkpoint.folder)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BundleError(f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})") from error
+
+
+def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
+    """What an adapter holds for layers that the base lacks, PEFT would pass over with a warning at most."""
+    from safetensors import SafetensorError, safe_open
+
+    file = checkpoint.folder / "adapter_model.safetensors"
+    modules = {name for name, _ in model.named_modules()}
+    try:
+        with safe_open(str(file), "pt") as opened:
+            paths = {re.sub(r"^base_model\.model\.|\.(lora_|token_adapter|modules_to_save|trainable_tokens).*$", "", key) for key in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
+    if foreign := sorted(path for path in paths if path not in modules):
+        raise BundleError(f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, which has no {foreign[0]}")
+
+
+class TrainedWeights(Mapping[str, Tensor]):
+    """The parameters that `load_merged` would have, bit for bit, each made when it is asked for.
+
+    unmerged: the linears of the language model in NF4 as training had them, their adapters apart, as "….q_proj.lora_A" (r, in) and
+    "….q_proj.lora_B" (out, r), the latter with the adapter's scale. model: their `empty_model`, for export.
+    Raises BundleError where base and adapter do not fit, or where the adapter cannot be merged layer by layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, unmerged: bool = False) -> None:
+        self.model = empty_model(checkpoint.config, checkpoint.family)
+        self.unmerged, self._checkpoint = unmerged, checkpoint
+        self._stored = StoredWeights(checkpoint, self.model)
+        targets = re.compile(checkpoint.family.LORA_TARGETS)
+        linears = {name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear) and targets.fullmatch(name)}
+        self.in_nf4 = {f"{name}.weight" for name in linears} if checkpoint.adapter or unmerged else set()
+        self._layers: dict[str, Any] = {}
+        self._rows: dict[str, tuple[list[int], Tensor]] = {}
+        if checkpoint.adapter:
+            self._read_adapter()
+
+    def _read_adapter(self) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        tuned = _with_adapter(empty_model(self._checkpoint.config, self._checkpoint.family), self._checkpoint)
+        for path, module in tuned.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                if module.use_dora.get("default") or getattr(module, "lora_bias", {}).get("default"):
+                    raise BundleError(f"{self._checkpoint.folder}: {path} is tuned with DoRA or a bias, which export cannot merge; train plain LoRA")
+                self._layers[f"{path}.weight"] = module
+            elif isinstance(module, TrainableTokensLayer):
+                # tied ones share what they learned; the model's parameter has the name of the layer that wraps this one
+                learned = module.trainable_tokens_delta["default"].detach().float()
+                self._rows[f"{path.removesuffix('.token_adapter')}.weight"] = (module.token_indices["default"], learned)
+            elif isinstance(module, ModulesToSaveWrapper):
+                raise BundleError(f"{self._checkpoint.folder}: {path} was trained whole (modules_to_save), which export cannot merge")
+        if self.unmerged:
+            self._declare_adapters()
+
+    def _declare_adapters(self) -> None:
+        """The adapters as parameters of the empty model, so that export finds them."""
+        made = len(dict(self.model.named_parameters()))
+        for name, layer in self._layers.items():
+            linear = self.model.get_submodule(name.removesuffix(".weight"))
+            for part, shape in (("lora_A", layer.lora_A["default"].weight.shape), ("lora_B", layer.lora_B["default"].weight.shape)):
+                setattr(linear, part, placeholder(made, shape))
+                made += 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        path, _, part = name.rpartition(".")
+        if part in ("lora_A", "lora_B"):
+            layer = self._layers[f"{path}.weight"]
+            weight = getattr(layer, part)["default"].weight.detach().float()
+            return weight * layer.scaling["default"] if part == "lora_B" else weight
+        weight = self._stored[name]
+        if name in self.in_nf4:
+            weight = _unpacked(*_packed(weight, name)).reshape(weight.shape)
+        if name in self._layers and not self.unmerged:
+            weight += self._layers[name].get_delta_weight("default")
+        if name in self._rows:
+            rows, values = self._rows[name]
+            weight[torch.tensor(rows)] = values
+        return weight
+
+    def merged(self) -> TrainedWeights:
+        """The same with the adapter merged, to check against."""
+        other = copy(self)
+        other.unmerged = False
+        return other
+
+    def nf4(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A linear's NF4 as bitsandbytes packs it: two values a byte (uint8), and the scale of each block of 64 (float32), rows (out, in)
+        one after another. The scales are those after double quantization, which training computed with."""
+        packed, state = _packed(self._stored[name], name)
+        import bitsandbytes.functional as bnb
+
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return packed.numpy().reshape(-1), scales.float().numpy()
+
+
+def _packed(weight: Tensor, name: str) -> tuple[Tensor, Any]:
+    import bitsandbytes.functional as bnb
+
+    check_finite(name, weight.numpy())
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return packed, state
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    import bitsandbytes.functional as bnb
+
+    return torch.as_tensor(bnb.dequantize_4bit(packed, state)).float()

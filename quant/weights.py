@@ -1,4 +1,4 @@
-"""Integer weights for a bundle: from an fp32 bundle to an int8 or int4 one. May import: onnx, onnxruntime, numpy, Pillow and the core.
+"""Integer weights for a bundle, one weight at a time. May import: onnx, onnxruntime, numpy, Pillow and the core.
 
     quantize_bundle(Path("bundles/first-fp32"), Path("bundles/first-int4"), "int4", print)
 
@@ -10,77 +10,128 @@ about a tenth less error than the quantizer that ships with ONNX Runtime, and si
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, numpy_helper
-from PIL import Image
 
-from lvr_lite import bundle
+from lvr_lite import bundle, onnxfile
 from lvr_lite.bundle import Graph, Manifest
 from lvr_lite.errors import BundleError, UsageError
-from lvr_lite.quant.blocks import Blocks, pack, quantize
-from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.preprocess import prepare
+from lvr_lite.memory import peak_rss_mb
+from lvr_lite.onnxfile import DataFile
+from lvr_lite.quant import drift, half
+from lvr_lite.quant.blocks import Blocks, gptq, pack, quantize
 
 SMALL = 4096  # a weight with fewer values may stay as it is
 MICROSOFT = "com.microsoft"
 WEIGHTED = {"MatMul": 1, "Gather": 0}  # operators whose weight can be replaced, and which input it is
-LATENT_STEPS = 8  # over which drift is measured
+Read = Callable[[onnx.TensorProto], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """bits: 4 or 8 a weight. block: values that share a scale. symmetric: without zero points."""
+    """bits: 4 or 8 a weight. block: values that share a scale, or the largest half of it, or quarter, that divides the columns.
+    symmetric: without zero points."""
 
     bits: int
     block: int
     symmetric: bool
 
+    def of(self, columns: int) -> Scheme:
+        """This scheme for a matrix of so many columns: a block that is padded would waste bytes, and could not be shared with a Gather."""
+        fitting = [b for b in (self.block, self.block // 2, self.block // 4) if columns % b == 0 and b >= 16]
+        return replace(self, block=fitting[0] if fitting else self.block)
 
-INT8 = Scheme(bits=8, block=64, symmetric=True)
-INT4 = Scheme(bits=4, block=32, symmetric=False)  # zero points cost 1/64 byte a weight and no time that could be measured
-SCHEMES: dict[str, dict[str, Scheme]] = {
+
+INT8 = Scheme(bits=8, block=128, symmetric=True)
+INT4 = Scheme(bits=4, block=64, symmetric=False)
+WHOLE = {  # precision -> scheme of each graph
     "int8": dict.fromkeys(bundle.GRAPHS, INT8),
     # The decoder's weights are read at every step, so they are worth 4 bits; vision runs once and the head decides near ties.
     "int4": {**dict.fromkeys(bundle.GRAPHS, INT8), "decoder": INT4},
 }
+PRECISIONS = ("int8", "int4", "mixed", "fp16")
 
 
-def quantize_bundle(source: Path, target: Path, precision: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Write the fp32 bundle `source` with integer weights to `target`; returns what report.json then says.
+@dataclass(frozen=True)
+class Plan:
+    """How each weight of a bundle is rounded. by_graph: the scheme of a graph; by_weight: {graph/weight: scheme} where it is another;
+    products: {graph/weight: sum of x xᵀ over its inputs}, for GPTQ."""
 
-    precision: "int8" (all weights in 8 bits) or "int4" (the decoder in 4 bits, vision, embedding and head in 8).
+    by_graph: dict[str, Scheme]
+    by_weight: dict[str, Scheme] = field(default_factory=dict)
+    products: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def scheme(self, graph: str, weight: str, columns: int) -> Scheme:
+        return self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph]).of(columns)
+
+
+def quantize_bundle(
+    source: Path, target: Path, precision: str, progress: Callable[[str], None], block: int | None = None, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Write the fp32 bundle `source` with other weights to `target`; returns what report.json then says.
+
+    precision: "int8" (all weights in 8 bits), "int4" (the decoder in 4 bits, vision, embedding and head in 8), "fp16", or, with a `plan`,
+    "mixed" (see `lvr_lite.quant.search`). block: values that share a scale where weights have 4 bits.
     Raises UsageError for another precision, BundleError where `source` is not an fp32 bundle or `target` cannot be written; either way
     nothing is left and an earlier bundle at `target` stays as it was.
     """
-    if precision not in SCHEMES:
-        raise UsageError(f"precision {precision!r} is not known; quantize writes {' or '.join(SCHEMES)}")
+    began = time.perf_counter()
+    manifest = check_source(source, target, precision)
+    plan = plan or (None if precision == "fp16" else whole(precision, block))
+    onnxfile.check_free_space(target, sum(g.bytes for g in manifest.graphs.values()) // (2 if precision == "fp16" else 3))
+    with bundle.fresh_folder(target) as folder:
+        (folder / "onnx").mkdir()
+        graphs, by_graph = {}, {}
+        shared = Shared()
+        for name in sorted(manifest.graphs, key=bundle.GRAPHS.index):
+            graph = manifest.graphs[name]
+            graphs[name], by_graph[name] = _write_graph(source, folder, name, graph, plan, shared)
+            progress(_line(name, by_graph[name]))
+        (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+        bundle.write_manifest(folder, _manifest(manifest, graphs, precision))
+        check_form(folder, graphs)
+        measured = drift.measure(source, folder)
+        report = _report(manifest, precision, by_graph, measured)
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        drift.draw(measured, folder / "drift.png", precision)
+    report["seconds"], report["peak_rss_mb"] = round(time.perf_counter() - began, 1), peak_rss_mb()
+    progress(f"{precision}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes'] / 1e6:.1f} MB, {report['bits_per_weight']:.2f} bits a weight")
+    return report
+
+
+def whole(precision: str, block: int | None = None) -> Plan:
+    """The plan of "int8" or "int4"."""
+    if block is not None and (block < 16 or block & (block - 1)):
+        raise UsageError(f"block {block}: must be a power of two, 16 or more")
+    schemes = WHOLE[precision]
+    return Plan({name: replace(s, block=block) if block and s.bits == 4 else s for name, s in schemes.items()})
+
+
+def check_source(source: Path, target: Path, precision: str) -> Manifest:
+    """The manifest of an fp32 bundle that may be quantized to `target`. Raises UsageError and BundleError as `quantize_bundle`."""
+    if precision == "exact":
+        raise UsageError("precision exact: is written from the checkpoint, whose 4-bit base an fp32 bundle no longer has (`lvr-lite export`)")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not known; quantize writes {', '.join(PRECISIONS)}")
     manifest = bundle.read_manifest(source)
     if manifest.precision != "fp32":
         raise BundleError(f"{source}: its precision is {manifest.precision}; quantize starts from an fp32 bundle (`lvr-lite export`)")
     if target.resolve() == source.resolve():
         raise BundleError(f"{target}: is the source itself; choose another folder for the quantized bundle")
-    with bundle.fresh_folder(target) as folder:
-        (folder / "onnx").mkdir()
-        graphs, by_graph = {}, {}
-        for name, graph in manifest.graphs.items():
-            graphs[name], by_graph[name] = _quantize_graph(source, folder, graph, SCHEMES[precision][name])
-            done = by_graph[name]
-            numbers = f"error {done['weight_error']:.2%}, {done['bytes'] / 1e6:.2f} MB"
-            left = f", kept: {', '.join(f'{w} ({why})' for w, why in done['kept'].items())}" if done["kept"] else ", none kept in float"
-            progress(f"{name}: {done['replaced']} weights to {done['bits']} bits{left}, {numbers}")
-        (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-        bundle.write_manifest(folder, _manifest(manifest, graphs, precision))
-        drift = measure_drift(OnnxRuntime(source), OnnxRuntime(folder))
-        report = _report(manifest, precision, by_graph, drift)
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
-    progress(f"{precision}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes'] / 1e6:.1f} MB")
-    return report
+    return manifest
+
+
+def _line(name: str, done: dict[str, Any]) -> str:
+    kept = ", ".join(f"{weight} ({why})" for weight, why in done["kept"].items())
+    left = f", kept: {kept}" if kept else ", none kept in float"
+    return f"{name}: {done['replaced']} weights to {done['what']}{left}, error {done['weight_error']:.2%}, {done['bytes'] / 1e6:.2f} MB"
 
 
 def _manifest(manifest: Manifest, graphs: dict[str, Graph], precision: str) -> Manifest:
@@ -88,43 +139,90 @@ def _manifest(manifest: Manifest, graphs: dict[str, Graph], precision: str) -> M
     return replace(manifest, precision=precision, graphs=graphs, source={**manifest.source, "quantized_from": origin})
 
 
-def _report(manifest: Manifest, precision: str, by_graph: dict[str, Any], drift: dict[str, Any]) -> dict[str, Any]:
+def _report(manifest: Manifest, precision: str, by_graph: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     before = sum(graph.bytes for graph in manifest.graphs.values())
     after = sum(graph["bytes"] for graph in by_graph.values())
-    return {"precision": precision, "bytes_before": before, "bytes": after, "graphs": by_graph, "drift": drift, "parity": manifest.parity}
+    parts = [graph for name, graph in by_graph.items() if name != "vision_encoder"]
+    weights = sum(graph["weights"] for graph in parts) - (by_graph["lm_head"]["weights"] if by_graph["lm_head"]["shared"] else 0)
+    bits = 8 * sum(graph["bytes_of_weights"] for graph in parts) / max(weights, 1)
+    sizes = {"bytes_before": before, "bytes": after, "bits_per_weight": round(bits, 3)}
+    return {"precision": precision, **sizes, "graphs": by_graph, "drift": measured, "parity": manifest.parity}
 
 
-def _quantize_graph(source: Path, folder: Path, graph: Graph, scheme: Scheme) -> tuple[Graph, dict[str, Any]]:
-    """Write one graph in `scheme`; its manifest entry, and what was done to it."""
-    model = onnx.load(str(source / graph.path), load_external_data=False)
-    rewriting = _Rewriting(model, (source / graph.path).parent, scheme)
+def _write_graph(
+    source: Path, folder: Path, name: str, graph: Graph, plan: Plan | None, shared: Shared
+) -> tuple[Graph, dict[str, Any]]:
+    """Write one graph; its manifest entry, and what was done to it."""
+    model, at = onnxfile.load(source / graph.path), (source / graph.path).parent
+
+    def read(tensor: onnx.TensorProto) -> np.ndarray:
+        return onnxfile.read(tensor, at)
+
+    with onnxfile.data_file(folder / graph.path) as data:
+        described = half.convert(name, model, read, data) if plan is None else convert(name, model, read, data, plan, shared)
+    (folder / graph.path).write_bytes(model.SerializeToString())
+    entry = replace(graph, precision=described["precision"], **onnxfile.graph_files(folder, graph.path))
+    if plan is None:
+        entry = replace(entry, **half.ports(model, graph))
+    return entry, described | {"bytes_before": graph.bytes, "bytes": entry.bytes}
+
+
+@dataclass
+class Shared:
+    """What graphs have in common: an embedding whose bytes the head reads too, where the two are tied."""
+
+    table: np.ndarray | None = None
+    parts: list[onnx.TensorProto] = field(default_factory=list)
+    scheme: Scheme | None = None
+
+
+class Converter:
+    """What `lvr_lite.export.write.write_bundle` calls for each graph: weights go straight to integers."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._shared = plan, Shared()
+
+    def __call__(self, graph: str, model: onnx.ModelProto, read: Read, data: DataFile, origins: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        return convert(graph, model, read, data, self._plan, self._shared)
+
+
+def convert(name: str, model: onnx.ModelProto, read: Read, data: DataFile, plan: Plan, shared: Shared) -> dict[str, Any]:
+    """Turn a float graph into one of integer weights, in place; returns what was done."""
+    rewriting = _Rewriting(name, model, read, data, plan, shared)
     rewriting.run()
-    weights = f"{graph.path}_data"
-    onnx.save(model, str(folder / graph.path), save_as_external_data=True, location=Path(weights).name, size_threshold=1024)
-    files = bundle.graph_files(folder, [graph.path, weights])
-    described = {
-        **asdict(scheme),
+    by_bits = {bits: [w for w, s in rewriting.schemes.items() if s.bits == bits] for bits in (4, 8)}
+    what = " and ".join(f"{len(names)} × {bits} bits" if len(by_bits[4]) * len(by_bits[8]) else f"{bits} bits" for bits, names in by_bits.items() if names)
+    schemes = {f"{s.bits} bits, block {s.block}{'' if s.symmetric else ', zero points'}" for s in rewriting.schemes.values()}
+    return {
+        "precision": f"int{plan.by_graph[name].bits}" if not (by_bits[4] and by_bits[8]) else "mixed",
+        "what": what,
+        "schemes": sorted(schemes),
         "replaced": len(rewriting.errors),
         "kept": rewriting.kept,
+        "shared": rewriting.sharing,
+        "weights": rewriting.weights,
+        "bytes_of_weights": rewriting.bytes,
         "weight_error": rewriting.weight_error,
-        "worst": rewriting.worst,
-        "bytes_before": graph.bytes,
-        "bytes": files["bytes"],
+        "errors": rewriting.errors,
+        "layers": layer_errors(rewriting.errors),
+        "bits": {node: scheme.bits for node, scheme in rewriting.schemes.items()},
     }
-    return replace(graph, precision=f"int{scheme.bits}", **files), described
 
 
 class _Rewriting:
-    """One graph on its way from float to integer weights; weights are read from disk one by one.
+    """One graph on its way from float to integer weights; weights are read one by one.
 
-    errors: {node: relative error of its weight}. kept: {weight: why it stayed in float}.
+    errors: {node: relative error of its weight}; schemes: {node: how it was rounded}; kept: {weight: why it stayed in float}.
     """
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, scheme: Scheme) -> None:
-        self.model, self.folder, self.scheme = model, folder, scheme
+    def __init__(self, name: str, model: onnx.ModelProto, read: Read, data: DataFile, plan: Plan, shared: Shared) -> None:
+        self.name, self.model, self.read, self.data, self.plan, self.shared = name, model, read, data, plan, shared
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.errors: dict[str, float] = {}
+        self.schemes: dict[str, Scheme] = {}
         self.kept: dict[str, str] = {}
+        self.weights = self.bytes = 0
+        self.sharing = False
         self._gap = self._norm = 0.0
         self._made: dict[str, list[str]] = {}  # weights that several nodes share are rounded once
 
@@ -133,28 +231,27 @@ class _Rewriting:
         """norm of all rounding errors / norm of all weights replaced."""
         return float(np.sqrt(self._gap / max(self._norm, 1e-30)))
 
-    @property
-    def worst(self) -> dict[str, float]:
-        return dict(sorted(self.errors.items(), key=lambda item: -item[1])[:3])
-
     def run(self) -> None:
-        for node in self.model.graph.node:
-            weight = self.initializers.get(node.input[WEIGHTED[node.op_type]]) if node.op_type in WEIGHTED else None
-            if weight is None or not _is_matrix(weight) or len(weight.dims) != 2 or np.prod(weight.dims) < SMALL:
-                continue
-            if node.op_type == "MatMul":
-                self._matmul(node, weight)
-            elif _axis(node) == 0:
-                self._gather(node, weight)
-        self._drop_unused()
-        self._explain_what_is_left()
+        nodes = [node for node in self.model.graph.node if self._replaceable(node)]
+        for node in onnxfile.bar(nodes, f"{self.name}: weights"):
+            weight = self.initializers[node.input[WEIGHTED[node.op_type]]]
+            (self._matmul if node.op_type == "MatMul" else self._gather)(node, weight)
+        self._keep_the_rest()
         if not any(opset.domain == MICROSOFT for opset in self.model.opset_import):
             self.model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
 
-    def _explain_what_is_left(self) -> None:
+    def _replaceable(self, node: onnx.NodeProto) -> bool:
+        weight = self.initializers.get(node.input[WEIGHTED[node.op_type]]) if node.op_type in WEIGHTED else None
+        if weight is None or not _is_matrix(weight) or len(weight.dims) != 2 or np.prod(weight.dims) < SMALL:
+            return False
+        return node.op_type == "MatMul" or _axis(node) == 0
+
+    def _keep_the_rest(self) -> None:
         """Every matrix that is still in float must be a small one: a layer that another operator holds would stay large unnoticed."""
         made = {name for names in self._made.values() for name in names}
-        for tensor in self.model.graph.initializer:
+        used = {name for node in self.model.graph.node for name in node.input}
+        left = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
+        for tensor in left:
             if tensor.name in made or not _is_matrix(tensor):
                 continue
             size = int(np.prod(tensor.dims))
@@ -162,39 +259,76 @@ class _Rewriting:
             if size >= SMALL:
                 raise BundleError(f"weight {tensor.name} {list(tensor.dims)} of {', '.join(users)} cannot be quantized; nothing written")
             self.kept[tensor.name] = f"{size} values, fewer than {SMALL}"
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(t if t.name in made else self.data.add(t.name, self.read(t)) for t in left)
 
     def _matmul(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
         """x @ weight (K, N): blocks along K, so the matrix that is cut is the transpose."""
-        inputs = self._rounded(node, weight, transpose=True)
-        attributes = {"K": weight.dims[0], "N": weight.dims[1], "bits": self.scheme.bits, "block_size": self.scheme.block}
+        inputs, scheme = self._rounded(node, weight, transpose=True)
+        attributes = {"K": weight.dims[0], "N": weight.dims[1], "bits": scheme.bits, "block_size": scheme.block}
         # accuracy_level 4 (8-bit activations): without it the CPU kernel is twenty times slower
-        self._become(node, "MatMulNBits", [node.input[0], *inputs], {**attributes, "accuracy_level": 4})
+        become(node, "MatMulNBits", [node.input[0], *inputs], {**attributes, "accuracy_level": 4})
 
     def _gather(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
-        inputs = self._rounded(node, weight, transpose=False)
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": self.scheme.block, "bits": self.scheme.bits}
-        self._become(node, "GatherBlockQuantized", [inputs[0], node.input[1], *inputs[1:]], attributes)
+        inputs, scheme = self._rounded(node, weight, transpose=False)
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": scheme.block, "bits": scheme.bits}
+        become(node, "GatherBlockQuantized", [inputs[0], node.input[1], *inputs[1:]], attributes)
 
-    def _become(self, node: onnx.NodeProto, operator: str, inputs: list[str], attributes: dict[str, int]) -> None:
-        """Turn a node into another operator in place: its name, outputs and position in the graph stay."""
-        node.op_type, node.domain = operator, MICROSOFT
-        del node.input[:], node.attribute[:]
-        node.input.extend(inputs)
-        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
-
-    def _rounded(self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool) -> list[str]:
-        """Names of the initializers that replace `weight`: integers, scales and, where asymmetric, zero points."""
+    def _rounded(self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool) -> tuple[list[str], Scheme]:
+        """Names of the initializers that replace `weight`: integers, scales and, where asymmetric, zero points; and the scheme."""
+        columns = weight.dims[0] if transpose else weight.dims[1]
+        scheme = self.plan.scheme(self.name, weight.name, columns)
         if self._made.get(weight.name) is None:
-            matrix = numpy_helper.to_array(weight, base_dir=str(self.folder))
-            if not np.isfinite(matrix).all():
-                raise BundleError(f"weight {weight.name} holds values that are not finite; export a sound checkpoint again")
+            matrix = self.read(weight)
+            onnxfile.check_finite(weight.name, matrix)
             matrix = np.ascontiguousarray(matrix.T) if transpose else matrix
-            made = quantize(matrix, self.scheme.bits, self.scheme.block, self.scheme.symmetric)
-            self._made[weight.name] = self._add(weight.name, made, flat=not transpose)
-            gap, norm = float(np.square(made.dense() - matrix).sum()), float(np.square(matrix).sum())
-            self._gap, self._norm = self._gap + gap, self._norm + norm
-            self.errors[node.name] = float(np.sqrt(gap / max(norm, 1e-30)))
-        return self._made[weight.name]
+            self.weights += matrix.size
+            if transpose and self._is_tied(matrix, scheme):
+                self._made[weight.name] = self._share(matrix, scheme)
+            else:
+                made = self._round(f"{self.name}/{weight.name}", matrix, scheme)
+                self._made[weight.name] = self._add(weight.name, made, flat=not transpose)
+                self.errors[node.name] = self._count(made, matrix)
+                if not transpose and self.name == "embed_tokens":
+                    added = [t for t in self.model.graph.initializer if t.name in self._made[weight.name]]
+                    self.shared.table, self.shared.parts, self.shared.scheme = matrix, added, scheme
+            self.schemes[node.name] = scheme
+        return self._made[weight.name], scheme
+
+    def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
+        products = self.plan.products.get(key)
+        if products is None or scheme.bits == 8:
+            return quantize(matrix, scheme.bits, scheme.block, scheme.symmetric)
+        return gptq(matrix, products, scheme.bits, scheme.block, scheme.symmetric)
+
+    def _count(self, made: Blocks, matrix: np.ndarray) -> float:
+        step, gap, norm = max(1, (1 << 22) // matrix.shape[1]), 0.0, 0.0
+        for first in range(0, len(matrix), step):  # part by part: the largest matrix of a model is a gigabyte
+            rows = slice(first, first + step)
+            gap += float(np.square(made.rows(rows).dense() - matrix[rows]).sum())
+            norm += float(np.square(matrix[rows]).sum())
+        self._gap, self._norm = self._gap + gap, self._norm + norm
+        return float(np.sqrt(gap / max(norm, 1e-30)))
+
+    def _is_tied(self, matrix: np.ndarray, scheme: Scheme) -> bool:
+        table = self.shared.table
+        return table is not None and self.shared.scheme == scheme and table.shape == matrix.shape and np.array_equal(table, matrix)
+
+    def _share(self, matrix: np.ndarray, scheme: Scheme) -> list[str]:
+        """The embedding's bytes, as MatMulNBits wants them declared; they lie in the embedding's file."""
+        self.sharing = True
+        blocks = matrix.shape[1] // scheme.block
+        names = []
+        for tensor in self.shared.parts:
+            mine = onnx.TensorProto()
+            mine.CopyFrom(tensor)
+            if tensor is self.shared.parts[0]:
+                del mine.dims[:]
+                mine.dims.extend([len(matrix), blocks, scheme.block * scheme.bits // 8])
+            self.model.graph.initializer.append(mine)
+            names.append(mine.name)
+        self.errors["shared with embed_tokens"] = 0.0
+        return names
 
     def _add(self, name: str, made: Blocks, flat: bool) -> list[str]:
         rows = len(made.values)
@@ -202,19 +336,17 @@ class _Rewriting:
         arrays = {f"{name}_q{made.bits}": pack(values, made.bits), f"{name}_scales": made.scales}
         if made.zeros is not None:
             arrays[f"{name}_zeros"] = pack(made.zeros, made.bits)
-        self.model.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in arrays.items())
+        self.bytes += sum(array.nbytes for array in arrays.values())
+        self.model.graph.initializer.extend(self.data.add(key, array) for key, array in arrays.items())
         return list(arrays)
 
-    def _drop_unused(self) -> None:
-        used = {name for node in self.model.graph.node for name in node.input}
-        keep = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
-        for tensor in keep:  # what stays as it is still lies in the source's file
-            if external_data_helper.uses_external_data(tensor):
-                external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                del tensor.external_data[:]
-        del self.model.graph.initializer[:]
-        self.model.graph.initializer.extend(keep)
+
+def become(node: onnx.NodeProto, operator: str, inputs: list[str], attributes: dict[str, int]) -> None:
+    """Turn a node into another operator in place: its name, outputs and position in the graph stay."""
+    node.op_type, node.domain = operator, MICROSOFT
+    del node.input[:], node.attribute[:]
+    node.input.extend(inputs)
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
 
 
 def _is_matrix(tensor: onnx.TensorProto) -> bool:
@@ -225,53 +357,37 @@ def _axis(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
-def measure_drift(reference: OnnxRuntime, quantized: OnnxRuntime, seed: int = 0) -> dict[str, Any]:
-    """How far the quantized graphs are from the reference, as norm of the difference / norm of the reference.
+def check_form(folder: Path, graphs: dict[str, Graph]) -> None:
+    """A bundle's last check: raises BundleError, naming the node, for a form that runs slowly or holds weights twice.
 
-    Each graph on the same input, then `latent_steps`: both feed their own hidden states back, so that errors may add up; and
-    `same_input_steps`, where both are fed the reference's.
+    MatMulNBits without accuracy_level 4 (23 times slower on CPUs), Gemm and large float MatMul left over, the same bytes written twice.
     """
-    rng = np.random.default_rng(seed)
-    both = (reference, quantized)
-    noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
-    pixels, grids = prepare([noise], reference.family, reference.image_spec)
-    ids = rng.integers(0, reference.tokenizer.get_vocab_size(), (1, 24), np.int64)
-    hidden = _run(both[0], ids)[1][None]
-    return {
-        "vision_encoder": _apart(*(runtime.encode(pixels, grids) for runtime in both)),
-        "embed_tokens": _apart(*(runtime.embed(ids) for runtime in both)),
-        "lm_head": _apart(*(runtime.head(hidden) for runtime in both)),
-        "decoder": _latent_drift(both, ids),
-    }
+    seen: dict[tuple[int, bytes], str] = {}
+    for name, graph in graphs.items():
+        model = onnxfile.load(folder / graph.path)
+        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            level = next((a.i for a in node.attribute if a.name == "accuracy_level"), 0)
+            if node.op_type == "MatMulNBits" and level != 4:
+                raise BundleError(f"{name}: {node.name} has no accuracy_level 4, so it would run 23 times slower; nothing written")
+            weight = initializers.get(node.input[1]) if node.op_type in ("Gemm", "MatMul") and len(node.input) > 1 else None
+            large = weight is not None and int(np.prod(weight.dims)) >= SMALL and weight.data_type == onnx.TensorProto.FLOAT
+            if node.op_type == "Gemm" or (node.op_type == "MatMul" and large):
+                raise BundleError(f"{name}: {node.name} is a {node.op_type} with its weight in float; nothing written")
+        for tensor in initializers.values():
+            if onnxfile.size(tensor) <= 1 << 16:
+                continue
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            key = onnxfile.fingerprint(tensor, (folder / graph.path).parent)
+            place = f"{where['location']} at {where['offset']}"
+            if seen.setdefault(key, place) != place:
+                raise BundleError(f"{name}: {tensor.name} holds the same bytes as {seen[key]}; nothing written")
 
 
-def _run(runtime: OnnxRuntime, ids: np.ndarray, embeds: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Starts a batch of one row; its embeddings, and the hidden state (H,) after it."""
-    embeds = runtime.embed(ids) if embeds is None else embeds
-    runtime.start(1, ids.shape[1] + 2 * LATENT_STEPS)
-    positions = np.broadcast_to(np.arange(ids.shape[1]), (3, *ids.shape))
-    return embeds, runtime.prefill(embeds, positions, np.array([ids.shape[1]]))[0]
-
-
-def _latent_drift(both: tuple[OnnxRuntime, OnnxRuntime], ids: np.ndarray) -> dict[str, Any]:
-    embeds, _ = _run(both[0], ids)
-    own = [_feed_back(runtime, ids, embeds, None) for runtime in both]
-    same = _feed_back(both[1], ids, embeds, own[0])
-    return {
-        "prefill": _apart(own[0][0], own[1][0]),
-        "latent_steps": [_apart(a, b) for a, b in zip(own[0][1:], own[1][1:], strict=True)],
-        "same_input_steps": [_apart(a, b) for a, b in zip(own[0][1:], same[1:], strict=True)],
-    }
-
-
-def _feed_back(runtime: OnnxRuntime, ids: np.ndarray, embeds: np.ndarray, fed: list[np.ndarray] | None) -> list[np.ndarray]:
-    """Hidden states (H,) of the prompt and of each latent step, fed with its own states or with `fed`."""
-    states = [_run(runtime, ids, embeds)[1].copy()]
-    for step in range(LATENT_STEPS):
-        given = states[-1] if fed is None else fed[step]
-        states.append(runtime.step(given[None], np.array([ids.shape[1] + step]))[0].copy())
-    return states
-
-
-def _apart(wanted: np.ndarray, found: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+def layer_errors(errors: dict[str, float]) -> dict[str, float]:
+    """The root mean square of weight errors by layer, {"layers.3": 0.08}; what belongs to none by its own name."""
+    found: dict[str, list[float]] = {}
+    for node, error in errors.items():
+        match = re.search(r"(layers|blocks)\.\d+", node)
+        found.setdefault(match.group() if match else node, []).append(error)
+    return {name: float(np.sqrt(np.mean(np.square(values)))) for name, values in found.items()}

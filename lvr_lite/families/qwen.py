@@ -15,7 +15,7 @@ from PIL import Image
 # What a family is made of (docs/families.md); those that share it import all and define anew what differs.
 __all__ = [
     "IMAGE_TOKEN", "KEEP_UNQUANTIZED", "LANGUAGE_MODEL", "LORA_TARGETS", "POSITION_AXES", "VISION_AXES", "frames", "grid_of",
-    "image_inputs", "image_spec", "patches", "picture_text", "positions", "rope_axes", "token_grid", "token_places", "vision_inputs",
+    "PICTURE_TOKENS", "image_inputs", "image_spec", "patches", "picture_text", "positions", "rope_axes", "token_grid", "token_places", "vision_inputs",
 ]  # fmt: skip
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -23,6 +23,7 @@ KEEP_UNQUANTIZED = ["model.visual", "lm_head"]  # "visual" alone matches nothing
 IMAGE_TOKEN = "<|image_pad|>"
 LANGUAGE_MODEL = "language_model"  # what transformers calls it
 POSITION_AXES = 3
+PICTURE_TOKENS: tuple[str, ...] = ()  # others that `picture_text` writes
 
 
 def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ LORA_TARGETS = r".*text_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|
 KEEP_UNQUANTIZED = ["model.vision_model", "model.connector", "lm_head"]
 IMAGE_TOKEN = "<image>"
 POSITION_AXES = 1
+PICTURE_TOKENS = ("<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)))
 VISION_AXES: dict[str, str] = {}
 LARGEST = 4096  # pixels of a side, whatever the settings say (transformers)
 

@@ -35,7 +35,9 @@ def share_one_thread_pool(threads: int) -> None:
         _pool_threads = threads
 
 
-def _session(path: Path) -> ort.InferenceSession:
+def open_session(path: Path) -> ort.InferenceSession:
+    """A graph, ready to run in the one thread pool. Raises BundleError where ONNX Runtime cannot load it."""
+    share_one_thread_pool(usable_cores())
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
@@ -64,7 +66,7 @@ class OnnxRuntime:
         self.latent = self.manifest.latent
         self.hidden_size = self.manifest.decoder["hidden_size"]
         share_one_thread_pool(threads or usable_cores())
-        sessions = (_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
+        sessions = (open_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
         self._vision, self._embed, self._decoder, self._head = sessions
         self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
         deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
@@ -104,7 +106,8 @@ class OnnxRuntime:
 
     def _new_cache(self, batch: int, capacity: int) -> dict[str, Any]:
         shape = (batch, self.manifest.decoder["kv_heads"], capacity, self.manifest.decoder["head_dim"])
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in self._cache_names}
+        dtype = np.dtype(self.manifest.graphs["decoder"].inputs["past_key_values.0.key"]["dtype"])
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in self._cache_names}
 
     def _bind(self, cache: dict[str, Any]) -> Any:
         binding = self._decoder.io_binding()
