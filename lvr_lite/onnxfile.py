@@ -196,12 +196,7 @@ class DecoderLayers:
         batch, room = len(calls[0].hidden), sum(call.hidden.shape[1] for call in calls)
         cache = {part: np.zeros((batch, self._row[0], room, self._row[1]), self._cache_type) for part in ("key", "value")}
         part = decoder_layer(self._model, index, self._layers)
-        staged = self._file.with_name(f"layer-{index}.onnx")
-        try:
-            staged.write_bytes(part.SerializeToString())
-            session = open_session(staged)
-        finally:
-            staged.unlink(missing_ok=True)
+        session = open_session(part.SerializeToString(), self._file.parent)
         wanted, after = {value.name for value in part.graph.input}, []
         for call in calls:
             given = {"hidden": call.hidden.astype(self._cache_type), "position_ids": call.positions, "seqlens_k": (call.totals - 1).astype(np.int32)}

@@ -7,6 +7,7 @@ whose hidden output is its next embedding input, so that a latent step copies no
 from __future__ import annotations
 
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,19 @@ def share_one_thread_pool(threads: int) -> None:
         _pool_threads = threads
 
 
-def open_session(path: Path) -> ort.InferenceSession:
-    """A graph, ready to run in the one thread pool. Raises BundleError where ONNX Runtime cannot load it."""
+def open_session(graph: Path | bytes, folder: Path | None = None) -> ort.InferenceSession:
+    """A graph, ready to run in the one thread pool: its file, or its bytes and the folder of its weights. Raises BundleError where ONNX
+    Runtime cannot load it."""
     share_one_thread_pool(usable_cores())
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own classes for every reason; all of them end here
-        raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from error
+        raise BundleError(f"{folder or graph}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from error
 
 
 class OnnxRuntime:
@@ -73,6 +77,16 @@ class OnnxRuntime:
         self._deepstack = int(deepstack["axes"][-1]) if deepstack else 0  # width of what visual tokens add in later layers
         self._batch = self._capacity = 0
         self._in_state: np.ndarray | None = None  # the hidden states that lie in the step's input buffer already
+
+    def with_graphs(self, **graphs: Any) -> OnnxRuntime:
+        """The same bundle with other sessions for some of its graphs: decoder, embed or head; the others are shared."""
+        other = copy(self)
+        other.__dict__.update({f"_{name}": session for name, session in graphs.items()})
+        other._batch = other._capacity = 0
+        return other
+
+    def _run(self, binding: Any, real: np.ndarray) -> None:  # noqa: ARG002 (for who watches: which positions are no padding)
+        self._decoder.run_with_iobinding(binding)
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         feed = {"pixel_values": pixel_values, **self.family.vision_inputs(grids, self.image_spec)}
@@ -130,8 +144,8 @@ class OnnxRuntime:
         binding.bind_cpu_input("seqlens_k", lengths.astype(np.int32) - 1)
         binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))
         binding.bind_output("last_hidden_state")
-        self._decoder.run_with_iobinding(binding)
-        hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
+        self._run(binding, np.arange(embeds.shape[1])[None] < lengths[:, None])
+        hidden = binding.get_outputs()[len(self._cache_names)].numpy()  # outputs come back in the order of binding
         if cache is not self._cache:
             for name, value in cache.items():
                 self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
@@ -146,6 +160,6 @@ class OnnxRuntime:
         self._positions.update_inplace(np.ascontiguousarray(np.broadcast_to(positions, (3, len(positions))))[..., None])
         self._seqlens.update_inplace(self._lengths - 1)
         self._total.update_inplace(np.array(self._lengths.max(), np.int32))
-        self._decoder.run_with_iobinding(self._binding)
+        self._run(self._binding, np.ones((len(positions), 1), bool))
         self._in_state = self._state.numpy()[:, 0]
         return self._in_state

@@ -1,0 +1,227 @@
+"""mixed: which layers get 8 bits and which 4, under a budget, by what that costs on a calibration set. May import: onnx, numpy,
+matplotlib, the core.
+
+All layers begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models several of a layer) is then given 8 bits alone, and
+what this gains is measured: KL of the answers, and drift of the latents through all their steps. Units enter by gain a byte; along that
+path some candidates are measured whole, and the best within the budget is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from lvr_lite import onnxfile
+from lvr_lite.decode import Prompt
+from lvr_lite.errors import UsageError
+from lvr_lite.quant import calibrate
+from lvr_lite.quant.calibrate import Products, Said
+from lvr_lite.quant.weights import INT4, INT8, Plan, Scheme, Shared, check_source, convert, quantize_bundle
+from lvr_lite.runtime.onnx import OnnxRuntime, open_session
+
+UNITS = 72  # measured one by one at most
+POINTS = 10  # of the path from 4 to 8 bits that are measured whole
+PROMPTS = 64
+LEVELS = (  # what goes together: finest first
+    r"(?P<unit>.*)\.weight",
+    r"(?P<unit>.*layers\.\d+\.(?:self_attn\.(?:[qkv]|o)|mlp\.(?:gate|up|down)))_proj\.weight",
+    r"(?P<unit>.*layers\.\d+\.(?:self_attn|mlp)).*",
+    r"(?P<unit>.*layers\.\d+).*",
+)
+_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+HEAD = "embedding and head"
+SMALL_GRAPHS = ("embed_tokens", "lm_head")
+
+
+def quantize_mixed(
+    source: Path, target: Path, bits: float, data: str, progress: Callable[[str], None], block: int | None = None, prompts: list[Prompt] | None = None
+) -> dict[str, Any]:
+    """Write the fp32 bundle `source` to `target` with at most `bits` a weight of decoder, embedding and head, scales included; vision has 8.
+
+    data: "scenes" or a file of samples to calibrate on; prompts: instead of those. Returns report.json, with "search": what was measured.
+    Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
+    """
+    began = time.perf_counter()
+    check_source(source, target, "mixed")
+    runtime = OnnxRuntime(source)
+    prompts = prompts or calibrate.load_prompts(runtime, data, PROMPTS)
+    reference = calibrate.listen(runtime, prompts)
+    spoken = sum(len(said.choices) for said in reference)
+    progress(f"calibration: {len(prompts)} prompts, {spoken} choices, {sum(said.latents for said in reference)} latents of the fp32 bundle")
+    four = replace(INT4, block=block) if block else INT4
+    with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.search-") as scratch:
+        found = _Search(runtime, Path(scratch), prompts, reference, four, Products(runtime, prompts), progress).run(bits)
+    report = quantize_bundle(source, target, "mixed", progress, plan=found["plan"])
+    if report["bits_per_weight"] > bits + 1e-6:
+        raise AssertionError(f"the search promised {bits} bits a weight and wrote {report['bits_per_weight']}")
+    chosen = found["chosen"]
+    progress(f"{len(chosen['eight'])} of {found['units']} units have 8 bits: KL {chosen['kl']:.2e}, drift {chosen['drift']:.2e}")
+    report["search"] = {k: found[k] for k in ("budget", "units", "chosen", "measured", "calibration")} | {"seconds": round(time.perf_counter() - began, 1)}
+    (target / "report.json").write_text(json.dumps(report, indent=1))
+    draw(report["search"], target / "pareto.png")
+    return report
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Units of 8 bits, and what a bundle with these costs."""
+
+    eight: frozenset[str]
+    bits: float
+    kl: float
+    drift: float
+
+    @property
+    def loss(self) -> float:
+        return self.kl + self.drift
+
+    def to_json(self) -> dict[str, Any]:
+        return {"eight": sorted(self.eight), "bits": round(self.bits, 4), "kl": self.kl, "drift": self.drift, "loss": self.loss}
+
+
+class _Search:
+    def __init__(
+        self, runtime: OnnxRuntime, scratch: Path, prompts: list[Prompt], reference: list[Said], four: Scheme, products: Products,
+        progress: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._runtime, self._scratch, self._prompts, self._reference = runtime, scratch, prompts, reference
+        self._four, self._products, self._progress = four, products, progress
+        self._variants = {bits: self._write(bits) for bits in (4, 8)}
+        self._units = self._group()
+        self.measured: list[Candidate] = []
+
+    def _write(self, bits: int) -> dict[str, onnx.ModelProto]:
+        """All graphs but vision in one precision, into the scratch folder."""
+        scheme = self._four if bits == 4 else INT8
+        plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
+        made, shared, at = {}, Shared(), self._runtime.folder / "onnx"
+        self._sizes = getattr(self, "_sizes", {})
+        for name in (*SMALL_GRAPHS, "decoder"):
+            model = onnxfile.load(self._runtime.folder / self._runtime.manifest.graphs[name].path)
+            with onnxfile.data_file(self._scratch / f"{name}-{bits}.onnx") as file:
+                done = convert(name, model, lambda tensor: onnxfile.read(tensor, at), file, plan, shared)
+            self._sizes[name, bits] = (done["bytes_of_weights"], 0 if done["shared"] else done["weights"])
+            made[name] = model
+        return made
+
+    def _group(self) -> dict[str, list[str]]:
+        """{unit: nodes of the decoder}, as fine as UNITS allows."""
+        nodes = [node.name for node in self._variants[4]["decoder"].graph.node if node.op_type == "MatMulNBits"]
+        for pattern in LEVELS:
+            units: dict[str, list[str]] = {}
+            for name in nodes:
+                match = re.fullmatch(pattern, name.split("/")[0] + ".weight")
+                unit = match["unit"] if match else name.split("/")[0]
+                stem, _, last = unit.rpartition(".")
+                together = f"{stem}.{_TOGETHER.get(last, last)}" if pattern == LEVELS[1] else unit
+                units.setdefault(together.removeprefix("language_model."), []).append(name)
+            if len(units) < UNITS:
+                break
+        return units
+
+    def _bytes(self, node: onnx.NodeProto, bits: int) -> int:
+        tensors = {t.name: t for t in self._variants[bits]["decoder"].graph.initializer}
+        return sum(onnxfile.size(tensors[name]) for name in node.input[1:] if name in tensors and tensors[name].data_type != onnx.TensorProto.UNDEFINED)
+
+    def run(self, budget: float) -> dict[str, Any]:
+        costs = self._costs()
+        base = self._measure(frozenset())
+        if base.bits > budget:
+            raise UsageError(f"--bits {budget:g}: 4 bits take {base.bits:.2f} a weight here, scales included; give at least that, or a larger --block")
+        gains = {}
+        for unit in onnxfile.bar(list(costs), "8 bits for one unit"):
+            gains[unit] = base.loss - self._measure(frozenset([unit])).loss
+        order = sorted(costs, key=lambda unit: -gains[unit] / costs[unit])
+        path = [frozenset(order[:n]) for n in range(1, len(order) + 1)]
+        within = [eight for eight in path if self._bits(eight) <= budget]
+        # beyond the first unit that does not fit, smaller ones may
+        eight: set[str] = set()
+        for unit in order:
+            if gains[unit] > 0 and self._bits(frozenset(eight | {unit})) <= budget:
+                eight.add(unit)
+        whole = [frozenset(eight)] + within[-1:] + [path[int(i)] for i in np.linspace(0, len(path) - 1, POINTS)]
+        for candidate in onnxfile.bar(list(dict.fromkeys(whole)), "candidates"):
+            self._measure(candidate)
+        chosen = min((c for c in self.measured if c.bits <= budget), key=lambda c: c.loss)
+        return {
+            "plan": self._plan(chosen.eight), "chosen": chosen.to_json(), "budget": budget, "units": len(costs),
+            "measured": [c.to_json() for c in self.measured], "calibration": {"prompts": len(self._prompts)},
+        }  # fmt: skip
+
+    def _costs(self) -> dict[str, int]:
+        """Bytes more that each unit takes with 8 bits."""
+        nodes = {bits: {n.name: n for n in self._variants[bits]["decoder"].graph.node} for bits in (4, 8)}
+        costs = {
+            unit: sum(self._bytes(nodes[8][name], 8) - self._bytes(nodes[4][name], 4) for name in names) for unit, names in self._units.items()
+        }
+        costs[HEAD] = sum(self._sizes[name, 8][0] - self._sizes[name, 4][0] for name in SMALL_GRAPHS)
+        self._extra = costs
+        return costs
+
+    def _bits(self, eight: frozenset[str]) -> float:
+        small = sum(self._sizes[name, 4][0] for name in (*SMALL_GRAPHS, "decoder"))
+        weights = sum(self._sizes[name, 4][1] for name in (*SMALL_GRAPHS, "decoder"))
+        return 8 * (small + sum(self._extra[unit] for unit in eight)) / weights
+
+    def _measure(self, eight: frozenset[str]) -> Candidate:
+        known = next((c for c in self.measured if c.eight == eight), None)
+        if known is not None:
+            return known
+        head = self._variants[8 if HEAD in eight else 4]
+        graphs = {"decoder": self._mixture(eight), "embed": head["embed_tokens"], "head": head["lm_head"]}
+        sessions = {name: open_session(model.SerializeToString(), self._scratch) for name, model in graphs.items()}
+        lost = calibrate.loss(self._runtime.with_graphs(**sessions), self._prompts, self._reference)
+        self.measured.append(Candidate(eight, self._bits(eight), lost["kl"], lost["drift"]))
+        return self.measured[-1]
+
+    def _mixture(self, eight: frozenset[str]) -> onnx.ModelProto:
+        """The decoder with the nodes of these units from the 8-bit graph and all others from the 4-bit one."""
+        wide = {name for unit in eight for name in self._units.get(unit, ())}
+        model = onnx.ModelProto()
+        model.CopyFrom(self._variants[4]["decoder"])
+        others = {node.name: node for node in self._variants[8]["decoder"].graph.node}
+        for node in model.graph.node:
+            if node.name in wide:
+                node.CopyFrom(others[node.name])
+        read = {name: 8 if node.name in wide else 4 for node in model.graph.node for name in node.input}
+        tensors = {bits: {t.name: t for t in self._variants[bits]["decoder"].graph.initializer} for bits in (4, 8)}
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(tensors[bits][name] for name, bits in read.items() if name in tensors[bits])
+        return model
+
+    def _plan(self, eight: frozenset[str]) -> Plan:
+        wide = {name.split("/")[0] for unit in eight for name in self._units.get(unit, ())}
+        by_weight = {f"decoder/{name}.weight": INT8 for name in wide}
+        small = INT8 if HEAD in eight else self._four
+        schemes = {"vision_encoder": INT8, "embed_tokens": small, "lm_head": small, "decoder": self._four}
+        return Plan(schemes, by_weight, self._products)
+
+
+def draw(search: dict[str, Any], path: Path) -> None:
+    """A figure (PNG) of size against loss: each candidate that was measured, and the best ones of every size."""
+    from matplotlib.figure import Figure
+
+    found = sorted(((c["bits"], c["loss"]) for c in search["measured"]))
+    front, best = [], float("inf")
+    for bits, lost in found:
+        if lost < best:
+            front.append((bits, lost))
+            best = lost
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*zip(*found, strict=True), s=14, color="0.6", label="measured")
+    axes.plot(*zip(*front, strict=True), marker="o", label="best of its size")
+    axes.scatter([search["chosen"]["bits"]], [search["chosen"]["loss"]], s=90, facecolor="none", edgecolor="red", label="written", zorder=3)
+    axes.axvline(search["budget"], linestyle=":", color="0.5")
+    axes.set(xlabel="bits a weight (decoder, embedding, head; scales included)", ylabel="KL of answers + drift of latents", yscale="log")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
