@@ -15,8 +15,8 @@ import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -122,17 +122,17 @@ def _vision_attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, bias:
 class TileEncoder(nn.Module):
     """Patches of any number of tiles, all of one size and each seen by itself -> visual tokens (SmolVLM)."""
 
-    def __init__(self, tower: Any, connector: Any, places: Callable[[int, int], np.ndarray]) -> None:
+    def __init__(self, tower: Any, connector: Any) -> None:
         super().__init__()
         self.vision_model, self.connector = tower, connector
         embeddings = tower.embeddings
         self.patch_embed = _as_linear(embeddings.patch_embedding)
         self.merge, self.patches = connector.scale_factor, embeddings.num_patches
-        self.register_buffer("places", torch.from_numpy(places(embeddings.num_patches_per_side, self.merge)), persistent=False)
+        self.places = nn.Parameter(embeddings.position_embedding.weight.detach(), requires_grad=False)  # of each patch; rows: see `_tiles`
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embed(pixel_values.reshape(-1, self.patches, pixel_values.shape[1]))  # (tiles, P, C)
-        x = x + self.vision_model.embeddings.position_embedding(self.places)
+        x = x + self.places
         for layer in self.vision_model.encoder.layers:
             x = x + _tile_attention(layer.self_attn, layer.layer_norm1(x))
             x = x + layer.mlp(layer.layer_norm2(x))
@@ -247,13 +247,16 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Spec:
-    """One graph to export: a module with example arguments, the names of its inputs and outputs, and which axes may vary."""
+    """One graph to export: a module with example arguments, the names of its inputs and outputs, and which axes may vary.
+
+    rows: {parameter of the module: which rows of what it was made of it has}."""
 
     module: nn.Module
     arguments: tuple[Any, ...]
     inputs: list[str]
     outputs: list[str]
     dynamic: tuple[Any, ...]
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def specs(model: Any, family: Any, image_spec: dict[str, Any]) -> dict[str, Spec]:
@@ -300,9 +303,12 @@ def _vision(tower: Any, family: Any, image_spec: dict[str, Any]) -> Spec:
 
 
 def _tiles(core: Any, family: Any) -> Spec:
-    module = TileEncoder(core.vision_model, core.connector, family.learned_places)
+    module = TileEncoder(core.vision_model, core.connector)
+    rows = {"places": family.learned_places(core.vision_model.embeddings.num_patches_per_side, module.merge)}
     patches, channels = 2 * module.patches, module.patch_embed.in_features
-    return Spec(module, (torch.randn(patches, channels),), ["pixel_values"], ["image_features"], ({0: module.patches * _axis("tiles")},))
+    return Spec(
+        module, (torch.randn(patches, channels),), ["pixel_values"], ["image_features"], ({0: module.patches * _axis("tiles")},), rows
+    )
 
 
 def _embed(embedding: nn.Module) -> Spec:
@@ -376,10 +382,11 @@ def _as_products(module: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an initializer's values come from: a parameter of the model, reshaped, or transposed and reshaped."""
+    """Where an initializer's values come from: a parameter of the model, reshaped, or some of its rows, or transposed."""
 
     parameter: str
     transposed: bool
+    rows: np.ndarray | None = None
 
 
 def structure(spec: Spec, codes: dict[int, str]) -> tuple[onnx.ModelProto, dict[str, Origin]]:
@@ -405,7 +412,7 @@ def structure(spec: Spec, codes: dict[int, str]) -> tuple[onnx.ModelProto, dict[
         array = value.const_value.numpy()
         code = int(array.reshape(-1)[:1].view(np.int32)[0]) if array.dtype == np.float32 and array.size else 0
         if code in codes and key in named:
-            found[key] = Origin(codes[code], key in transposed)
+            found[key] = Origin(codes[code], key in transposed, spec.rows.get(key))
             weights.append(declared(key, np.float32, array.shape))
         elif array.dtype.kind == "f" and np.isnan(array).any():
             raise LvrError(f"{name}: the exporter computed {key} from weights, which it must not; nothing was written")

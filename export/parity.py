@@ -77,7 +77,9 @@ def check_graphs(got: Runtime, want: Runtime, tolerance: float = TOLERANCE, seed
     }
 
 
-def check_graphs_apart(folder: Path, manifest: Manifest, checkpoint: Checkpoint, weights: Any, tolerance: float = TOLERANCE) -> dict[str, Any]:
+def check_graphs_apart(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, weights: Any, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
     """As `check_graphs`, for a model of any size: one graph at a time is in memory; the decoder is left to `check_layers`.
 
     weights: its parameters, with `model`, their empty model.
@@ -87,7 +89,10 @@ def check_graphs_apart(folder: Path, manifest: Manifest, checkpoint: Checkpoint,
     text = f"model.{family.LANGUAGE_MODEL}."
     sessions = {name: open_session(folder / manifest.graphs[name].path) for name in ("vision_encoder",)}
     seen = []
-    with filled(model, weights, {n: n for n, _ in model.named_parameters() if not n.startswith((text, "lm_head."))}), torch.inference_mode():
+    with (
+        filled(model, weights, {n: n for n, _ in model.named_parameters() if not n.startswith((text, "lm_head."))}),
+        torch.inference_mode(),
+    ):
         for sizes in SEEN:
             pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
             pixels, grids = prepare(pictures, family, spec)
@@ -124,7 +129,9 @@ def check_layers(
     rng, lengths, width = np.random.default_rng(0), np.array([11, 6]), manifest.decoder["hidden_size"]
     deepstack = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes") or ())
     calls = [_first_call(rng, lengths, width)]
-    calls += [LayerCall(rng.standard_normal((2, 1, width)).astype(np.float32), np.full((3, 2, 1), 40 + i), lengths + 1 + i) for i in range(steps)]
+    calls += [
+        LayerCall(rng.standard_normal((2, 1, width)).astype(np.float32), np.full((3, 2, 1), 40 + i), lengths + 1 + i) for i in range(steps)
+    ]
     found = []
     for index in bar(range(manifest.decoder["layers"]), "parity of layers"):
         added = rng.standard_normal(calls[0].hidden.shape).astype(np.float32) if index < deepstack else None

@@ -36,34 +36,50 @@ def _smolvlm(text: dict[str, int], vision: dict[str, int], scale: int) -> dict[s
     }  # fmt: skip
 
 
-_SMALL_SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+_SIGLIP = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-vl-2b": {
         "model_type": "qwen2_vl", "tie_word_embeddings": True,
-        "text_config": {**_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-                        "num_key_value_heads": 2, "rope_parameters": _MROPE},
-        "vision_config": {"spatial_merge_size": 2, "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14},
+        "text_config": {
+            **_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+            "num_key_value_heads": 2, "rope_parameters": _MROPE,
+        },
+        "vision_config": {
+            "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
+        },
     },
     "qwen2.5-vl-3b": {
         "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
-        "text_config": {**_QWEN, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                        "num_key_value_heads": 2, "rope_parameters": _MROPE},
-        "vision_config": {"spatial_merge_size": 2, "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-                          "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+        "text_config": {
+            **_QWEN, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "rope_parameters": _MROPE,
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048, "patch_size": 14,
+            "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
     },
     "qwen3-vl-2b": {
         "model_type": "qwen3_vl", "tie_word_embeddings": True,
-        "text_config": {**_QWEN, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-                        "num_key_value_heads": 8, "head_dim": 128,
-                        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}},
-        "vision_config": {"spatial_merge_size": 2, "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048,
-                          "patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]},
+        "text_config": {
+            **_QWEN, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        },
+        "vision_config": {
+            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048, "patch_size": 16,
+            "spatial_merge_size": 2, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
+        },
     },
     "smolvlm-256m": _smolvlm(
-        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}, _SMALL_SIGLIP, 4
+        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+        _SIGLIP, 4,
     ),
     "smolvlm-500m": _smolvlm(
-        {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5}, _SMALL_SIGLIP, 4
+        {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5},
+        _SIGLIP, 4,
     ),
 }  # fmt: skip
 
@@ -80,8 +96,14 @@ def shape_of(name: str) -> Checkpoint:
     preprocessor = {**(_HALF if smol or config["model_type"] == "qwen3_vl" else _CLIP), "min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
     if smol:
         side = config["vision_config"]["image_size"]
-        preprocessor |= {"size": {"longest_edge": 4 * side}, "max_image_size": {"longest_edge": side}, "min_pixels": None, "max_pixels": None}
+        preprocessor |= {
+            "size": {"longest_edge": 4 * side},
+            "max_image_size": {"longest_edge": side},
+            "min_pixels": None,
+            "max_pixels": None,
+        }
     image = tokenizer.token_to_id(family.IMAGE_TOKEN)
+    assert image is not None  # added above
     return replace(
         tiny, folder=Path(name), base=Path(name), adapter=False, config=config, family=family, tokenizer=tokenizer,
         image_spec=family.image_spec(config, preprocessor), tokens=replace(tiny.tokens, image=image), latent=LatentSpec(steps=8),

@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle that has passed the parity gate, one weight at a time. May import: torch, onnx and the core.
 
-    weights = TrainedWeights(checkpoint)
-    write_bundle(checkpoint, weights, Path("bundles/first-fp32"), print, reference=lambda: load_merged(checkpoint))
+weights = TrainedWeights(checkpoint)
+write_bundle(checkpoint, weights, Path("bundles/first-fp32"), print, reference=lambda: load_merged(checkpoint))
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class Convert(Protocol):
     """
 
     def __call__(
-        self, graph: str, model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: onnxfile.DataFile, origins: dict[str, Origin]
+        self,
+        graph: str,
+        model: onnx.ModelProto,
+        read: Callable[[onnx.TensorProto], np.ndarray],
+        data: onnxfile.DataFile,
+        origins: dict[str, Origin],
     ) -> dict[str, Any]: ...
 
 
@@ -114,8 +119,10 @@ def _values(tensor: onnx.TensorProto, weights: Weights, found: dict[str, Origin]
     if tensor.name not in found:
         return onnxfile.read(tensor, Path())
     origin, shape = found[tensor.name], tuple(tensor.dims)
-    array = weights[origin.parameter].numpy()
+    array = np.asarray(weights[origin.parameter].numpy())
     onnxfile.check_finite(origin.parameter, array)
+    if origin.rows is not None:
+        return np.asarray(array[origin.rows])
     return array.reshape(shape[::-1]).T if origin.transposed else array.reshape(shape)
 
 
@@ -131,7 +138,12 @@ def _as_they_are(
 
 
 def _gate(
-    folder: Path, manifest: Manifest, checkpoint: Checkpoint, weights: Weights, load: Callable[[], Any] | None, progress: Callable[[str], None]
+    folder: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    load: Callable[[], Any] | None,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """load: of torch's model, to compare it whole; None for one that is too large for that."""
     layers = parity.check_layers(folder, manifest, checkpoint, weights)

@@ -30,9 +30,11 @@ GRAPHS = ("vision_encoder", "embed_tokens", "decoder", "lm_head")
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph. files: every file it needs, the .onnx first, relative to the bundle, each with its sha256; bytes: their sum.
+    """One ONNX graph. files: every file it needs, the .onnx first, relative to the bundle, each with its sha256; bytes: their sum, less
+    what lies in another graph's file.
 
-    inputs, outputs: {name: {"dtype": "float32", "axes": ["batch", 256, …]}} in the graph's order. precision: "fp32", "int8" or "int4".
+    inputs, outputs: {name: {"dtype": "float32", "axes": ["batch", 256, …]}} in the graph's order.
+    precision: "fp32", "int8", "int4", "mixed" (both), "fp16" or "nf4".
     """
 
     files: dict[str, str]

@@ -184,7 +184,8 @@ def export(
     bundle: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     precision: Annotated[str, typer.Option(help="exact, fp32, int8, int4, mixed or fp16.")] = "int8",
     synthetic: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="Random weights of a known model's shape, such as qwen2-vl-2b, instead of a checkpoint.")
+        str | None,
+        typer.Option(metavar="SHAPE", help="Random weights of a known model's shape, such as qwen2-vl-2b, instead of a checkpoint."),
     ] = None,
     block: Block = None,
     bits: Bits = 5.0,
@@ -227,6 +228,7 @@ def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bi
     from lvr_lite.bundle import fresh_folder
     from lvr_lite.checkpoint import read_checkpoint
     from lvr_lite.export.write import write_bundle
+    from lvr_lite.onnxfile import check_free_space
     from lvr_lite.quant import nf4
 
     read = read_checkpoint(checkpoint)
@@ -248,6 +250,8 @@ def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bi
 
     if precision == "fp32":
         return {"parity": write_bundle(read, merged, bundle, _say, reference).parity}
+    parameters = sum(p.numel() for p in merged.model.parameters())
+    check_free_space(bundle, int(parameters * (6.5 if precision == "fp16" else 5.5)))  # in float32 first, then quantized
     with fresh_folder(bundle) as staged, tempfile.TemporaryDirectory(dir=staged.parent, prefix=f"{staged.name}-fp32-") as exact:
         write_bundle(read, merged, Path(exact) / "fp32", _say, reference)
         return _quantize(Path(exact) / "fp32", staged, precision, block, bits, calibration)
@@ -260,11 +264,13 @@ def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | Non
     from lvr_lite.quant import weights
 
     made = shape_of(shape)
-    if precision not in ("fp32", "int8", "int4"):
-        raise UsageError(f"--synthetic writes fp32, int8 or int4, not {precision}: random weights have nothing to search or to keep")
-    convert = None if precision == "fp32" else weights.Converter(weights.whole(precision, block))
+    if precision not in ("fp32", "int8", "int4", "fp16"):
+        raise UsageError(f"--synthetic writes fp32, int8, int4 or fp16, not {precision}: random weights have nothing to search or to keep")
+    plan = weights.whole(precision, block) if precision.startswith("int") else None
+    convert = None if precision == "fp32" else weights.Converter(plan)
     source = {"synthetic": shape, "base": shape, "adapter": False}
     manifest = write_bundle(made, SyntheticWeights(made), bundle, _say, precision=precision, convert=convert, source=source)
+    weights.check_form(bundle, manifest.graphs)
     return {"bytes": {name: graph.bytes for name, graph in manifest.graphs.items()}}
 
 

@@ -184,11 +184,49 @@ def _render_bundle(description: dict[str, Any], console: Console) -> None:
         state = "[green]ok[/green]" if graph["files_state"] == "ok" else f"[red]{graph['files_state']}[/red]"
         table.add_row(name, graph["precision"], _size(graph["bytes"]), state, _ports(graph["inputs"]), _ports(graph["outputs"]))
     console.print(table)
-    for title in ("parity", "report"):
-        if description[title]:
-            console.print(_facts({name: _words(value) for name, value in description[title].items()}, title=title))
+    if description["parity"]:
+        console.print(_facts({name: _words(value) for name, value in description["parity"].items()}, title="parity with torch, in float32"))
+    if description["report"]:
+        _render_report(description["report"], console)
     if not description["intact"]:
         console.print("[red]This bundle is not what was written: copy it again, or export again.[/red]")
+
+
+def _render_report(report: dict[str, Any], console: Console) -> None:
+    """What quantization did: weights by graph, drift of the latent loop, and the search where there was one."""
+    written = {name: graph for name, graph in report.get("graphs", {}).items() if "what" in graph}
+    if written:
+        table = Table("graph", "weights", "as", "error", "worst layer", "size", title="weights", title_justify="left")
+        for name, graph in written.items():
+            worst = max(graph["layers"].items(), key=lambda item: item[1], default=None)
+            shown = f"{worst[0]} {worst[1]:.2%}" if worst else "–"
+            how = f"{graph['what']}\n{'; '.join(graph['schemes'])}" + ("\nbytes of embed_tokens" if graph["shared"] else "")
+            sizes = f"{_size(graph['bytes_before'])} → {_size(graph['bytes'])}"
+            table.add_row(name, str(graph["replaced"]), how, f"{graph['weight_error']:.2%}", shown, sizes)
+        console.print(table)
+        console.print(f"decoder, embedding and head: {report['bits_per_weight']:.2f} bits a weight, scales included", highlight=False)
+    drift = report.get("drift") or {}
+    if drift.get("layers"):
+        console.print("error of each decoder layer on the same input: " + " ".join(f"{e:.2%}" for e in drift["layers"]), highlight=False)
+    if drift.get("decoder"):
+        _render_drift(drift["decoder"], console)
+    if "search" in report:
+        chosen = report["search"]["chosen"]
+        facts = {"budget": report["search"]["budget"], "written": _words({k: chosen[k] for k in ("bits", "kl", "drift")})}
+        eight = f"{len(chosen['eight'])} of {report['search']['units']}: {', '.join(chosen['eight'])}"
+        console.print(_facts({**facts, "measured": f"{len(report['search']['measured'])} candidates", "8 bits": eight}, title="search"))
+
+
+def _render_drift(drift: dict[str, Any], console: Console) -> None:
+    title = f"latent steps against fp32, {drift['prompts']} prompts (after the prompt: {drift['prefill']:.2%})"
+    table = Table("step", "fed back: error", "cosine", "norm", "tokens fed: error", "cosine", "norm", title=title, title_justify="left")
+    for i in range(len(drift["fed_back"]["relative"])):
+        cells = []
+        for feeding in ("fed_back", "token_fed"):
+            one = drift[feeding]
+            cells += [f"{one['relative'][i]:.2%}", f"{one['cosine'][i]:.5f}", f"{one['norm'][i]:.4f}"]
+        table.add_row(str(i + 1), *cells)
+    console.print(table)
 
 
 def _render_checkpoint(description: dict[str, Any], console: Console) -> None:

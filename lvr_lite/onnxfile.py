@@ -73,11 +73,11 @@ def load(path: Path) -> onnx.ModelProto:
 def read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """A weight's values. folder: where its file lies."""
     if not external_data_helper.uses_external_data(tensor):
-        return numpy_helper.to_array(tensor)
+        return np.asarray(numpy_helper.to_array(tensor))
     where = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     count = int(np.prod(tensor.dims, dtype=np.int64))
-    return np.fromfile(folder / where["location"], dtype, count, offset=int(where.get("offset", 0))).reshape(tuple(tensor.dims))
+    return np.asarray(np.fromfile(folder / where["location"], dtype, count, offset=int(where.get("offset", 0))).reshape(tuple(tensor.dims)))
 
 
 def size(tensor: onnx.TensorProto) -> int:
@@ -127,7 +127,9 @@ def check_free_space(folder: Path, needed: int) -> None:
     there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise BundleError(f"{folder}: needs {needed / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are left; free some or choose another disk")
+        raise BundleError(
+            f"{folder}: needs {needed / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are left; free some or choose another disk"
+        )
 
 
 def bar(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
@@ -199,7 +201,11 @@ class DecoderLayers:
         session = open_session(part.SerializeToString(), self._file.parent)
         wanted, after = {value.name for value in part.graph.input}, []
         for call in calls:
-            given = {"hidden": call.hidden.astype(self._cache_type), "position_ids": call.positions, "seqlens_k": (call.totals - 1).astype(np.int32)}
+            given = {
+                "hidden": call.hidden.astype(self._cache_type),
+                "position_ids": call.positions,
+                "seqlens_k": (call.totals - 1).astype(np.int32),
+            }
             given["total_sequence_length"] = np.array(call.totals.max(), np.int32)
             given["deepstack_embeds"] = np.zeros((*call.hidden.shape[:2], self._deepstack), np.float32)
             if call.added is not None:

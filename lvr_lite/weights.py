@@ -1,4 +1,6 @@
-"""A checkpoint's weights one at a time, so that a model of any size fits. May import: torch, transformers, accelerate, safetensors, the core.
+"""A checkpoint's weights one at a time, so that a model of any size fits.
+
+May import: torch, transformers, accelerate, safetensors, the core.
 
     model = empty_model(checkpoint.config, checkpoint.family)   # its shape, in no memory
     weights = StoredWeights(checkpoint, model)
@@ -100,11 +102,11 @@ class StoredWeights(Mapping[str, Tensor]):
             raise BundleError(f"{file}: weight {key} is stored as {tensor.dtype}; give a base model that is not quantized yet")
         if tuple(tensor.shape) != self.shapes[name]:
             raise BundleError(f"{file}: weight {key} is {list(tensor.shape)}, config.json asks for {list(self.shapes[name])}")
-        return tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
+        return torch.as_tensor(tensor.float() if tensor.dtype != torch.float32 else tensor.clone())
 
 
 def _find(folder: Path, model: Any) -> dict[str, tuple[Path, str]]:
-    """{parameter: (file, its key there)}: checkpoints written by older transformers name parameters otherwise, and transformers knows how."""
+    """{parameter: (file, its key there)}: older transformers named parameters otherwise, and the present one knows how."""
     from safetensors import SafetensorError, safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -99,7 +99,8 @@ def latent_loop(reference: OnnxRuntime, other: OnnxRuntime, count: int = PROMPTS
     """Drift over the latent steps of `count` prompts; the visual tokens are those of each runtime's own vision graph."""
     asked = [prompts(runtime, count) for runtime in (reference, other)]
     states = {
-        feeding: [_loop(runtime, p, feeding) for runtime, p in zip((reference, other), asked, strict=True)] for feeding in ("fed_back", "token_fed")
+        feeding: [_loop(runtime, p, feeding) for runtime, p in zip((reference, other), asked, strict=True)]
+        for feeding in ("fed_back", "token_fed")
     }
     found: dict[str, Any] = {"prompts": count, "prefill": _apart(states["fed_back"][0][0], states["fed_back"][1][0])}
     for feeding, (want, got) in states.items():
@@ -145,7 +146,9 @@ def draw(measured: dict[str, dict[str, Any]] | dict[str, Any], path: Path, preci
     steps = range(1, LATENT_STEPS + 1)
     for name, one in found.items():
         (line,) = left.plot(steps, [100 * e for e in one["decoder"]["fed_back"]["relative"]], marker="o", label=f"{name}, fed back")
-        left.plot(steps, [100 * e for e in one["decoder"]["token_fed"]["relative"]], "--", color=line.get_color(), label=f"{name}, token fed")
+        left.plot(
+            steps, [100 * e for e in one["decoder"]["token_fed"]["relative"]], "--", color=line.get_color(), label=f"{name}, token fed"
+        )
         right.plot(steps, one["decoder"]["fed_back"]["cosine"], marker="o", color=line.get_color(), label=name)
     left.set(xlabel="latent step", ylabel="error of the state, % of fp32", ylim=(0, None))
     right.set(xlabel="latent step", ylabel="cosine to fp32, fed back", ylim=(None, 1))

@@ -20,8 +20,8 @@ LARGEST = float(np.finfo(np.float16).max)
 IN_FLOAT32 = ("Cos", "Sin")
 
 
-def convert(name: str, model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: DataFile) -> dict[str, Any]:
-    """Turn a float32 graph into a float16 one, in place; returns what was done. Raises BundleError for a weight that float16 cannot hold."""
+def convert(model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: DataFile) -> dict[str, Any]:
+    """Turn a float32 graph into a float16 one, in place; returns what was done. Raises BundleError for a weight beyond float16."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and size(t) > 1024]
@@ -45,8 +45,8 @@ def convert(name: str, model: onnx.ModelProto, read: Callable[[onnx.TensorProto]
         model.graph.initializer.append(data.add(tensor.name, half))
     count = sum(int(np.prod(t.dims)) for t in weights)
     return {
-        "precision": "fp16", "what": "fp16", "schemes": ["fp16"], "replaced": len(weights), "kept": {}, "shared": False,
-        "weights": count, "bytes_of_weights": 2 * count, "weight_error": float(np.sqrt(gap / max(norm, 1e-30))), "errors": {}, "layers": {}, "bits": {},
+        "precision": "fp16", "what": "fp16", "schemes": ["fp16"], "replaced": len(weights), "kept": {}, "shared": False, "weights": count,
+        "bytes_of_weights": 2 * count, "weight_error": float(np.sqrt(gap / max(norm, 1e-30))), "errors": {}, "layers": {}, "bits": {},
     }  # fmt: skip
 
 

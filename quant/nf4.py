@@ -111,7 +111,10 @@ def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
     modules = {name for name, _ in model.named_modules()}
     try:
         with safe_open(str(file), "pt") as opened:
-            paths = {re.sub(r"^base_model\.model\.|\.(lora_|token_adapter|modules_to_save|trainable_tokens).*$", "", key) for key in opened.keys()}
+            paths = {
+                re.sub(r"^base_model\.model\.|\.(lora_|token_adapter|modules_to_save|trainable_tokens).*$", "", key)
+                for key in list(opened.keys())
+            }
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
     if foreign := sorted(path for path in paths if path not in modules):
@@ -147,7 +150,9 @@ class TrainedWeights(Mapping[str, Tensor]):
         for path, module in tuned.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 if module.use_dora.get("default") or getattr(module, "lora_bias", {}).get("default"):
-                    raise BundleError(f"{self._checkpoint.folder}: {path} is tuned with DoRA or a bias, which export cannot merge; train plain LoRA")
+                    raise BundleError(
+                        f"{self._checkpoint.folder}: {path} is tuned with DoRA or a bias, which export cannot merge; train plain LoRA"
+                    )
                 self._layers[f"{path}.weight"] = module
             elif isinstance(module, TrainableTokensLayer):
                 # tied ones share what they learned; the model's parameter has the name of the layer that wraps this one
@@ -179,7 +184,7 @@ class TrainedWeights(Mapping[str, Tensor]):
         if part in ("lora_A", "lora_B"):
             layer = self._layers[f"{path}.weight"]
             weight = getattr(layer, part)["default"].weight.detach().float()
-            return weight * layer.scaling["default"] if part == "lora_B" else weight
+            return torch.as_tensor(weight * layer.scaling["default"] if part == "lora_B" else weight)
         weight = self._stored[name]
         if name in self.in_nf4:
             weight = _unpacked(*_packed(weight, name)).reshape(weight.shape)

@@ -24,8 +24,8 @@ from lvr_lite import onnxfile
 from lvr_lite.decode import Prompt
 from lvr_lite.errors import UsageError
 from lvr_lite.quant import calibrate
-from lvr_lite.quant.calibrate import Products, Said
-from lvr_lite.quant.weights import INT4, INT8, Plan, Scheme, Shared, check_source, convert, quantize_bundle
+from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.weights import INT4, INT8, Plan, Shared, check_source, convert, quantize_bundle
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 UNITS = 72  # measured one by one at most
@@ -43,29 +43,35 @@ SMALL_GRAPHS = ("embed_tokens", "lm_head")
 
 
 def quantize_mixed(
-    source: Path, target: Path, bits: float, data: str, progress: Callable[[str], None], block: int | None = None, prompts: list[Prompt] | None = None
+    source: Path,
+    target: Path,
+    bits: float,
+    data: str,
+    progress: Callable[[str], None],
+    block: int | None = None,
+    search: Search | None = None,
 ) -> dict[str, Any]:
-    """Write the fp32 bundle `source` to `target` with at most `bits` a weight of decoder, embedding and head, scales included; vision has 8.
+    """Write the fp32 bundle `source` to `target` with at most `bits` a weight of decoder, embedding and head, scales included; vision
+    has 8.
 
-    data: "scenes" or a file of samples to calibrate on; prompts: instead of those. Returns report.json, with "search": what was measured.
-    Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
+    data: "scenes" or a file of samples to calibrate on. search: one of this source, to choose from again. Returns report.json, with
+    "search": what was measured. Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
     """
     began = time.perf_counter()
     check_source(source, target, "mixed")
-    runtime = OnnxRuntime(source)
-    prompts = prompts or calibrate.load_prompts(runtime, data, PROMPTS)
-    reference = calibrate.listen(runtime, prompts)
-    spoken = sum(len(said.choices) for said in reference)
-    progress(f"calibration: {len(prompts)} prompts, {spoken} choices, {sum(said.latents for said in reference)} latents of the fp32 bundle")
-    four = replace(INT4, block=block) if block else INT4
-    with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.search-") as scratch:
-        found = _Search(runtime, Path(scratch), prompts, reference, four, Products(runtime, prompts), progress).run(bits)
-    report = quantize_bundle(source, target, "mixed", progress, plan=found["plan"])
-    if report["bits_per_weight"] > bits + 1e-6:
-        raise AssertionError(f"the search promised {bits} bits a weight and wrote {report['bits_per_weight']}")
+    if search is None:
+        target.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.search-") as scratch:
+            runtime = OnnxRuntime(source)
+            found = Search(runtime, Path(scratch), calibrate.load_prompts(runtime, data, PROMPTS), progress, block).choose(bits)
+    else:
+        found = search.choose(bits)
+    plan = found.pop("plan")
+    report = quantize_bundle(source, target, "mixed", progress, plan=plan)
+    assert report["bits_per_weight"] <= bits + 1e-3, report["bits_per_weight"]
     chosen = found["chosen"]
     progress(f"{len(chosen['eight'])} of {found['units']} units have 8 bits: KL {chosen['kl']:.2e}, drift {chosen['drift']:.2e}")
-    report["search"] = {k: found[k] for k in ("budget", "units", "chosen", "measured", "calibration")} | {"seconds": round(time.perf_counter() - began, 1)}
+    report["search"] = found | {"seconds": round(time.perf_counter() - began, 1)}
     (target / "report.json").write_text(json.dumps(report, indent=1))
     draw(report["search"], target / "pareto.png")
     return report
@@ -88,15 +94,26 @@ class Candidate:
         return {"eight": sorted(self.eight), "bits": round(self.bits, 4), "kl": self.kl, "drift": self.drift, "loss": self.loss}
 
 
-class _Search:
+class Search:
+    """Units of a bundle's decoder, embedding and head in 4 and 8 bits, and what mixtures of them cost.
+
+    runtime: the fp32 bundle. scratch: a folder for both variants. prompts: what weights are rounded for (GPTQ); the first `scored` of them
+    are answered by each candidate.
+    """
+
     def __init__(
-        self, runtime: OnnxRuntime, scratch: Path, prompts: list[Prompt], reference: list[Said], four: Scheme, products: Products,
-        progress: Callable[[str], None],
+        self, runtime: OnnxRuntime, scratch: Path, prompts: list[Prompt], progress: Callable[[str], None], block: int | None = None,
+        scored: int | None = None,
     ) -> None:  # fmt: skip
-        self._runtime, self._scratch, self._prompts, self._reference = runtime, scratch, prompts, reference
-        self._four, self._products, self._progress = four, products, progress
+        self._runtime, self._scratch, self._prompts = runtime, scratch, prompts[:scored]
+        self._reference = calibrate.listen(runtime, self._prompts)
+        choices, latents = (sum(numbers) for numbers in zip(*((len(s.choices), s.latents) for s in self._reference), strict=True))
+        progress(f"calibration: {len(prompts)} prompts, {choices} choices and {latents} latents of the fp32 bundle to keep")
+        self._four, self._products = replace(INT4, block=block) if block else INT4, Products(runtime, prompts)
+        self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()
+        self._extra = self._costs()
         self.measured: list[Candidate] = []
 
     def _write(self, bits: int) -> dict[str, onnx.ModelProto]:
@@ -104,7 +121,6 @@ class _Search:
         scheme = self._four if bits == 4 else INT8
         plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
         made, shared, at = {}, Shared(), self._runtime.folder / "onnx"
-        self._sizes = getattr(self, "_sizes", {})
         for name in (*SMALL_GRAPHS, "decoder"):
             model = onnxfile.load(self._runtime.folder / self._runtime.manifest.graphs[name].path)
             with onnxfile.data_file(self._scratch / f"{name}-{bits}.onnx") as file:
@@ -128,15 +144,14 @@ class _Search:
                 break
         return units
 
-    def _bytes(self, node: onnx.NodeProto, bits: int) -> int:
-        tensors = {t.name: t for t in self._variants[bits]["decoder"].graph.initializer}
-        return sum(onnxfile.size(tensors[name]) for name in node.input[1:] if name in tensors and tensors[name].data_type != onnx.TensorProto.UNDEFINED)
-
-    def run(self, budget: float) -> dict[str, Any]:
-        costs = self._costs()
+    def choose(self, budget: float) -> dict[str, Any]:
+        """The best of what was measured within `budget` bits a weight: its plan, and everything measured so far."""
+        costs = self._extra
         base = self._measure(frozenset())
         if base.bits > budget:
-            raise UsageError(f"--bits {budget:g}: 4 bits take {base.bits:.2f} a weight here, scales included; give at least that, or a larger --block")
+            raise UsageError(
+                f"--bits {budget:g}: 4 bits take {base.bits:.2f} a weight here, scales included; give at least that, or a larger --block"
+            )
         gains = {}
         for unit in onnxfile.bar(list(costs), "8 bits for one unit"):
             gains[unit] = base.loss - self._measure(frozenset([unit])).loss
@@ -157,14 +172,19 @@ class _Search:
             "measured": [c.to_json() for c in self.measured], "calibration": {"prompts": len(self._prompts)},
         }  # fmt: skip
 
+    @property
+    def lowest(self) -> float:
+        """Bits a weight with 4 everywhere."""
+        return self._bits(frozenset())
+
     def _costs(self) -> dict[str, int]:
         """Bytes more that each unit takes with 8 bits."""
-        nodes = {bits: {n.name: n for n in self._variants[bits]["decoder"].graph.node} for bits in (4, 8)}
-        costs = {
-            unit: sum(self._bytes(nodes[8][name], 8) - self._bytes(nodes[4][name], 4) for name in names) for unit, names in self._units.items()
-        }
+        taken: dict[int, dict[str, int]] = {}  # bytes of each node's weight
+        for bits, graphs in self._variants.items():
+            sizes = {t.name: onnxfile.size(t) for t in graphs["decoder"].graph.initializer}
+            taken[bits] = {n.name: sum(sizes.get(name, 0) for name in n.input[1:]) for n in graphs["decoder"].graph.node}
+        costs = {unit: sum(taken[8][name] - taken[4][name] for name in names) for unit, names in self._units.items()}
         costs[HEAD] = sum(self._sizes[name, 8][0] - self._sizes[name, 4][0] for name in SMALL_GRAPHS)
-        self._extra = costs
         return costs
 
     def _bits(self, eight: frozenset[str]) -> float:
@@ -210,15 +230,16 @@ def draw(search: dict[str, Any], path: Path) -> None:
     """A figure (PNG) of size against loss: each candidate that was measured, and the best ones of every size."""
     from matplotlib.figure import Figure
 
-    found = sorted(((c["bits"], c["loss"]) for c in search["measured"]))
+    found = sorted((c["bits"], c["loss"]) for c in search["measured"])
     front, best = [], float("inf")
-    for bits, lost in found:
+    for size, lost in found:
         if lost < best:
-            front.append((bits, lost))
+            front.append((size, lost))
             best = lost
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(*zip(*found, strict=True), s=14, color="0.6", label="measured")
+    bits, losses = zip(*found, strict=True)
+    axes.scatter(bits, losses, s=14, color="0.6", label="measured")
     axes.plot(*zip(*front, strict=True), marker="o", label="best of its size")
     axes.scatter([search["chosen"]["bits"]], [search["chosen"]["loss"]], s=90, facecolor="none", edgecolor="red", label="written", zorder=3)
     axes.axvline(search["budget"], linestyle=":", color="0.5")

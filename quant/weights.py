@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Plan:
 
     by_graph: dict[str, Scheme]
     by_weight: dict[str, Scheme] = field(default_factory=dict)
-    products: dict[str, np.ndarray] = field(default_factory=dict)
+    products: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def scheme(self, graph: str, weight: str, columns: int) -> Scheme:
         return self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph]).of(columns)
@@ -102,7 +102,8 @@ def quantize_bundle(
         (folder / "report.json").write_text(json.dumps(report, indent=1))
         drift.draw(measured, folder / "drift.png", precision)
     report["seconds"], report["peak_rss_mb"] = round(time.perf_counter() - began, 1), peak_rss_mb()
-    progress(f"{precision}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes'] / 1e6:.1f} MB, {report['bits_per_weight']:.2f} bits a weight")
+    bits = report["bits_per_weight"]
+    progress(f"{precision}: {report['bytes_before'] / 1e6:.1f} MB -> {report['bytes'] / 1e6:.1f} MB, {bits:.2f} bits a weight")
     return report
 
 
@@ -117,7 +118,9 @@ def whole(precision: str, block: int | None = None) -> Plan:
 def check_source(source: Path, target: Path, precision: str) -> Manifest:
     """The manifest of an fp32 bundle that may be quantized to `target`. Raises UsageError and BundleError as `quantize_bundle`."""
     if precision == "exact":
-        raise UsageError("precision exact: is written from the checkpoint, whose 4-bit base an fp32 bundle no longer has (`lvr-lite export`)")
+        raise UsageError(
+            "precision exact: is written from the checkpoint, whose 4-bit base an fp32 bundle no longer has (`lvr-lite export`)"
+        )
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not known; quantize writes {', '.join(PRECISIONS)}")
     manifest = bundle.read_manifest(source)
@@ -149,9 +152,7 @@ def _report(manifest: Manifest, precision: str, by_graph: dict[str, Any], measur
     return {"precision": precision, **sizes, "graphs": by_graph, "drift": measured, "parity": manifest.parity}
 
 
-def _write_graph(
-    source: Path, folder: Path, name: str, graph: Graph, plan: Plan | None, shared: Shared
-) -> tuple[Graph, dict[str, Any]]:
+def _write_graph(source: Path, folder: Path, name: str, graph: Graph, plan: Plan | None, shared: Shared) -> tuple[Graph, dict[str, Any]]:
     """Write one graph; its manifest entry, and what was done to it."""
     model, at = onnxfile.load(source / graph.path), (source / graph.path).parent
 
@@ -159,7 +160,7 @@ def _write_graph(
         return onnxfile.read(tensor, at)
 
     with onnxfile.data_file(folder / graph.path) as data:
-        described = half.convert(name, model, read, data) if plan is None else convert(name, model, read, data, plan, shared)
+        described = half.convert(model, read, data) if plan is None else convert(name, model, read, data, plan, shared)
     (folder / graph.path).write_bytes(model.SerializeToString())
     entry = replace(graph, precision=described["precision"], **onnxfile.graph_files(folder, graph.path))
     if plan is None:
@@ -177,12 +178,15 @@ class Shared:
 
 
 class Converter:
-    """What `lvr_lite.export.write.write_bundle` calls for each graph: weights go straight to integers."""
+    """What `lvr_lite.export.write.write_bundle` calls for each graph: weights go straight to integers, or to fp16."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan | None) -> None:
+        """plan: None for fp16."""
         self._plan, self._shared = plan, Shared()
 
     def __call__(self, graph: str, model: onnx.ModelProto, read: Read, data: DataFile, origins: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        if self._plan is None:
+            return half.convert(model, read, data)
         return convert(graph, model, read, data, self._plan, self._shared)
 
 
@@ -191,7 +195,9 @@ def convert(name: str, model: onnx.ModelProto, read: Read, data: DataFile, plan:
     rewriting = _Rewriting(name, model, read, data, plan, shared)
     rewriting.run()
     by_bits = {bits: [w for w, s in rewriting.schemes.items() if s.bits == bits] for bits in (4, 8)}
-    what = " and ".join(f"{len(names)} × {bits} bits" if len(by_bits[4]) * len(by_bits[8]) else f"{bits} bits" for bits, names in by_bits.items() if names)
+    what = " and ".join(
+        f"{len(names)} × {bits} bits" if len(by_bits[4]) * len(by_bits[8]) else f"{bits} bits" for bits, names in by_bits.items() if names
+    )
     schemes = {f"{s.bits} bits, block {s.block}{'' if s.symmetric else ', zero points'}" for s in rewriting.schemes.values()}
     return {
         "precision": f"int{plan.by_graph[name].bits}" if not (by_bits[4] and by_bits[8]) else "mixed",

@@ -14,8 +14,9 @@ from PIL import Image
 
 # What a family is made of (docs/families.md); those that share it import all and define anew what differs.
 __all__ = [
-    "IMAGE_TOKEN", "KEEP_UNQUANTIZED", "LANGUAGE_MODEL", "LORA_TARGETS", "POSITION_AXES", "VISION_AXES", "frames", "grid_of",
-    "PICTURE_TOKENS", "image_inputs", "image_spec", "patches", "picture_text", "positions", "rope_axes", "token_grid", "token_places", "vision_inputs",
+    "IMAGE_TOKEN", "KEEP_UNQUANTIZED", "LANGUAGE_MODEL", "LORA_TARGETS", "PICTURE_TOKENS", "POSITION_AXES", "VISION_AXES", "frames",
+    "grid_of", "image_inputs", "image_spec", "patches", "picture_text", "positions", "rope_axes", "token_grid", "token_places",
+    "vision_inputs",
 ]  # fmt: skip
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

