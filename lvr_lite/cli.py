@@ -223,7 +223,7 @@ def _say_done(bundle: Path, began: float) -> None:
 
 
 def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
-    import tempfile
+    import shutil
 
     from lvr_lite.bundle import fresh_folder
     from lvr_lite.checkpoint import read_checkpoint
@@ -252,9 +252,14 @@ def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bi
         return {"parity": write_bundle(read, merged, bundle, _say, reference).parity}
     parameters = sum(p.numel() for p in merged.model.parameters())
     check_free_space(bundle, int(parameters * (6.5 if precision == "fp16" else 5.5)))  # in float32 first, then quantized
-    with fresh_folder(bundle) as staged, tempfile.TemporaryDirectory(dir=staged.parent, prefix=f"{staged.name}-fp32-") as exact:
-        write_bundle(read, merged, Path(exact) / "fp32", _say, reference)
-        return _quantize(Path(exact) / "fp32", staged, precision, block, bits, calibration)
+    with fresh_folder(bundle) as staged:  # all that is made on the way lies in it, so that a killed run leaves one folder to sweep
+        write_bundle(read, merged, staged / "fp32", _say, reference)
+        report = _quantize(staged / "fp32", staged / "made", precision, block, bits, calibration)
+        shutil.rmtree(staged / "fp32")
+        for path in (staged / "made").iterdir():
+            path.rename(staged / path.name)
+        (staged / "made").rmdir()
+    return report
 
 
 def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ path some candidates are measured whole, and the best within the budget is writt
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import time
@@ -61,7 +62,7 @@ def quantize_mixed(
     check_source(source, target, "mixed")
     if search is None:
         target.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.search-") as scratch:
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.tmp-{os.getpid()}-search-") as scratch:
             runtime = OnnxRuntime(source)
             found = Search(runtime, Path(scratch), calibrate.load_prompts(runtime, data, PROMPTS), progress, block).choose(bits)
     else:
