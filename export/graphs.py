@@ -395,6 +395,7 @@ def structure(spec: Spec, codes: dict[int, str]) -> tuple[onnx.ModelProto, dict[
     codes: `lvr_lite.weights.origins` of the model. Raises LvrError where a linear layer did not become a MatMul with a constant weight (it
     would stay unquantized unnoticed), and where a constant was computed from weights, which are not there.
     """
+    assert not any(isinstance(m, _Product) for m in spec.module.modules()), "this empty model was exported before; make another"
     transposed = set(_as_products(spec.module))
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -437,6 +438,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # torch.export pickles its own tree specifications through a class that it deprecates itself.
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+            # numpy, of the NaNs that stand for weights
+            warnings.filterwarnings("ignore", message="invalid value encountered", category=RuntimeWarning)
             # One Dim serves several inputs on purpose; the exporter says so once an axis.
             warnings.filterwarnings("ignore", message="# The axis name: .* will not be used", category=UserWarning)
             yield

@@ -106,7 +106,8 @@ def shape_of(name: str) -> Checkpoint:
     assert image is not None  # added above
     return replace(
         tiny, folder=Path(name), base=Path(name), adapter=False, config=config, family=family, tokenizer=tokenizer,
-        image_spec=family.image_spec(config, preprocessor), tokens=replace(tiny.tokens, image=image), latent=LatentSpec(steps=8),
+        template=tiny.template.replace("<|image_pad|>", family.IMAGE_TOKEN), image_spec=family.image_spec(config, preprocessor),
+        tokens=replace(tiny.tokens, image=image), latent=LatentSpec(steps=8),
     )  # fmt: skip
 
 

@@ -30,7 +30,9 @@ JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was pri
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
 Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 64 by default.")]
 Bits = Annotated[float, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included.")]
-Calibration = Annotated[str, typer.Option(help="For mixed: scenes (drawn, of the training split), or a file of samples.")]
+Calibration = Annotated[
+    str, typer.Option(help="For int4 and mixed: scenes (drawn, of the training split), or a file of samples; none, for int4 alone.")
+]
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
 
@@ -282,8 +284,8 @@ def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | Non
 def _quantize(source: Path, target: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
     from lvr_lite.quant import search, weights
 
-    if precision == "mixed":
-        return search.quantize_mixed(source, target, bits, calibration, _say, block)
+    if precision == "mixed" or (precision == "int4" and calibration != "none"):
+        return search.quantize_calibrated(source, target, precision, calibration, _say, block, bits)
     return weights.quantize_bundle(source, target, precision, _say, block)
 
 

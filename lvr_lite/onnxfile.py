@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -41,7 +42,7 @@ class DataFile:
             return numpy_helper.from_array(array, name)
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        array.tofile(self._file)
+        self._file.write(array.data)  # not tofile, whose error on a full disk does not say so
         tensor = declared(name, array.dtype, array.shape)
         del tensor.external_data[:]
         for key, value in (("location", self._name), ("offset", offset), ("length", array.nbytes)):
@@ -195,10 +196,31 @@ class DecoderLayers:
 
     def run(self, index: int, calls: list[LayerCall]) -> list[np.ndarray]:
         """Hidden states after layer `index` of several calls, one after another, K/V kept between them."""
+        return self.run_all(index, [calls])[0]
+
+    def run_all(
+        self, index: int, sequences: list[list[LayerCall]], watch: Callable[[str, np.ndarray], None] | None = None
+    ) -> list[list[np.ndarray]]:
+        """`run` for several sequences, each with K/V of its own. watch: is told the name of each weight of the layer, and what it is
+        multiplied with, (N, K), once a call."""
+        part = decoder_layer(self._model, index, self._layers)
+        weights = {tensor.name for tensor in part.graph.initializer if len(tensor.dims) == 2}
+        watched: dict[str, list[str]] = {}  # value -> the weights that read it
+        for node in part.graph.node:
+            if watch is not None and node.op_type == "MatMul" and node.input[1] in weights:
+                watched.setdefault(node.input[0], []).append(node.input[1])
+        part.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in watched)
+        session = open_session(part.SerializeToString(), self._file.parent)
+        seen: dict[str, Callable[[np.ndarray], None]] = {}
+        if watch is not None:
+            seen = {name: partial(_tell, watch, readers) for name, readers in watched.items()}
+        return [self._run(session, part, index, calls, seen) for calls in sequences]
+
+    def _run(
+        self, session: Any, part: onnx.ModelProto, index: int, calls: list[LayerCall], seen: dict[str, Callable[[np.ndarray], None]]
+    ) -> list[np.ndarray]:
         batch, room = len(calls[0].hidden), sum(call.hidden.shape[1] for call in calls)
         cache = {part: np.zeros((batch, self._row[0], room, self._row[1]), self._cache_type) for part in ("key", "value")}
-        part = decoder_layer(self._model, index, self._layers)
-        session = open_session(part.SerializeToString(), self._file.parent)
         wanted, after = {value.name for value in part.graph.input}, []
         for call in calls:
             given = {
@@ -212,11 +234,18 @@ class DecoderLayers:
                 width = call.hidden.shape[2]
                 given["deepstack_embeds"][..., index * width : (index + 1) * width] = call.added
             given |= {f"past_key_values.{index}.{name}": value for name, value in cache.items()}
-            out, cache["key"], cache["value"] = session.run(
-                ["after", f"present.{index}.key", f"present.{index}.value"], {k: v for k, v in given.items() if k in wanted}
-            )
+            given |= {n: cache["key"] for n in wanted if n.startswith("past_key_values.") and n not in given}  # another's, for its shape
+            names = ["after", f"present.{index}.key", f"present.{index}.value", *seen]
+            out, cache["key"], cache["value"], *shown = session.run(names, {k: v for k, v in given.items() if k in wanted})
             after.append(out.astype(np.float32))
+            for tell, value in zip(seen.values(), shown, strict=True):
+                tell(value.reshape(-1, value.shape[-1]))
         return after
+
+
+def _tell(watch: Callable[[str, np.ndarray], None], readers: list[str], rows: np.ndarray) -> None:
+    for name in readers:
+        watch(name, rows)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.errors import BundleError
 
-_NAN = 0x7FC00000  # float32: a quiet NaN, with 22 bits free
+_NAN = 0x7F800001  # float32: a signaling NaN, with 22 bits free; whatever is computed from it is quiet, and so another
 
 
 def empty_model(config: dict[str, Any], family: Any) -> Any:

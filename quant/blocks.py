@@ -1,4 +1,4 @@
-"""Block-wise integer weights: how a matrix is cut into blocks, rounded, packed. May import: numpy, the core.
+"""Block-wise integer weights: how a matrix is cut into blocks, rounded, packed. May import: numpy, torch, the core.
 
 A block of consecutive values shares a scale (and, where asymmetric, a zero point): value = (q - zero) * scale, q in 0 … 2**bits - 1.
 ONNX Runtime's packing: two 4-bit values a byte, the earlier one low (MatMulNBits, GatherBlockQuantized).
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from lvr_lite.runtime.onnx import usable_cores
 
@@ -97,9 +98,7 @@ def gptq(matrix: np.ndarray, products: np.ndarray, bits: int, block: int, symmet
     power = np.diagonal(products).astype(np.float32)
     found = quantize(matrix, bits, block, symmetric, power)
     order = np.argsort(-power, kind="stable")
-    damped = products[np.ix_(order, order)].astype(np.float64)
-    damped[np.diag_indices(columns)] += DAMPING * max(float(np.diagonal(damped).mean()), 1e-10)
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    upper = _factor(products[np.ix_(order, order)])
     left = np.ascontiguousarray(matrix[:, order].T)  # (columns, rows): what is still to be rounded
     zero = np.full(found.scales.shape, 1 << (bits - 1), np.float32) if found.zeros is None else found.zeros.astype(np.float32)
     top = (1 << bits) - 1
@@ -115,6 +114,15 @@ def gptq(matrix: np.ndarray, products: np.ndarray, bits: int, block: int, symmet
             left[i + 1 : end] -= upper[i, i + 1 : end, None] * errors[i - begin]
         left[end:] -= upper[begin:end, end:].T @ errors
     return found
+
+
+def _factor(products: np.ndarray) -> np.ndarray:
+    """Upper triangular U, Uᵀ U the inverse of `products`, damped: from the Cholesky factor of the reversed matrix, without inverting."""
+    damped = torch.from_numpy(np.array(products[::-1, ::-1], np.float64))
+    damped.diagonal().add_(DAMPING * max(float(damped.diagonal().mean()), 1e-10))
+    lower = torch.linalg.cholesky(damped)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(damped), dtype=torch.float64), upper=False)
+    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]

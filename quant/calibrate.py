@@ -1,31 +1,31 @@
 """What quantization costs on a calibration set: answers and latents against the fp32 bundle's; and what flows into each weight.
 
-May import: onnx, numpy, the core.
+May import: numpy, the core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from lvr_lite import onnxfile
+from lvr_lite import bundle, onnxfile
 from lvr_lite.ask import prepare_prompt
 from lvr_lite.data.make import scene_samples
 from lvr_lite.data.samples import read_samples
 from lvr_lite.decode import Decoding, Options, Prompt, Result
 from lvr_lite.errors import DataError
-from lvr_lite.runtime.onnx import OnnxRuntime, open_session
+from lvr_lite.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.preprocess import open_picture
 
 SEED = 90_001  # of the scenes, of the training split
 BATCH = 16  # prompts decoded together
 TOKENS = 24  # text tokens of an answer at most
-HELD = 1 << 30  # bytes of products in memory at once
 
 
 def load_prompts(runtime: OnnxRuntime, data: str, count: int) -> list[Prompt]:
@@ -122,65 +122,113 @@ def loss(runtime: OnnxRuntime, prompts: list[Prompt], reference: list[Said]) -> 
 
 
 class Products(Mapping[str, np.ndarray]):
-    """{"decoder/" + weight: sum of x xᵀ over all inputs x of a weight of an fp32 decoder, float64 (K, K)}, on calibration prompts.
+    """{"decoder/" + weight: sum of x xᵀ over all inputs x of a weight of an fp32 decoder, float64 (K, K)}, on calibration prompts; for
+    "lm_head/…" and "embed_tokens/…" that of the states which the head reads.
 
-    Made when asked for, for as many weights of neighbouring layers at once as HELD allows; those before are forgotten.
+    Prompts, the model's own latents and its answers are all read, layer by layer: one layer is in memory, and its products are there
+    until those of another are asked for. Asking in the order of layers costs one pass.
     """
 
-    def __init__(self, runtime: OnnxRuntime, prompts: list[Prompt]) -> None:
-        self._runtime, self._prompts = runtime, prompts
-        self._file = runtime.folder / runtime.manifest.graphs["decoder"].path
-        self._model = onnxfile.load(self._file)
-        rows = {tensor.name: tensor.dims[0] for tensor in self._model.graph.initializer if len(tensor.dims) == 2}
-        products = [node for node in self._model.graph.node if node.op_type == "MatMul" and node.input[1] in rows]
-        self._inputs = {f"decoder/{node.input[1]}": (node.input[0], rows[node.input[1]]) for node in products}
+    def __init__(self, runtime: OnnxRuntime, prompts: list[Prompt], source: Path | None = None) -> None:
+        """runtime: what reasons and answers; source: the fp32 bundle, `runtime`'s own where it is that."""
+        source = source or runtime.folder
+        recorder = _Recorder(runtime)
+        for prompt in prompts:
+            for _ in Decoding(recorder, [prompt], Options(max_tokens=TOKENS)):
+                pass
+        self._begin = recorder.sequences
+        manifest = bundle.read_manifest(source, check=False)
+        self._layers = DecoderLayers(source, manifest)
+        self._model = onnxfile.load(source / manifest.graphs["decoder"].path)
+        self._at = source / "onnx"
+        matrices = [t.name for t in self._model.graph.initializer if len(t.dims) == 2]
+        places = [(name, re.search(r"\.layers\.(\d+)\.", name)) for name in matrices]
+        self._layer = {f"decoder/{name}": int(place.group(1)) for name, place in places if place}
+        self._last = runtime.manifest.decoder["layers"]
+        self._restart()
+
+    def _restart(self) -> None:
+        self._next, self._calls = 0, self._begin
         self._held: dict[str, np.ndarray] = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._inputs)
+        return iter(self._layer)
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return len(self._layer)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._inputs
+        return key in self._layer or str(key).split("/")[0] in ("lm_head", "embed_tokens")
 
     def __getitem__(self, key: str) -> np.ndarray:
-        name, _ = self._inputs[key]
-        if name not in self._held:
-            self._fill(key)
-        return self._held[name]
+        layer = self._layer.get(key, self._last)
+        if layer < self._next - 1:
+            self._restart()
+        while self._next <= layer:
+            self._advance()
+        return np.asarray(self._held[key if key in self._layer else "states"])
 
-    def _fill(self, key: str) -> None:
-        wanted: dict[str, int] = {}
-        for name, width in list(self._inputs.values())[list(self._inputs).index(key) :]:
-            if wanted and 8 * (sum(w * w for w in wanted.values()) + width * width) > HELD:
-                break
-            wanted[name] = width
-        self._held = {name: np.zeros((width, width)) for name, width in wanted.items()}
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
-        model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
-        watched = _Watched(self._runtime, open_session(model.SerializeToString(), self._file.parent), list(wanted), self._add)
-        for part in _batches(self._prompts):
-            for _ in Decoding(watched, self._prompts[part], Options(max_tokens=TOKENS)):
-                pass
+    def _advance(self) -> None:
+        self._held = {}
+        if self._next == self._last:
+            states = np.concatenate([call.hidden[0] for call in self._calls])
+            states = self._normed(states)
+            self._held["states"] = (states.T @ states).astype(np.float64)
+        else:
+            calls = [[replace(call, added=self._of_layer(call.added))] for call in self._calls]
+            after = self._layers.run_all(self._next, calls, self._add)
+            self._calls = [replace(call, hidden=hidden) for call, (hidden,) in zip(self._calls, after, strict=True)]
+        self._next += 1
+
+    def _of_layer(self, added: np.ndarray | None) -> np.ndarray | None:
+        """What is added after this layer, of what is added after any (deepstack)."""
+        width = self._begin[0].hidden.shape[-1]
+        first = self._next * width
+        return None if added is None or first >= added.shape[-1] else added[..., first : first + width]
+
+    def _normed(self, states: np.ndarray) -> np.ndarray:
+        node = next(n for n in self._model.graph.node if "last_hidden_state" in n.output)
+        scale = next(t for t in self._model.graph.initializer if t.name == node.input[1])
+        epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+        size = np.sqrt(np.square(states).mean(-1, keepdims=True) + epsilon)
+        return np.asarray(states / size * onnxfile.read(scale, self._at))
 
     def _add(self, name: str, rows: np.ndarray) -> None:
-        self._held[name] += rows.T @ rows
+        key = f"decoder/{name}"
+        product = rows.T @ rows
+        if key in self._held:
+            self._held[key] += product
+        else:
+            self._held[key] = product.astype(np.float64)
 
 
-class _Watched(OnnxRuntime):
-    """A bundle whose decoder shows, beside its outputs, what flows into some of its weights."""
+class _Recorder:
+    """A runtime that keeps what its decoder is fed, one prompt at a time: each sequence as one call, as if all of it had been known.
 
-    def __init__(self, runtime: OnnxRuntime, decoder: Any, names: list[str], seen: Callable[[str, np.ndarray], None]) -> None:
-        self.__dict__.update(runtime.with_graphs(decoder=decoder).__dict__)
-        self._names, self._seen = names, seen
+    A new sequence begins where K/V is dropped."""
 
-    def _run(self, binding: Any, real: np.ndarray) -> None:
-        for name in self._names:
-            binding.bind_output(name)
-        super()._run(binding, real)
-        shown = binding.get_outputs()[-len(self._names) :]  # bound last
-        for name, value in zip(self._names, shown, strict=True):
-            self._seen(name, value.numpy()[real].astype(np.float32))
+    def __init__(self, runtime: OnnxRuntime) -> None:
+        self._runtime = runtime
+        self._fed: list[list[tuple[np.ndarray, np.ndarray]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    @property
+    def sequences(self) -> list[LayerCall]:
+        calls, width = [], self._runtime.hidden_size
+        for fed in self._fed:
+            widest = max(embeds.shape[-1] for embeds, _ in fed)  # of visual tokens that have a part for later layers
+            embeds = np.concatenate([np.pad(e, ((0, 0), (0, 0), (0, widest - e.shape[-1]))) for e, _ in fed], 1)
+            positions = np.concatenate([p for _, p in fed], 2)
+            added = embeds[..., width:] if widest > width else None
+            calls.append(LayerCall(embeds[..., :width].copy(), positions, np.array([embeds.shape[1]]), added))
+        return calls
+
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+        self._fed.append([(np.array(embeds), np.array(positions))])
+        return self._runtime.prefill(embeds, positions, lengths, rows)
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self._fed[-1].append((np.array(embeds)[:, None], np.broadcast_to(positions, (3, 1))[..., None].copy()))
+        return self._runtime.step(np.array(embeds), positions)

@@ -24,17 +24,22 @@ def convert(model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarra
     """Turn a float32 graph into a float16 one, in place; returns what was done. Raises BundleError for a weight beyond float16."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and size(t) > 1024]
-    _declare_as_inputs(model, weights)
     angles = _angles(model)
-    keep = [value.name for value in (*model.graph.input, *model.graph.output) if not value.name.startswith(("past_key", "present"))]
-    keep = [value for value in keep if value not in {t.name for t in weights}]
-    made = convert_float_to_float16(model, keep_io_types=keep, disable_shape_infer=True, node_block_list=angles)
-    model.CopyFrom(made)
-    names, gap, norm = {t.name for t in weights}, 0.0, 0.0
+    exact = {name for node in model.graph.node if node.name in angles for name in node.input}
+    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    weights = [t for t in floats if size(t) > 1024 and t.name not in exact]
+    apart = [t for t in floats if t.name in exact]
+    _declare_as_inputs(model, [*weights, *apart])
+    names = {t.name for t in (*weights, *apart)}
+    ports = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in names]
+    keep = [name for name in ports if not name.startswith(("past_key", "present"))]
+    model.CopyFrom(convert_float_to_float16(model, keep_io_types=keep, disable_shape_infer=True, node_block_list=angles))
+    _shorten(model)
     inputs = [value for value in model.graph.input if value.name not in names]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+    model.graph.initializer.extend(data.add(tensor.name, read(tensor)) for tensor in apart)
+    gap = norm = 0.0
     for tensor in weights:
         array = read(tensor)
         check_finite(tensor.name, array)
@@ -57,6 +62,17 @@ def _declare_as_inputs(model: onnx.ModelProto, weights: list[onnx.TensorProto]) 
     del model.graph.initializer[:]
     model.graph.initializer.extend(left)
     model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
+
+
+def _shorten(model: onnx.ModelProto) -> None:
+    """What is cast to float16 and straight back is read as it was: the converter puts such casts between nodes that stay in float32."""
+    casts = {node.output[0]: (node.input[0], node.attribute[0].i) for node in model.graph.node if node.op_type == "Cast"}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            source, kind = casts.get(name, ("", 0))
+            before, half = casts.get(source, ("", 0))
+            if (kind, half) == (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+                node.input[i] = before
 
 
 def _angles(model: onnx.ModelProto) -> list[str]:

@@ -76,7 +76,9 @@ def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
 
 
 def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Any:
-    """What was trained, as it was trained: the 4-bit base with the adapter unmerged."""
+    """What was trained, as it was trained: the 4-bit base with the adapter unmerged, where there is one."""
+    if not checkpoint.adapter:
+        return load_nf4(checkpoint, dtype, device)
     return _with_adapter(load_nf4(checkpoint, dtype, device), checkpoint).eval()
 
 

@@ -22,16 +22,19 @@ import numpy as np
 import onnx
 
 from lvr_lite import onnxfile
+from lvr_lite.bundle import read_manifest
 from lvr_lite.decode import Prompt
 from lvr_lite.errors import UsageError
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
-from lvr_lite.quant.weights import INT4, INT8, Plan, Shared, check_source, convert, quantize_bundle
+from lvr_lite.quant.drift import LARGE
+from lvr_lite.quant.weights import INT4, INT8, Plan, Shared, check_source, convert, quantize_bundle, whole
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
-UNITS = 72  # measured one by one at most
+UNITS, UNITS_LARGE = 72, 40  # measured one by one at most
 POINTS = 10  # of the path from 4 to 8 bits that are measured whole
-PROMPTS = 64
+PROMPTS, PROMPTS_LARGE = 64, 24
+SCORED_LARGE = 8  # prompts that each candidate answers
 LEVELS = (  # what goes together: finest first
     r"(?P<unit>.*)\.weight",
     r"(?P<unit>.*layers\.\d+\.(?:self_attn\.(?:[qkv]|o)|mlp\.(?:gate|up|down)))_proj\.weight",
@@ -43,36 +46,60 @@ HEAD = "embedding and head"
 SMALL_GRAPHS = ("embed_tokens", "lm_head")
 
 
-def quantize_mixed(
-    source: Path,
-    target: Path,
-    bits: float,
-    data: str,
-    progress: Callable[[str], None],
-    block: int | None = None,
-    search: Search | None = None,
+def quantize_calibrated(
+    source: Path, target: Path, precision: str, data: str, progress: Callable[[str], None], block: int | None = None, bits: float = 5.0
 ) -> dict[str, Any]:
-    """Write the fp32 bundle `source` to `target` with at most `bits` a weight of decoder, embedding and head, scales included; vision
-    has 8.
+    """Write the fp32 bundle `source` to `target` as "int4" or "mixed", its 4-bit weights rounded for what flows through them (GPTQ).
 
-    data: "scenes" or a file of samples to calibrate on. search: one of this source, to choose from again. Returns report.json, with
-    "search": what was measured. Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
+    data: "scenes" or a file of samples to calibrate on. bits: of "mixed", a weight of decoder, embedding and head at most, scales
+    included; vision has 8. Returns report.json. Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
     """
     began = time.perf_counter()
-    check_source(source, target, "mixed")
-    if search is None:
-        target.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.tmp-{os.getpid()}-search-") as scratch:
-            runtime = OnnxRuntime(source)
-            found = Search(runtime, Path(scratch), calibrate.load_prompts(runtime, data, PROMPTS), progress, block).choose(bits)
-    else:
-        found = search.choose(bits)
+    check_source(source, target, precision)
+    plan = whole("int4", block)  # refuses a block that is none
+    if data != "scenes" and not Path(data).is_file():
+        raise UsageError(f"--calibration {data}: no such file; give scenes, a file of samples{', or none' if precision == 'int4' else ''}")
+    target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.tmp-{os.getpid()}-") as scratch:
+        desk = Desk(source, Path(scratch), data, progress)
+        if precision == "int4":
+            progress(f"calibration: {len(desk.prompts)} prompts (`--calibration none` goes without: faster, and worse)")
+            return quantize_bundle(source, target, "int4", progress, plan=replace(plan, products=desk.products()))
+        search = Search(source, desk, progress, block)
+        return write_mixed(source, target, bits, search, progress) | {"search_seconds": round(time.perf_counter() - began, 1)}
+
+
+class Desk:
+    """What calibration works with: a runtime that reasons and answers, and prompts.
+
+    The runtime is the fp32 bundle; of one larger than 4 GiB an int8 copy in `scratch`, since the fp32 one would fill a small machine.
+    """
+
+    def __init__(
+        self, source: Path, scratch: Path, data: str, progress: Callable[[str], None], prompts: list[Prompt] | None = None
+    ) -> None:
+        manifest = read_manifest(source, check=False)
+        self.source, self.scratch = source, scratch
+        self.large = sum(graph.bytes for graph in manifest.graphs.values()) > LARGE
+        if self.large:
+            progress("calibration: an int8 copy reasons and answers, since fp32 would take too much memory")
+            quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
+        self.runtime = OnnxRuntime(scratch / "int8" if self.large else source)
+        self.prompts = prompts or calibrate.load_prompts(self.runtime, data, PROMPTS_LARGE if self.large else PROMPTS)
+
+    def products(self) -> Products:
+        return Products(self.runtime, self.prompts, self.source)
+
+
+def write_mixed(source: Path, target: Path, bits: float, search: Search, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Write what the search finds best within `bits` a weight; returns report.json, with "search": what was measured."""
+    found = search.choose(bits)
     plan = found.pop("plan")
     report = quantize_bundle(source, target, "mixed", progress, plan=plan)
     assert report["bits_per_weight"] <= bits + 1e-3, report["bits_per_weight"]
     chosen = found["chosen"]
     progress(f"{len(chosen['eight'])} of {found['units']} units have 8 bits: KL {chosen['kl']:.2e}, drift {chosen['drift']:.2e}")
-    report["search"] = found | {"seconds": round(time.perf_counter() - began, 1)}
+    report["search"] = found
     (target / "report.json").write_text(json.dumps(report, indent=1))
     draw(report["search"], target / "pareto.png")
     return report
@@ -98,19 +125,20 @@ class Candidate:
 class Search:
     """Units of a bundle's decoder, embedding and head in 4 and 8 bits, and what mixtures of them cost.
 
-    runtime: the fp32 bundle. scratch: a folder for both variants. prompts: what weights are rounded for (GPTQ); the first `scored` of them
-    are answered by each candidate.
+    desk: its prompts are what weights are rounded for; the first `scored` of them, or those given, are answered by each candidate.
     """
 
     def __init__(
-        self, runtime: OnnxRuntime, scratch: Path, prompts: list[Prompt], progress: Callable[[str], None], block: int | None = None,
-        scored: int | None = None,
-    ) -> None:  # fmt: skip
-        self._runtime, self._scratch, self._prompts = runtime, scratch, prompts[:scored]
-        self._reference = calibrate.listen(runtime, self._prompts)
+        self, source: Path, desk: Desk, progress: Callable[[str], None], block: int | None = None, scored: list[Prompt] | None = None
+    ) -> None:
+        self._source, self._scratch, self._runtime = source, desk.scratch, desk.runtime
+        self._manifest = read_manifest(source, check=False)
+        self._prompts = scored or desk.prompts[: SCORED_LARGE if desk.large else None]
+        self._finest = UNITS_LARGE if desk.large else UNITS
+        self._reference = calibrate.listen(self._runtime, self._prompts)
         choices, latents = (sum(numbers) for numbers in zip(*((len(s.choices), s.latents) for s in self._reference), strict=True))
-        progress(f"calibration: {len(prompts)} prompts, {choices} choices and {latents} latents of the fp32 bundle to keep")
-        self._four, self._products = replace(INT4, block=block) if block else INT4, Products(runtime, prompts)
+        progress(f"calibration: {len(desk.prompts)} prompts; {choices} choices and {latents} latents to keep")
+        self._four, self._products = replace(INT4, block=block) if block else INT4, desk.products()
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()
@@ -121,9 +149,9 @@ class Search:
         """All graphs but vision in one precision, into the scratch folder."""
         scheme = self._four if bits == 4 else INT8
         plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
-        made, shared, at = {}, Shared(), self._runtime.folder / "onnx"
-        for name in (*SMALL_GRAPHS, "decoder"):
-            model = onnxfile.load(self._runtime.folder / self._runtime.manifest.graphs[name].path)
+        made, shared, at = {}, Shared(), self._source / "onnx"
+        for name in ("decoder", *SMALL_GRAPHS):  # in the order of layers, as products come
+            model = onnxfile.load(self._source / self._manifest.graphs[name].path)
             with onnxfile.data_file(self._scratch / f"{name}-{bits}.onnx") as file:
                 done = convert(name, model, lambda tensor: onnxfile.read(tensor, at), file, plan, shared)
             self._sizes[name, bits] = (done["bytes_of_weights"], 0 if done["shared"] else done["weights"])
@@ -141,7 +169,7 @@ class Search:
                 stem, _, last = unit.rpartition(".")
                 together = f"{stem}.{_TOGETHER.get(last, last)}" if pattern == LEVELS[1] else unit
                 units.setdefault(together.removeprefix("language_model."), []).append(name)
-            if len(units) < UNITS:
+            if len(units) < self._finest:
                 break
         return units
 

@@ -56,6 +56,7 @@ WHOLE = {  # precision -> scheme of each graph
     # The decoder's weights are read at every step, so they are worth 4 bits; vision runs once and the head decides near ties.
     "int4": {**dict.fromkeys(bundle.GRAPHS, INT8), "decoder": INT4},
 }
+ORDER = ("vision_encoder", "decoder", "embed_tokens", "lm_head")  # GPTQ's products come layer by layer, the head's last
 PRECISIONS = ("int8", "int4", "mixed", "fp16")
 
 
@@ -90,7 +91,7 @@ def quantize_bundle(
         (folder / "onnx").mkdir()
         graphs, by_graph = {}, {}
         shared = Shared()
-        for name in sorted(manifest.graphs, key=bundle.GRAPHS.index):
+        for name in ORDER:
             graph = manifest.graphs[name]
             graphs[name], by_graph[name] = _write_graph(source, folder, name, graph, plan, shared)
             progress(_line(name, by_graph[name]))
@@ -318,6 +319,8 @@ class _Rewriting:
 
     def _is_tied(self, matrix: np.ndarray, scheme: Scheme) -> bool:
         table = self.shared.table
+        if matrix.shape[1] % scheme.block:
+            return False  # the head's last block is padded, the embedding's rows are not
         return table is not None and self.shared.scheme == scheme and table.shape == matrix.shape and np.array_equal(table, matrix)
 
     def _share(self, matrix: np.ndarray, scheme: Scheme) -> list[str]:
@@ -386,7 +389,7 @@ def check_form(folder: Path, graphs: dict[str, Graph]) -> None:
             where = {entry.key: entry.value for entry in tensor.external_data}
             key = onnxfile.fingerprint(tensor, (folder / graph.path).parent)
             place = f"{where['location']} at {where['offset']}"
-            if seen.setdefault(key, place) != place:
+            if seen.setdefault(key, place) != place and np.any(onnxfile.read(tensor, (folder / graph.path).parent)):
                 raise BundleError(f"{name}: {tensor.name} holds the same bytes as {seen[key]}; nothing written")
 
 

@@ -65,14 +65,25 @@ def small_checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def small_fp32(small_model: Any, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export() -> Callable[[Any, Path], Any]:
+    """Writes a checkpoint as an fp32 bundle that has passed the gate against torch; returns its manifest."""
+    from lvr_lite.export.write import write_bundle
+    from lvr_lite.quant import nf4
+
+    def write(checkpoint: Any, target: Path) -> Any:
+        return write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), target, [].append, lambda: nf4.load_merged(checkpoint))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_fp32(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
     """The small model as an fp32 bundle of LATENT_STEPS latent steps."""
     from lvr_lite.checkpoint import read_checkpoint
-    from lvr_lite.export.write import write_bundle
     from lvr_lite.latent import LatentSpec
 
     target = tmp_path_factory.mktemp("small-bundles") / "fp32"
-    write_bundle(small_model, replace(read_checkpoint(small_checkpoint), latent=LatentSpec(steps=LATENT_STEPS)), target, [].append)
+    export(replace(read_checkpoint(small_checkpoint), latent=LatentSpec(steps=LATENT_STEPS)), target)
     return target
 
 
@@ -83,6 +94,28 @@ def small_int8(small_fp32: Path) -> Path:
 
     quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", [].append)
     return small_fp32.parent / "int8"
+
+
+@pytest.fixture(scope="session")
+def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint tuned for two steps, so fast that its adapters and marker tokens have moved far: 8 latent steps."""
+    from lvr_lite.checkpoint import read_checkpoint
+    from lvr_lite.config import load_settings
+    from lvr_lite.quant import nf4
+    from lvr_lite.train.finetune import finetune
+
+    out = tmp_path_factory.mktemp("small-tuned") / "tuned"
+    overrides = ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.lr=1e-2", "train.save_every=2"]
+    overrides += [
+        "train.eval_every=2",
+        "data.count=4",
+        "data.eval_count=2",
+        "lora.rank=4",
+        "latent.steps=8",
+        "latent.feedback=norm-matched",
+    ]
+    finetune(read_checkpoint(small_checkpoint), nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=[].append)
+    return out
 
 
 @pytest.fixture

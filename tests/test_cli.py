@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,10 +128,22 @@ def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, 
         ("finetune --model tiny --data scenes --out OUT --resume", 2, "nothing to resume"),
         ("export nosuch OUT", 1, "nosuch: no such folder"),
         ("export nobody/nothing OUT", 1, "nobody/nothing: neither a folder here nor to be had from the hub"),
-        ("export tiny OUT --precision fp8", 2, "--precision fp8: must be"),
+        ("export tiny OUT --precision fp8", 2, "--precision fp8: must be exact, fp32, int8, int4, mixed or fp16"),
+        ("export tiny OUT --block 32 --precision int8", 2, "--block is for weights of 4 bits, which --precision int8 has none of"),
+        ("export --synthetic nope OUT", 2, "--synthetic nope: not known; choose one of qwen2-vl-2b, "),
+        ("export --synthetic smolvlm-256m tiny OUT", 2, "--synthetic takes no checkpoint"),
+        ("export --synthetic smolvlm-256m OUT --precision mixed", 2, "random weights have nothing to search or to keep"),
+        ("export tiny", 2, "export needs a checkpoint and the folder to write"),
         ("quantize nosuch OUT", 1, "nosuch: no such folder"),
         ("quantize EMPTY OUT", 1, "not a bundle (lvr.json is missing)"),
-        ("quantize FP32 OUT --precision fp8", 2, "precision 'fp8' is not known"),
+        ("quantize FP32 OUT --precision fp8", 2, "precision 'fp8' is not known; quantize writes int8, int4, mixed, fp16"),
+        ("quantize FP32 OUT --precision exact", 2, "precision exact: is written from the checkpoint"),
+        ("quantize FP32 OUT --precision int4 --block 48", 2, "block 48: must be a power of two, 16 or more"),
+        ("quantize FP32 OUT --precision mixed --block 48", 2, "block 48: must be a power of two, 16 or more"),
+        ("quantize FP32 OUT --block 32 --precision int8", 2, "--block is for weights of 4 bits, which --precision int8 has none of"),
+        ("quantize FP32 OUT --precision mixed --bits 3", 2, "--bits 3: 4 bits take 4."),
+        ("quantize FP32 OUT --precision mixed --calibration none.jsonl", 1, "none.jsonl: cannot be read"),
+        ("quantize INT8 OUT --precision mixed", 1, "its precision is int8"),
         ("quantize INT8 OUT", 1, "its precision is int8"),
         ("quantize FP32 FP32", 1, "is the source itself"),
         ("run INT8 nosuch.png question", 1, "nosuch.png: no such picture"),
@@ -330,22 +344,29 @@ def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_leaves_no_quantized_bundle(call: Call, small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnx
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights find no room where they are written."""
+    from lvr_lite import onnxfile
 
-    monkeypatch.setattr(onnx, "save", full)
+    @contextmanager
+    def no_room(path: Path) -> Iterator[onnxfile.DataFile]:
+        with Path("/dev/full").open("wb") as file:
+            yield onnxfile.DataFile(file, path.name)
+
+    monkeypatch.setattr(onnxfile, "data_file", no_room)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_no_quantized_bundle(call: Call, small_fp32: Path, tmp_path: Path) -> None:
     done = call("quantize", small_fp32, tmp_path / "out")
     assert (done.code, "cannot be written (No space left on device)" in done.error) == (1, True)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_full_disk_leaves_no_exported_bundle(
-    call: Call, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    import onnx_ir
-
-    monkeypatch.setattr(onnx_ir, "save", full)
+def test_a_full_disk_leaves_no_exported_bundle(call: Call, small_checkpoint: Path, tmp_path: Path, precision: str) -> None:
     done = call("export", small_checkpoint, tmp_path / "out", "--precision", precision)
     assert done.code == 1
     assert "No space left on device" in done.error
@@ -353,13 +374,11 @@ def test_a_full_disk_leaves_no_exported_bundle(
 
 
 def test_a_full_disk_keeps_the_bundle_that_was_there(
-    call: Call, small_fp32: Path, copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, small_int8: Path
+    call: Call, small_fp32: Path, copied: Callable[[Path], Path], small_int8: Path, request: pytest.FixtureRequest
 ) -> None:
-    import onnx
-
     earlier = copied(small_int8)
     before = files(earlier)
-    monkeypatch.setattr(onnx, "save", full)
+    request.getfixturevalue("full_disk")
     assert call("quantize", small_fp32, earlier).code == 1
     assert files(earlier) == before
     assert [p.name for p in earlier.parent.iterdir()] == [earlier.name]
@@ -483,6 +502,33 @@ def test_an_export_is_a_bundle_that_answers(call: Call, small_checkpoint: Path, 
     assert json.loads((tmp_path / "export.json").read_text())["precision"] == "int4"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export.json", "out", "picture.png"]
     assert call("run", tmp_path / "out", picture, "what is here", "--max-tokens", 2).code == 0
+
+
+def test_too_little_disk_is_one_line(
+    call: Call, small_fp32: Path, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, used=10**12, free=0))
+    for done in (call("quantize", small_fp32, tmp_path / "out"), call("export", small_checkpoint, tmp_path / "out")):
+        assert (done.code, "GB of free disk, 0.0 GB are left" in done.error) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tuned_checkpoint_is_exported_as_it_was_trained(call: Call, small_tuned: Path, picture: Path, tmp_path: Path) -> None:
+    done = call("export", small_tuned, tmp_path / "out", "--precision", "exact", "--json", tmp_path / "export.json")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "export.json").read_text())
+    assert (told["precision"], told["parity"]["decoding"]["relative"] < 1e-4) == ("exact", True)
+    assert call("run", tmp_path / "out", picture, "what is here", "--max-tokens", 2).code == 0
+
+
+@pytest.mark.parametrize("options", ["--precision fp16", "--precision int4 --block 32"])
+def test_a_bundle_is_quantized_and_asked(call: Call, small_fp32: Path, picture: Path, tmp_path: Path, options: str) -> None:
+    done = call("quantize", small_fp32, tmp_path / "out", *options.split(), "--json", tmp_path / "quantize.json")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "quantize.json").read_text())
+    assert (told["schema"], told["precision"], told["bundle"]) == ("lvr-lite/quantize", options.split()[1], str(tmp_path / "out"))
+    assert call("run", tmp_path / "out", picture, "what is here", "--max-tokens", 2).code == 0
+    assert call("inspect", tmp_path / "out").code == 0
 
 
 def test_a_model_is_tuned_exported_and_asked(call: Call, small_checkpoint: Path, picture: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 WINDOW = 512  # tokens read at once; perplexity is over all but the first 64 of each
-WINDOWS = 12
+WINDOWS = 8
+BLOCK = 64
 SCORED_TOKENS = 64  # of each prompt that candidates of the search answer
 MODULES = (
     "argparse", "collections", "decimal", "email.message", "fractions", "heapq", "inspect", "logging", "pathlib", "random", "statistics",
@@ -174,6 +177,7 @@ def rounded_by_onnxruntime(source: Path, scratch: Path, how: str, block: int) ->
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--out", type=Path, required=True)
+    logging.disable(logging.INFO)
     out = options.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "checkpoint" / "config.json").is_file():
@@ -182,8 +186,8 @@ def main() -> None:
     if not (out / "fp32" / "lvr.json").is_file():
         write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), out / "fp32", print, lambda: nf4.load_merged(checkpoint))
     fp32 = OnnxRuntime(out / "fp32")
-    prompts = calibration_prompts(fp32.tokenizer, 48)
-    scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:16])
+    prompts = calibration_prompts(fp32.tokenizer, 96)
+    scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:8])
     rows: list[dict[str, Any]] = []
 
     def add(name: str, runtime: OnnxRuntime, bits: float, seconds: float) -> None:
@@ -193,39 +197,35 @@ def main() -> None:
 
     add("fp32", fp32, 32, 0)
     for block in (32, 64, 128):
-        for how in ("rtn-symmetric", "rtn", "k-quant", "hqq"):
+        for how in ("rtn", "k-quant", "hqq"):
             if how == "k-quant" and block != 32:
                 continue  # ONNX Runtime's has blocks of 32
             began = time.time()
             session, bits = rounded_by_onnxruntime(out / "fp32", out, how, block)
             add(f"decoder only: onnxruntime {how}, block {block}", fp32.with_graphs(decoder=session), bits, time.time() - began)
     products = calibrate.Products(fp32, prompts)
-    for block, symmetric in ((32, False), (64, True), (64, False), (128, True), (128, False)):
+    for block in (64, 128):
         for name, given in (("ours", {}), ("ours with GPTQ", products)):
-            scheme = weights.Scheme(4, block, symmetric)
             model, at = onnxfile.load(out / "fp32" / "onnx" / "decoder.onnx"), out / "fp32" / "onnx"
             began, path = time.time(), out / f"own-{block}.onnx"
             with onnxfile.data_file(path) as data:
-                plan = weights.Plan({"decoder": scheme}, {}, given)
+                plan = weights.Plan({"decoder": weights.Scheme(4, block, False)}, {}, given)
                 done = weights.convert("decoder", model, partial(onnxfile.read, folder=at), data, plan, weights.Shared())
             session = open_session(model.SerializeToString(), out)
-            title = f"decoder only: {name}, block {block}{', symmetric' if symmetric else ''}"
-            add(title, fp32.with_graphs(decoder=session), 8 * done["bytes_of_weights"] / done["weights"], time.time() - began)
-    for precision in ("int8", "int4", "fp16"):
+            bits = 8 * done["bytes_of_weights"] / done["weights"]
+            add(f"decoder only: {name}, block {block}", fp32.with_graphs(decoder=session), bits, time.time() - began)
+    for precision, plan in (("int8", None), ("int4", replace(weights.whole("int4"), products=products)), ("fp16", None)):
         began = time.time()
-        report = weights.quantize_bundle(out / "fp32", out / precision, precision, print)
+        report = weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan)
         add(precision, OnnxRuntime(out / precision), report["bits_per_weight"], time.time() - began)
-    short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in prompts]
-    for block in (64, 128):
-        began = time.time()
-        (scratch := out / f"search-{block}").mkdir(exist_ok=True)
-        found = search.Search(fp32, scratch, short, print, block, scored=16)
-        for budget in (4.5, 4.75, 5.0, 5.5, 6.0, 7.0):
-            if found.lowest > budget:
-                continue
-            folder = out / f"mixed-{budget}-{block}"
-            report = search.quantize_mixed(out / "fp32", folder, budget, "", print, search=found)
-            add(f"mixed, budget {budget}, block {block}", OnnxRuntime(folder), report["bits_per_weight"], time.time() - began)
+    short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in prompts[:16]]
+    began = time.time()
+    (scratch := out / "search").mkdir(exist_ok=True)
+    found = search.Search(out / "fp32", search.Desk(out / "fp32", scratch, "", print, prompts), print, BLOCK, short)
+    for budget in (4.6, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0):
+        folder = out / f"mixed-{budget}"
+        report = search.write_mixed(out / "fp32", folder, budget, found, print)
+        add(f"mixed, budget {budget}", OnnxRuntime(folder), report["bits_per_weight"], time.time() - began)
     exact = nf4.TrainedWeights(checkpoint, unmerged=True)
     began = time.time()
     write_bundle(checkpoint, exact, out / "exact", print, lambda: nf4.load_trained(checkpoint, torch.float32), "exact", ExactConvert(exact))

@@ -72,8 +72,9 @@ class OnnxRuntime:
         self.latent = self.manifest.latent
         self.hidden_size = self.manifest.decoder["hidden_size"]
         share_one_thread_pool(threads or usable_cores())
-        sessions = (open_session(folder / self.manifest.graphs[name].path) for name in bundle.GRAPHS)
-        self._vision, self._embed, self._decoder, self._head = sessions
+        # the head first: while it is packed its one large weight is there twice, and nothing else should be there yet
+        order = ("lm_head", "decoder", "vision_encoder", "embed_tokens")
+        self._head, self._decoder, self._vision, self._embed = (open_session(folder / self.manifest.graphs[name].path) for name in order)
         self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
         deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
         self._deepstack = int(deepstack["axes"][-1]) if deepstack else 0  # width of what visual tokens add in later layers
@@ -86,9 +87,6 @@ class OnnxRuntime:
         other.__dict__.update({f"_{name}": session for name, session in graphs.items()})
         other._batch = other._capacity = 0
         return other
-
-    def _run(self, binding: Any, real: np.ndarray) -> None:  # noqa: ARG002 (for who watches: which positions are no padding)
-        self._decoder.run_with_iobinding(binding)
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         feed = {"pixel_values": pixel_values, **self.family.vision_inputs(grids, self.image_spec)}
@@ -146,8 +144,8 @@ class OnnxRuntime:
         binding.bind_cpu_input("seqlens_k", lengths.astype(np.int32) - 1)
         binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))
         binding.bind_output("last_hidden_state")
-        self._run(binding, np.arange(embeds.shape[1])[None] < lengths[:, None])
-        hidden = binding.get_outputs()[len(self._cache_names)].numpy()  # outputs come back in the order of binding
+        self._decoder.run_with_iobinding(binding)
+        hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
         if cache is not self._cache:
             for name, value in cache.items():
                 self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
@@ -162,6 +160,6 @@ class OnnxRuntime:
         self._positions.update_inplace(np.ascontiguousarray(np.broadcast_to(positions, (3, len(positions))))[..., None])
         self._seqlens.update_inplace(self._lengths - 1)
         self._total.update_inplace(np.array(self._lengths.max(), np.int32))
-        self._run(self._binding, np.ones((len(positions), 1), bool))
+        self._decoder.run_with_iobinding(self._binding)
         self._in_state = self._state.numpy()[:, 0]
         return self._in_state

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ import onnx
 import pytest
 import torch
 
-from lvr_lite import bundle
+from lvr_lite import bundle, onnxfile, weights
 from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.errors import BundleError, LvrError
-from lvr_lite.export import graphs, parity
+from lvr_lite.export import graphs, parity, write
 from lvr_lite.export.write import describe, write_bundle
 from lvr_lite.latent import LatentSpec
+from lvr_lite.quant.nf4 import TrainedWeights, load_merged
 from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.tiny import build
@@ -43,9 +47,14 @@ def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
 
 
 @pytest.fixture(scope="module")
-def written(model: Any, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(small_checkpoint: Path) -> Checkpoint:
+    return read_checkpoint(small_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
     target = tmp_path_factory.mktemp("bundles") / "fp32"
-    write_bundle(model, checkpoint, target, [].append)
+    export(checkpoint, target)
     return target
 
 
@@ -149,24 +158,152 @@ def test_the_gate_decodes_through_the_latent_loop_that_is_written(
         parity.check_decoding(mine, theirs, latents=4, tokens=6)
 
 
+def changing(graph: str, weight: str) -> write.Convert:
+    """What writes the weights as they are, but for one that it makes 5 % larger."""
+
+    def convert(name: str, model: Any, read: Any, data: Any, origins: Any) -> dict[str, Any]:
+        def altered(tensor: onnx.TensorProto) -> np.ndarray:
+            array = read(tensor)
+            return array * np.float32(1.05) if name == graph and tensor.name == weight else array
+
+        assert name != graph or weight in origins
+        return write._as_they_are(name, model, altered, data, origins)
+
+    return convert
+
+
+CHANGED = {
+    "vision_encoder": ("visual.blocks.1.mlp.down_proj.weight", "vision_encoder .* differs"),
+    "embed_tokens": ("embed_tokens.weight", "embed_tokens differs"),
+    "decoder": ("language_model.layers.1.self_attn.k_proj.weight", "decoder layer 1 differs"),
+    "lm_head": ("lm_head.weight", "lm_head differs"),
+}
+
+
+@pytest.mark.parametrize(("graph", "limit"), [("lm_head", write.SMALL), ("vision_encoder", 0)], ids=["small", "large"])
 def test_a_bundle_that_fails_the_gate_is_not_written(
-    model: Any, checkpoint: Checkpoint, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, limit: int
 ) -> None:
-    other = {path.stem: path for path in (written / "onnx").glob("*.onnx")}
-
-    def copy_with_a_changed_weight(_: graphs.Spec, path: Path) -> list[Path]:
-        proto = onnx.load(str(other[path.stem]))
-        if path.stem == "lm_head":
-            weight = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2)
-            changed = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
-            weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
-        onnx.save(proto, str(path), save_as_external_data=True, location=path.name + "_data", size_threshold=1024)
-        return [path, path.with_name(path.name + "_data")]
-
-    monkeypatch.setattr(graphs, "write_graph", copy_with_a_changed_weight)
-    with pytest.raises(LvrError, match="lm_head differs from torch: max"):
-        write_bundle(model, checkpoint, tmp_path / "out", [].append)
+    monkeypatch.setattr(write, "SMALL", limit)
+    weight, said = CHANGED[graph]
+    with pytest.raises(LvrError, match=rf"{said} from torch: max"):
+        write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append, lambda: load_merged(small), convert=changing(graph, weight))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("graph", CHANGED)
+def test_a_weight_that_differs_on_disk_is_found_without_torchs_whole_model(
+    small_fp32: Path, small: Checkpoint, copied: Callable[[Path], Path], graph: str
+) -> None:
+    folder, (weight, said) = copied(small_fp32), CHANGED[graph]
+    manifest, stored = bundle.read_manifest(folder), TrainedWeights(small)
+
+    def check() -> list[float]:
+        found = parity.check_graphs_apart(folder, manifest, small, stored)
+        assert set(found) == {"vision_encoder", "embed_tokens", "lm_head"}
+        return [*(one["relative"] for one in found.values()), *parity.check_layers(folder, manifest, small, stored)]
+
+    assert max(check()) < 1e-5
+    path = folder / manifest.graphs[graph].path
+    tensor = next(t for t in onnxfile.load(path).graph.initializer if t.name == weight)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    with (path.parent / where["location"]).open("r+b") as file:
+        file.seek(int(where["offset"]))
+        values = np.frombuffer(file.read(int(where["length"])), np.float32)
+        file.seek(int(where["offset"]))
+        file.write((values * np.float32(1.05)).tobytes())
+    with pytest.raises(LvrError, match=rf"{said} from torch"):
+        check()
+
+
+def test_a_large_models_bundle_says_that_decoding_was_not_compared(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "SMALL", 0)
+    said: list[str] = []
+    found = write_bundle(small, TrainedWeights(small), tmp_path / "out", said.append, lambda: pytest.fail("loaded whole")).parity
+    assert (found["decoding"], len(found["layers"])) == (None, 2)
+    assert max(found["layers"]) < 1e-5
+    assert any("decoding: not compared" in line for line in said)
+
+
+def test_a_bundle_without_a_reference_is_compared_with_nothing(small: Checkpoint, small_fp32: Path, tmp_path: Path) -> None:
+    manifest = write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"})
+    assert manifest.parity == {} == bundle.read_manifest(tmp_path / "out").parity
+    assert manifest.source["origin"] == "mine"
+    assert {name: graph.files for name, graph in manifest.graphs.items()} == {
+        name: graph.files for name, graph in bundle.read_manifest(small_fp32).graphs.items()
+    }
+
+
+class Scaled(torch.nn.Module):
+    """Linear layers, the last of which a factor made of weights alone scales, so that the exporter computes it beforehand."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        weight, *self.vectors = weights
+        self.proj = torch.nn.Linear(*reversed(weight.shape), bias=len(self.vectors) > 1)
+        self.proj.weight, self.norm, self.made = weight, self.vectors[0], made
+        if len(self.vectors) > 1:
+            self.proj.bias = self.vectors[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.proj(x) * self.made(self.norm))
+
+
+def structure_of(made: Callable[[torch.Tensor], torch.Tensor], beside: bool) -> tuple[onnx.ModelProto, dict[str, graphs.Origin]]:
+    """beside: the vector that a factor is made of is in the graph itself too."""
+    weight, vector = weights.placeholder(0, (16, 8)), weights.placeholder(1, (16,))
+    vectors = [vector, torch.nn.Parameter(vector.detach(), requires_grad=False)] if beside else [vector]
+    spec = graphs.Spec(Scaled([weight, *vectors], made), (torch.zeros(2, 8),), ["x"], ["y"], ({},))
+    return graphs.structure(spec, {weights.code_of(weight): "w", weights.code_of(vector): "v"})
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("made", [lambda v: v * 2 + 1, lambda v: -v, torch.sqrt], ids=["scaled", "negative", "root"])
+def test_a_constant_that_the_exporter_computed_from_weights_is_refused(made: Callable[[torch.Tensor], torch.Tensor], beside: bool) -> None:
+    with pytest.raises(LvrError, match=r"Scaled: the exporter computed \w+ from weights, which it must not"):
+        structure_of(made, beside)
+
+
+def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> None:
+    proto, found = structure_of(lambda v: v, beside=False)
+    assert found == {"proj.weight": graphs.Origin("w", transposed=True), "norm": graphs.Origin("v", transposed=False)}
+    assert {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} == {"proj.weight": [8, 16], "norm": [16]}
+    assert not any(tensor.raw_data for tensor in proto.graph.initializer)
+
+
+def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> None:
+    model = weights.empty_model(checkpoint.config, checkpoint.family)
+    codes = weights.origins(model)
+    spec = graphs.specs(model, checkpoint.family, checkpoint.image_spec)["decoder"]
+    proto, found = graphs.structure(spec, codes)
+    assert proto.ByteSize() < 1e6
+    assert {origin.parameter for origin in found.values()} == {
+        n for n in codes.values() if "language_model.layers" in n or n.endswith("model.norm.weight")
+    }
+
+
+def test_too_little_disk_is_said_before_anything_is_written(small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BundleError, match=r"far/out: needs 0\.0 GB of free disk, 0\.0 GB are left"):
+        write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", [].append)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_is_not_finite_is_not_exported(small: Checkpoint, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(small.folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][1, 1] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    spoilt = read_checkpoint(folder)
+    with pytest.raises(BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", [].append)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_compare_passes_equal_arrays_and_fails_a_perturbed_one() -> None:
@@ -184,21 +321,22 @@ def test_compare_fails_what_cannot_be_compared(bad: np.ndarray) -> None:
         parity.compare("x", bad, np.ones((4, 8), np.float32))
 
 
-def test_export_refuses_a_model_that_is_not_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_export_refuses_a_model_that_is_not_float32(checkpoint: Checkpoint) -> None:
     half = build.make_model(build.make_tokenizer()).to(torch.bfloat16)
     with pytest.raises(LvrError, match="needs a float32 model"):
-        write_bundle(half, checkpoint, tmp_path / "out", [].append)
-    assert list(tmp_path.iterdir()) == []
+        graphs.specs(half, checkpoint.family, checkpoint.image_spec)
 
 
-def test_export_refuses_a_folder_that_is_not_a_bundle(model: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_export_refuses_a_folder_that_is_not_a_bundle(small: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(BundleError, match="not an earlier result"):
-        write_bundle(model, checkpoint, tmp_path / "out", [].append)
+        write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 def test_a_graphs_description_counts_its_bytes(written: Path) -> None:
     files = ["onnx/lm_head.onnx", "onnx/lm_head.onnx_data"]
-    assert describe(written, files, "fp32").bytes == sum((written / file).stat().st_size for file in files)
+    found = describe(written, files[0], "fp32")
+    assert (list(found.files), found.path) == (files, files[0])
+    assert found.bytes == sum((written / file).stat().st_size for file in files)

@@ -24,7 +24,6 @@ from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.decode import Options, decode
 from lvr_lite.export.parity import StartsWithLatents, compare
-from lvr_lite.export.write import write_bundle
 from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.quant.weights import quantize_bundle
@@ -35,6 +34,7 @@ from lvr_lite.train.batches import Collator
 from lvr_lite.train.finetune import finetune
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
+from lvr_lite.weights import StoredWeights, code_of, empty_model, origins
 
 STEPS = 3
 TEXT = {
@@ -113,10 +113,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def bundle(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(case: Case, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
     """The case as an fp32 bundle; writing it runs the export's own gate: each graph, and decodings through the latent loop."""
     target = tmp_path_factory.mktemp("bundles") / case.checkpoint.family.MODEL_TYPE
-    write_bundle(case.model, case.checkpoint, target, [].append)
+    export(case.checkpoint, target)
     return target
 
 
@@ -171,6 +171,18 @@ def by_transformers(case: Case, groups: Sequence[Sequence[Image.Image]], questio
     with torch.no_grad():
         out = case.model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
     return [state.numpy() for state in out.last_hidden_state[:, -1]]
+
+
+def test_weights_are_read_one_by_one_as_transformers_reads_them(case: Case) -> None:
+    empty = empty_model(case.checkpoint.config, case.checkpoint.family)
+    stored, wanted = StoredWeights(case.checkpoint, empty), nf4.load_plain(case.checkpoint).state_dict()
+    assert set(stored) == set(dict(case.model.named_parameters(remove_duplicate=False)))
+    for name, weight in stored.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, wanted[name]), name
+    codes = origins(empty)
+    assert len(codes) == len(list(case.model.parameters()))
+    assert all(name == codes[code_of(parameter)] for name, parameter in empty.named_parameters())
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -242,7 +254,7 @@ def sft_loss(case: Case, method: str, items: Sequence[Any]) -> float:
     return float(sft(**Collator(case.checkpoint, settings)(items))["loss"])
 
 
-def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path) -> None:
+def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path, export: Callable[[Any, Path], Any]) -> None:
     """Two steps of the default method: the right linears are in 4 bits and adapted, and what comes out passes the export's gate."""
     overrides = ["latent.method=lvr-bottleneck", "latent.loss=contrastive", "latent.feedback=norm-matched", f"latent.steps={STEPS}"]
     overrides += ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.gradient_checkpointing=true"]
@@ -253,7 +265,7 @@ def test_it_is_tuned_in_4_bits_and_exported(case: Case, tmp_path: Path) -> None:
     tuned = read_checkpoint(out)
     assert tuned.family.MODEL_TYPE == case.checkpoint.family.MODEL_TYPE
     assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
-    manifest = write_bundle(nf4.load_merged(tuned), tuned, tmp_path / "bundle", [].append)
+    manifest = export(tuned, tmp_path / "bundle")
     assert manifest.parity["decoding"]["relative"] < 1e-4
 
 

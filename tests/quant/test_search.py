@@ -1,0 +1,174 @@
+"""mixed: the budget is kept, what is written is what was chosen, and what each choice costs was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvr_lite import bundle, onnxfile
+from lvr_lite.ask import prepare_prompt
+from lvr_lite.data.make import write_scenes
+from lvr_lite.decode import Options, decode
+from lvr_lite.errors import DataError, UsageError
+from lvr_lite.export.parity import StartsWithLatents
+from lvr_lite.quant import calibrate, drift, search
+from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.weights import quantize_bundle
+from lvr_lite.runtime.onnx import OnnxRuntime
+
+BUDGET = 5.5
+
+
+@pytest.fixture(scope="module")
+def quickly() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "PROMPTS", 8)
+        patch.setattr(search, "POINTS", 3)
+        patch.setattr(calibrate, "TOKENS", 6)
+        yield
+
+
+@pytest.fixture(scope="module")
+def mixed(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory, quickly: None) -> tuple[Path, dict[str, Any]]:  # noqa: ARG001
+    folder = tmp_path_factory.mktemp("mixed") / "out"
+    return folder, search.quantize_mixed(small_fp32, folder, BUDGET, "scenes", [].append)
+
+
+def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = mixed
+    assert BUDGET - 0.7 < report["bits_per_weight"] <= BUDGET + 1e-3
+    assert report["bits_per_weight"] == pytest.approx(report["search"]["chosen"]["bits"], abs=2e-3)
+    assert json.loads((folder / "report.json").read_text())["search"] == report["search"]
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["drift.png", "lvr.json", "onnx", "pareto.png", "report.json", "tokenizer.json"]
+    assert all((folder / name).stat().st_size > 10_000 for name in ("drift.png", "pareto.png"))
+    assert [p.name for p in folder.parent.iterdir()] == ["out"]
+
+
+def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = mixed
+    manifest = bundle.read_manifest(folder)
+    assert manifest.precision == "mixed"
+    found: dict[str, dict[str, int]] = {}
+    for name, graph in manifest.graphs.items():
+        nodes = onnxfile.load(folder / graph.path).graph.node
+        bits = {n.name: next((a.i for a in n.attribute if a.name == "bits"), 0) for n in nodes}
+        found[name] = {node: value for node, value in bits.items() if value}
+        assert report["graphs"][name]["bits"] == found[name]
+    eight = set(report["search"]["chosen"]["eight"])
+    assert set(found["vision_encoder"].values()) == {8}
+    assert set(found["lm_head"].values()) == set(found["embed_tokens"].values()) == {8 if search.HEAD in eight else 4}
+    assert len(found["decoder"]) == 2 * 7
+    wide = {name.split("/")[0].removeprefix("language_model.") for name, bits in found["decoder"].items() if bits == 8}
+    assert wide == eight - {search.HEAD}
+    assert 0 < len(eight) < report["search"]["units"]
+    assert "zero points" in " ".join(report["graphs"]["decoder"]["schemes"])
+
+
+def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(mixed: tuple[Path, dict[str, Any]]) -> None:
+    told = mixed[1]["search"]
+    assert (told["budget"], told["units"], told["calibration"]["prompts"]) == (BUDGET, 2 * 7 + 1, 8)
+    alone = {tuple(c["eight"]) for c in told["measured"] if len(c["eight"]) < 2}
+    assert len(alone) == told["units"] + 1
+    assert all(np.isfinite(c["kl"]) and c["kl"] >= 0 and c["drift"] >= -1e-6 for c in told["measured"])
+    assert any(c["kl"] > 0 for c in told["measured"])
+    within = [c for c in told["measured"] if c["bits"] <= BUDGET]
+    assert told["chosen"] == min(within, key=lambda c: c["loss"])
+    largest = max(told["measured"], key=lambda c: c["bits"])
+    smallest = min(told["measured"], key=lambda c: c["bits"])
+    assert (smallest["eight"], len(largest["eight"])) == ([], told["units"])
+    assert largest["loss"] < told["chosen"]["loss"] < smallest["loss"]
+
+
+def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(mixed: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
+    runtime = OnnxRuntime(mixed[0])
+    result = decode(runtime, drift.prompts(runtime, 1), Options(max_tokens=3, min_tokens=3))[0]
+    assert len(result.tokens) == 3
+    reference = OnnxRuntime(small_fp32)
+    asked = calibrate.load_prompts(reference, "scenes", 4)
+    said = calibrate.listen(reference, asked)
+    itself = calibrate.loss(reference, asked, said)
+    assert itself["loss"] == pytest.approx(0, abs=1e-5)
+    assert calibrate.loss(runtime, asked, said)["loss"] > 10 * abs(itself["loss"])
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("budget", [3, 4.5])
+def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(small_fp32: Path, tmp_path: Path, budget: float) -> None:
+    with pytest.raises(UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"):
+        search.quantize_mixed(small_fp32, tmp_path / "out", budget, "scenes", [].append)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_may_be_a_file_of_samples(small_fp32: Path, tmp_path: Path) -> None:
+    runtime = OnnxRuntime(small_fp32)
+    path = write_scenes(tmp_path / "scenes", 3, 0, "train")
+    asked = calibrate.load_prompts(runtime, str(path), 2)
+    assert len(asked) == 2
+    assert all((prompt.ids == runtime.tokens.image).sum() == len(prompt.features) for prompt in asked)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError):
+        calibrate.load_prompts(runtime, str(tmp_path / "none.jsonl"), 2)
+
+
+def test_products_are_those_of_what_flows_into_a_weight(small_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "TOKENS", 3)
+    runtime = OnnxRuntime(small_fp32)
+    runtime.latent = replace(runtime.latent, steps=0)
+    runtime.tokens = replace(runtime.tokens, end=(-1,))  # so that three tokens come
+    prompt = prepare_prompt(runtime, [], "where heart")[0]
+    found = Products(runtime, [prompt, prompt])
+    assert len(found) == 2 * 7
+    q, k = (found[f"decoder/language_model.layers.0.self_attn.{name}_proj.weight"] for name in "qk")
+    np.testing.assert_array_equal(q, k)
+    path = small_fp32 / "onnx" / "decoder.onnx"
+    norm = next(
+        onnxfile.read(t, path.parent)
+        for t in onnxfile.load(path).graph.initializer
+        if t.name == "language_model.layers.0.input_layernorm.weight"
+    )
+    told = decode(runtime, [prompt], Options(max_tokens=3))[0].tokens
+    ids = np.concatenate([prompt.ids, told[:2]])[None]
+    embeds = runtime.embed(ids)
+    x = embeds[0] / np.sqrt((embeds[0] ** 2).mean(-1, keepdims=True) + 1e-6) * norm
+    np.testing.assert_allclose(q, 2 * x.T @ x, rtol=1e-3, atol=1e-4 * float(np.abs(q).max()))
+    assert found["decoder/language_model.layers.1.mlp.down_proj.weight"].shape == (768, 768)
+    states = []
+    for n in range(1, ids.shape[1] + 1):
+        runtime.start(1, n)
+        states.append(runtime.prefill(embeds[:, :n], np.broadcast_to(np.arange(n), (3, 1, n)), np.array([n]))[0])
+    y, head = np.stack(states), found["lm_head/lm_head.weight"]
+    np.testing.assert_allclose(head, 2 * y.T @ y, rtol=1e-3, atol=1e-4 * float(np.abs(head).max()))
+    np.testing.assert_array_equal(found["decoder/language_model.layers.0.self_attn.q_proj.weight"], q)  # asked for again
+
+
+class StartsSurely(StartsWithLatents):
+    """Its first choice is <|lvr_start|> with a probability that is a number."""
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(super().head(hidden), posinf=30)
+
+
+def test_the_loss_follows_the_latents_step_by_step(small_fp32: Path, small_int8: Path, tmp_path: Path) -> None:
+    quantize_bundle(small_fp32, tmp_path / "int4", "int4", [].append)
+    reference = OnnxRuntime(small_fp32)
+    asked = calibrate.load_prompts(reference, "scenes", 3)
+    latents: list[np.ndarray] = []
+    said = calibrate.listen(StartsSurely(reference, 3), asked)  # type: ignore[arg-type]
+    for one, prompt in zip(said, asked, strict=True):
+        assert one.latents == 3
+        assert one.choices[0] == reference.tokens.lvr_start
+        result = decode(StartsWithLatents(reference, 3), [prompt], Options(max_tokens=1, keep_hidden=True))[0]
+        np.testing.assert_allclose(np.stack(one.hidden[1:4]), np.stack(result.latents), atol=1e-3)
+        latents += result.latents
+    assert len(latents) == 9
+    found = [calibrate.loss(StartsSurely(OnnxRuntime(folder), 3), asked, said) for folder in (small_fp32, small_int8, tmp_path / "int4")]  # type: ignore[arg-type]
+    assert [one["loss"] for one in found] == [pytest.approx(one["kl"] + one["drift"]) for one in found]
+    assert abs(found[0]["drift"]) < 1e-6 < found[1]["drift"] < found[2]["drift"]
+    assert abs(found[0]["kl"]) < 1e-6 < found[1]["kl"] < found[2]["kl"]
