@@ -33,11 +33,11 @@ def measure(source: Path, quantized: Path) -> dict[str, Any]:
     `token_fed`, where both are fed the embedding of <|lvr|>; each with relative error, cosine, and norm / norm of the reference.
     A bundle of more than 4 GiB in fp32 is compared layer by layer only ("decoder" is null): both at once may not fit into memory.
     """
-    manifest = bundle.read_manifest(source, check=False)
-    layers = _layers(source, quantized)
+    manifest, other = bundle.read_manifest(source, check=False), OnnxRuntime(quantized)
+    layers = _layers(source, other)
     if sum(graph.bytes for graph in manifest.graphs.values()) > LARGE:
         return {"layers": layers, "decoder": None}
-    reference, other = OnnxRuntime(source), OnnxRuntime(quantized)
+    reference = OnnxRuntime(source)
     return {**_graphs(reference, other), "layers": layers, "decoder": latent_loop(reference, other)}
 
 
@@ -55,17 +55,17 @@ def _graphs(*both: OnnxRuntime) -> dict[str, Any]:
     }
 
 
-def _layers(*folders: Path) -> list[float]:
-    both = [(bundle.read_manifest(folder, check=False), folder) for folder in folders]
-    runs = [DecoderLayers(folder, manifest) for manifest, folder in both]
-    sizes = both[0][0].decoder
-    rng, found = np.random.default_rng(0), []
-    states = rng.standard_normal((1, 24, sizes["hidden_size"])).astype(np.float32)
-    positions = np.broadcast_to(np.arange(24), (3, 1, 24)).astype(np.int64)
-    for index in range(sizes["layers"]):
-        call = LayerCall(states, positions, np.array([24]))
+def _layers(source: Path, other: OnnxRuntime) -> list[float]:
+    """Of what each layer adds to a prompt's states; both read what the fp32 layers before wrote."""
+    runs = [DecoderLayers(folder, bundle.read_manifest(folder, check=False)) for folder in (source, other.folder)]
+    embeds, positions, lengths = _inputs(other, prompts(other, 1))
+    width, found = other.hidden_size, []
+    states, added = embeds[..., :width], embeds[..., width:]
+    for index in range(other.manifest.decoder["layers"]):
+        part = added[..., index * width : (index + 1) * width]
+        call = LayerCall(states, positions, lengths, part if part.shape[-1] else None)
         want, got = (run.run(index, [call])[0] for run in runs)
-        found.append(_apart(want - states, got - states))  # of what the layer adds
+        found.append(_apart(want - states, got - states))
         states = want
     return found
 
@@ -78,8 +78,8 @@ def prompts(runtime: OnnxRuntime, count: int) -> list[Prompt]:
     return asked
 
 
-def _start(runtime: OnnxRuntime, asked: list[Prompt]) -> np.ndarray:
-    """States (B, H) after the prompts and <|lvr_start|>."""
+def _inputs(runtime: OnnxRuntime, asked: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings, positions and lengths of the prompts with <|lvr_start|> after them."""
     lengths = np.array([len(p.ids) + 1 for p in asked])
     longest, start = int(lengths.max()), runtime.tokens.lvr_start
     ids = np.full((len(asked), longest), runtime.tokens.end[0], np.int64)
@@ -91,7 +91,13 @@ def _start(runtime: OnnxRuntime, asked: list[Prompt]) -> np.ndarray:
     embeds = np.pad(embeds, ((0, 0), (0, 0), (0, max(p.features.shape[1] for p in asked) - embeds.shape[2])))
     for i, p in enumerate(asked):
         embeds[i, : lengths[i] - 1][p.ids == runtime.tokens.image, : p.features.shape[1]] = p.features
-    runtime.start(len(asked), longest + LATENT_STEPS)
+    return embeds, positions, lengths
+
+
+def _start(runtime: OnnxRuntime, asked: list[Prompt]) -> np.ndarray:
+    """States (B, H) after the prompts and <|lvr_start|>."""
+    embeds, positions, lengths = _inputs(runtime, asked)
+    runtime.start(len(asked), embeds.shape[1] + LATENT_STEPS)
     return np.array(runtime.prefill(embeds, positions, lengths))
 
 

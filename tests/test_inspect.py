@@ -32,7 +32,7 @@ def write_bundle(folder: Path) -> Path:
         "qwen2_5_vl", "int4", graphs, LatentSpec(4), {"image": 1}, "", {}, {"layers": 6}, {}, source, {"decoder": 1e-6}
     )
     bundle.write_manifest(folder, manifest)
-    (folder / "report.json").write_text(json.dumps({"drift": [0.1, 0.2]}))
+    (folder / "report.json").write_text(json.dumps({"drift": {"layers": [0.1, 0.2]}}))
     return folder
 
 
@@ -54,7 +54,7 @@ def test_a_bundle_tells_its_graphs_latents_parity_and_report(tmp_path: Path) -> 
     assert list(told["graphs"]) == list(bundle.GRAPHS)
     assert told["bytes"] == sum(100 * len(name) for name in bundle.GRAPHS)
     assert told["latent"] == {"steps": 4, "feedback": "identity", "mode": "open", "norm": 0.0}
-    assert (told["parity"], told["report"]) == ({"decoder": 1e-6}, {"drift": [0.1, 0.2]})
+    assert (told["parity"], told["report"]) == ({"decoder": 1e-6}, {"drift": {"layers": [0.1, 0.2]}})
 
 
 def test_a_changed_and_a_missing_file_are_told_by_name(tmp_path: Path) -> None:

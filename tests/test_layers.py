@@ -63,8 +63,11 @@ def within(name: str, *packages: str) -> bool:
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
+WORKSHOP_CORE = ("lvr_lite/runtime/torch.py", "lvr_lite/weights.py", "lvr_lite/onnxfile.py")  # of the core, and not for devices
+
+
 def is_device_world(path: str) -> bool:
-    return not path.startswith(("lvr_lite/train/", "lvr_lite/tiny/")) and path != "lvr_lite/runtime/torch.py"
+    return not path.startswith(("lvr_lite/train/", "lvr_lite/tiny/")) and path not in WORKSHOP_CORE
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
@@ -102,7 +105,16 @@ def test_the_loop_and_the_bench_see_only_the_protocol() -> None:
 
 
 def test_the_device_world_imports_nothing_of_the_workshop_when_it_is_imported() -> None:
-    forbidden = (*WORKSHOP, "yaml", "huggingface_hub", "lvr_lite.train", "lvr_lite.tiny", "lvr_lite.runtime.torch")
+    forbidden = (
+        *WORKSHOP,
+        "yaml",
+        "huggingface_hub",
+        "lvr_lite.train",
+        "lvr_lite.tiny",
+        "lvr_lite.runtime.torch",
+        "lvr_lite.weights",
+        "lvr_lite.onnxfile",
+    )
     wrong = [
         (path, i.name)
         for path, found in files("lvr_lite", "bench")

@@ -37,7 +37,7 @@ def quickly() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mixed(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory, quickly: None) -> tuple[Path, dict[str, Any]]:  # noqa: ARG001
     folder = tmp_path_factory.mktemp("mixed") / "out"
-    return folder, search.quantize_mixed(small_fp32, folder, BUDGET, "scenes", [].append)
+    return folder, search.quantize_calibrated(small_fp32, folder, "mixed", "scenes", [].append, bits=BUDGET)
 
 
 def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None:
@@ -102,8 +102,24 @@ def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(mixed: tuple[Path, 
 @pytest.mark.parametrize("budget", [3, 4.5])
 def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(small_fp32: Path, tmp_path: Path, budget: float) -> None:
     with pytest.raises(UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"):
-        search.quantize_mixed(small_fp32, tmp_path / "out", budget, "scenes", [].append)
+        search.quantize_calibrated(small_fp32, tmp_path / "out", "mixed", "scenes", [].append, bits=budget)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quickly")
+def test_four_bits_that_are_calibrated_are_nearer_and_a_large_bundle_is_calibrated_by_its_int8_copy(
+    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    plain = quantize_bundle(small_fp32, tmp_path / "plain", "int4", said.append)
+    rounded = search.quantize_calibrated(small_fp32, tmp_path / "rounded", "int4", "scenes", said.append)
+    monkeypatch.setattr(search, "LARGE", 0)
+    large = search.quantize_calibrated(small_fp32, tmp_path / "large", "int4", "scenes", said.append)
+    assert any("an int8 copy reasons" in line for line in said)
+    for report in (rounded, large):
+        assert report["bytes"] == plain["bytes"]
+        assert np.mean(report["drift"]["layers"]) < 0.9 * np.mean(plain["drift"]["layers"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "plain", "rounded"]
 
 
 def test_calibration_may_be_a_file_of_samples(small_fp32: Path, tmp_path: Path) -> None:
