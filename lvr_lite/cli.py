@@ -28,7 +28,7 @@ app.add_typer(data_app, name="data")
 
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
-Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 64 by default.")]
+Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 64 for mixed.")]
 Bits = Annotated[float, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included.")]
 Calibration = Annotated[
     str, typer.Option(help="For int4 and mixed: scenes (drawn, of the training split), or a file of samples; none, for int4 alone.")

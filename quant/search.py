@@ -28,10 +28,11 @@ from lvr_lite.errors import UsageError
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.drift import LARGE
-from lvr_lite.quant.weights import INT4, INT8, Plan, Shared, check_source, convert, quantize_bundle, whole
+from lvr_lite.quant.weights import COMPACT, INT4, Plan, Shared, check_source, convert, quantize_bundle, whole
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 UNITS, UNITS_LARGE = 72, 40  # measured one by one at most
+BLOCK = 64  # of weights of 4 bits; 128 leave more room for 8 bits, and ended no better (docs/results/quant.md)
 POINTS = 10  # of the path from 4 to 8 bits that are measured whole
 PROMPTS, PROMPTS_LARGE = 64, 24
 SCORED_LARGE = 8  # prompts that each candidate answers
@@ -138,7 +139,7 @@ class Search:
         self._reference = calibrate.listen(self._runtime, self._prompts)
         choices, latents = (sum(numbers) for numbers in zip(*((len(s.choices), s.latents) for s in self._reference), strict=True))
         progress(f"calibration: {len(desk.prompts)} prompts; {choices} choices and {latents} latents to keep")
-        self._four, self._products = replace(INT4, block=block) if block else INT4, desk.products()
+        self._four, self._products = replace(INT4, block=block or BLOCK), desk.products()
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()
@@ -147,7 +148,7 @@ class Search:
 
     def _write(self, bits: int) -> dict[str, onnx.ModelProto]:
         """All graphs but vision in one precision, into the scratch folder."""
-        scheme = self._four if bits == 4 else INT8
+        scheme = self._four if bits == 4 else COMPACT
         plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
         made, shared, at = {}, Shared(), self._source / "onnx"
         for name in ("decoder", *SMALL_GRAPHS):  # in the order of layers, as products come
@@ -249,9 +250,9 @@ class Search:
 
     def _plan(self, eight: frozenset[str]) -> Plan:
         wide = {name.split("/")[0] for unit in eight for name in self._units.get(unit, ())}
-        by_weight = {f"decoder/{name}.weight": INT8 for name in wide}
-        small = INT8 if HEAD in eight else self._four
-        schemes = {"vision_encoder": INT8, "embed_tokens": small, "lm_head": small, "decoder": self._four}
+        by_weight = {f"decoder/{name}.weight": COMPACT for name in wide}
+        small = COMPACT if HEAD in eight else self._four
+        schemes = {"vision_encoder": COMPACT, "embed_tokens": small, "lm_head": small, "decoder": self._four}
         return Plan(schemes, by_weight, self._products)
 
 

@@ -137,7 +137,8 @@ class Scorer:
         feed = {"inputs_embeds": runtime.embed(row[None]), "position_ids": positions}
         feed |= {"seqlens_k": np.array([len(row) - 1], np.int32), "total_sequence_length": np.array(len(row), np.int32)}
         heads, dim = runtime.manifest.decoder["kv_heads"], runtime.manifest.decoder["head_dim"]
-        empty = np.zeros((1, heads, len(row), dim), np.float32)
+        kind = runtime.manifest.graphs["decoder"].inputs["past_key_values.0.key"]["dtype"]
+        empty = np.zeros((1, heads, len(row), dim), kind)
         feed |= {value.name: empty for value in runtime._decoder.get_inputs() if value.name.startswith("past")}
         return np.asarray(runtime._decoder.run(["last_hidden_state"], feed)[0][0])
 
