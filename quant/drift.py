@@ -158,6 +158,6 @@ def draw(measured: dict[str, dict[str, Any]] | dict[str, Any], path: Path, preci
         right.plot(steps, one["decoder"]["fed_back"]["cosine"], marker="o", color=line.get_color(), label=name)
     left.set(xlabel="latent step", ylabel="error of the state, % of fp32", ylim=(0, None))
     right.set(xlabel="latent step", ylabel="cosine to fp32, fed back", ylim=(None, 1))
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize=7, ncols=2)
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)
