@@ -212,7 +212,7 @@ def test_the_report_says_how_each_weight_was_rounded(source: Path, reports: dict
         assert set(told["decoder"]["layers"]) == {f"layers.{i}" for i in range(6)}
         assert len(told["decoder"]["errors"]) == 6 * 7
     assert 9.2 < reports["int8"]["bits_per_weight"] < 9.3  # 32 values share a scale of 32 bits and a zero point of 8
-    assert 4.5 < reports["int4"]["bits_per_weight"] < 5.5
+    assert 4.28 < reports["int4"]["bits_per_weight"] < 5
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, int]:
@@ -262,7 +262,7 @@ def test_an_embedding_and_its_head_share_their_bytes(source: Path, reports: dict
     np.testing.assert_allclose(mine[:, 0, [3, 400]], hidden @ rows.T, atol=0.02 * float(np.abs(mine).max()))
 
 
-@pytest.mark.parametrize("columns", [96, 80])  # 80: what no block divides is padded for the head, and cannot be shared
+@pytest.mark.parametrize("columns", [96, 72])  # 72: what no block divides is padded for the head, and cannot be shared
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_a_head_shares_is_what_it_multiplies_by(columns: int, tied: bool) -> None:
     shared, plan, table = weights.Shared(), weights.whole("int8"), _matrix(64, columns)
