@@ -29,7 +29,7 @@ app.add_typer(data_app, name="data")
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
 Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 64 for mixed.")]
-Bits = Annotated[float, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included.")]
+Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included; 5 by default.")]
 Calibration = Annotated[
     str, typer.Option(help="For int4 and mixed: scenes (drawn, of the training split), or a file of samples; none, for int4 alone.")
 ]
@@ -190,8 +190,8 @@ def export(
         typer.Option(metavar="SHAPE", help="Random weights of a known model's shape, such as qwen2-vl-2b, instead of a checkpoint."),
     ] = None,
     block: Block = None,
-    bits: Bits = 5.0,
-    calibration: Calibration = "scenes",
+    bits: Bits = None,
+    calibration: Calibration = None,
     json_: JsonOut = None,
 ) -> None:
     """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch.
@@ -202,20 +202,33 @@ def export(
 
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
-    if block is not None and precision not in ("int4", "mixed"):
-        raise UsageError(f"--block is for weights of 4 bits, which --precision {precision} has none of; leave it out")
+    _refuse_idle(precision, block, bits, calibration)
     _quiet_libraries()
     began = time.time()
     if synthetic is not None:
+        if calibration is not None:
+            raise UsageError("--calibration: random weights have nothing to be calibrated for; leave it out")
         if bundle is not None:
             raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
         report, bundle = _export_synthetic(synthetic, Path(checkpoint), precision, block), Path(checkpoint)
     elif bundle is None:
         raise UsageError("export needs a checkpoint and the folder to write (or --synthetic SHAPE and the folder)")
     else:
-        report = _export(checkpoint, bundle, precision, block, bits, calibration)
+        report = _export(checkpoint, bundle, precision, block, bits or 5.0, calibration or "scenes")
     _say_done(bundle, began)
     _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
+
+
+def _refuse_idle(precision: str, block: int | None, bits: float | None, calibration: str | None) -> None:
+    """A flag that would do nothing is a mistake."""
+    from lvr_lite.errors import UsageError
+
+    if precision not in ("int4", "mixed"):
+        for flag, given in (("--block", block), ("--calibration", calibration)):
+            if given is not None:
+                raise UsageError(f"{flag} is for weights of 4 bits, which --precision {precision} has none of; leave it out")
+    if bits is not None and precision != "mixed":
+        raise UsageError(f"--bits is the budget of --precision mixed, not of {precision}; leave it out")
 
 
 def _say_done(bundle: Path, began: float) -> None:
@@ -295,8 +308,8 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     precision: Annotated[str, typer.Option(help="int8, int4, mixed or fp16.")] = "int8",
     block: Block = None,
-    bits: Bits = 5.0,
-    calibration: Calibration = "scenes",
+    bits: Bits = None,
+    calibration: Calibration = None,
     json_: JsonOut = None,
 ) -> None:
     """Quantize the weights of an fp32 bundle, and say what was replaced and what was not.
@@ -305,12 +318,10 @@ def quantize(
 
     Example: lvr-lite quantize fp32 mixed --precision mixed --bits 4.8
     """
-    from lvr_lite.errors import UsageError
 
-    if block is not None and precision not in ("int4", "mixed"):
-        raise UsageError(f"--block is for weights of 4 bits, which --precision {precision} has none of; leave it out")
+    _refuse_idle(precision, block, bits, calibration)
     began = time.time()
-    report = _quantize(bundle, target, precision, block, bits, calibration)
+    report = _quantize(bundle, target, precision, block, bits or 5.0, calibration or "scenes")
     _say_done(target, began)
     _write_json(json_, {"schema": "lvr-lite/quantize", "version": 1, "bundle": str(target)} | report)
 
