@@ -31,7 +31,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads o
 Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 64 for mixed.")]
 Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included; 5 by default.")]
 Calibration = Annotated[
-    str, typer.Option(help="For int4 and mixed: scenes (drawn, of the training split), or a file of samples; none, for int4 alone.")
+    str | None, typer.Option(help="For int4 and mixed: scenes (drawn; the default), or a file of samples; none, for int4 alone.")
 ]
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
