@@ -17,6 +17,7 @@ from lvr_lite.runtime.onnx import usable_cores
 CHUNK = 1 << 18  # values rounded together
 DAMPING = 0.01  # of the mean power, added to every column's
 LAZY = 128  # columns whose errors reach those after them in one product
+LARGEST = 2.0**18  # of a value; its scale must fit float16
 SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # scales tried, as a part of the one that reaches the largest value
 
 
@@ -24,7 +25,8 @@ SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # scales tried, as a part 
 class Blocks:
     """A quantized matrix (rows, columns), blocks along the columns.
 
-    values: (rows, blocks, block) uint8, unpacked, the last block padded with the zero point. scales: (rows, blocks) float32.
+    values: (rows, blocks, block) uint8, unpacked, the last block padded with the zero point. scales: (rows, blocks) float32, every one
+    of them a value that float16 holds, since that is how it is stored.
     zeros: (rows, blocks) uint8, or None where symmetric: then the zero point is 2**(bits - 1) everywhere.
     """
 
@@ -69,6 +71,12 @@ def quantize(matrix: np.ndarray, bits: int, block: int, symmetric: bool, importa
     with ThreadPoolExecutor(usable_cores()) as pool:
         list(pool.map(some, range(0, rows, step)))
     return Blocks(values, scales, None if symmetric else zeros, bits, columns)
+
+
+def _storable(scale: np.ndarray) -> np.ndarray:
+    """The nearest scale that float16 holds; none becomes 0, which would forget a sign and be divided by."""
+    held = scale.astype(np.float16).astype(np.float32)
+    return np.where(held == 0, np.copysign(np.float32(2**-24), scale), held)
 
 
 def _round(x: np.ndarray, bits: int, symmetric: bool, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,7 +163,7 @@ def _refit(x: np.ndarray, q: np.ndarray, scale: np.ndarray, weight: np.ndarray |
     """The scale with the least squared error for these integers; `scale` where all are 0."""
     counted = q if weight is None else q * weight
     square = (counted * q).sum(-1)
-    return np.where(square > 0, (counted * x).sum(-1) / np.where(square > 0, square, 1), scale).astype(np.float32)
+    return _storable(np.where(square > 0, (counted * x).sum(-1) / np.where(square > 0, square, 1), scale).astype(np.float32))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """mixed: which layers get 8 bits and which 4, under a budget, by what that costs on a calibration set. May import: onnx, numpy,
 matplotlib, the core.
 
-All layers begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models several of a layer) is then given 8 bits alone, and
+All layers begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models that of neighbouring layers) is then given 8 bits alone, and
 what this gains is measured: KL of the answers, and drift of the latents through all their steps. Units enter by gain a byte; along that
 path some candidates are measured whole, and the best within the budget is written.
 """
@@ -32,17 +32,10 @@ from lvr_lite.quant.weights import COMPACT, INT4, Plan, Shared, check_source, co
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 UNITS, UNITS_LARGE = 72, 40  # measured one by one at most
-BLOCK = 64  # of weights of 4 bits; 128 leave more room for 8 bits, and ended no better (docs/results/quant.md)
+BLOCK = 32  # of weights of 4 bits; larger ones leave more room for 8 bits, and ended worse (docs/results/quant.md)
 POINTS = 10  # of the path from 4 to 8 bits that are measured whole
 PROMPTS, PROMPTS_LARGE = 64, 24
 SCORED_LARGE = 8  # prompts that each candidate answers
-LEVELS = (  # what goes together: finest first
-    r"(?P<unit>.*)\.weight",
-    r"(?P<unit>.*layers\.\d+\.(?:self_attn\.(?:[qkv]|o)|mlp\.(?:gate|up|down)))_proj\.weight",
-    r"(?P<unit>.*layers\.\d+\.(?:self_attn|mlp)).*",
-    r"(?P<unit>.*layers\.\d+).*",
-)
-_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 HEAD = "embedding and head"
 SMALL_GRAPHS = ("embed_tokens", "lm_head")
 
@@ -160,18 +153,17 @@ class Search:
         return made
 
     def _group(self) -> dict[str, list[str]]:
-        """{unit: nodes of the decoder}, as fine as UNITS allows."""
+        """{unit: nodes of the decoder}: a weight; in a deep model the same weight of so many neighbouring layers that there are no more
+        than UNITS. A layer's own weights never go together: its values, a small part of it, gain several times what its largest do."""
         nodes = [node.name for node in self._variants[4]["decoder"].graph.node if node.op_type == "MatMulNBits"]
-        for pattern in LEVELS:
-            units: dict[str, list[str]] = {}
-            for name in nodes:
-                match = re.fullmatch(pattern, name.split("/")[0] + ".weight")
-                unit = match["unit"] if match else name.split("/")[0]
-                stem, _, last = unit.rpartition(".")
-                together = f"{stem}.{_TOGETHER.get(last, last)}" if pattern == LEVELS[1] else unit
-                units.setdefault(together.removeprefix("language_model."), []).append(name)
-            if len(units) < self._finest:
-                break
+        span = -(-len(nodes) // self._finest)
+        units: dict[str, list[str]] = {}
+        for name in nodes:
+            path = name.split("/")[0].removeprefix("language_model.")
+            layer = re.search(r"layers\.(\d+)", path)
+            first = int(layer[1]) // span * span if layer and span > 1 else None
+            unit = path if layer is None or first is None else path.replace(layer[0], f"layers.{first}-{first + span - 1}")
+            units.setdefault(unit, []).append(name)
         return units
 
     def choose(self, budget: float) -> dict[str, Any]:
@@ -212,6 +204,7 @@ class Search:
         taken: dict[int, dict[str, int]] = {}  # bytes of each node's weight
         for bits, graphs in self._variants.items():
             sizes = {t.name: onnxfile.size(t) for t in graphs["decoder"].graph.initializer}
+            sizes |= {n.output[0]: sizes[n.input[0]] for n in graphs["decoder"].graph.node if n.op_type == "Cast" and n.input[0] in sizes}
             taken[bits] = {n.name: sum(sizes.get(name, 0) for name in n.input[1:]) for n in graphs["decoder"].graph.node}
         costs = {unit: sum(taken[8][name] - taken[4][name] for name in names) for unit, names in self._units.items()}
         costs[HEAD] = sum(self._sizes[name, 8][0] - self._sizes[name, 4][0] for name in SMALL_GRAPHS)
@@ -243,6 +236,7 @@ class Search:
             if node.name in wide:
                 node.CopyFrom(others[node.name])
         read = {name: 8 if node.name in wide else 4 for node in model.graph.node for name in node.input}
+        read |= {node.input[0]: read[node.output[0]] for node in model.graph.node if node.op_type == "Cast" and node.output[0] in read}
         tensors = {bits: {t.name: t for t in self._variants[bits]["decoder"].graph.initializer} for bits in (4, 8)}
         del model.graph.initializer[:]
         model.graph.initializer.extend(tensors[bits][name] for name, bits in read.items() if name in tensors[bits])

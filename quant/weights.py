@@ -26,7 +26,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.memory import peak_rss_mb
 from lvr_lite.onnxfile import DataFile
 from lvr_lite.quant import drift, half
-from lvr_lite.quant.blocks import Blocks, gptq, pack, quantize
+from lvr_lite.quant.blocks import LARGEST, Blocks, gptq, pack, quantize
 
 SMALL = 4096  # a weight with fewer values may stay as it is
 MICROSOFT = "com.microsoft"
@@ -234,6 +234,7 @@ class _Rewriting:
         self.sharing = False
         self._gap = self._norm = 0.0
         self._made: dict[str, list[str]] = {}  # weights that several nodes share are rounded once
+        self._casts: dict[str, onnx.NodeProto] = {}
 
     @property
     def weight_error(self) -> float:
@@ -245,6 +246,8 @@ class _Rewriting:
         for node in onnxfile.bar(nodes, f"{self.name}: weights"):
             weight = self.initializers[node.input[WEIGHTED[node.op_type]]]
             (self._matmul if node.op_type == "MatMul" else self._gather)(node, weight)
+        for cast in self._casts.values():
+            self.model.graph.node.insert(0, cast)
         self._keep_the_rest()
         if not any(opset.domain == MICROSOFT for opset in self.model.opset_import):
             self.model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
@@ -284,12 +287,14 @@ class _Rewriting:
         become(node, "GatherBlockQuantized", [inputs[0], node.input[1], *inputs[1:]], attributes)
 
     def _rounded(self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool) -> tuple[list[str], Scheme]:
-        """Names of the initializers that replace `weight`: integers, scales and, where asymmetric, zero points; and the scheme."""
+        """Names of what replaces `weight`: integers, scales and, where asymmetric, zero points; and the scheme."""
         columns = weight.dims[0] if transpose else weight.dims[1]
         scheme = self.plan.scheme(self.name, weight.name, columns)
         if self._made.get(weight.name) is None:
             matrix = self.read(weight)
             onnxfile.check_finite(weight.name, matrix)
+            if float(np.abs(matrix).max()) > LARGEST:
+                raise BundleError(f"weight {weight.name} has values beyond {LARGEST:g}, too large for integers whose scales are float16")
             matrix = np.ascontiguousarray(matrix.T) if transpose else matrix
             self.weights += matrix.size
             if transpose and self._is_tied(matrix, scheme):
@@ -302,7 +307,7 @@ class _Rewriting:
                     added = [t for t in self.model.graph.initializer if t.name in self._made[weight.name]]
                     self.shared.table, self.shared.parts, self.shared.scheme = matrix, added, scheme
             self.schemes[node.name] = scheme
-        return self._made[weight.name], scheme
+        return self._widened(self._made[weight.name]), scheme
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
         products = self.plan.products.get(key)
@@ -344,12 +349,19 @@ class _Rewriting:
     def _add(self, name: str, made: Blocks, flat: bool) -> list[str]:
         rows = len(made.values)
         values = made.values.reshape(rows, -1)[:, : made.columns] if flat else made.values  # Gather takes rows, MatMulNBits blocks
-        arrays = {f"{name}_q{made.bits}": pack(values, made.bits), f"{name}_scales": made.scales}
+        arrays = {f"{name}_q{made.bits}": pack(values, made.bits), f"{name}_scales": made.scales.astype(np.float16)}
         if made.zeros is not None:
             arrays[f"{name}_zeros"] = pack(made.zeros, made.bits)
         self.bytes += sum(array.nbytes for array in arrays.values())
         self.model.graph.initializer.extend(self.data.add(key, array) for key, array in arrays.items())
         return list(arrays)
+
+    def _widened(self, names: list[str]) -> list[str]:
+        """The same, with the scales as the operators want them: they are stored in half the bytes, and widened once, when ONNX Runtime
+        folds constants as it loads the graph."""
+        wide = f"{names[1]}_fp32"
+        self._casts[wide] = onnx.helper.make_node("Cast", [names[1]], [wide], wide, to=onnx.TensorProto.FLOAT)
+        return [names[0], wide, *names[2:]]
 
 
 def become(node: onnx.NodeProto, operator: str, inputs: list[str], attributes: dict[str, int]) -> None:

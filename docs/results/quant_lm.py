@@ -13,7 +13,9 @@ import argparse
 import importlib.util
 import json
 import logging
+import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,6 @@ from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 WINDOW = 512  # tokens read at once; perplexity is over all but the first 64 of each
 WINDOWS = 8
-BLOCK = 64
 SCORED_TOKENS = 64  # of each prompt that candidates of the search answer
 MODULES = (
     "argparse", "collections", "decimal", "email.message", "fractions", "heapq", "inspect", "logging", "pathlib", "random", "statistics",
@@ -178,8 +179,10 @@ def rounded_by_onnxruntime(source: Path, scratch: Path, how: str, block: int) ->
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--rows", default="", help="measure only rows whose name has this regular expression, and keep the others")
     logging.disable(logging.INFO)
-    out = options.parse_args().out
+    given = options.parse_args()
+    out = given.out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "checkpoint" / "config.json").is_file():
         make_checkpoint(out / "checkpoint")
@@ -189,48 +192,67 @@ def main() -> None:
     fp32 = OnnxRuntime(out / "fp32")
     prompts = calibration_prompts(fp32.tokenizer, 96)
     scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:8])
-    rows: list[dict[str, Any]] = []
+    written = out / "quant_lm.json"
+    rows: list[dict[str, Any]] = json.loads(written.read_text())["rows"] if given.rows else []
+
+    def wanted(name: str) -> bool:
+        return bool(re.search(given.rows, name))
 
     def add(name: str, runtime: OnnxRuntime, bits: float, seconds: float) -> None:
-        rows.append({"name": name, "bits": round(bits, 3), "seconds": round(seconds, 1), **scorer.score(runtime)})
-        print(json.dumps(rows[-1]), flush=True)
-        (out / "quant_lm.json").write_text(json.dumps({"text": TEXT, "tokens": int(scorer.ids.size), "rows": rows}, indent=1))
+        row = {"name": name, "bits": round(bits, 3), "seconds": round(seconds, 1), **scorer.score(runtime)}
+        rows[:] = [*(r for r in rows if r["name"] != name), row]
+        print(json.dumps(row), flush=True)
+        written.write_text(json.dumps({"text": TEXT, "tokens": int(scorer.ids.size), "rows": rows}, indent=1))
 
     add("fp32", fp32, 32, 0)
     for block in (32, 64, 128):
         for how in ("rtn", "k-quant", "hqq"):
-            if how == "k-quant" and block != 32:
-                continue  # ONNX Runtime's has blocks of 32
+            name = f"decoder only: onnxruntime {how}, block {block}"
+            if (how == "k-quant" and block != 32) or not wanted(name):
+                continue  # ONNX Runtime's k-quant has blocks of 32
             began = time.time()
             session, bits = rounded_by_onnxruntime(out / "fp32", out, how, block)
-            add(f"decoder only: onnxruntime {how}, block {block}", fp32.with_graphs(decoder=session), bits, time.time() - began)
+            add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
     products = calibrate.Products(fp32, prompts)
-    for block in (64, 128):
-        for name, given in (("ours", {}), ("ours with GPTQ", products)):
+    for block in (32, 64, 128):
+        for how, flow in (("ours", {}), ("ours with GPTQ", products)):
+            name = f"decoder only: {how}, block {block}"
+            if not wanted(name):
+                continue
             model, at = onnxfile.load(out / "fp32" / "onnx" / "decoder.onnx"), out / "fp32" / "onnx"
             began, path = time.time(), out / f"own-{block}.onnx"
             with onnxfile.data_file(path) as data:
-                plan = weights.Plan({"decoder": weights.Scheme(4, block, False)}, {}, given)
+                plan = weights.Plan({"decoder": weights.Scheme(4, block, False)}, {}, flow)
                 done = weights.convert("decoder", model, partial(onnxfile.read, folder=at), data, plan, weights.Shared())
             session = open_session(model.SerializeToString(), out)
             bits = 8 * done["bytes_of_weights"] / done["weights"]
-            add(f"decoder only: {name}, block {block}", fp32.with_graphs(decoder=session), bits, time.time() - began)
+            add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
     for precision, plan in (("int8", None), ("int4", replace(weights.whole("int4"), products=products)), ("fp16", None)):
+        if not wanted(precision):
+            continue
         began = time.time()
         report = weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan)
         add(precision, OnnxRuntime(out / precision), report["bits_per_weight"], time.time() - began)
+    if wanted("mixed"):
+        search_mixed(out, prompts, add)
+    if wanted("exact"):
+        exact = nf4.TrainedWeights(checkpoint, unmerged=True)
+        began = time.time()
+        write_bundle(
+            checkpoint, exact, out / "exact", print, lambda: nf4.load_trained(checkpoint, torch.float32), "exact", ExactConvert(exact)
+        )
+        add("exact (NF4; embedding and head float)", OnnxRuntime(out / "exact"), 4.5, time.time() - began)
+
+
+def search_mixed(out: Path, prompts: list[Prompt], add: Callable[[str, OnnxRuntime, float, float], None]) -> None:
     short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in prompts[:16]]
     began = time.time()
     (scratch := out / "search").mkdir(exist_ok=True)
-    found = search.Search(out / "fp32", search.Desk(out / "fp32", scratch, "", print, prompts), print, BLOCK, short)
-    for budget in (4.6, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0):
+    found = search.Search(out / "fp32", search.Desk(out / "fp32", scratch, "", print, prompts), print, None, short)
+    for budget in (5.0, 4.75, 5.5, 6.0):
         folder = out / f"mixed-{budget}"
         report = search.write_mixed(out / "fp32", folder, budget, found, print)
         add(f"mixed, budget {budget}", OnnxRuntime(folder), report["bits_per_weight"], time.time() - began)
-    exact = nf4.TrainedWeights(checkpoint, unmerged=True)
-    began = time.time()
-    write_bundle(checkpoint, exact, out / "exact", print, lambda: nf4.load_trained(checkpoint, torch.float32), "exact", ExactConvert(exact))
-    add("exact (NF4; embedding and head float)", OnnxRuntime(out / "exact"), 4.5, time.time() - began)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def _matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
-def _run(node: onnx.NodeProto, initializers: list[TensorProto], feed: dict[str, np.ndarray], opset: int = 23) -> np.ndarray:
+def _run(nodes: list[onnx.NodeProto], initializers: list[TensorProto], feed: dict[str, np.ndarray], opset: int = 23) -> np.ndarray:
     inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feed.items()]
-    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers)
+    graph = helper.make_graph(nodes, "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
     share_one_thread_pool(1)  # once a process has the shared pool, a session with a pool of its own does not load
     options = ort.SessionOptions()
@@ -104,13 +104,27 @@ def test_blocks_of_zeros_stay_zero() -> None:
         assert not blocks.quantize(np.zeros((3, 64), np.float32), 4, 32, symmetric).dense().any()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_are_stored_in_float16_and_none_becomes_zero(size: float, symmetric: bool) -> None:
+    found = blocks.quantize(_matrix(8, 64) * np.float32(size), 4, 32, symmetric)
+    np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16))
+    assert np.all(found.scales != 0)
+    assert np.abs(found.dense()).max() < 4 * size + 1e-6
+
+
+def test_a_weight_whose_scales_float16_would_not_hold_is_an_error() -> None:
+    with pytest.raises(BundleError, match="weight w has values beyond"):
+        _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), _matrix(64, 64) * np.float32(1e8), weights.INT8)
+
+
 @pytest.mark.parametrize("scheme", [weights.INT8, weights.INT4, weights.Scheme(4, 32, True), weights.Scheme(8, 64, False)], ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_onnxruntime_multiplies_by_the_matrix_that_the_integers_stand_for(scheme: weights.Scheme, columns: int) -> None:
     weight = _matrix(columns, 96)
     model, _ = _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, scheme)
     x = _matrix(5, columns, seed=1)
-    got = _run(model.graph.node[0], list(model.graph.initializer), {"x": x})
+    got = _run(list(model.graph.node), list(model.graph.initializer), {"x": x})
     dense = blocks.quantize(np.ascontiguousarray(weight.T), scheme.bits, scheme.of(columns).block, scheme.symmetric).dense().T
     want = x @ dense
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015  # the kernel rounds activations to 8 bits
@@ -122,7 +136,7 @@ def test_onnxruntime_gathers_the_rows_that_the_integers_stand_for(scheme: weight
     weight = _matrix(50, columns)
     model, _ = _rewritten(helper.make_node("Gather", ["w", "ids"], ["y"], name="n", axis=0), weight, scheme)
     ids = np.array([[3, 49, 0]], np.int64)
-    got = _run(model.graph.node[0], list(model.graph.initializer), {"ids": ids})
+    got = _run(list(model.graph.node), list(model.graph.initializer), {"ids": ids})
     want = blocks.quantize(weight, scheme.bits, scheme.of(columns).block, scheme.symmetric).dense()[ids]
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -213,8 +227,8 @@ def test_the_report_says_how_each_weight_was_rounded(source: Path, reports: dict
         assert told["decoder"]["what"] == f"{bits} bits"
         assert set(told["decoder"]["layers"]) == {f"layers.{i}" for i in range(6)}
         assert len(told["decoder"]["errors"]) == 6 * 7
-    assert 9.2 < reports["int8"]["bits_per_weight"] < 9.3  # 32 values share a scale of 32 bits and a zero point of 8
-    assert 4.28 < reports["int4"]["bits_per_weight"] < 5
+    assert 8.72 < reports["int8"]["bits_per_weight"] < 8.8  # 32 values share a scale of 16 bits and a zero point of 8
+    assert 4.15 < reports["int4"]["bits_per_weight"] < 5
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, int]:
@@ -277,7 +291,7 @@ def test_what_a_head_shares_is_what_it_multiplies_by(columns: int, tied: bool) -
         model = helper.make_model(helper.make_graph([node], "one", [], [], [numpy_helper.from_array(weight, "w")]))
         done = weights.convert(name, model, numpy_helper.to_array, Inline(), plan, shared)  # type: ignore[arg-type]
         assert (done["shared"], done["replaced"]) == (name == "lm_head" and tied and columns == 96, 1)
-        got = _run(model.graph.node[0], list(model.graph.initializer), {"x": feed})
+        got = _run(list(model.graph.node), list(model.graph.initializer), {"x": feed})
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015
 
 
