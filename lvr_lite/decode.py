@@ -27,15 +27,26 @@ from lvr_lite.latent import likeness
 from lvr_lite.runtime.base import Runtime
 
 
+@dataclass
+class Prefix:
+    """The first `length` ids of several prompts about the same pictures. kept: their K/V (`Runtime.keep`), once one of these prompts was
+    decoded; the others, decoded alone, then read only what comes after."""
+
+    length: int
+    kept: list[np.ndarray] | None = None
+
+
 @dataclass(frozen=True)
 class Prompt:
     """ids (S,) int64 with the image token at each visual token's place; features (T, H) those tokens; positions (3, S).
 
-    features may be wider than H: what lies beyond is for the runtime to add in later layers (families/qwen3_vl.py)."""
+    features may be wider than H: what lies beyond is for the runtime to add in later layers (families/qwen3_vl.py).
+    prefix: where other prompts begin with the same ids and features, what they share."""
 
     ids: np.ndarray
     features: np.ndarray
     positions: np.ndarray
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,10 @@ class Decoding:
         room = longest + max(row.steps for row in self.rows) + 2 + self.options.max_tokens
         t = time.perf_counter()
         self.runtime.start(len(self.prompts), room)
+        prefix = self.prompts[0].prefix if len(self.prompts) == 1 else None
+        if prefix is not None and prefix.kept is not None:
+            self.runtime.put_back(prefix.kept)
+            return self._read_on(self.prompts[0], prefix.length)
         ids = np.full((len(self.prompts), longest), self.runtime.tokens.end[0], np.int64)
         positions = np.zeros((3, len(self.prompts), longest), np.int64)
         for i, p in enumerate(self.prompts):
@@ -186,6 +201,19 @@ class Decoding:
         self.clock.embed.append(time.perf_counter() - t)
         t = time.perf_counter()
         hidden = self.runtime.prefill(embeds, positions, lengths)
+        if prefix is not None:
+            prefix.kept = self.runtime.keep(prefix.length)
+        self.clock.prefill = time.perf_counter() - t
+        return hidden
+
+    def _read_on(self, prompt: Prompt, known: int) -> np.ndarray:
+        """The rest of a prompt after the `known` ids whose K/V are there; all its visual tokens lie among these."""
+        t = time.perf_counter()
+        embeds = self.runtime.embed(prompt.ids[None, known:])
+        self.clock.embed.append(time.perf_counter() - t)
+        t = time.perf_counter()
+        rest = np.array([len(prompt.ids) - known], np.int64)
+        hidden = self.runtime.prefill(embeds, prompt.positions[:, None, known:], rest, past=known)
         self.clock.prefill = time.perf_counter() - t
         return hidden
 

@@ -1,9 +1,9 @@
 """mixed: which layers get 8 bits and which 4, under a budget, by what that costs on a calibration set. May import: onnx, numpy,
 matplotlib, the core.
 
-All layers begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models that of neighbouring layers) is then given 8 bits alone, and
-what this gains is measured: KL of the answers, and drift of the latents through all their steps. Units enter by gain a byte; along that
-path some candidates are measured whole, and the best within the budget is written.
+All layers begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models that of neighbouring layers) is then given
+8 bits alone, and what this gains is measured: KL of the answers, and drift of the latents through all their steps. Units enter by gain
+a byte; along that path some candidates are measured whole, and the best within the budget is written.
 """
 
 from __future__ import annotations

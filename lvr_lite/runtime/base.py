@@ -49,12 +49,22 @@ class Runtime(Protocol):
         """Begin a batch of `batch` rows with room for `capacity` positions each; forgets the one before."""
         ...
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+    def prefill(
+        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
+    ) -> np.ndarray:
         """Read whole inputs: embeds (R, S, H), or as wide as the visual tokens, padded on the right, positions (3, R, S), true lengths
         (R,). The first call of a batch is for all its rows (None); a later one for `rows` drops the K/V of these R rows and leaves the
-        others as they are.
+        others as they are. past: positions that the batch's one row has been given by `put_back`; the input goes on after them.
 
         Returns the hidden state of each input's last position (R, H)."""
+        ...
+
+    def keep(self, length: int) -> list[np.ndarray]:
+        """A copy of the K/V of the first `length` positions of a batch's one row, in an order of the runtime's own."""
+        ...
+
+    def put_back(self, kept: list[np.ndarray]) -> None:
+        """Begin the batch of one row that was just started with what `keep` gave; `prefill` then goes on after it."""
         ...
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -130,7 +130,16 @@ class OnnxRuntime:
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+    def keep(self, length: int) -> list[np.ndarray]:
+        return [value.numpy()[:, :, :length].copy() for value in self._cache.values()]
+
+    def put_back(self, kept: list[np.ndarray]) -> None:
+        for value, known in zip(self._cache.values(), kept, strict=True):
+            value.numpy()[:, :, : known.shape[2]] = known
+
+    def prefill(
+        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
+    ) -> np.ndarray:
         again = list(range(self._batch)) if rows is None else rows
         # rows that go on beside these keep their K/V, so these are read elsewhere and then put in their place
         cache = self._cache if len(again) == self._batch else self._new_cache(len(again), embeds.shape[1])
@@ -141,15 +150,15 @@ class OnnxRuntime:
             added[..., : embeds.shape[2] - self.hidden_size] = embeds[..., self.hidden_size :]
             binding.bind_cpu_input("deepstack_embeds", added)
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        binding.bind_cpu_input("seqlens_k", lengths.astype(np.int32) - 1)
-        binding.bind_cpu_input("total_sequence_length", np.array(embeds.shape[1], np.int32))
+        binding.bind_cpu_input("seqlens_k", (past + lengths - 1).astype(np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(past + embeds.shape[1], np.int32))
         binding.bind_output("last_hidden_state")
         self._decoder.run_with_iobinding(binding)
         hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
         if cache is not self._cache:
             for name, value in cache.items():
                 self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
-        self._lengths[again] = lengths
+        self._lengths[again] = past + lengths
         self._in_state = None
         return np.ascontiguousarray(hidden[np.arange(len(lengths)), lengths - 1])
 

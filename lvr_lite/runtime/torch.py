@@ -54,12 +54,26 @@ class TorchRuntime:
         self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._place["device"])
 
     @torch.inference_mode()
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+    def keep(self, length: int) -> list[np.ndarray]:
+        return [part[:, :, :length].float().cpu().numpy().copy() for layer in self._cache.layers for part in (layer.keys, layer.values)]
+
+    @torch.inference_mode()
+    def put_back(self, kept: list[np.ndarray]) -> None:
+        parts = [torch.from_numpy(part).to(**self._place) for part in kept]
+        for layer in range(len(parts) // 2):
+            self._cache.update(parts[2 * layer], parts[2 * layer + 1], layer)
+        self._mask = torch.ones(1, kept[0].shape[2], dtype=torch.long, device=self._place["device"])
+
+    @torch.inference_mode()
+    def prefill(
+        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
+    ) -> np.ndarray:
         batch, longest = len(self._mask), embeds.shape[1]
         again = list(range(batch)) if rows is None else rows
-        if len(again) == batch:
-            self.start(batch, longest)
-        self._mask[again] = 0  # what these rows had is not looked at any more
+        if not past:
+            if len(again) == batch:
+                self.start(batch, longest)
+            self._mask[again] = 0  # what these rows had is not looked at any more
         real = np.zeros((batch, longest), bool)
         real[again] = np.arange(longest)[None] < lengths[:, None]
         every, where = np.zeros((batch, *embeds.shape[1:]), np.float32), np.zeros((3, batch, longest), np.int64)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lvr_lite import families
-from lvr_lite.ask import prepare_prompt
+from lvr_lite.ask import Pictures, prepare_prompt
 from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.samples import Sample
@@ -212,6 +212,23 @@ def test_torch_and_onnx_say_the_same_through_latents(case: Case, bundle: Path, m
         assert len(a.latents) == STEPS
         compare("latents", np.stack(b.latents), np.stack(a.latents), 1e-4)
         compare("hidden states", np.stack(b.hidden), np.stack(a.hidden), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+@pytest.mark.parametrize("name", ["wide", "two pictures"])
+def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_read_again(
+    case: Case, bundle: Path, mode: str, name: str
+) -> None:
+    options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+        runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+        known = Pictures(runtime)
+        for question in ("what pattern is the cross", "where heart", "how many are red"):
+            pictures = [picture.copy() for picture in PICTURES[name][0]]  # known by what they show
+            (again,) = decode(StartsWithLatents(runtime, STEPS), [known.prepare_prompt(pictures, question)[0]], options)
+            (anew,) = decode(StartsWithLatents(runtime, STEPS), [prepare_prompt(runtime, pictures, question)[0]], options)
+            assert again.tokens == anew.tokens
+            compare("hidden states", np.stack(again.hidden), np.stack(anew.hidden), 1e-4)
 
 
 def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
