@@ -1,4 +1,6 @@
-"""The machine card: what a number was measured on. May import: the standard library and the core; onnxruntime only for its providers.
+"""The machine: the card of what a number was measured on; how fast it reads memory, how busy it is and what energy it takes.
+
+May import: the standard library, numpy and the core; onnxruntime only for its providers.
 
 What it cannot learn on a system (no /proc, no git) is null, never a guess.
 """
@@ -10,14 +12,19 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import lvr_lite
 from lvr_lite import bundle, doctor
 
 PACKAGES = ("lvr-lite", "onnxruntime", "numpy", "tokenizers", "pillow", "torch", "transformers")
+BUFFER_MB = 512  # larger than any last-level cache that a desktop has
 
 
 def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> dict[str, Any]:
@@ -93,3 +100,43 @@ def _system() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"] + ", kernel " + platform.release()
     except (OSError, KeyError):
         return platform.platform()
+
+
+def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -> float:
+    """GB/s (1e9) at which `threads` threads together read memory: the best of `repeats` passes over a buffer of `megabytes` MiB.
+
+    Each thread takes the maximum of its share of an int32 buffer: the cheapest reduction that numpy vectorises everywhere, without BLAS
+    (whose own threads would interfere) and without the interpreter lock. One thread does not saturate most machines.
+    """
+    buffer = np.ones(megabytes * 2**18, np.int32)  # ones, not zeros: every page must be backed by memory of its own
+    shares = np.array_split(buffer, threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(pool.map(np.max, shares))
+            best = min(best, time.perf_counter() - began)
+    return buffer.nbytes / best / 1e9
+
+
+def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
+    """Energy that the processor packages took since some time in the past (RAPL), in J; None where the machine or its rights do not say.
+
+    A counter starts again at 0 now and then (after an hour or more); a difference is then negative, and no measurement."""
+    found = []
+    for zone in sorted(counters.glob("intel-rapl:*")):
+        if zone.name.count(":") != 1:  # parts of a package
+            continue
+        try:
+            found.append(int((zone / "energy_uj").read_text()) / 1e6)
+        except OSError:  # only root may read it on most systems
+            return None
+    return sum(found) if found else None
+
+
+def load_average() -> float | None:
+    """The one-minute load average, None where the system has none."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None

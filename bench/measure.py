@@ -7,6 +7,7 @@ every system the same request once, in an order shuffled for that round, because
 (docs/decisions.md).
 
     system  what is measured under one name: a runtime, its precision, the bytes of its graphs
+    setting latent steps, visual tokens a picture, requests in a batch: every system is measured in each
     sample  one duration in ms: of a request (preprocess, vision, embed, prefill, TTFT, …) or of one step in it (latent_step, text_step, …)
 """
 
@@ -15,17 +16,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
+import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lvr_lite.ask import prepare_prompt
+from lvr_lite.ask import Pictures, prepare_prompt
+from lvr_lite.bench.machine import load_average, read_bandwidth, read_joules
 from lvr_lite.decode import Clock, Decoding, Event, Options, Result
 from lvr_lite.errors import UsageError
 from lvr_lite.memory import peak_rss_mb
@@ -33,9 +34,9 @@ from lvr_lite.runtime.base import Runtime
 
 STAGES = ("preprocess", "vision", "embed", "prefill", "latent_step", "hand_over", "text_step", "lm_head", "sampling")
 STEP_STAGES = ("latent_step", "text_step", "lm_head", "sampling")
-LATENCIES = ("ttft", "ttfa", "tpls", "tpot", "end_to_end")
+LATENCIES = ("ttft", "ttft_again", "ttfa", "tpls", "tpot", "end_to_end")
+ALIKE = 0.9  # token agreement below which two systems are said to answer differently
 EXACT = ("fp32", "exact")  # precisions that the quality of the others is measured against
-BUFFER_MB = 512  # larger than any last-level cache that a desktop has
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,35 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """steps: latent steps, None takes each model's own. image_tokens: visual tokens that pictures are scaled to, None leaves them as they
+    are. batch: requests decoded together."""
+
+    steps: int | None = None
+    image_tokens: int | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("image_tokens", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be {least} or more, not {value}")
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much to measure.
 
-    rounds: timed requests per system; round r asks request r modulo their number. warmup: untimed requests per system in the timed form.
-    tokens: text tokens of every answer, forced (end tokens are forbidden until then), so that a one-word answer still gives a time per
-    token. steps: latent steps, None takes each model's own. seed: of the order of systems within rounds. threads: that read memory for
-    the bandwidth.
+    rounds: timed requests per system and setting; round r asks request r modulo their number, and in a batch those after it. warmup:
+    untimed requests per system and setting in the timed form. tokens: text tokens of every answer, forced (end tokens are forbidden
+    until then), so that a one-word answer still gives a time per token. settings: what each system is measured in. seed: of the order
+    within rounds. threads: that read memory for the bandwidth.
     """
 
     rounds: int = 10
     warmup: int = 2
     tokens: int = 16
-    steps: int | None = None
+    settings: tuple[Setting, ...] = (Setting(),)
     seed: int = 0
     threads: int = 1
 
@@ -83,21 +100,25 @@ class Plan:
         for name, least in (("rounds", 1), ("warmup", 0), ("tokens", 2), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be {least} or more, not {getattr(self, name)}")
+        if not self.settings:
+            raise UsageError("nothing to measure: name at least one number of steps, of image tokens and of requests in a batch")
 
 
 @dataclass
 class Timing:
-    """One request, timed. Samples in ms by stage and by latency; `spent`: ms of the whole request by stage; tokens: the answer's ids."""
+    """One request, or one batch, timed. Samples in ms by stage and by latency; `spent`: ms of the whole by stage; tokens: the answers'
+    ids, one after another; joules: what the processor took meanwhile, where the machine says."""
 
     stages: dict[str, list[float]]
     latencies: dict[str, list[float]]
     spent: dict[str, float]
     tokens: list[int]
+    joules: float | None = None
 
 
 @dataclass
 class Quality:
-    """A system's free answers to the requests beside those of the exact one (`reference`), greedy, untimed.
+    """A system's free answers to the requests beside those of `reference`, the first exact system or else the first, greedy, untimed.
 
     token_agreement: share of places (the longer answer's length) with the same token. latent_cosine: mean cosine of latent k with the
     reference's, for k = 1…K. n: requests.
@@ -111,9 +132,13 @@ class Quality:
 
 @dataclass
 class Measured:
-    """One system's outcome. timings: one per round, in the order of rounds. peak_rss_mb: MiB. rss_is_shared: see `peak_rss_mb()`."""
+    """One system's outcome in one setting. timings: one per round, in the order of rounds. image_tokens, prompt_tokens: of the longest
+    prompt, as the model saw it. peak_rss_mb: MiB. rss_is_shared: see `peak_rss_mb()`."""
 
     system: System
+    setting: Setting = field(default_factory=Setting)
+    image_tokens: int = 0
+    prompt_tokens: int = 0
     timings: list[Timing] = field(default_factory=list)
     quality: Quality | None = None
     peak_rss_mb: float | None = None
@@ -130,6 +155,23 @@ class Measured:
     def spent(self, stage: str) -> float:
         """Mean ms that a request spends in a stage, all its steps together."""
         return float(np.mean([timing.spent[stage] for timing in self.timings]))
+
+    @property
+    def name(self) -> str:
+        """The system's, with what differs in its setting from the usual one."""
+        s = self.setting
+        told = [f"K {s.steps}"] * (s.steps is not None) + [f"{s.image_tokens} visual tokens"] * (s.image_tokens is not None)
+        return ", ".join([self.system.name, *told, *[f"batch {s.batch}"] * (s.batch > 1)])
+
+    def throughput(self) -> float | None:
+        """Text tokens a second while decoding: requests in a batch over the median time from one token of a row to its next."""
+        between = self.latency("tpot")
+        return self.setting.batch / (percentile(between, 50) / 1e3) if between else None
+
+    def joules(self) -> float | None:
+        """The median of what one request, or one batch, took; None where the machine does not say."""
+        taken = [timing.joules for timing in self.timings if timing.joules is not None and timing.joules >= 0]
+        return percentile(taken, 50) if taken else None
 
     def output_md5(self) -> str:
         """Of the token ids of all timed answers, in the order of rounds: the same where two systems say the same."""
@@ -157,6 +199,19 @@ class Run:
     bandwidth_after: float
     loads: tuple[float | None, float | None]
     requests: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """What must be known before these systems are compared."""
+        told = [] if self.steady else ["The machine's speed changed during the run: measure again before comparing with other runs."]
+        for measured in self.systems:
+            quality = measured.quality
+            if quality is not None and quality.token_agreement < ALIKE:
+                told.append(
+                    f"{measured.name} answers differently: {quality.token_agreement:.0%} of its tokens are those of {quality.reference}, "
+                    f"less than {ALIKE:.0%}; its times are those of other answers."
+                )
+        return told
 
     @property
     def bandwidth(self) -> float:
@@ -197,63 +252,47 @@ def shuffled_rounds(systems: int, rounds: int, seed: int) -> list[list[int]]:
     return [[int(i) for i in rng.permutation(systems)] for _ in range(rounds)]
 
 
-def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -> float:
-    """GB/s (1e9) at which `threads` threads together read memory: the best of `repeats` passes over a buffer of `megabytes` MiB.
-
-    Each thread takes the maximum of its share of an int32 buffer: the cheapest reduction that numpy vectorises everywhere, without BLAS
-    (whose own threads would interfere) and without the interpreter lock. One thread does not saturate most machines.
-    """
-    buffer = np.ones(megabytes * 2**18, np.int32)  # ones, not zeros: every page must be backed by memory of its own
-    shares = np.array_split(buffer, threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            list(pool.map(np.max, shares))
-            best = min(best, time.perf_counter() - began)
-    return buffer.nbytes / best / 1e9
-
-
-def load_average() -> float | None:
-    """The one-minute load average, None where the system has none."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
-
-
-def time_round(runtime: Runtime, request: Request, plan: Plan) -> Timing:
-    """One request as the model answers it, with what a single step costs taken from a second one that has as many latent steps as tokens.
+def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting) -> Timing:
+    """One batch of requests as the model answers it, with what a single step costs taken from a second one that has as many latent steps
+    as tokens; of a single request also the time to the first token of another question about its picture (`ttft_again`).
 
     The first steps after a prefill find the caches full of other things and are up to twice as slow. Latents come first and are few, so
     in one natural request they would bear all of that and text tokens none: TPLS and TPOT could not be compared.
     """
-    natural = time_request(runtime, request, Options(max_tokens=plan.tokens, min_tokens=plan.tokens, steps=plan.steps))
-    if not 0 < len(natural.stages["latent_step"]) < plan.tokens:
-        return natural
-    even = time_request(runtime, request, Options(max_tokens=plan.tokens, min_tokens=plan.tokens, steps=plan.tokens))
-    stages = natural.stages | {name: even.stages[name] for name in STEP_STAGES}
-    return replace(natural, stages=stages, latencies=natural.latencies | {name: even.latencies[name] for name in ("tpls", "tpot")})
+    known = Pictures(runtime)
+    options = Options(max_tokens=plan.tokens, min_tokens=plan.tokens, steps=setting.steps)
+    before = read_joules()
+    timing = time_request(runtime, known, requests, options)
+    after = read_joules()
+    timing = replace(timing, joules=None if before is None or after is None else after - before)
+    if setting.batch == 1:
+        again = time_request(runtime, known, requests, replace(options, max_tokens=1, min_tokens=1))
+        timing = replace(timing, latencies=timing.latencies | {"ttft_again": again.latencies["ttft"]})
+    if not 0 < len(timing.stages["latent_step"]) < plan.tokens:
+        return timing
+    even = time_request(runtime, known, requests, replace(options, steps=plan.tokens))
+    stages = timing.stages | {name: even.stages[name] for name in STEP_STAGES}
+    return replace(timing, stages=stages, latencies=timing.latencies | {name: even.latencies[name] for name in ("tpls", "tpot")})
 
 
-def time_request(runtime: Runtime, request: Request, options: Options) -> Timing:
-    """Answer one request from its arrival to its last token, timed by stage.
+def time_request(runtime: Runtime, known: Pictures, requests: list[Request], options: Options) -> Timing:
+    """Answer a batch of requests from their arrival to the last token, timed by stage.
 
-    TTFT and TTFA count from the arrival of picture and text. TPLS is a latent step: the decoder without the head. TPOT is the time from
-    one text token to the next (embedding, text step, head, sampling and what the loop adds), so an answer of n tokens gives n - 1
-    samples, less one where latents lie between.
+    TTFT and TTFA count from the arrival of pictures and text to the last row's. TPLS is a latent step: the decoder without the head.
+    TPOT is the time from one text token of the first row to its next (embedding, text step, head, sampling and what the loop adds), so
+    an answer of n tokens gives n - 1 samples, less one where latents lie between.
     """
     arrived = time.perf_counter()
-    prompt, before = prepare_prompt(runtime, [request.picture], request.question)
-    decoding = Decoding(runtime, [prompt], options)
-    prepared = time.perf_counter() - arrived
+    prepared = [known.prepare_prompt([request.picture], request.question) for request in requests]
+    decoding = Decoding(runtime, [prompt for prompt, _ in prepared], options)
+    ready = time.perf_counter() - arrived
     events = list(decoding)
     whole = time.perf_counter() - arrived
-    (result,) = decoding.results
-    return _timing(before, prepared, decoding.clock, events, result, whole)
+    before = {stage: sum(seconds[stage] for _, seconds in prepared) for stage in ("preprocess", "vision")}
+    return _timing(before, ready, decoding.clock, events, decoding.results, whole)
 
 
-def _timing(before: dict[str, float], prepared: float, clock: Clock, events: list[Event], result: Result, whole: float) -> Timing:
+def _timing(before: dict[str, float], prepared: float, clock: Clock, events: list[Event], results: list[Result], whole: float) -> Timing:
     """Samples in ms from what one decoding left. The stage `embed` is the prompt's embedding; that of single tokens is part of TPOT."""
     stages = {
         "preprocess": [before["preprocess"]],
@@ -266,9 +305,11 @@ def _timing(before: dict[str, float], prepared: float, clock: Clock, events: lis
         "lm_head": clock.lm_head,
         "sampling": clock.sampling,
     }
+    firsts = [[r.ttft for r in results if r.ttft is not None], [r.ttfa for r in results if r.ttfa is not None]]
     latencies = {
-        "ttft": [] if result.ttft is None else [prepared + result.ttft],
-        "ttfa": [] if result.ttfa is None else [prepared + result.ttfa],
+        "ttft": [prepared + max(firsts[0])] if firsts[0] else [],
+        "ttft_again": [],
+        "ttfa": [prepared + max(firsts[1])] if firsts[1] else [],
         "tpls": clock.latent_step,
         "tpot": _between_tokens(events),
         "end_to_end": [whole],
@@ -278,13 +319,14 @@ def _timing(before: dict[str, float], prepared: float, clock: Clock, events: lis
         stages={name: [s * 1e3 for s in samples] for name, samples in stages.items()},
         latencies={name: [s * 1e3 for s in samples] for name, samples in latencies.items()},
         spent={name: s * 1e3 for name, s in spent.items()},
-        tokens=list(result.tokens),
+        tokens=[token for result in results for token in result.tokens],
     )
 
 
 def _between_tokens(events: list[Event]) -> list[float]:
-    """Seconds between text tokens that follow each other without latents between them."""
-    return [b.at - a.at for a, b in itertools.pairwise(events) if a.kind == b.kind == "token"]
+    """Seconds between text tokens of the first row that follow each other without latents between them."""
+    mine = [event for event in events if event.row == 0]
+    return [b.at - a.at for a, b in itertools.pairwise(mine) if a.kind == b.kind == "token"]
 
 
 def measure(
@@ -293,27 +335,63 @@ def measure(
     """Measure `systems` on `requests`: warm-up, peak memory, bandwidth, the interleaved rounds, bandwidth again.
 
     The warm-up lets every system answer every request freely; from that comes the quality. Memory is read after it, before the buffer of
-    the bandwidth exists. progress: called with (requests timed, requests to time). Raises UsageError without systems or requests, or
-    where two systems have one name.
+    the bandwidth exists. progress: called with (requests timed, requests to time). Raises UsageError without systems or requests, where
+    two systems have one name, and where pictures cannot have the visual tokens of a setting.
     """
     plan = plan or Plan()
     _check(systems, requests)
-    outcome = [Measured(system) for system in systems]
-    _add_quality(outcome, requests, plan)
-    for order in shuffled_rounds(len(systems), plan.warmup, plan.seed + 1):
+    outcome = [Measured(system, setting) for setting in plan.settings for system in systems]
+    asked = [[_scaled(request, m.system.runtime, m.setting.image_tokens) for request in requests] for m in outcome]
+    for measured, scaled in zip(outcome, asked, strict=True):
+        _look(measured, scaled)
+    for first in range(0, len(outcome), len(systems)):
+        _add_quality(outcome[first : first + len(systems)], asked[first : first + len(systems)], plan)
+    for order in shuffled_rounds(len(outcome), plan.warmup, plan.seed + 1):
         for i in order:
-            time_round(systems[i].runtime, requests[0], plan)
+            time_round(outcome[i].system.runtime, _batch(asked[i], 0, outcome[i].setting.batch), plan, outcome[i].setting)
     for measured in outcome:
         measured.peak_rss_mb = measured.system.peak_rss_mb
         if measured.peak_rss_mb is None:
             measured.peak_rss_mb, measured.rss_is_shared = peak_rss_mb(), len(systems) > 1
     before, load = read_bandwidth(plan.threads), load_average()
-    for number, order in enumerate(shuffled_rounds(len(systems), plan.rounds, plan.seed)):
+    for number, order in enumerate(shuffled_rounds(len(outcome), plan.rounds, plan.seed)):
         for turn, i in enumerate(order):
-            outcome[i].timings.append(time_round(systems[i].runtime, requests[number % len(requests)], plan))
+            batch = _batch(asked[i], number, outcome[i].setting.batch)
+            outcome[i].timings.append(time_round(outcome[i].system.runtime, batch, plan, outcome[i].setting))
             if progress:
-                progress(number * len(systems) + turn + 1, plan.rounds * len(systems))
+                progress(number * len(outcome) + turn + 1, plan.rounds * len(outcome))
     return Run(plan, outcome, before, read_bandwidth(plan.threads), (load, load_average()), len(requests))
+
+
+def _batch(requests: list[Request], number: int, size: int) -> list[Request]:
+    return [requests[(number + i) % len(requests)] for i in range(size)]
+
+
+def _scaled(request: Request, runtime: Runtime, tokens: int | None) -> Request:
+    """The request with its picture in a size of about `tokens` visual tokens, rows and columns as equal as that allows."""
+    if tokens is None:
+        return request
+    spec = runtime.image_spec
+    side = spec["patch"] * spec["merge"]
+    rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+    if tokens // rows > 2 * rows:  # no good rectangle: the next best number
+        rows = math.isqrt(tokens)
+    return replace(request, picture=request.picture.resize((tokens // rows * side, rows * side)))
+
+
+def _look(measured: Measured, requests: list[Request]) -> None:
+    """Notes how long prompts are. Raises UsageError where that is not what the setting says."""
+    runtime, wanted = measured.system.runtime, measured.setting.image_tokens
+    prompts = [
+        prepare_prompt(runtime, [request.picture], request.question)[0] for request in (requests if wanted is None else requests[:1])
+    ]
+    measured.prompt_tokens = max(len(prompt.ids) for prompt in prompts)
+    measured.image_tokens = max(int((prompt.ids == runtime.tokens.image).sum()) for prompt in prompts)
+    if wanted is not None and abs(measured.image_tokens - wanted) > wanted / 10:
+        raise UsageError(
+            f"image_tokens {wanted}: {measured.system.name} gives such a picture {measured.image_tokens} visual tokens, since it scales "
+            "pictures to sizes of its own; name a number that it can have"
+        )
 
 
 def _check(systems: list[System], requests: list[Request]) -> None:
@@ -327,15 +405,17 @@ def _check(systems: list[System], requests: list[Request]) -> None:
             raise UsageError(f"two systems are called {name!r}: give each its own name")
 
 
-def _add_quality(outcome: list[Measured], requests: list[Request], plan: Plan) -> None:
-    """Every system's free answers, against those of the first exact system where there is one."""
-    options = Options(max_tokens=plan.tokens, steps=plan.steps)
-    answers = [[_answer(measured.system.runtime, request, options) for request in requests] for measured in outcome]
-    exact = next((i for i, measured in enumerate(outcome) if measured.system.precision in EXACT), None)
-    if exact is None:
+def _add_quality(outcome: list[Measured], requests: list[list[Request]], plan: Plan) -> None:
+    """Every system's free answers in one setting, against those of the first exact system where there is one, else of the first."""
+    if len(outcome) == 1 and outcome[0].system.precision not in EXACT:
         return
+    answers = [
+        [_answer(m.system.runtime, request, Options(max_tokens=plan.tokens, steps=m.setting.steps)) for request in asked]
+        for m, asked in zip(outcome, requests, strict=True)
+    ]
+    first = next((i for i, measured in enumerate(outcome) if measured.system.precision in EXACT), 0)
     for measured, mine in zip(outcome, answers, strict=True):
-        measured.quality = compare(outcome[exact].system.name, answers[exact], mine)
+        measured.quality = compare(outcome[first].system.name, answers[first], mine)
 
 
 def _answer(runtime: Runtime, request: Request, options: Options) -> Result:

@@ -5,18 +5,23 @@ The table and the page are made from the JSON alone, so that a saved file can be
 
 from __future__ import annotations
 
+import csv
+import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lvr_lite.bench.measure import LATENCIES, STAGES, Measured, Run, summary
 from lvr_lite.bundle import GRAPHS, write_atomically
-from lvr_lite.page import interval_bars, number, percent, render_page, stacked_bars
+from lvr_lite.page import curve, interval_bars, number, percent, render_page, stacked_bars
 
 SCHEMA, VERSION = "lvr-lite/bench", 1
-TITLES = {"ttft": "TTFT", "ttfa": "TTFA", "tpls": "TPLS", "tpot": "TPOT", "end_to_end": "end to end"}
+TITLES = {"ttft": "TTFT", "ttft_again": "TTFT again", "ttfa": "TTFA", "tpls": "TPLS", "tpot": "TPOT", "end_to_end": "end to end"}
 
 
 def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
@@ -38,10 +43,11 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
             "rounds": run.plan.rounds,
             "warmup": run.plan.warmup,
             "tokens": run.plan.tokens,
-            "steps": run.plan.steps,
+            "settings": [asdict(setting) for setting in run.plan.settings],
             "seed": run.plan.seed,
             "requests": run.requests,
         },
+        "warnings": run.warnings,
         "systems": [_system(measured, run.bandwidth) for measured in run.systems],
     }
 
@@ -49,11 +55,15 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
 def _system(measured: Measured, bandwidth_gb_s: float) -> dict[str, Any]:
     system, quality = measured.system, measured.quality
     return {
-        "name": system.name,
+        "name": measured.name,
+        "system": system.name,
         "precision": system.precision,
+        "setting": asdict(measured.setting) | {"visual_tokens": measured.image_tokens, "prompt_tokens": measured.prompt_tokens},
         "stages": {name: summary(measured.stage(name)) for name in STAGES},
         **{f"{name}_ms": summary(measured.latency(name)) for name in LATENCIES},
         "request_ms": {name: measured.spent(name) for name in STAGES},
+        "throughput_tokens_s": measured.throughput(),
+        "joules": measured.joules(),
         "peak_rss_mb": measured.peak_rss_mb,
         "peak_rss_shared": measured.rss_is_shared,
         "bytes": dict(system.bytes),
@@ -88,13 +98,25 @@ def show(data: dict[str, Any], console: Console) -> None:
     for stage in STAGES:
         stages.add_row(stage, *(number(s["stages"][stage]["p50_ms"]) for s in systems))
     rest = Table("system", title="size, memory, quality", title_justify="left")
-    for title in ("size MB", "peak RSS MiB", "of bandwidth", "token agreement", "latent cosine", "accuracy", "output md5"):
+    for title in (
+        "size MB",
+        "peak RSS MiB",
+        "tokens/s",
+        "J a request",
+        "of bandwidth",
+        "token agreement",
+        "latent cosine",
+        "accuracy",
+        "output md5",
+    ):
         rest.add_column(title, justify="right")
     for s in systems:
         shared = " (all)" if s["peak_rss_shared"] else ""
         cells = (
             number(_megabytes(s)),
             number(s["peak_rss_mb"]) + shared,
+            number(s["throughput_tokens_s"]),
+            number(s["joules"]),
             percent(s["bandwidth_fraction"]),
             *_quality_cells(s),
             s["output_md5"][:8],
@@ -103,6 +125,8 @@ def show(data: dict[str, Any], console: Console) -> None:
     for table in (latencies, stages, rest):
         console.print(table)
     console.print(_conditions(data), highlight=False)
+    for warning in data["warnings"]:
+        console.print(f"[bold]{escape(warning)}[/]", highlight=False)
 
 
 def _median_p90(values: dict[str, Any]) -> str:
@@ -125,16 +149,29 @@ def _quality_cells(system: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _conditions(data: dict[str, Any]) -> str:
-    """Under what conditions the times were taken, with a warning where the machine changed its speed meanwhile."""
+    """Under what conditions the times were taken."""
     plan, bandwidth = data["plan"], data["bandwidth"]
     text = (
         f"{plan['rounds']} interleaved rounds over {plan['requests']} requests, {plan['tokens']} text tokens forced, seed {plan['seed']}. "
         f"Memory read at {bandwidth['before_gb_s']:.1f} GB/s before and {bandwidth['after_gb_s']:.1f} after "
         f"({bandwidth['threads']} threads); load {number(bandwidth['load_before'])} and {number(bandwidth['load_after'])}."
     )
-    if bandwidth["steady"]:
-        return text
-    return text + " The machine's speed changed during the run: measure again before comparing with other runs."
+    if all(s["joules"] is None for s in data["systems"]):
+        text += " Energy: this machine does not say (no RAPL counter that this user may read)."
+    return text
+
+
+def write_csv(data: dict[str, Any], out: Path) -> None:
+    """Write every raw sample of a run's JSON as one line: system, what was measured, its number, ms. Raises BundleError as `write_html`."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["system", "precision", "steps", "visual_tokens", "batch", "measure", "sample", "ms"])
+    for s in data["systems"]:
+        kind = (s["name"], s["precision"], s["setting"]["steps"], s["setting"]["visual_tokens"], s["setting"]["batch"])
+        measures = {name: s[f"{name}_ms"] for name in LATENCIES} | s["stages"]
+        for name, values in measures.items():
+            table.writerows([*kind, name, i, f"{ms:.6g}"] for i, ms in enumerate(values["samples_ms"]))
+    write_atomically(out, text.getvalue())
 
 
 # -------------------------------------------------------------------------------------------------------------- the page
@@ -159,6 +196,30 @@ def write_html(data: dict[str, Any], out: Path) -> None:
         quality=[(s["name"], *_quality_cells(s)) for s in systems],
         megabytes={s["name"]: _megabytes(s) for s in systems},
         conditions=_conditions(data),
+        warnings=data["warnings"],
+        scaling=_scaling(systems),
         machine=data["machine"],
     )
     write_atomically(out, html)
+
+
+def _scaling(systems: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """(title, curve) of medians over what settings vary: latencies by visual tokens, by latent steps and by batch, a curve a system."""
+    found = []
+    for axis, names in (("visual_tokens", ("ttft", "tpot")), ("steps", ("ttfa", "end_to_end")), ("batch", ("tpot", "end_to_end"))):
+        for name in names:
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for s in systems:
+                others = {k: v for k, v in s["setting"].items() if k not in (axis, "visual_tokens", "prompt_tokens", "image_tokens")}
+                if axis != "visual_tokens":
+                    others["visual_tokens"] = s["setting"]["visual_tokens"]
+                x, y = s["setting"][axis], s[f"{name}_ms"]["p50_ms"]
+                if x is not None and y is not None:
+                    label = ", ".join([s["system"], *(f"{k} {v}" for k, v in others.items() if v is not None)])
+                    lines.setdefault(label, []).append((float(x), float(y)))
+            top = max((y for points in lines.values() for _, y in points), default=0.0)
+            for label, points in lines.items():
+                drawn = curve(points, f"{TITLES[name]}, ms", top=top, unit=axis.replace("_", " "))
+                if drawn:
+                    found.append((f"{TITLES[name]} by {axis.replace('_', ' ')}: {label}", drawn))
+    return found

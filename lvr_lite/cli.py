@@ -475,29 +475,45 @@ def _stderr() -> Any:
 
 @app.command("bench")
 def bench_(
-    bundle: Annotated[str, typer.Argument(help="A bundle (or a checkpoint).")],
+    what: Annotated[list[str], typer.Argument(metavar="BUNDLE | compare A.json B.json", help="A bundle, a checkpoint, or two runs.")],
     vs: Annotated[list[str] | None, typer.Option("--vs", help="Another bundle or checkpoint, measured in the same rounds.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed requests per system.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed requests per system.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Text tokens of every answer.")] = 16,
-    steps: Steps = None,
+    steps: Annotated[str | None, typer.Option(help="Latent steps, several with commas: 0,4,8; the model's own by default.")] = None,
+    image_tokens: Annotated[str | None, typer.Option(help="Visual tokens that pictures are scaled to: 64,256,1024.")] = None,
+    batch: Annotated[str, typer.Option(help="Requests decoded together: 1,4,8.")] = "1",
     image: Annotated[Path | None, typer.Option(help="A picture to ask about; drawn scenes by default.")] = None,
     question: Annotated[str, typer.Option(help="The question for --image.")] = "describe",
     limit: Annotated[int, typer.Option(min=0, help="Held-out scenes to score beside the speed; 0 for none.")] = 0,
     threads: Threads = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="compare: what a median may move without being called changed.")] = 0.05,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every raw sample.")] = None,
     json_: JsonOut = None,
 ) -> None:
     """Measure latency by stage, memory and answers, interleaved, with a machine card; the last line of stdout is JSON.
+    `bench compare` of two files that --json wrote says what changed beyond noise, and exits 1 where something became slower.
 
-    Example: lvr-lite bench int8 --vs int4 --runs 30 --html bench.html
+    Example: lvr-lite bench int8 --vs int4 --runs 30 --steps 0,8 --html bench.html
     """
+    from lvr_lite.errors import UsageError
+
+    if what[0] == "compare":
+        _compare_runs(what[1:], tolerance, json_)
+        return
+    if len(what) > 1:
+        raise UsageError(f"{what[1]}: one bundle is measured; name others with --vs")
     from lvr_lite.bench import machine, measure, report
     from lvr_lite.bundle import is_bundle, read_manifest
     from lvr_lite.runtime.onnx import usable_cores
 
+    axes = (_numbers("--steps", steps), _numbers("--image-tokens", image_tokens), _numbers("--batch", batch))
+    settings = tuple(measure.Setting(s, i, b or 1) for b in axes[2] for i in axes[1] for s in axes[0])
+    cores = threads or usable_cores()
+    plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, settings=settings, threads=cores)
     requests = _requests(image, question)
-    names = [bundle, *(vs or [])]
+    names = [what[0], *(vs or [])]
     systems = []
     for name in names:
         runtime = _open(name, threads)
@@ -508,8 +524,6 @@ def bench_(
         folders = [Path(n).name for n in names]
         title = Path(name).name if folders.count(Path(name).name) == 1 else name.rstrip("/")
         systems.append(measure.System(title, precision, runtime, sizes, _rss_of_run(name, threads), accuracy))
-    cores = threads or usable_cores()
-    plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, steps=steps, threads=cores)
     from rich.progress import Progress
 
     with Progress(console=_stderr(), transient=True) as bar:
@@ -522,8 +536,40 @@ def bench_(
     report.show(data, Console())
     if html is not None:
         report.write_html(data, html)
+    if csv is not None:
+        report.write_csv(data, csv)
     _write_json(json_, data)
     print(json.dumps(data))
+
+
+def _numbers(option: str, text: str | None) -> list[int | None]:
+    """ "0,4,8" -> [0, 4, 8]; [None] where nothing was given. Raises UsageError for anything else."""
+    from lvr_lite.errors import UsageError
+
+    if text is None:
+        return [None]
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: give whole numbers with commas between, such as 0,4,8") from None
+    if len(set(found)) < len(found):
+        raise UsageError(f"{option} {text}: a number is there twice")
+    return list(found)
+
+
+def _compare_runs(files: list[str], tolerance: float, json_: Path | None) -> None:
+    from rich.console import Console
+
+    from lvr_lite.bench import compare
+    from lvr_lite.errors import UsageError
+
+    if len(files) != 2:
+        raise UsageError(f"bench compare takes two files that `lvr-lite bench --json` wrote, not {len(files)}")
+    data = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
+    compare.show(data, Console())
+    _write_json(json_, data)
+    if data["answers"] or any(row["verdict"] == "slower" for row in data["rows"]):
+        raise typer.Exit(1)
 
 
 def _accuracy(runtime: Runtime, limit: int) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _round_up(value: float) -> float:
     return next(factor * power for factor in (1, 2, 3, 4, 6, 8, 10) if factor * power >= value)
 
 
-def curve(points: list[tuple[float, float]], label: str, series: int = 0, top: float | None = None) -> Markup:
+def curve(points: list[tuple[float, float]], label: str, series: int = 0, top: float | None = None, unit: str = "step") -> Markup:
     """A line through (step, value) points, values from 0 to `top` or their maximum. "" for fewer than two points."""
     if len(points) < 2:
         return Markup("")
@@ -242,10 +242,10 @@ def curve(points: list[tuple[float, float]], label: str, series: int = 0, top: f
         ).format(h=height, path=path, series=series)
     )
     body += [
-        _text("9%", height + 28, f"step {first:,.7g}", "tick"),
-        _text("100%", height + 28, f"step {last:,.7g}", "tick", "end"),
+        _text("9%", height + 28, f"{unit} {first:,.7g}", "tick"),
+        _text("100%", height + 28, f"{unit} {last:,.7g}", "tick", "end"),
     ]
-    return _svg(height + 34, f"{label} by step, from {number(points[0][1])} to {number(points[-1][1])}", body)
+    return _svg(height + 34, f"{label} by {unit}, from {number(points[0][1])} to {number(points[-1][1])}", body)
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures

@@ -1,0 +1,122 @@
+"""What changed between two runs of the bench beyond noise. May import: numpy, rich, the core.
+
+A median counts as changed where two things hold: it moved by more than a tolerance, which is widened by what the machine itself moved
+(memory read at another speed), and the interval of the ratio of medians, bootstrapped over rounds, does not contain 1. Rounds and not
+samples are drawn, since the steps of one answer share its luck; the level of the interval is divided among all comparisons.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lvr_lite.bench.measure import LATENCIES, STAGES
+from lvr_lite.bench.report import SCHEMA, TITLES, VERSION
+from lvr_lite.errors import DataError
+
+TOLERANCE = 0.05  # of a median
+RISK = 0.01  # of calling any noise a change
+DRAWS = 4000
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file that `lvr-lite bench --json` wrote. Raises DataError for another one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; name a file that `lvr-lite bench --json` wrote") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); name a file that `lvr-lite bench --json` wrote") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise DataError(f"{path}: not a run of the bench (no schema {SCHEMA}); name a file that `lvr-lite bench --json` wrote")
+    if data.get("version") != VERSION:
+        raise DataError(f"{path}: written in version {data.get('version')} of the format; this lvr-lite reads version {VERSION}")
+    return data
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Two runs, as JSON, beside each other: every latency and stage of every system that both have.
+
+    Returns {"rows": [{"system", "measure", "before_ms", "after_ms", "ratio", "interval", "verdict": "same", "slower" or "faster"}],
+    "answers": [systems that say other things now], "tolerance", "machine": notes}. Raises DataError where they have no system in common.
+    """
+    systems = {s["name"]: s for s in before["systems"]}
+    pairs = [(systems[s["name"]], s) for s in after["systems"] if s["name"] in systems]
+    if not pairs:
+        raise DataError(
+            f"no system is in both runs: {', '.join(systems)} in one, {', '.join(s['name'] for s in after['systems'])} in the other"
+        )
+    notes = _machine(before, after)
+    speed = after["bandwidth_gb_s"] / before["bandwidth_gb_s"]
+    tolerance = max(tolerance, abs(speed - 1), abs(1 / speed - 1))
+    cases = [(a["name"], name, x, y) for a, b in pairs for name, x, y in _measures(a, b)]
+    rng, level = np.random.default_rng(0), RISK / max(len(cases), 1)
+    rows = []
+    for system, name, x, y in cases:
+        first = _by_round(x["samples_ms"], before["plan"]["rounds"])
+        second = _by_round(y["samples_ms"], after["plan"]["rounds"])
+        ratio = float(y["p50_ms"] / x["p50_ms"])
+        low, high = _interval(first, second, level, rng)
+        changed = (low > 1 or high < 1) and abs(np.log(ratio)) > np.log1p(tolerance)
+        verdict = "same" if not changed else "slower" if ratio > 1 else "faster"
+        rows.append({"system": system, "measure": name, "before_ms": x["p50_ms"], "after_ms": y["p50_ms"], "ratio": ratio,
+                     "interval": [low, high], "verdict": verdict})  # fmt: skip
+    answers = [a["name"] for a, b in pairs if before["plan"] == after["plan"] and a["output_md5"] != b["output_md5"]]
+    return {"schema": "lvr-lite/bench-compare", "version": 1, "rows": rows, "answers": answers, "tolerance": tolerance, "machine": notes}
+
+
+def _measures(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, summary in one, summary in the other) of what both measured. Times below 0.1 ms are the clock's and Python's."""
+    found = [(name, a.get(f"{name}_ms"), b.get(f"{name}_ms")) for name in LATENCIES]
+    found += [(name, a["stages"].get(name), b["stages"].get(name)) for name in STAGES if name != "latent_step"]  # that is tpls
+    return [(n, x, y) for n, x, y in found if x and y and x["samples_ms"] and y["samples_ms"] and min(x["p50_ms"], y["p50_ms"]) >= 0.1]
+
+
+def _by_round(samples: list[float], rounds: int) -> np.ndarray:
+    """The median of each round's samples, where rounds have equally many."""
+    values = np.array(samples)
+    return np.median(values.reshape(rounds, -1), axis=1) if len(values) % rounds == 0 else values
+
+
+def _interval(first: np.ndarray, second: np.ndarray, level: float, rng: np.random.Generator) -> tuple[float, float]:
+    """Of the ratio of medians, second over first, at 1 - level."""
+    drawn = [np.median(rng.choice(values, (DRAWS, len(values))), axis=1) for values in (first, second)]
+    low, high = np.quantile(drawn[1] / drawn[0], [level / 2, 1 - level / 2])
+    return float(low), float(high)
+
+
+def _machine(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    notes = [
+        f"{name}: {before['machine'].get(name)} in one run, {after['machine'].get(name)} in the other"
+        for name in ("cpu", "threads", "governor", "packages")
+        if before["machine"].get(name) != after["machine"].get(name)
+    ]
+    if before["plan"] != after["plan"]:
+        notes.append(f"plan: {before['plan']} in one run, {after['plan']} in the other")
+    notes.append(f"memory read at {before['bandwidth_gb_s']:.1f} GB/s in one run, {after['bandwidth_gb_s']:.1f} in the other")
+    return notes
+
+
+def show(data: dict[str, Any], console: Console) -> None:
+    table = Table("system", "measure", title="medians, ms", title_justify="left")
+    for title in ("before", "after", "ratio", "interval", ""):
+        table.add_column(title, justify="right")
+    for row in data["rows"]:
+        colour = {"same": "dim", "slower": "red", "faster": "green"}[row["verdict"]]
+        interval = f"{row['interval'][0]:.2f} … {row['interval'][1]:.2f}"
+        numbers = (f"{row['before_ms']:.2f}", f"{row['after_ms']:.2f}", f"{row['ratio']:.3f}", interval)
+        table.add_row(row["system"], TITLES.get(row["measure"], row["measure"]), *numbers, f"[{colour}]{row['verdict']}[/]")
+    console.print(table)
+    for note in data["machine"]:
+        console.print(note, highlight=False)
+    for name in data["answers"]:
+        console.print(f"[red]{name} gives other answers than before[/]", highlight=False)
+    count = sum(row["verdict"] != "same" for row in data["rows"])
+    console.print(
+        f"{count or 'nothing'} of {len(data['rows'])} changed by more than {data['tolerance']:.0%} and beyond noise", highlight=False
+    )
