@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.bench import measure, report
+from lvr_lite.bench import machine, measure, report
 from lvr_lite.decode import Event, Prompt, Result
 from lvr_lite.errors import UsageError
 from lvr_lite.latent import LatentSpec
@@ -85,7 +86,15 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
             "vision": 0.002,
         }
 
+    class Pictures:
+        def __init__(self, runtime: FakeRuntime) -> None:
+            self.runtime = runtime
+
+        def prepare_prompt(self, pictures: list[Image.Image], question: str) -> tuple[Prompt, dict[str, float]]:
+            return prepare(self.runtime, pictures, question)
+
     monkeypatch.setattr(measure, "prepare_prompt", prepare)
+    monkeypatch.setattr(measure, "Pictures", Pictures)
     monkeypatch.setattr(measure, "read_bandwidth", lambda *_: 40.0)
 
 
@@ -136,9 +145,9 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(monkeypatch: pytes
     asked: list[tuple[str, str]] = []
     timed = measure.time_round
 
-    def spy(runtime: FakeRuntime, request: measure.Request, plan: measure.Plan) -> measure.Timing:
-        asked.append((runtime.name, request.question))
-        return timed(runtime, request, plan)
+    def spy(runtime: FakeRuntime, requests: list[measure.Request], plan: measure.Plan, setting: measure.Setting) -> measure.Timing:
+        asked.append((runtime.name, requests[0].question))
+        return timed(runtime, requests, plan, setting)
 
     monkeypatch.setattr(measure, "time_round", spy)
     run(system("a"), system("b"), system("c"))
@@ -234,7 +243,66 @@ def test_a_system_measured_in_its_own_process_keeps_its_own_peak() -> None:
 
 def test_bandwidth_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert measure.read_bandwidth(threads=2, megabytes=2, repeats=1) > 0
+    assert machine.read_bandwidth(threads=2, megabytes=2, repeats=1) > 0
+
+
+def settings_run(*settings: measure.Setting, systems: int = 2) -> measure.Run:
+    plan = measure.Plan(rounds=4, warmup=0, tokens=5, settings=settings)
+    return measure.measure([system(f"s{i}") for i in range(systems)], REQUESTS, plan)
+
+
+def test_every_system_is_measured_in_every_setting() -> None:
+    found = settings_run(measure.Setting(steps=0), measure.Setting(steps=4)).systems
+    assert [m.name for m in found] == ["s0, K 0", "s1, K 0", "s0, K 4", "s1, K 4"]
+    assert [len(m.latency("end_to_end")) for m in found] == [4] * 4
+    assert found[0].latency("tpls") == []
+    assert [m.latency("ttfa") != [] for m in found] == [True] * 4
+
+
+def test_a_batch_decodes_its_requests_together_and_counts_the_tokens_of_all() -> None:
+    alone, together = settings_run(measure.Setting(batch=1), measure.Setting(batch=2), systems=1).systems
+    assert together.name == "s0, batch 2"
+    assert len(together.timings[0].tokens) == 2 * len(alone.timings[0].tokens)
+    assert (len(alone.latency("ttft_again")), together.latency("ttft_again")) == (4, [])
+    together.timings = [measure.Timing({}, {"tpot": [20.0, 20.0, 10.0]}, {}, [])]
+    assert together.throughput() == pytest.approx(100.0)
+
+
+def test_only_the_first_row_of_a_batch_tells_the_time_between_tokens() -> None:
+    events = [Event(row, "token", at=second) for second in (1.0, 3.0) for row in (0, 1)]
+    assert measure._between_tokens(events) == [2.0]
+
+
+def test_energy_is_that_of_the_packages_and_absent_where_it_is_not_told(tmp_path: Path) -> None:
+    assert machine.read_joules(tmp_path) is None
+    for zone, micro in (("intel-rapl:0", 3_000_000), ("intel-rapl:1", 2_000_000), ("intel-rapl:0:0", 1_000_000)):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text(f"{micro}\n")
+    assert machine.read_joules(tmp_path) == 5.0
+    measured = measure.Measured(system())
+    measured.timings = [measure.Timing({}, {}, {}, [], joules) for joules in (None, -4.0, 1.0, 3.0)]  # one without, one that wrapped round
+    assert measured.joules() == 2.0
+
+
+def test_systems_that_answer_differently_are_not_compared_in_silence() -> None:
+    assert not run(system("a"), system("b", "int8")).warnings
+    (warning,) = run(system("a"), system("b", "int8", word=WORD + 1)).warnings
+    assert "b answers differently: 0%" in warning
+    (warning,) = run(system("a", "int8"), system("b", "int4", word=WORD + 1)).warnings  # with nothing exact beside them too
+    assert "those of a" in warning
+
+
+@pytest.mark.parametrize(("wanted", "size"), [(64, (224, 224)), (256, (448, 448)), (6, (84, 56)), (7, (84, 56)), (1, (28, 28))])
+def test_pictures_are_scaled_to_a_number_of_visual_tokens(wanted: int, size: tuple[int, int]) -> None:
+    runtime = FakeRuntime(image_spec={"patch": 14, "merge": 2})
+    assert measure._scaled(REQUESTS[0], runtime, wanted).picture.size == size
+    assert measure._scaled(REQUESTS[0], runtime, None).picture.size == (28, 28)
+
+
+def test_a_number_of_visual_tokens_that_a_model_does_not_give_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"image_tokens 64: s0 gives such a picture 0 visual tokens"):
+        plan = measure.Plan(rounds=1, settings=(measure.Setting(image_tokens=64),))
+        measure.measure([measure.System("s0", "fp32", FakeRuntime(image_spec={"patch": 14, "merge": 2}), {})], REQUESTS, plan)
 
 
 def test_progress_is_told_up_to_the_end() -> None:
@@ -256,6 +324,12 @@ def test_a_run_that_makes_no_sense_is_refused(systems: list[measure.System], req
 def test_a_plan_names_the_option_that_is_wrong(option: str) -> None:
     with pytest.raises(UsageError, match=option):
         measure.Plan(**{option: -1})
+
+
+@pytest.mark.parametrize("option", ["steps", "image_tokens", "batch"])
+def test_so_does_a_setting(option: str) -> None:
+    with pytest.raises(UsageError, match=option):
+        measure.Setting(**{option: -1})
 
 
 def measured_json() -> dict[str, Any]:
@@ -287,7 +361,29 @@ def test_a_machine_that_changed_its_speed_is_reported() -> None:
     outcome = run()
     outcome.bandwidth_after = 80.0
     assert not outcome.steady
-    assert "speed changed" in report._conditions(report.to_json(outcome, {}))
+    out = io.StringIO()
+    report.show(report.to_json(outcome, {}), Console(file=out, width=160))
+    assert "speed changed" in out.getvalue()
+
+
+def test_the_csv_has_every_sample(tmp_path: Path) -> None:
+    data = measured_json()
+    report.write_csv(data, tmp_path / "samples.csv")
+    with (tmp_path / "samples.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for told in data["systems"]:
+        mine = [float(r["ms"]) for r in rows if r["system"] == told["name"] and r["measure"] == "tpot"]
+        assert mine == pytest.approx(told["tpot_ms"]["samples_ms"], rel=1e-5)
+    assert len(rows) == sum(
+        len(v["samples_ms"]) for s in data["systems"] for v in [*s["stages"].values(), *(s[f"{n}_ms"] for n in measure.LATENCIES)]
+    )
+
+
+def test_the_page_shows_how_times_grow() -> None:
+    grown = report.to_json(settings_run(measure.Setting(steps=0), measure.Setting(steps=4)), {})
+    titles = [title for title, _ in report._scaling(grown["systems"])]
+    assert "end to end by steps: s0" in " ".join(titles)
+    assert report._scaling(measured_json()["systems"]) == []
 
 
 def test_the_page_is_one_file_without_anything_from_elsewhere(tmp_path: Path) -> None:
