@@ -565,7 +565,8 @@ def _compare_runs(files: list[str], tolerance: float, json_: Path | None) -> Non
 
     if len(files) != 2:
         raise UsageError(f"bench compare takes two files that `lvr-lite bench --json` wrote, not {len(files)}")
-    data = compare.compare(*(compare.read(Path(file)) for file in files), tolerance)
+    before, after = (compare.read(Path(file)) for file in files)
+    data = compare.compare(before, after, tolerance)
     compare.show(data, Console())
     _write_json(json_, data)
     if data["answers"] or any(row["verdict"] == "slower" for row in data["rows"]):

@@ -225,7 +225,10 @@ class _Recorder:
             calls.append(LayerCall(embeds[..., :width].copy(), positions, np.array([embeds.shape[1]]), added))
         return calls
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:
+    def prefill(
+        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
+    ) -> np.ndarray:
+        assert not past, "calibration reads every prompt from its beginning"
         self._fed.append([(np.array(embeds), np.array(positions))])
         return self._runtime.prefill(embeds, positions, lengths, rows)
 
