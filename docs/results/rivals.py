@@ -1,0 +1,391 @@
+"""The text decoder of one shape under several runtimes, 4-bit weights, head included: time a token, prefill, memory, in one run.
+
+    make bench-rivals        (an environment of its own, then this with all that is installed there; about 40 minutes on 2 cores)
+    python docs/results/rivals.py --out build/rivals --only lvr-lite,llama.cpp
+
+Every rival runs in a process of its own, so that memory is its own and thread pools do not meet; all stay loaded, and one after another
+takes its turn, in an order shuffled for each round. Weights are random: times do not hang on them. What an answer's quality would be is
+not compared here; the table says in what each computes. Writes OUT/rivals.json; the table is docs/results/rivals.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SHAPE = "qwen2-vl-2b"
+PAST, STEPS = 300, 24
+H, LAYERS, HEADS, KV, HEAD_DIM, FFN, VOCABULARY = 1536, 28, 12, 2, 128, 8960, 151936
+
+
+class Rival(Protocol):
+    """A text decoder with its head, loaded. `computes`: types of activations and K/V."""
+
+    computes: str
+
+    def prefill(self, ids: list[int]) -> None:
+        """Begin anew with these tokens; the last position goes through the head."""
+
+    def step(self, token: int) -> None:
+        """One more token, and the logits after it."""
+
+
+class LvrLite:
+    def __init__(self, out: Path, threads: int) -> None:
+        from lvr_lite.runtime.onnx import OnnxRuntime
+
+        self.runtime = OnnxRuntime(out / "lvr-lite", threads)
+        self.computes = "int8 products of fp32 activations, K/V fp32"
+
+    def prefill(self, ids: list[int]) -> None:
+        self.runtime.start(1, len(ids) + STEPS + 8)
+        embeds = self.runtime.embed(np.array([ids]) % 1000)
+        self.at = len(ids)
+        positions = np.broadcast_to(np.arange(len(ids)), (3, 1, len(ids)))
+        self.runtime.head(self.runtime.prefill(embeds, np.array(positions, np.int64), np.array([len(ids)])))
+
+    def step(self, token: int) -> None:
+        embeds = self.runtime.embed(np.array([[token % 1000]]))[:, 0]
+        self.runtime.head(self.runtime.step(embeds, np.array([self.at])))
+        self.at += 1
+
+
+class LvrLiteLatent(LvrLite):
+    """A latent step: the last state goes in as it came out, and no head is asked."""
+
+    def prefill(self, ids: list[int]) -> None:
+        super().prefill(ids)
+        self.state = self.runtime.step(np.zeros((1, H), np.float32), np.array([self.at]))
+
+    def step(self, token: int) -> None:  # noqa: ARG002
+        self.at += 1
+        self.state = self.runtime.step(self.state, np.array([self.at]))
+
+
+class LlamaCpp:
+    def __init__(self, out: Path, threads: int) -> None:
+        import llama_cpp
+
+        self.llm = llama_cpp.Llama(
+            str(out / "q4_0.gguf"), n_ctx=4096, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.computes = "Q8_0 activations, K/V fp16"
+
+    def prefill(self, ids: list[int]) -> None:
+        self.llm.reset()
+        self.llm.eval([i % 1000 for i in ids])
+
+    def step(self, token: int) -> None:
+        self.llm.eval([token % 1000])
+
+
+class OpenVino:
+    """The very graphs of the bundle through OpenVINO's ONNX frontend would keep ONNX Runtime's operators; this is its own int4 model."""
+
+    def __init__(self, out: Path, threads: int) -> None:
+        import openvino as ov
+
+        core = ov.Core()
+        config = {"INFERENCE_NUM_THREADS": threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128, "PERFORMANCE_HINT": "LATENCY"}
+        self.request = core.compile_model(core.read_model(out / "openvino" / "model.xml"), "CPU", config).create_infer_request()
+        self.computes = "8-bit dynamic activations, K/V 8 bits"
+
+    def prefill(self, ids: list[int]) -> None:
+        self.request.reset_state()
+        self.at = 0
+        self._run([i % 1000 for i in ids])
+
+    def step(self, token: int) -> None:
+        self._run([token % 1000])
+
+    def _run(self, ids: list[int]) -> None:
+        n = len(ids)
+        self.request.infer({
+            "input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, self.at + n), np.int64),
+            "position_ids": np.arange(self.at, self.at + n, dtype=np.int64)[None], "beam_idx": np.zeros(1, np.int32),
+        })  # fmt: skip
+        self.at += n
+
+
+class GenAI:
+    def __init__(self, out: Path, threads: int) -> None:  # noqa: ARG002 (genai_config.json has them)
+        import onnxruntime_genai as og
+
+        self.og, self.model = og, og.Model(str(out / "genai"))
+        self.computes = "int8 products of fp32 activations, K/V fp32"
+
+    def prefill(self, ids: list[int]) -> None:
+        parameters = self.og.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=len(ids) + STEPS + 8, min_length=len(ids) + STEPS + 8, do_sample=False)
+        self.generator = self.og.Generator(self.model, parameters)
+        self.generator.append_tokens(np.array([i % 1000 for i in ids], np.int32))
+        self.generator.generate_next_token()
+
+    def step(self, token: int) -> None:  # noqa: ARG002 (it chooses its own)
+        self.generator.generate_next_token()
+
+
+class Torch:
+    """transformers' Qwen2 in bf16, or in bitsandbytes' NF4."""
+
+    def __init__(self, nf4: bool, threads: int) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        torch.set_num_threads(threads)
+        self.torch, self.cache_type = torch, DynamicCache
+        self.model = qwen2(torch.bfloat16)
+        self.computes = "bf16"
+        if nf4:
+            import bitsandbytes as bnb
+
+            self.computes = "bf16, weights NF4; head bf16"
+            for parent in list(self.model.model.modules()):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        made = bnb.nn.Linear4bit(
+                            child.in_features, child.out_features, child.bias is not None, torch.bfloat16, quant_type="nf4"
+                        )
+                        made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                        made.bias = child.bias
+                        setattr(parent, name, made.to("cpu").eval())
+        self.model.eval().requires_grad_(False)
+
+    def prefill(self, ids: list[int]) -> None:
+        self.cache = self.cache_type(config=self.model.config)
+        self._run([i % 1000 for i in ids])
+
+    def step(self, token: int) -> None:
+        self._run([token % 1000])
+
+    def _run(self, ids: list[int]) -> None:
+        with self.torch.inference_mode():
+            self.model(self.torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+
+RIVALS: dict[str, tuple[str, Callable[[Path, int], Rival]]] = {  # name -> (its package, how it is loaded)
+    "lvr-lite": ("onnxruntime", LvrLite),
+    "lvr-lite, latent step": ("onnxruntime", LvrLiteLatent),
+    "llama.cpp Q4_0": ("llama-cpp-python", LlamaCpp),
+    "onnxruntime-genai int4": ("onnxruntime-genai", GenAI),
+    "OpenVINO int4": ("openvino", OpenVino),
+    "torch bf16": ("torch", lambda out, threads: Torch(False, threads)),  # noqa: ARG005
+    "torch bitsandbytes NF4": ("bitsandbytes", lambda out, threads: Torch(True, threads)),  # noqa: ARG005
+}
+
+
+def qwen2(dtype: Any) -> Any:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=H, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV, intermediate_size=FFN,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Qwen2ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_gguf(path: Path) -> None:
+    """Random weights in Q4_0, the head too (tied), norms and biases in fp32."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(H)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("no_vocab")
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        blocks = rng.integers(0, 256, (rows, columns // 32, 18), dtype=np.uint8)
+        blocks[..., :2] = np.full((rows, columns // 32, 1), 0.005, np.float16).view(np.uint8).reshape(rows, columns // 32, 2)
+        writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    matrix("token_embd.weight", VOCABULARY, H)
+    writer.add_tensor("output_norm.weight", np.ones(H, np.float32))
+    for i in range(LAYERS):
+        for name, rows, columns in (
+            ("attn_q", HEADS * HEAD_DIM, H), ("attn_k", KV * HEAD_DIM, H), ("attn_v", KV * HEAD_DIM, H), ("attn_output", H, H),
+            ("ffn_gate", FFN, H), ("ffn_up", FFN, H), ("ffn_down", H, FFN),
+        ):  # fmt: skip
+            matrix(f"blk.{i}.{name}.weight", rows, columns)
+            if name in ("attn_q", "attn_k", "attn_v"):
+                writer.add_tensor(f"blk.{i}.{name}.bias", np.zeros(rows, np.float32))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(H, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_checkpoint(folder: Path) -> None:
+    """The shape as a Qwen2 checkpoint in bf16, for builders that want one, with the embedded model's tokenizer."""
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from lvr_lite.checkpoint import read_checkpoint
+
+    qwen2(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=read_checkpoint("tiny").tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
+
+
+def make_genai(out: Path) -> None:
+    command = [
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        out / "qwen2",
+        "-o",
+        out / "genai",
+        "-p",
+        "int4",
+        "-e",
+        "cpu",
+        "-c",
+        out / "cache",
+    ]
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+
+
+def make_openvino(out: Path) -> None:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    config = OVWeightQuantizationConfig(bits=4, sym=True, group_size=128, ratio=1.0, all_layers=True)
+    model = OVModelForCausalLM.from_pretrained(out / "qwen2", export=True, quantization_config=config, compile=False)
+    model.save_pretrained(out / "openvino")
+    (out / "openvino" / "openvino_model.xml").rename(out / "openvino" / "model.xml")
+    (out / "openvino" / "openvino_model.bin").rename(out / "openvino" / "model.bin")
+
+
+def make_all(out: Path, names: list[str]) -> None:
+    if not (out / "lvr-lite" / "lvr.json").is_file():
+        command = [sys.executable, "-m", "lvr_lite", "export", "--synthetic", SHAPE, str(out / "lvr-lite"), "--precision", "int4"]
+        subprocess.run(command, check=True)
+    needs = {"onnxruntime-genai int4", "OpenVINO int4"} & set(names)
+    if needs and not (out / "qwen2" / "config.json").is_file():
+        make_checkpoint(out / "qwen2")
+    for name, made, make in (
+        ("llama.cpp Q4_0", out / "q4_0.gguf", lambda: make_gguf(out / "q4_0.gguf")),
+        ("onnxruntime-genai int4", out / "genai" / "genai_config.json", lambda: make_genai(out)),
+        ("OpenVINO int4", out / "openvino" / "model.xml", lambda: make_openvino(out)),
+    ):
+        if name in names and not made.is_file():
+            make()
+
+
+def work(name: str, out: Path, threads: int) -> None:
+    """One rival's process: a line {"past", "steps"} in, a line of times out."""
+    from lvr_lite.memory import peak_rss_mb
+
+    loaded = RIVALS[name][1](out, threads)
+    print(json.dumps({"computes": loaded.computes}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        ids = [int(i) for i in np.random.default_rng(asked["past"]).integers(2, 1000, asked["past"])]
+        began = time.perf_counter()
+        loaded.prefill(ids)
+        prefill = time.perf_counter() - began
+        steps = []
+        for i in range(asked["steps"]):
+            began = time.perf_counter()
+            loaded.step(i + 2)
+            steps.append((time.perf_counter() - began) * 1e3)
+        print(json.dumps({"prefill_ms": prefill * 1e3, "step_ms": steps, "peak_rss_mb": peak_rss_mb()}), flush=True)
+
+
+def ask(process: subprocess.Popen[str], what: dict[str, int] | None) -> dict[str, Any]:
+    assert process.stdin is not None and process.stdout is not None
+    if what is not None:
+        process.stdin.write(json.dumps(what) + "\n")
+        process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{"):
+            return dict(json.loads(line))
+    raise SystemExit(f"{process.args}: ended with {process.wait()}; see above")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", help="names with commas between; all whose package is installed by default")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--past", type=int, default=PAST)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    out: Path = options.out
+    if options.work:
+        work(options.work, out, options.threads)
+        return
+    from lvr_lite.bench import machine
+
+    names = options.only.split("|") if options.only else [n for n, (package, _) in RIVALS.items() if installed(package)]
+    out.mkdir(parents=True, exist_ok=True)
+    make_all(out, names)
+    here = [sys.executable, __file__, "--out", str(out), "--threads", str(options.threads), "--work"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    running = {n: subprocess.Popen([*here, n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for n in names}
+    told = {n: ask(process, None) | {"version": installed(RIVALS[n][0]), "prefill_ms": [], "step_ms": []} for n, process in running.items()}
+    for name in names:
+        ask(running[name], {"past": options.past, "steps": 4})  # warm-up
+    bandwidth, order = [machine.read_bandwidth(options.threads)], random.Random(0)
+    for _ in range(options.rounds):
+        order.shuffle(names)
+        for name in names:
+            time.sleep(0.2)  # threads of the one before stop spinning
+            found = ask(running[name], {"past": options.past, "steps": STEPS})
+            told[name]["prefill_ms"].append(found["prefill_ms"])
+            told[name]["step_ms"] += found["step_ms"]
+            told[name]["peak_rss_mb"] = found["peak_rss_mb"]
+        bandwidth.append(machine.read_bandwidth(options.threads))
+    for process in running.values():
+        process.terminate()
+    ours = told.get("lvr-lite")
+    data = {"machine": machine.card(options.threads), "bandwidth_gb_s": bandwidth, "past": options.past, "rivals": told}
+    (out / f"rivals-{options.past}.json").write_text(json.dumps(data, indent=1))
+    print(
+        "| | version | a token, ms | ours / theirs | prefill, ms | ours / theirs | peak RSS, MiB | computes in |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name, row in told.items():
+        step, prefill = float(np.median(row["step_ms"])), float(np.median(row["prefill_ms"]))
+        ratios = [float(np.median(ours[k])) / v for k, v in (("step_ms", step), ("prefill_ms", prefill))] if ours else [0.0, 0.0]
+        print(
+            f"| {name} | {row['version']} | {step:.1f} | {ratios[0]:.2f} | {prefill:.0f} | {ratios[1]:.2f} | {row['peak_rss_mb']:.0f} | {row['computes']} |"
+        )
+    print(f"memory read at {np.median(bandwidth):.1f} GB/s ({min(bandwidth):.1f} to {max(bandwidth):.1f})")
+
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
