@@ -339,6 +339,7 @@ def run(
     look: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw which visual tokens each latent step is nearest to, as heat maps.")
     ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="Another question about the same pictures, which are not read again.")] = None,
     threads: Threads = None,
     json_: JsonOut = None,
 ) -> None:
@@ -351,7 +352,7 @@ def run(
     from lvr_lite.runtime.preprocess import open_picture
 
     *images, question = words
-    if not question.strip():
+    if not all(q.strip() for q in (question, *(also or []))):
         from lvr_lite.errors import UsageError
 
         raise UsageError("the question is empty; write it after the pictures, in quotes")
@@ -366,27 +367,32 @@ def run(
 
         looking.refuse(look, images, runtime.latent, steps)
     options = Options(max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed)
-    prompt, seconds = ask.prepare_prompt(runtime, pictures, question)
-    decoding = Decoding(runtime, [prompt], options)
-    shown = ""
-    for event in decoding:
-        if stream and event.kind in ("token", "done"):
-            text = ask.text_of(runtime, decoding.results[0])
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    result = decoding.results[0]
-    text = ask.text_of(runtime, result)
-    print() if stream else print(text)
-    if result.reason == "length":
-        _say(f"cut at {max_tokens} tokens; raise it with --max-tokens")
+    known = ask.Pictures(runtime)
+    answers, first = [], None
+    for asked in (question, *(also or [])):
+        prompt, seconds = known.prepare_prompt(pictures, asked)
+        decoding = Decoding(runtime, [prompt], options)
+        shown = ""
+        for event in decoding:
+            if stream and event.kind in ("token", "done"):
+                text = ask.text_of(runtime, decoding.results[0])
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        result = decoding.results[0]
+        first = first or (prompt, result)
+        text = ask.text_of(runtime, result)
+        print() if stream else print(text)
+        if result.reason == "length":
+            _say(f"cut at {max_tokens} tokens; raise it with --max-tokens")
+        ttft = None if result.ttft is None else (seconds["preprocess"] + seconds["vision"] + result.ttft) * 1e3
+        answers.append({"answer": text, "tokens": result.tokens, "latent_steps": len(result.latents), "ttft_ms": ttft})
     from lvr_lite.memory import peak_rss_mb
 
-    answer = {"schema": "lvr-lite/run", "version": 1, "answer": text, "tokens": result.tokens, "latent_steps": len(result.latents)}
-    before = seconds["preprocess"] + seconds["vision"]
-    times = {"ttft_ms": None if result.ttft is None else (before + result.ttft) * 1e3, "peak_rss_mb": peak_rss_mb()}
-    _write_json(json_, answer | times)
-    if look is not None:
-        looking.write_look(look, looking.look(looking.views(runtime, pictures, prompt, result), question, text))
+    also_told = {"also": answers[1:]} if also else {}
+    _write_json(json_, {"schema": "lvr-lite/run", "version": 1} | answers[0] | {"peak_rss_mb": peak_rss_mb()} | also_told)
+    if look is not None and first is not None:
+        prompt, result = first
+        looking.write_look(look, looking.look(looking.views(runtime, pictures, prompt, result), question, str(answers[0]["answer"])))
         _say(f"{look}: the nearest visual tokens of {len(result.latents)} latent steps")
 
 
@@ -509,7 +515,7 @@ def bench_(
     from lvr_lite.runtime.onnx import usable_cores
 
     axes = (_numbers("--steps", steps), _numbers("--image-tokens", image_tokens), _numbers("--batch", batch))
-    settings = tuple(measure.Setting(s, i, b or 1) for b in axes[2] for i in axes[1] for s in axes[0])
+    settings = tuple(measure.Setting(s, i, 1 if b is None else b) for b in axes[2] for i in axes[1] for s in axes[0])
     cores = threads or usable_cores()
     plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, settings=settings, threads=cores)
     requests = _requests(image, question)

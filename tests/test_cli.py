@@ -171,6 +171,14 @@ def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, 
         ("bench nosuch", 1, "nosuch: no such folder"),
         ("bench INT8 --image nosuch.png", 1, "nosuch.png: no such picture"),
         ("bench INT8 --vs nosuch", 1, "nosuch: no such folder"),
+        ("bench INT8 --steps four", 2, "--steps four: give whole numbers"),
+        ("bench INT8 --batch 2,2", 2, "--batch 2,2: a number is there twice"),
+        ("bench INT8 --batch 0", 2, "batch must be 1 or more, not 0"),
+        ("bench INT8 --image-tokens 4000 --runs 1 --warmup 0", 2, "image_tokens 4000: int8 gives such a picture"),
+        ("bench INT8 INT8", 2, "one bundle is measured; name others with --vs"),
+        ("bench compare INT8", 2, "bench compare takes two files"),
+        ("bench compare nosuch.json nosuch.json", 1, "nosuch.json: No such file"),
+        ("bench compare PICTURE PICTURE", 1, "picture.png: not JSON"),
         ("inspect nosuch", 1, "nosuch: no such folder"),
         ("inspect EMPTY", 1, "neither a bundle (lvr.json) nor a checkpoint"),
         ("demo --out OTHERS", 2, "exists and is not an earlier demo"),
@@ -437,6 +445,37 @@ def test_an_answer_streams_the_text_that_it_prints_at_once(call: Call, small_int
     told = json.loads((tmp_path / "run.json").read_text())
     assert (told["schema"], told["version"], told["answer"]) == ("lvr-lite/run", 1, plain.out.strip("\n"))
     assert len(told["tokens"]) <= 5
+
+
+def test_other_questions_about_a_picture_are_answered_as_if_asked_alone(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path
+) -> None:
+    questions = ("what colour is the star", "where heart", "how many are red")
+    alone = [call("run", small_int8, picture, q, "--max-tokens", 4).out.strip() for q in questions]
+    more = [option for q in questions[1:] for option in ("--also", q)]
+    done = call("run", small_int8, picture, questions[0], "--max-tokens", 4, *more, "--json", tmp_path / "run.json")
+    assert done.out.strip().splitlines() == alone
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert [told["answer"], *(a["answer"] for a in told["also"])] == alone
+
+
+def test_runs_of_the_bench_are_written_in_every_form_and_compared(call: Call, small_int8: Path, tmp_path: Path) -> None:
+    a, b, samples, page = (tmp_path / name for name in ("a.json", "b.json", "samples.csv", "page.html"))
+    options = ("--runs", 2, "--warmup", 0, "--tokens", 2, "--steps", "0,2", "--batch", "1,2")
+    assert call("bench", small_int8, *options, "--json", a, "--csv", samples, "--html", page).code == 0
+    told = json.loads(a.read_text())
+    assert [s["name"].split(", ", 1)[1] for s in told["systems"]] == ["K 0", "K 2", "K 0, batch 2", "K 2, batch 2"]
+    assert samples.read_text().startswith("system,precision,")
+    assert "How it grows" in page.read_text()
+    slow = json.loads(a.read_text())
+    for system in slow["systems"]:
+        system["end_to_end_ms"]["samples_ms"] = [9e3, 9e3]
+        system["end_to_end_ms"]["p50_ms"] = 9e3
+    b.write_text(json.dumps(slow))
+    assert call("bench", "compare", a, a).code == 0
+    done = call("bench", "compare", a, b, "--json", tmp_path / "changes.json")
+    assert done.code == 1
+    assert {r["measure"] for r in json.loads((tmp_path / "changes.json").read_text())["rows"] if r["verdict"] == "slower"} == {"end_to_end"}
 
 
 def test_a_checkpoint_answers_as_its_bundle_does(

@@ -368,15 +368,13 @@ def main() -> None:
     ours = told.get("lvr-lite")
     data = {"machine": machine.card(options.threads), "bandwidth_gb_s": bandwidth, "past": options.past, "rivals": told}
     (out / f"rivals-{options.past}.json").write_text(json.dumps(data, indent=1))
-    print(
-        "| | version | a token, ms | ours / theirs | prefill, ms | ours / theirs | peak RSS, MiB | computes in |\n|---|---|---|---|---|---|---|---|"
-    )
+    titles = ("", "version", "a token, ms", "ours / theirs", "prefill, ms", "ours / theirs", "peak RSS, MiB", "computes in")
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for name, row in told.items():
         step, prefill = float(np.median(row["step_ms"])), float(np.median(row["prefill_ms"]))
         ratios = [float(np.median(ours[k])) / v for k, v in (("step_ms", step), ("prefill_ms", prefill))] if ours else [0.0, 0.0]
-        print(
-            f"| {name} | {row['version']} | {step:.1f} | {ratios[0]:.2f} | {prefill:.0f} | {ratios[1]:.2f} | {row['peak_rss_mb']:.0f} | {row['computes']} |"
-        )
+        numbers = (f"{step:.1f}", f"{ratios[0]:.2f}", f"{prefill:.0f}", f"{ratios[1]:.2f}", f"{row['peak_rss_mb']:.0f}")
+        print(f"| {' | '.join((name, str(row['version']), *numbers, row['computes']))} |")
     print(f"memory read at {np.median(bandwidth):.1f} GB/s ({min(bandwidth):.1f} to {max(bandwidth):.1f})")
 
 
