@@ -28,6 +28,9 @@ app.add_typer(data_app, name="data")
 
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of ONNX Runtime; all usable cores by default.")]
+Provider = Annotated[
+    str, typer.Option(help="What runs a bundle's graphs: cpu, or cuda, coreml, qnn, webgpu, xnnpack, openvino, directml where installed.")
+]
 Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 64 for mixed.")]
 Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included; 5 by default.")]
 Calibration = Annotated[
@@ -81,7 +84,7 @@ def _write_json(path: Path | None, data: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(data, indent=1))
 
 
-def _open(model: str, threads: int | None = None, trained: bool = False) -> Runtime:
+def _open(model: str, threads: int | None = None, trained: bool = False, provider: str = "cpu") -> Runtime:
     """A runtime over a bundle (ONNX Runtime) or a checkpoint (torch: merged in fp32, or with `trained` as it was trained in 4 bits)."""
     from lvr_lite.bundle import is_bundle
 
@@ -89,12 +92,16 @@ def _open(model: str, threads: int | None = None, trained: bool = False) -> Runt
     if is_bundle(folder):
         from lvr_lite.runtime.onnx import OnnxRuntime
 
-        return OnnxRuntime(folder, threads)
+        return OnnxRuntime(folder, threads, provider)
     from lvr_lite.checkpoint import is_checkpoint
     from lvr_lite.errors import BundleError
 
     if folder.is_dir() and not is_checkpoint(folder):
         raise BundleError(f"{model}: neither a bundle (lvr.json) nor a checkpoint (config.json, lvr_config.json) is in this folder")
+    if provider != "cpu":
+        from lvr_lite.errors import UsageError
+
+        raise UsageError(f"provider {provider}: {model} is a checkpoint, which torch runs; export it first")
     from lvr_lite.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(model)
@@ -340,6 +347,7 @@ def run(
         Path | None, typer.Option(metavar="PNG", help="Draw which visual tokens each latent step is nearest to, as heat maps.")
     ] = None,
     also: Annotated[list[str] | None, typer.Option(help="Another question about the same pictures, which are not read again.")] = None,
+    provider: Provider = "cpu",
     threads: Threads = None,
     json_: JsonOut = None,
 ) -> None:
@@ -361,7 +369,7 @@ def run(
 
         raise UsageError(f"{question} is a file; write the question after the pictures, in quotes")
     pictures = [open_picture(Path(image)) for image in images]
-    runtime = _open(model, threads)
+    runtime = _open(model, threads, provider=provider)
     if look is not None:
         from lvr_lite import look as looking
 
@@ -492,6 +500,7 @@ def bench_(
     image: Annotated[Path | None, typer.Option(help="A picture to ask about; drawn scenes by default.")] = None,
     question: Annotated[str, typer.Option(help="The question for --image.")] = "describe",
     limit: Annotated[int, typer.Option(min=0, help="Held-out scenes to score beside the speed; 0 for none.")] = 0,
+    provider: Provider = "cpu",
     threads: Threads = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="compare: what a median may move without being called changed.")] = 0.05,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
@@ -522,20 +531,20 @@ def bench_(
     names = [what[0], *(vs or [])]
     systems = []
     for name in names:
-        runtime = _open(name, threads)
+        runtime = _open(name, threads, provider=provider if is_bundle(Path(name)) else "cpu")
         accuracy = _accuracy(runtime, limit) if limit else None
         graphs = read_manifest(Path(name), check=False).graphs if is_bundle(Path(name)) else {}
         precision = read_manifest(Path(name), check=False).precision if graphs else "fp32"
         sizes = {graph: g.bytes for graph, g in graphs.items()}
         folders = [Path(n).name for n in names]
         title = Path(name).name if folders.count(Path(name).name) == 1 else name.rstrip("/")
-        systems.append(measure.System(title, precision, runtime, sizes, _rss_of_run(name, threads), accuracy))
+        systems.append(measure.System(title, precision, runtime, sizes, _rss_of_run(name, threads, provider), accuracy))
     from rich.progress import Progress
 
     with Progress(console=_stderr(), transient=True) as bar:
         task = bar.add_task("measuring")
         measured = measure.measure(systems, requests, plan, lambda done, total: bar.update(task, completed=done, total=total))
-    card = machine.card(cores, {n: Path(n) for n in names if is_bundle(Path(n))})
+    card = {"provider": provider} | machine.card(cores, {n: Path(n) for n in names if is_bundle(Path(n))})
     data = report.to_json(measured, card)
     from rich.console import Console
 
@@ -598,17 +607,19 @@ def _requests(image: Path | None, question: str) -> list[Any]:
     return [Request(pictures[0], sample.question) for sample, pictures in looked_at[:12]]
 
 
-def _rss_of_run(model: str, threads: int | None) -> float | None:
+def _rss_of_run(model: str, threads: int | None, provider: str) -> float | None:
     """Peak RSS in MiB of `lvr-lite run` with this model, in a process of its own."""
     import subprocess
     import tempfile
 
+    from lvr_lite.bundle import is_bundle
     from lvr_lite.eval.suite import load_suite
 
     with tempfile.TemporaryDirectory() as folder:
         sample, pictures = next(load_suite("scenes", 1))
         pictures[0].save(f"{folder}/picture.png")
         command = [sys.executable, "-m", "lvr_lite", "run", model, f"{folder}/picture.png", sample.question, "--json", f"{folder}/run.json"]
+        command += ["--provider", provider if is_bundle(Path(model)) else "cpu"]
         done = subprocess.run(command + (["--threads", str(threads)] if threads else []), capture_output=True, text=True, check=False)
         if done.returncode != 0:
             from lvr_lite.errors import LvrError

@@ -52,7 +52,7 @@ class Scheme:
 # Measured on real weights (docs/results/quant.md): small blocks with zero points keep a perplexity within 0.3 %, large ones within 1.1 %.
 INT8 = Scheme(bits=8, block=32, symmetric=False)
 COMPACT = Scheme(bits=8, block=128, symmetric=True)  # what stays in 8 bits beside 4
-# Rounded with GPTQ, blocks of 64 and zero points are no better, and without zero points a product takes 12 % less (docs/results/runtime.md).
+# Rounded with GPTQ, zero points and blocks of 64 are no better; without them a product takes 12 % less (docs/results/runtime.md).
 INT4 = Scheme(bits=4, block=128, symmetric=True)
 WHOLE = {  # precision -> scheme of each graph
     "int8": dict.fromkeys(bundle.GRAPHS, INT8),

@@ -16,10 +16,15 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from lvr_lite import bundle, families
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.runtime.base import TokenIds
 
 _CAPACITY_STEP = 64  # K/V buffers grow in such steps, so that prompts of about one length share them
+PROVIDERS = {  # --provider -> ONNX Runtime's name
+    "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "coreml": "CoreMLExecutionProvider", "qnn": "QNNExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider", "xnnpack": "XnnpackExecutionProvider", "openvino": "OpenVINOExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}  # fmt: skip
 _pool_threads: int | None = None
 
 
@@ -36,9 +41,21 @@ def share_one_thread_pool(threads: int) -> None:
         _pool_threads = threads
 
 
-def open_session(graph: Path | bytes, folder: Path | None = None) -> ort.InferenceSession:
-    """A graph, ready to run in the one thread pool: its file, or its bytes and the folder of its weights. Raises BundleError where ONNX
-    Runtime cannot load it."""
+def check_provider(provider: str) -> None:
+    """Raises UsageError for a provider that is not known, or that this onnxruntime was not built with."""
+    here = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r}: not known; choose one of {', '.join(PROVIDERS)}")
+    if provider not in here:
+        raise UsageError(
+            f"provider {provider}: the onnxruntime {ort.__version__} that is installed here has {', '.join(here)}; install the build of "
+            "onnxruntime that has it in its place"
+        )
+
+
+def open_session(graph: Path | bytes, folder: Path | None = None, provider: str = "cpu") -> ort.InferenceSession:
+    """A graph, ready to run in the one thread pool: its file, or its bytes and the folder of its weights. What `provider` does not take
+    runs on the CPU. Raises BundleError where ONNX Runtime cannot load it."""
     share_one_thread_pool(usable_cores())
     options = ort.SessionOptions()
     options.use_per_session_threads = False
@@ -46,20 +63,28 @@ def open_session(graph: Path | bytes, folder: Path | None = None) -> ort.Inferen
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        return ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"])
+        names = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+        session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=names)
     except Exception as error:  # onnxruntime raises its own classes for every reason; all of them end here
         raise BundleError(
             f"{graph if isinstance(graph, Path) else folder}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})"
         ) from error
+    if (
+        session.get_providers()[0] != names[0]
+    ):  # ONNX Runtime goes on with the CPU where a provider's libraries are missing, and says so in a log
+        raise BundleError(f"provider {provider}: did not start here, its drivers or libraries are missing (`lvr-lite doctor`)")
+    return session
 
 
 class OnnxRuntime:
     """A bundle, ready to decode (see `lvr_lite.runtime.base.Runtime`).
 
-    threads: of the process's one pool; the first runtime of a process decides. Raises BundleError for a bundle that fails its checks.
+    threads: of the process's one pool; the first runtime of a process decides. provider: what runs the graphs, see PROVIDERS; K/V and
+    states stay in the CPU's memory. Raises BundleError for a bundle that fails its checks, UsageError as `check_provider`.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, provider: str = "cpu") -> None:
+        check_provider(provider)
         self.manifest = bundle.read_manifest(folder)
         self.name = folder.name
         self.folder = folder
@@ -74,7 +99,9 @@ class OnnxRuntime:
         share_one_thread_pool(threads or usable_cores())
         # the head first: while it is packed its one large weight is there twice, and nothing else should be there yet
         order = ("lm_head", "decoder", "vision_encoder", "embed_tokens")
-        self._head, self._decoder, self._vision, self._embed = (open_session(folder / self.manifest.graphs[name].path) for name in order)
+        self._head, self._decoder, self._vision, self._embed = (
+            open_session(folder / self.manifest.graphs[name].path, provider=provider) for name in order
+        )
         self._cache_names = [f"{i}.{part}" for i in range(self.manifest.decoder["layers"]) for part in ("key", "value")]
         deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
         self._deepstack = int(deepstack["axes"][-1]) if deepstack else 0  # width of what visual tokens add in later layers

@@ -221,9 +221,7 @@ def test_the_report_says_how_each_weight_was_rounded(source: Path, reports: dict
             nodes = [n for n in onnxfile.load(folder / graph.path).graph.node if n.domain == weights.MICROSOFT and "bits" in attributes(n)]
             assert told[name]["bits"] == {node.name: attributes(node)["bits"] for node in nodes}
             assert set(told[name]["bits"].values()) == {bits if name == "decoder" else 8}
-        assert (
-            told["decoder"]["schemes"] == {"int8": ["8 bits, block 32, zero points"], "int4": ["4 bits, block 128"]}[precision]
-        )
+        assert told["decoder"]["schemes"] == {"int8": ["8 bits, block 32, zero points"], "int4": ["4 bits, block 128"]}[precision]
         assert told["decoder"]["what"] == f"{bits} bits"
         assert set(told["decoder"]["layers"]) == {f"layers.{i}" for i in range(6)}
         assert len(told["decoder"]["errors"]) == 6 * 7

@@ -15,6 +15,7 @@ from lvr_lite.ask import prepare_prompt
 from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.data.make import scene_samples
 from lvr_lite.decode import Decoding, Options, Prompt, Result
+from lvr_lite.errors import BundleError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.torch import TorchRuntime
@@ -271,3 +272,9 @@ def test_a_batch_after_one_that_was_handed_over_finds_no_trace_of_it(
         assert onnx._state is buffers, "the buffers were made anew, so nothing was tested"
         assert_same(again, run_spec(fresh, following, next_spec, 2)[0], tolerance=1e-6)
         fresh = OnnxRuntime(small_fp32, threads=1)
+
+
+def test_a_provider_that_does_not_start_is_one_line_and_not_the_cpu_in_silence(small_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(BundleError, match=r"provider cuda: did not start here|cannot load it"):
+        OnnxRuntime(small_fp32, provider="cuda")
