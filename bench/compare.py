@@ -7,8 +7,6 @@ samples are drawn, since the steps of one answer share its luck; the level of th
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,27 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lvr_lite.bench.measure import LATENCIES, STAGES
-from lvr_lite.bench.report import SCHEMA, TITLES, VERSION
+from lvr_lite.bench.report import TITLES
 from lvr_lite.errors import DataError
 
 TOLERANCE = 0.05  # of a median
 RISK = 0.01  # of calling any noise a change
 DRAWS = 4000
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A file that `lvr-lite bench --json` wrote. Raises DataError for another one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; name a file that `lvr-lite bench --json` wrote") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); name a file that `lvr-lite bench --json` wrote") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise DataError(f"{path}: not a run of the bench (no schema {SCHEMA}); name a file that `lvr-lite bench --json` wrote")
-    if data.get("version") != VERSION:
-        raise DataError(f"{path}: written in version {data.get('version')} of the format; this lvr-lite reads version {VERSION}")
-    return data
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> dict[str, Any]:

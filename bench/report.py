@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from lvr_lite.bench.measure import LATENCIES, STAGES, Measured, Run, summary
 from lvr_lite.bundle import GRAPHS, write_atomically
+from lvr_lite.errors import DataError
 from lvr_lite.page import curve, interval_bars, number, percent, render_page, stacked_bars
 
 SCHEMA, VERSION = "lvr-lite/bench", 1
@@ -223,3 +225,36 @@ def _scaling(systems: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
                 if drawn:
                     found.append((f"{TITLES[name]} by {axis.replace('_', ' ')}: {label}", drawn))
     return found
+
+
+# -------------------------------------------------------------------------------------------------------- saved runs
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file that `lvr-lite bench --json` wrote. Raises DataError for another one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; name a file that `lvr-lite bench --json` wrote") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); name a file that `lvr-lite bench --json` wrote") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise DataError(f"{path}: not a run of the bench (no schema {SCHEMA}); name a file that `lvr-lite bench --json` wrote")
+    if data.get("version") != VERSION:
+        raise DataError(f"{path}: written in version {data.get('version')} of the format; this lvr-lite reads version {VERSION}")
+    return data
+
+
+def machines_table(runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """Runs of several machines, (file's name, JSON) each, as one Markdown table: a row a system."""
+    titles = ("machine", "system", *TITLES.values(), "tokens/s", "peak RSS, MiB", "GB/s", "commit")
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for name, data in sorted(runs, key=lambda run: run[0]):
+        machine = data["machine"]
+        where = f"{machine.get('cpu') or name}, {machine.get('threads')} threads, {machine.get('provider', 'cpu')}"
+        for s in data["systems"]:
+            times = [number(s[f"{key}_ms"]["p50_ms"]) for key in TITLES]
+            rest = (number(s["throughput_tokens_s"]), number(s["peak_rss_mb"]), f"{data['bandwidth_gb_s']:.1f}")
+            cells = (where, f"{s['name']} ({s['precision']})", *times, *rest, (machine.get("commit") or "")[:8])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -489,7 +489,10 @@ def _stderr() -> Any:
 
 @app.command("bench")
 def bench_(
-    what: Annotated[list[str], typer.Argument(metavar="BUNDLE | compare A.json B.json", help="A bundle, a checkpoint, or two runs.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="BUNDLE | compare A.json B.json | table FILES", help="A bundle, a checkpoint, or runs that --json wrote."),
+    ],
     vs: Annotated[list[str] | None, typer.Option("--vs", help="Another bundle or checkpoint, measured in the same rounds.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed requests per system.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed requests per system.")] = 3,
@@ -508,7 +511,8 @@ def bench_(
     json_: JsonOut = None,
 ) -> None:
     """Measure latency by stage, memory and answers, interleaved, with a machine card; the last line of stdout is JSON.
-    `bench compare` of two files that --json wrote says what changed beyond noise, and exits 1 where something became slower.
+    Of files that --json wrote, `bench compare` says what changed beyond noise, and exits 1 where something became slower; `bench table`
+    shows several machines in one table (Markdown).
 
     Example: lvr-lite bench int8 --vs int4 --runs 30 --steps 0,8 --html bench.html
     """
@@ -516,6 +520,9 @@ def bench_(
 
     if what[0] == "compare":
         _compare_runs(what[1:], tolerance, json_)
+        return
+    if what[0] == "table":
+        _show_machines(what[1:])
         return
     if len(what) > 1:
         raise UsageError(f"{what[1]}: one bundle is measured; name others with --vs")
@@ -572,15 +579,24 @@ def _numbers(option: str, text: str | None) -> list[int | None]:
     return list(found)
 
 
+def _show_machines(files: list[str]) -> None:
+    from lvr_lite.bench import report
+    from lvr_lite.errors import UsageError
+
+    if not files:
+        raise UsageError("bench table takes files that `lvr-lite bench --json` wrote")
+    print(report.machines_table([(file, report.read(Path(file))) for file in files]))
+
+
 def _compare_runs(files: list[str], tolerance: float, json_: Path | None) -> None:
     from rich.console import Console
 
-    from lvr_lite.bench import compare
+    from lvr_lite.bench import compare, report
     from lvr_lite.errors import UsageError
 
     if len(files) != 2:
         raise UsageError(f"bench compare takes two files that `lvr-lite bench --json` wrote, not {len(files)}")
-    before, after = (compare.read(Path(file)) for file in files)
+    before, after = (report.read(Path(file)) for file in files)
     data = compare.compare(before, after, tolerance)
     compare.show(data, Console())
     _write_json(json_, data)

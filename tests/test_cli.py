@@ -179,6 +179,7 @@ def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, 
         ("bench INT8 --batch 0", 2, "batch must be 1 or more, not 0"),
         ("bench INT8 --image-tokens 4000 --runs 1 --warmup 0", 2, "image_tokens 4000: int8 gives such a picture"),
         ("bench INT8 INT8", 2, "one bundle is measured; name others with --vs"),
+        ("bench table", 2, "bench table takes files"),
         ("bench compare INT8", 2, "bench compare takes two files"),
         ("bench compare nosuch.json nosuch.json", 1, "nosuch.json: No such file"),
         ("bench compare PICTURE PICTURE", 1, "picture.png: not JSON"),
@@ -476,6 +477,7 @@ def test_runs_of_the_bench_are_written_in_every_form_and_compared(call: Call, sm
         system["end_to_end_ms"]["p50_ms"] = 9e3
     b.write_text(json.dumps(slow))
     assert call("bench", "compare", a, a).code == 0
+    assert call("bench", "table", a, a).out.count("batch 2") == 4
     done = call("bench", "compare", a, b, "--json", tmp_path / "changes.json")
     assert done.code == 1
     assert {r["measure"] for r in json.loads((tmp_path / "changes.json").read_text())["rows"] if r["verdict"] == "slower"} == {"end_to_end"}

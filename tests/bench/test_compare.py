@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lvr_lite.bench import compare
+from lvr_lite.bench import compare, report
 from lvr_lite.bench.measure import LATENCIES, STAGES, summary
 from lvr_lite.errors import DataError
 
@@ -90,14 +90,14 @@ def test_what_only_one_run_has_is_left_out_and_nothing_in_common_is_an_error() -
 def test_a_file_that_is_no_run_is_named(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.json: .*{word}"):
-        compare.read(tmp_path / "a.json")
+        report.read(tmp_path / "a.json")
     with pytest.raises(DataError, match="nosuch"):
-        compare.read(tmp_path / "nosuch.json")
+        report.read(tmp_path / "nosuch.json")
 
 
 def test_people_see_what_changed(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(a_run(0)))
-    data = compare.compare(compare.read(tmp_path / "a.json"), a_run(1, 1.5))
+    data = compare.compare(report.read(tmp_path / "a.json"), a_run(1, 1.5))
     out = io.StringIO()
     compare.show(data, Console(file=out, width=160))
     assert all(word in out.getvalue() for word in ("int8", "TPOT", "slower", "GB/s", "14 of 14 changed"))
