@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint types bench results-latents readme check tiny clean
+.PHONY: setup demo test lint types bench bench-rivals results-latents readme check tiny clean
 
 setup: .venv/ready
 
@@ -32,6 +32,17 @@ types: setup
 bench: setup
 	$(BIN)/lvr-lite bench demo-out/int8 --vs demo-out/int4 --vs demo-out/fp32 --html demo-out/bench.html | head -n -1
 
+# Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about 40 minutes on two cores.
+bench-rivals: .venv-rivals/ready
+	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals
+	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --past 2000 --rounds 4
+
+.venv-rivals/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt ".[train,export]" gguf
+	for rival in llama-cpp-python openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
+	touch $@
+
 # All methods of training, three seeds, scored and probed: docs/results/latents.md. About two hours on two cores; goes on where it stopped.
 results-latents: setup
 	$(BIN)/python docs/results/latents.py --out build/latents
@@ -47,4 +58,4 @@ tiny: setup
 	$(BIN)/python -m lvr_lite.tiny.pretrain --out build/tiny
 
 clean:
-	rm -rf .venv build demo-out *.egg-info
+	rm -rf .venv .venv-rivals build demo-out *.egg-info
