@@ -130,10 +130,12 @@ class OpenVino:
 
 
 class GenAI:
-    def __init__(self, out: Path, threads: int) -> None:  # noqa: ARG002 (genai_config.json has them)
+    def __init__(self, out: Path, threads: int) -> None:
         import onnxruntime_genai as og
 
-        self.og, self.model = og, og.Model(str(out / "genai"))
+        config = og.Config(str(out / "genai"))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self.og, self.model = og, og.Model(config)
         self.computes = "int8 products of fp32 activations, K/V fp32"
 
     def prefill(self, ids: list[int]) -> None:
