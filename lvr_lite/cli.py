@@ -31,7 +31,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads o
 Provider = Annotated[
     str, typer.Option(help="What runs a bundle's graphs: cpu, or cuda, coreml, qnn, webgpu, xnnpack, openvino, directml where installed.")
 ]
-Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 64 for mixed.")]
+Block = Annotated[int | None, typer.Option(help="Weights of 4 bits that share a scale, a power of two; 128 by default, 32 for mixed.")]
 Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of decoder, embedding and head, scales included; 5 by default.")]
 Calibration = Annotated[
     str | None, typer.Option(help="For int4 and mixed: scenes (drawn; the default), or a file of samples; none, for int4 alone.")

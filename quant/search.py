@@ -28,11 +28,12 @@ from lvr_lite.errors import UsageError
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.drift import LARGE
-from lvr_lite.quant.weights import COMPACT, INT4, Plan, Shared, check_source, convert, quantize_bundle, whole
+from lvr_lite.quant.weights import COMPACT, Plan, Scheme, Shared, check_source, convert, quantize_bundle, whole
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
 UNITS, UNITS_LARGE = 72, 40  # measured one by one at most
-BLOCK = 32  # of weights of 4 bits; larger ones leave more room for 8 bits, and ended worse (docs/results/quant.md)
+# Larger blocks, or none of the zero points, leave more room for 8 bits, and ended worse on real weights (docs/results/quant.md).
+FOUR = Scheme(bits=4, block=32, symmetric=False)
 POINTS = 10  # of the path from 4 to 8 bits that are measured whole
 PROMPTS, PROMPTS_LARGE = 64, 24
 SCORED_LARGE = 8  # prompts that each candidate answers
@@ -132,7 +133,7 @@ class Search:
         self._reference = calibrate.listen(self._runtime, self._prompts)
         choices, latents = (sum(numbers) for numbers in zip(*((len(s.choices), s.latents) for s in self._reference), strict=True))
         progress(f"calibration: {len(desk.prompts)} prompts; {choices} choices and {latents} latents to keep")
-        self._four, self._products = replace(INT4, block=block or BLOCK), desk.products()
+        self._four, self._products = replace(FOUR, block=block or FOUR.block), desk.products()
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()

@@ -68,7 +68,7 @@ def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[s
     wide = {name.split("/")[0].removeprefix("language_model.") for name, bits in found["decoder"].items() if bits == 8}
     assert wide == eight - {search.HEAD}
     assert 0 < len(eight) < report["search"]["units"]
-    assert "4 bits, block 32" in report["graphs"]["decoder"]["schemes"]
+    assert "4 bits, block 32, zero points" in report["graphs"]["decoder"]["schemes"]
 
 
 def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(mixed: tuple[Path, dict[str, Any]]) -> None:
