@@ -99,36 +99,33 @@ def show(data: dict[str, Any], console: Console) -> None:
         stages.add_column(s["name"], justify="right")
     for stage in STAGES:
         stages.add_row(stage, *(number(s["stages"][stage]["p50_ms"]) for s in systems))
-    rest = Table("system", title="size, memory, quality", title_justify="left")
-    for title in (
-        "size MB",
-        "peak RSS MiB",
-        "tokens/s",
-        "J a request",
-        "of bandwidth",
-        "token agreement",
-        "latent cosine",
-        "accuracy",
-        "output md5",
-    ):
-        rest.add_column(title, justify="right")
+    rest = Table("", title="size, memory, quality", title_justify="left")
     for s in systems:
-        shared = " (all)" if s["peak_rss_shared"] else ""
-        cells = (
-            number(_megabytes(s)),
-            number(s["peak_rss_mb"]) + shared,
-            number(s["throughput_tokens_s"]),
-            number(s["joules"]),
-            percent(s["bandwidth_fraction"]),
-            *_quality_cells(s),
-            s["output_md5"][:8],
-        )
-        rest.add_row(s["name"], *cells)
+        rest.add_column(s["name"], justify="right")
+    for title, cells in _rest(systems).items():
+        if any(cell != number(None) for cell in cells):
+            rest.add_row(title, *cells)
     for table in (latencies, stages, rest):
         console.print(table)
     console.print(_conditions(data), highlight=False)
     for warning in data["warnings"]:
         console.print(f"[bold]{escape(warning)}[/]", highlight=False)
+
+
+def _rest(systems: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What is neither a latency nor a stage: {title: a cell a system}."""
+    quality = [_quality_cells(s) for s in systems]
+    return {
+        "size MB": [number(_megabytes(s)) for s in systems],
+        "peak RSS MiB": [number(s["peak_rss_mb"]) + (" (all)" if s["peak_rss_shared"] else "") for s in systems],
+        "tokens/s": [number(s["throughput_tokens_s"]) for s in systems],
+        "J a request": [number(s["joules"]) for s in systems],
+        "of bandwidth": [percent(s["bandwidth_fraction"]) for s in systems],
+        "token agreement": [cells[0] for cells in quality],
+        "latent cosine": [cells[1] for cells in quality],
+        "accuracy": [cells[2] for cells in quality],
+        "output md5": [s["output_md5"][:8] for s in systems],
+    }
 
 
 def _median_p90(values: dict[str, Any]) -> str:
