@@ -1,8 +1,9 @@
 """What changed between two runs of the bench beyond noise. May import: numpy, rich, the core.
 
 A median counts as changed where two things hold: it moved by more than a tolerance, which is widened by what the machine itself moved
-(memory read at another speed), and the interval of the ratio of medians, bootstrapped over rounds, does not contain 1. Rounds and not
-samples are drawn, since the steps of one answer share its luck; the level of the interval is divided among all comparisons.
+(the speed of its memory, and of its cores, both measured in each run), and the interval of the ratio of medians, bootstrapped over
+rounds, does not contain 1. Rounds and not samples are drawn, since the steps of one answer share its luck; the level of the interval is
+divided among all comparisons.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TO
             f"no system is in both runs: {', '.join(systems)} in one, {', '.join(s['name'] for s in after['systems'])} in the other"
         )
     notes = _machine(before, after)
-    speed = after["bandwidth_gb_s"] / before["bandwidth_gb_s"]
-    tolerance = max(tolerance, abs(speed - 1), abs(1 / speed - 1))
+    speeds = [after["bandwidth_gb_s"] / before["bandwidth_gb_s"], _compute(before) / _compute(after)]
+    tolerance = max(tolerance, *(max(speed, 1 / speed) - 1 for speed in speeds))
     cases = [(a["name"], name, x, y) for a, b in pairs for name, x, y in _measures(a, b)]
     rng, level = np.random.default_rng(0), RISK / max(len(cases), 1)
     rows = []
@@ -73,6 +74,10 @@ def _interval(first: np.ndarray, second: np.ndarray, level: float, rng: np.rando
     return float(low), float(high)
 
 
+def _compute(data: dict[str, Any]) -> float:
+    return float(np.median(data["compute_ms"])) if data.get("compute_ms") else 1.0
+
+
 def _machine(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     notes = [
         f"{name}: {before['machine'].get(name)} in one run, {after['machine'].get(name)} in the other"
@@ -82,6 +87,7 @@ def _machine(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if before["plan"] != after["plan"]:
         notes.append(f"plan: {before['plan']} in one run, {after['plan']} in the other")
     notes.append(f"memory read at {before['bandwidth_gb_s']:.1f} GB/s in one run, {after['bandwidth_gb_s']:.1f} in the other")
+    notes.append(f"a fixed computation took {_compute(before):.2f} ms in one run, {_compute(after):.2f} in the other")
     return notes
 
 

@@ -119,6 +119,24 @@ def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -
     return buffer.nbytes / best / 1e9
 
 
+def read_compute(threads: int, repeats: int = 5) -> float:
+    """Milliseconds that a fixed computation within the caches takes on `threads` threads at once, the median of `repeats`: how fast the
+    cores are just now, with their clock and what else runs on them (in a virtual machine also others' work, which no load shows)."""
+    shares = [np.ones(1 << 15, np.float32) for _ in range(threads)]  # 128 KiB each
+
+    def compute(values: np.ndarray) -> None:
+        for _ in range(400):
+            np.multiply(values, 1.0, out=values)
+
+    taken = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(pool.map(compute, shares))
+            taken.append((time.perf_counter() - began) * 1e3)
+    return sorted(taken)[repeats // 2]
+
+
 def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
     """Energy that the processor packages took since some time in the past (RAPL), in J; None where the machine or its rights do not say.
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from lvr_lite.ask import Pictures, prepare_prompt
-from lvr_lite.bench.machine import load_average, read_bandwidth, read_joules
+from lvr_lite.bench.machine import load_average, read_bandwidth, read_compute, read_joules
 from lvr_lite.decode import Clock, Decoding, Event, Options, Result
 from lvr_lite.errors import UsageError
 from lvr_lite.memory import peak_rss_mb
@@ -199,6 +199,7 @@ class Run:
     bandwidth_after: float
     loads: tuple[float | None, float | None]
     requests: int
+    compute: list[float] = field(default_factory=list)  # ms of `machine.read_compute`, one before each round
 
     @property
     def warnings(self) -> list[str]:
@@ -354,13 +355,15 @@ def measure(
         if measured.peak_rss_mb is None:
             measured.peak_rss_mb, measured.rss_is_shared = peak_rss_mb(), len(systems) > 1
     before, load = read_bandwidth(plan.threads), load_average()
+    compute = []
     for number, order in enumerate(shuffled_rounds(len(outcome), plan.rounds, plan.seed)):
+        compute.append(read_compute(plan.threads))
         for turn, i in enumerate(order):
             batch = _batch(asked[i], number, outcome[i].setting.batch)
             outcome[i].timings.append(time_round(outcome[i].system.runtime, batch, plan, outcome[i].setting))
             if progress:
                 progress(number * len(outcome) + turn + 1, plan.rounds * len(outcome))
-    return Run(plan, outcome, before, read_bandwidth(plan.threads), (load, load_average()), len(requests))
+    return Run(plan, outcome, before, read_bandwidth(plan.threads), (load, load_average()), len(requests), compute)
 
 
 def _batch(requests: list[Request], number: int, size: int) -> list[Request]:

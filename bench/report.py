@@ -33,6 +33,7 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         "machine": machine,
         "bandwidth_gb_s": run.bandwidth,
+        "compute_ms": run.compute,
         "bandwidth": {
             "before_gb_s": run.bandwidth_before,
             "after_gb_s": run.bandwidth_after,

@@ -96,6 +96,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "prepare_prompt", prepare)
     monkeypatch.setattr(measure, "Pictures", Pictures)
     monkeypatch.setattr(measure, "read_bandwidth", lambda *_: 40.0)
+    monkeypatch.setattr(measure, "read_compute", lambda *_: 1.0)
 
 
 REQUESTS = [measure.Request(Image.new("RGB", (28, 28)), question) for question in ("a", "b")]
@@ -244,6 +245,7 @@ def test_a_system_measured_in_its_own_process_keeps_its_own_peak() -> None:
 def test_bandwidth_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert machine.read_bandwidth(threads=2, megabytes=2, repeats=1) > 0
+    assert machine.read_compute(threads=2, repeats=1) > 0
 
 
 def settings_run(*settings: measure.Setting, systems: int = 2) -> measure.Run:
