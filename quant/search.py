@@ -195,11 +195,6 @@ class Search:
             "measured": [c.to_json() for c in self.measured], "calibration": {"prompts": len(self._prompts)},
         }  # fmt: skip
 
-    @property
-    def lowest(self) -> float:
-        """Bits a weight with 4 everywhere."""
-        return self._bits(frozenset())
-
     def _costs(self) -> dict[str, int]:
         """Bytes more that each unit takes with 8 bits."""
         taken: dict[int, dict[str, int]] = {}  # bytes of each node's weight

@@ -1,7 +1,7 @@
 """The text decoder of one shape under several runtimes, 4-bit weights, head included: time a token, prefill, memory, in one run.
 
     make bench-rivals        (an environment of its own, then this with all that is installed there; about 40 minutes on 2 cores)
-    python docs/results/rivals.py --out build/rivals --only lvr-lite,llama.cpp
+    python docs/results/rivals.py --out build/rivals --only "lvr-lite|llama.cpp Q4_0"
 
 Every rival runs in a process of its own, so that memory is its own and thread pools do not meet; all stay loaded, and one after another
 takes its turn, in an order shuffled for each round. Weights are random: times do not hang on them. What an answer's quality would be is
@@ -333,7 +333,7 @@ def ask(process: subprocess.Popen[str], what: dict[str, int] | None) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", help="names with commas between; all whose package is installed by default")
+    parser.add_argument("--only", help="names with | between; all whose package is installed by default")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--past", type=int, default=PAST)
