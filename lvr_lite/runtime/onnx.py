@@ -19,6 +19,7 @@ from lvr_lite import bundle, families
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.runtime.base import TokenIds
 
+PIECE = 512  # positions read at once: what is computed between layers takes no more memory for a longer prompt
 _CAPACITY_STEP = 64  # K/V buffers grow in such steps, so that prompts of about one length share them
 PROVIDERS = {  # --provider -> ONNX Runtime's name
     "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "coreml": "CoreMLExecutionProvider", "qnn": "QNNExecutionProvider",
@@ -168,8 +169,24 @@ class OnnxRuntime:
         self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
     ) -> np.ndarray:
         again = list(range(self._batch)) if rows is None else rows
+        if embeds.shape[1] > PIECE and len(again) > 1:  # rows of several lengths cannot go on together after a first piece
+            parts = [(embeds[i : i + 1, :n], positions[:, i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(lengths)]
+            return np.concatenate([self.prefill(*part, [row]) for part, row in zip(parts, again, strict=True)])
         # rows that go on beside these keep their K/V, so these are read elsewhere and then put in their place
         cache = self._cache if len(again) == self._batch else self._new_cache(len(again), embeds.shape[1])
+        for first in range(0, embeds.shape[1], PIECE):
+            piece = slice(first, first + PIECE)
+            known = np.minimum(lengths, first + PIECE)
+            hidden = self._read(cache, embeds[:, piece], positions[:, :, piece], past + known, past + min(first + PIECE, embeds.shape[1]))
+        if cache is not self._cache:
+            for name, value in cache.items():
+                self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
+        self._lengths[again] = past + lengths
+        self._in_state = None
+        return np.ascontiguousarray(hidden[np.arange(len(lengths)), (lengths - 1) % PIECE])
+
+    def _read(self, cache: dict[str, Any], embeds: np.ndarray, positions: np.ndarray, known: np.ndarray, total: int) -> np.ndarray:
+        """Hidden states (R, S, H) of the next S positions of the rows in `cache`, of which `known` (R,) are real up to the last one."""
         binding = self._bind(cache)
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[..., : self.hidden_size], np.float32))
         if self._deepstack:
@@ -177,17 +194,11 @@ class OnnxRuntime:
             added[..., : embeds.shape[2] - self.hidden_size] = embeds[..., self.hidden_size :]
             binding.bind_cpu_input("deepstack_embeds", added)
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        binding.bind_cpu_input("seqlens_k", (past + lengths - 1).astype(np.int32))
-        binding.bind_cpu_input("total_sequence_length", np.array(past + embeds.shape[1], np.int32))
+        binding.bind_cpu_input("seqlens_k", (known - 1).astype(np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
         binding.bind_output("last_hidden_state")
         self._decoder.run_with_iobinding(binding)
-        hidden = binding.get_outputs()[-1].numpy()  # outputs come back in the order of binding
-        if cache is not self._cache:
-            for name, value in cache.items():
-                self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
-        self._lengths[again] = past + lengths
-        self._in_state = None
-        return np.ascontiguousarray(hidden[np.arange(len(lengths)), lengths - 1])
+        return np.asarray(binding.get_outputs()[-1].numpy())  # outputs come back in the order of binding
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         if embeds is not self._in_state:

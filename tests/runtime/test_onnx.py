@@ -247,6 +247,19 @@ def test_a_batch_through_other_latents_decodes_as_under_torch_and_as_each_row_al
         assert_same_latents(mine, [run_spec(onnx, [p], spec)[0][0] for p in asked])
 
 
+@pytest.mark.parametrize("spec", [LatentSpec(LONG), SPECS["bottleneck"]], ids=["open", "bottleneck"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_prompt_that_is_read_in_pieces_decodes_as_under_torch(
+    onnx: OnnxRuntime, reference: TorchRuntime, asked: list[Prompt], spec: LatentSpec, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that end within a prompt, with it, and after it."""
+    longest = max(len(p.ids) for p in asked[:rows])
+    for piece in (7, len(asked[0].ids), longest - 1):
+        monkeypatch.setattr("lvr_lite.runtime.onnx.PIECE", piece)
+        (mine, _), (theirs, _) = (run_spec(r, asked[:rows], spec, rows) for r in (onnx, reference))
+        assert_same_latents(mine, theirs)
+
+
 @BOTTLENECKS
 def test_rows_beside_one_that_is_handed_over_go_on_as_if_alone(onnx: OnnxRuntime, asked: list[Prompt], spec: LatentSpec) -> None:
     """The K/V of the other rows lie in the buffers that the second reading is copied into."""
