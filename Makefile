@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/lvr-lite demo --out demo-out
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ May import at the top: typer and the standard library; inside commands everythin
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -74,7 +75,8 @@ def _missing_package(error: ImportError) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that train together, one speaks
+        print(line, file=sys.stderr, flush=True)
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
@@ -185,6 +187,38 @@ def finetune(
     metrics = run_finetune(checkpoint, nf4.load_nf4, data, out, settings, resume, accuracy_on, _say)
     _say(f"{out}: {metrics['steps']} steps in {metrics['minutes']:.1f} min, peak memory {metrics['peak_memory_gb']:.2f} GiB")
     _write_json(json_, {"schema": "lvr-lite/finetune", "version": 1, "out": str(out)} | metrics)
+
+
+@app.command()
+def grpo(
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint that was tuned with latents (`lvr-lite finetune`).")],
+    data: Annotated[str, typer.Option(help="scenes, or a file of samples; boxes are not needed.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")],
+    config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
+    json_: JsonOut = None,
+) -> None:
+    """Reinforce right answers (GRPO): the model finds its own latents, and is paid for what can be checked.
+
+    Example: lvr-lite grpo --checkpoint tuned --data scenes --out reinforced
+    """
+    from lvr_lite.checkpoint import read_checkpoint, resolve
+    from lvr_lite.config import load_settings
+
+    tuned = read_checkpoint(checkpoint)
+    embedded = resolve("tiny")
+    recipe = config or (embedded.parent if tuned.base.resolve() == embedded.resolve() else embedded.parents[1] / "train") / "grpo.yaml"
+    settings = load_settings(recipe, set_)
+    _quiet_libraries()
+    from lvr_lite.eval.suite import accuracy_on
+    from lvr_lite.quant import nf4
+    from lvr_lite.train.grpo import grpo as run_grpo
+
+    _say(f"recipe: {recipe}" + (f" with {', '.join(set_)}" if set_ else ""))
+    metrics = run_grpo(tuned, nf4.load_trained, data, out, settings, resume, accuracy_on, _say)
+    _say(f"{out}: {metrics['steps']} steps in {metrics['minutes']:.1f} min, peak memory {metrics['peak_memory_gb']:.2f} GiB")
+    _write_json(json_, {"schema": "lvr-lite/grpo", "version": 1, "out": str(out)} | metrics)
 
 
 @app.command()

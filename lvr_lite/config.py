@@ -102,6 +102,26 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class GrpoSettings:
+    """Of stage 2 alone (lvr_lite/train/grpo.py). There `train.batch` is questions a device and step, and `latent`, `lora` are those of the
+    checkpoint that it begins from.
+
+    group: answers to each question. temperature: at which they are drawn. max_tokens: of an answer. updates: optimizer steps with each
+    batch of answers. clip: the ratio of a choice's probabilities now and when it was drawn counts up to 1 ± clip. beta: weight of the KL
+    divergence from the policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored, at once.
+    """
+
+    group: int = 8
+    temperature: float = 1.0
+    max_tokens: int = 32
+    updates: int = 1
+    clip: float = 0.2
+    beta: float = 0.0
+    rewards: str = "accuracy=1,format=0.2"
+    rows: int = 16
+
+
+@dataclass(frozen=True)
 class Settings:
     """All of a run. max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None takes the model's own."""
 
@@ -109,6 +129,7 @@ class Settings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
@@ -145,6 +166,13 @@ class Settings:
             ("train.log_every", self.train.log_every, 1, 10**9),
             ("train.workers", self.train.workers, 0, 256),
             ("train.seed", self.train.seed, 0, 2**32 - 1),
+            ("grpo.group", self.grpo.group, 2, 1024),
+            ("grpo.temperature", self.grpo.temperature, 1e-3, 100),
+            ("grpo.max_tokens", self.grpo.max_tokens, 1, 65536),
+            ("grpo.updates", self.grpo.updates, 1, 1000),
+            ("grpo.clip", self.grpo.clip, 1e-3, 100),
+            ("grpo.beta", self.grpo.beta, 0, 1000),
+            ("grpo.rows", self.grpo.rows, 1, 65536),
         ]
         if self.max_pixels is not None:
             limits.append(("max_pixels", self.max_pixels, 28 * 28, 10**9))

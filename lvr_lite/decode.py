@@ -24,7 +24,7 @@ import numpy as np
 from lvr_lite import sampling
 from lvr_lite.errors import UsageError
 from lvr_lite.latent import likeness
-from lvr_lite.runtime.base import Runtime
+from lvr_lite.runtime.base import Runtime, TokenIds
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Options:
     max_tokens: text tokens at most, markers not counted. min_tokens: no end of turn before so many (benchmarks).
     steps: latent steps K; None takes the model's own, 0 forbids latents.
     temperature: 0 is greedy. top_p: in (0, 1]. seed: of the sampler. keep_hidden: keep the hidden state of every step (evaluation, parity).
+    keep_scores: keep the log-probability of every choice, as it was drawn (reinforcement learning).
     """
 
     max_tokens: int = 32
@@ -65,6 +66,7 @@ class Options:
     top_p: float = 1.0
     seed: int = 0
     keep_hidden: bool = False
+    keep_scores: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -95,11 +97,14 @@ class Event:
 
 @dataclass
 class Result:
-    """One row's outcome. tokens: text ids without markers and end. latents: K arrays (H,), what was fed back. hidden: the state after
+    """One row's outcome. tokens: text ids without markers and end. choices: all ids that the head chose, <|lvr_start|> and the end among
+    them; scores: their log-probabilities, where kept. latents: K arrays (H,), what was fed back. hidden: the state after
     the prompt and after every step (H,), where kept. reason: "stop" or "length". ttft, ttfa: seconds from the start of decoding to the
     first text token, and to the first one after the latents; None where there was none."""
 
     tokens: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     hidden: list[np.ndarray] = field(default_factory=list)
     reason: str = ""
@@ -136,11 +141,17 @@ class Decoding:
     """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome.
 
     latents: one entry a prompt: None, or what its latent steps are fed instead of its own states, (K_i, H) float32; K_i = 0 leaves
-    the markers alone (interventions: lvr_lite/eval/probe.py).
+    the markers alone (interventions: lvr_lite/eval/probe.py). draws: the number of each row's stream of random numbers; its place in
+    the batch by default.
     """
 
     def __init__(
-        self, runtime: Runtime, prompts: list[Prompt], options: Options, latents: Sequence[np.ndarray | None] | None = None
+        self,
+        runtime: Runtime,
+        prompts: list[Prompt],
+        options: Options,
+        latents: Sequence[np.ndarray | None] | None = None,
+        draws: Sequence[int] | None = None,
     ) -> None:
         self.runtime, self.prompts, self.options = runtime, prompts, options
         self.clock = Clock()
@@ -151,7 +162,7 @@ class Decoding:
         self.rows = [_Row(int(p.positions.max()) + 1, steps, g) for p, g in zip(prompts, given, strict=True)]
         self._placeholder: np.ndarray | None = None
         # a generator a row, so that a row's draws do not hang on what else is in the batch
-        self.rngs = [np.random.default_rng([options.seed, i]) for i in range(len(prompts))]
+        self.rngs = [np.random.default_rng([options.seed, i]) for i in draws or range(len(prompts))]
         self.began = 0.0
 
     @property
@@ -265,7 +276,7 @@ class Decoding:
     def _hand_over(self, hidden: np.ndarray, handed: list[int]) -> np.ndarray:
         """Rows whose latents are known read their prompt again with these as its picture; all that has seen the picture is dropped."""
         t = time.perf_counter()
-        read = [self._second_reading(self.prompts[i], self.rows[i].result.latents) for i in handed]
+        read = [second_reading(self.prompts[i], self._given_latents(i), self.runtime.tokens) for i in handed]
         lengths = np.array([len(ids) for ids, _, _ in read], np.int64)
         ids = np.full((len(handed), int(lengths.max())), self.runtime.tokens.end[0], np.int64)
         positions = np.zeros((3, *ids.shape), np.int64)
@@ -283,21 +294,9 @@ class Decoding:
         self.clock.hand_over += time.perf_counter() - t
         return hidden
 
-    def _second_reading(self, prompt: Prompt, fed: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids (S,), positions (3, S), latents (N, H)) of the prompt with N <= K times <|lvr|> for its visual tokens: one a place that
-        latents are nearest to, their mean. Without a picture all come last. Other positions stay as they were."""
-        latents = np.stack(fed) if fed else np.zeros((0, self.runtime.hidden_size), np.float32)
-        seen = prompt.ids == self.runtime.tokens.image
-        if seen.any():
-            near = likeness(latents, prompt.features).argmax(-1)
-            places = list(dict.fromkeys(near.tolist()))
-            latents = np.stack([latents[near == p].mean(0) for p in places]) if places else latents
-            at, positions = int(seen.argmax()), prompt.positions[:, seen][:, places]
-        else:
-            at, positions = len(prompt.ids), prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(latents)), (3, len(latents)))
-        before, after = np.flatnonzero(~seen[:at]), at + np.flatnonzero(~seen[at:])
-        ids = np.concatenate([prompt.ids[before], np.full(len(latents), self.runtime.tokens.lvr), prompt.ids[after]])
-        return ids, np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1), latents
+    def _given_latents(self, row: int) -> np.ndarray:
+        fed = self.rows[row].result.latents
+        return np.stack(fed) if fed else np.zeros((0, self.runtime.hidden_size), np.float32)
 
     def _keep(self, hidden: np.ndarray, rows: Iterable[int]) -> None:
         for i in rows:
@@ -338,12 +337,16 @@ class Decoding:
             if not row.may_start:  # no latents asked for, or already spent
                 scores[tokens.lvr_start] = -np.inf
             chosen[i] = sampling.sample(scores, self.options.temperature, self.options.top_p, self.rngs[i])
+            if self.options.keep_scores:
+                p = sampling.probabilities(scores, self.options.temperature or 1.0, self.options.top_p)
+                row.result.scores.append(float(np.log(p[chosen[i]])))
         self.clock.sampling.append(time.perf_counter() - t)
         return chosen
 
     def _take(self, i: int, row: _Row, token: int, feed: np.ndarray, events: list[Event]) -> None:
         """A row in text has chosen `token`: where that leads."""
         now = time.perf_counter() - self.began
+        row.result.choices.append(token)
         if token == self.runtime.tokens.lvr_start:
             row.state, row.left, row.may_start = "latent", row.steps, False
             feed[i] = token
@@ -367,6 +370,22 @@ class Decoding:
 
     def _event(self, row: int, kind: str, **more: object) -> Event:
         return Event(row, kind, at=time.perf_counter() - self.began, **more)  # type: ignore[arg-type]
+
+
+def second_reading(prompt: Prompt, latents: np.ndarray, tokens: TokenIds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids (S,), positions (3, S), latents (N, H)) of the prompt with N <= K times <|lvr|> for its visual tokens: one a place that
+    `latents` (K, H) are nearest to, their mean. Without a picture all come last. Other positions stay as they were."""
+    seen = prompt.ids == tokens.image
+    if seen.any():
+        near = likeness(latents, prompt.features).argmax(-1)
+        places = list(dict.fromkeys(near.tolist()))
+        latents = np.stack([latents[near == p].mean(0) for p in places]) if places else latents
+        at, positions = int(seen.argmax()), prompt.positions[:, seen][:, places]
+    else:
+        at, positions = len(prompt.ids), prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(latents)), (3, len(latents)))
+    before, after = np.flatnonzero(~seen[:at]), at + np.flatnonzero(~seen[at:])
+    ids = np.concatenate([prompt.ids[before], np.full(len(latents), tokens.lvr), prompt.ids[after]])
+    return ids, np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1), latents
 
 
 def decode(

@@ -75,11 +75,13 @@ def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
     return len(four_bit)
 
 
-def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Any:
-    """What was trained, as it was trained: the 4-bit base with the adapter unmerged, where there is one."""
-    if not checkpoint.adapter:
-        return load_nf4(checkpoint, dtype, device)
-    return _with_adapter(load_nf4(checkpoint, dtype, device), checkpoint).eval()
+def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", unpacked_below: int = 0) -> Any:
+    """What was trained, as it was trained: the 4-bit base with the adapter unmerged, where there is one. A base of fewer parameters than
+    `unpacked_below` holds the same NF4 values in `dtype`, which is faster without a GPU."""
+    base = load_nf4(checkpoint, dtype, device)
+    if base.num_parameters() < unpacked_below:
+        base = base.dequantize()
+    return _with_adapter(base, checkpoint).eval() if checkpoint.adapter else base
 
 
 def load_merged(checkpoint: Checkpoint) -> Any:

@@ -184,7 +184,7 @@ class Collator:
 
     def _reader(self, rows: list[_Row]) -> dict[str, np.ndarray]:
         """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose positions come in the forward pass, and the
-        answer, as in `lvr_lite.decode.Decoding._second_reading`."""
+        answer, as in `lvr_lite.decode.second_reading`."""
         tokens, steps = self.checkpoint.tokens, self.settings.steps
         read = []
         for row in rows:

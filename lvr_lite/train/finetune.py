@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -43,6 +44,11 @@ def computes_in_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def training_device() -> str:
+    """The GPU of this process, or "cpu"."""
+    return f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
@@ -165,10 +171,10 @@ def finetune(
     import transformers
 
     started = time.time()
-    device = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
+    device = training_device()
     fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
     dtype = torch.bfloat16 if fast_type else torch.float32
-    begin_from = _begin(out, resume)
+    begin_from = begin(out, resume)
     if settings.max_pixels is not None:
         checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
     train, held_out = load_examples(data, settings)
@@ -183,17 +189,15 @@ def finetune(
     norm = norm_of_visual_tokens(model.get_base_model(), collator, train) if matched else 0.0
     sft = LatentSFT(model, checkpoint.tokens, settings.latent, norm)
     spec = sft.spec
-    _write_side_files(out, checkpoint, spec, settings)
-    trainer = _trainer_class(transformers)(
+    write_side_files(out, checkpoint, spec, settings)
+    trainer = trainer_class(transformers)(
         model=sft,
-        args=_arguments(transformers, out, settings, fast_type, device),
+        args=arguments(transformers, out, settings, fast_type, device),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
-        callbacks=[_Marker(transformers, out, checkpoint, spec, settings)],
+        callbacks=[marker(transformers, out, checkpoint, spec, settings)],
     )
-    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
-    trainer.add_callback(_progress_class(transformers))
     if settings.data.group_by_length and data != "scenes":
         grouped = LengthGrouped(
             len(train), lambda i: collator.length(train.samples[i], train.sizes(i)), settings.train.batch, settings.train.seed
@@ -204,6 +208,18 @@ def finetune(
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained; {len(train):,} samples, {len(held_out):,} held out; {dtype} on {device}")
+    return train_to_end(trainer, out, settings, begin_from, device, started, say)
+
+
+def train_to_end(
+    trainer: Any, out: Path, settings: Settings, begin_from: Path | None, device: str, started: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run a trainer of `trainer_class`, or go on from a checkpoint-N of its own; write the adapter and the metrics, which are returned."""
+    import transformers
+
+    model = trainer.model.model
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.add_callback(_progress_class(transformers))
     if begin_from is not None:
         say(f"resuming from {begin_from}")
     if begin_from is not None and _steps_of(begin_from) >= settings.train.steps:
@@ -215,8 +231,10 @@ def finetune(
     if trainer.is_world_process_zero():
         model.save_pretrained(str(out), safe_serialization=True)
     history = trainer.state.log_history
+    trainable, _ = model.get_nb_trainable_parameters()
     metrics = {
         "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
         "minutes": round((time.time() - started) / 60, 2),
         "peak_memory_gb": round(_peak_gb(device), 3),
         "trainable_parameters": trainable,
@@ -232,7 +250,7 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _begin(out: Path, resume: bool) -> Path | None:
+def begin(out: Path, resume: bool) -> Path | None:
     """Where to go on from: None for a new run. A folder that holds a run is not overwritten unasked."""
     last = last_whole_checkpoint(out) if out.is_dir() else None
     if resume:
@@ -245,7 +263,7 @@ def _begin(out: Path, resume: bool) -> Path | None:
     return None
 
 
-def _write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> None:
+def write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> None:
     """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the adapter."""
     import yaml
 
@@ -266,7 +284,7 @@ def _write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, setti
     write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
-def _arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, device: str) -> Any:
+def arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, device: str) -> Any:
     t = settings.train
     return transformers.TrainingArguments(
         output_dir=str(out),
@@ -303,12 +321,12 @@ def _arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, dev
     )
 
 
-def _trainer_class(transformers: Any) -> Any:
+def trainer_class(transformers: Any) -> Any:
     class SftTrainer(transformers.Trainer):
         """transformers' Trainer over LatentSFT: logs the parts of the loss, saves the adapter alone, stops at a loss that is not finite."""
 
         answer_accuracy: Callable[[], float] | None = None
-        sampler: LengthGrouped | None = None  # Trainer's own order without one
+        sampler: Any = None  # Trainer's own order without one
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -363,23 +381,22 @@ def _progress_class(transformers: Any) -> Any:
         """The progress bar, with one short line a log instead of a dictionary."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
-            parts = ("loss", "ce", "latent", "right", "found")
-            names = (*parts, *(f"eval_{name}" for name in parts), "eval_accuracy")
-            said = "  ".join(f"{name} {float(logs[name]):.3f}" for name in names if logs and name in logs)
+            quiet = re.compile(r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)")
+            said = "  ".join(f"{name} {float(value):.3f}" for name, value in (logs or {}).items() if not quiet.fullmatch(name))
             if said and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step}: {said}")
 
     return Progress
 
 
-def _Marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> Any:
+def marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> Any:
     class Marker(transformers.TrainerCallback):
         """Makes each checkpoint-N a checkpoint of its own, and marks it whole, last of all."""
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             if state.is_world_process_zero:
                 folder = out / f"checkpoint-{state.global_step}"
-                _write_side_files(folder, checkpoint, spec, settings)
+                write_side_files(folder, checkpoint, spec, settings)
                 (folder / COMPLETE).touch()
 
     return Marker()

@@ -209,7 +209,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     seen = []
     collator = module.Collator
     monkeypatch.setattr(module, "Collator", lambda c, settings: seen.append(c.image_spec["max_pixels"]) or collator(c, settings))
-    monkeypatch.setattr(module, "_arguments", lambda *_: _stop())
+    monkeypatch.setattr(module, "arguments", lambda *_: _stop())
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
     assert seen == [read_checkpoint_spec(tmp_path / "out")["max_pixels"]] == [6272]
@@ -369,9 +369,10 @@ def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Pat
 
 @pytest.mark.processes
 def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path, tmp_path: Path) -> None:
-    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`, as on two GPUs."""
+    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`, as on two GPUs (which, told `--cpu`,
+    starts one process, whatever number it is given)."""
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     command = ["-m", "lvr_lite", "finetune", "--model", str(small_checkpoint), "--data", "scenes", "--out", str(out)]
     overrides = [*TINY_RUN, "train.steps=2", "train.eval_every=2"]
@@ -379,7 +380,7 @@ def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path,
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["steps"] == 2
+    assert (metrics["steps"], metrics["processes"]) == (2, 2)
     assert (out / COMPLETE).is_file()
     assert [p.name for p in out.glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert not list(out.glob(".*tmp*"))
@@ -389,7 +390,7 @@ def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path,
 def test_a_process_that_comes_late_does_not_take_the_run_for_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "settings.yaml").write_text("what the first process has begun to write")
     monkeypatch.setenv("RANK", "1")
-    assert module._begin(tmp_path, resume=False) is None
+    assert module.begin(tmp_path, resume=False) is None
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="exists"):
-        module._begin(tmp_path, resume=False)
+        module.begin(tmp_path, resume=False)

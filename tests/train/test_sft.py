@@ -29,7 +29,7 @@ from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train import sft as module
 from lvr_lite.train.batches import Collator, Examples, Item, check_samples, in_order
-from lvr_lite.train.finetune import _write_side_files, adapted, norm_of_visual_tokens
+from lvr_lite.train.finetune import adapted, norm_of_visual_tokens, write_side_files
 from lvr_lite.train.methods import METHODS, Bottleneck
 from lvr_lite.train.sft import LatentSFT
 
@@ -984,7 +984,7 @@ def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> t
     """A tuned model in memory, and the folder that it was saved to."""
     model = moved(adapted(nf4.load_nf4(checkpoint, torch.float32), checkpoint, SETTINGS)).eval()
     folder = tmp_path_factory.mktemp("tuned") / "out"
-    _write_side_files(folder, checkpoint, LatentSpec(steps=STEPS), SETTINGS)
+    write_side_files(folder, checkpoint, LatentSpec(steps=STEPS), SETTINGS)
     model.save_pretrained(str(folder), safe_serialization=True)
     return model, folder
 

@@ -1,0 +1,431 @@
+"""`lvr-lite grpo`: reinforcement learning on a tuned model (arXiv 2509.24251, stage 2; GRPO: arXiv 2402.03300). No boxes are needed, only
+answers that can be checked. May import: torch, transformers, peft and the core.
+
+A step: several answers to each question are drawn by the one decode loop, with the latents that the model finds; each is rewarded, and
+its advantage is how far that lies above the mean of its question's answers, in standard deviations. Each answer is then read once more
+in one teacher-forced pass, the recorded latents back in their places as constants, and the choices of the head become more or less
+likely. The choice to reason is one of them; latents have no probabilities and are not trained here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvr_lite.ask import prepare_prompt, text_of
+from lvr_lite.checkpoint import Checkpoint
+from lvr_lite.config import Settings
+from lvr_lite.data.samples import Sample
+from lvr_lite.decode import Decoding, Options, Prompt, Result, decode, second_reading
+from lvr_lite.errors import DataError, UsageError
+from lvr_lite.latent import LatentSpec
+from lvr_lite.runtime.base import Runtime, TokenIds
+from lvr_lite.runtime.torch import TorchRuntime, read
+from lvr_lite.train.batches import Examples, Item, check_samples
+from lvr_lite.train.finetune import (
+    SMALL,
+    arguments,
+    begin,
+    computes_in_bf16,
+    load_examples,
+    marker,
+    train_to_end,
+    trainer_class,
+    training_device,
+    write_side_files,
+)
+from lvr_lite.train.methods import as_wide
+from lvr_lite.train.rewards import Answer, Scoring, read_rewards
+
+FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
+
+
+@dataclass
+class Rollout:
+    """One answer that was drawn. prompt, result: what was asked, and what came. rewards: what each reward gave. advantage: over the other
+    answers to its question. old: log-probabilities (n,) of its choices before the first update with it, once they are known."""
+
+    sample: Sample
+    prompt: Prompt
+    result: Result
+    rewards: dict[str, float] = field(default_factory=dict)
+    advantage: float = 0.0
+    old: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row of the teacher-forced pass. ids (S,), <|lvr|> in the places of latents (n, H); positions (3, S); features (T, H or wider), in
+    the places of pictures. at: from which places something was chosen; chosen: the ids; may_start: whether <|lvr_start|> could be."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    latents: np.ndarray
+    features: np.ndarray
+    at: list[int]
+    chosen: list[int]
+    may_start: list[bool]
+
+
+def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> list[Reading]:
+    """What the decode loop read for an answer, as rows: one, or two where a bottleneck was handed over."""
+    latents = np.stack(result.latents).astype(np.float32) if result.latents else np.zeros((0, prompt.features.shape[1]), np.float32)
+    start = result.choices.index(tokens.lvr_start) if tokens.lvr_start in result.choices else None
+    if start is None or mode == "open":
+        return [_reading(prompt.ids, prompt.positions, latents, prompt.features, result.choices, tokens, True)]
+    ids, positions, merged = second_reading(prompt, latents, tokens)
+    before, after = result.choices[: start + 1], result.choices[start + 1 :]
+    return [
+        _reading(prompt.ids, prompt.positions, latents[:0], prompt.features, before, tokens, True),
+        _reading(ids, positions, merged, prompt.features[:0], after, tokens, False),
+    ]
+
+
+def _reading(
+    ids: np.ndarray, positions: np.ndarray, latents: np.ndarray, features: np.ndarray, choices: list[int], tokens: TokenIds, may_start: bool
+) -> Reading:
+    said: list[int] = []
+    at, could = [], []
+    for choice in choices:
+        at.append(len(ids) + len(said) - 1)
+        could.append(may_start)
+        said.append(choice)
+        if choice == tokens.lvr_start:
+            may_start = False
+            said += [*[tokens.lvr] * len(latents), tokens.lvr_end]
+    length = at[-1] + 1  # the last choice was not fed
+    following = positions.max() + 1 + np.broadcast_to(np.arange(len(said)), (3, len(said)))
+    every, where = np.concatenate([ids, said])[:length], np.concatenate([positions, following], 1)[:, :length]
+    return Reading(every.astype(np.int64), where.astype(np.int64), latents, features, at, list(choices), could)
+
+
+def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
+    """Rows as one batch, padded on the right: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order;
+    row, column, chosen, may_start (n,) of the choices, in the order of the rows."""
+    longest = max(len(r.ids) for r in rows)
+    ids, mask = np.zeros((len(rows), longest), np.int64), np.zeros((len(rows), longest), np.int64)
+    positions = np.zeros((3, len(rows), longest), np.int64)
+    for i, r in enumerate(rows):
+        ids[i, : len(r.ids)], mask[i, : len(r.ids)], positions[:, i, : len(r.ids)] = r.ids, 1, r.positions
+    arrays = {
+        "ids": ids, "mask": mask, "positions": positions,
+        "latents": np.concatenate([r.latents for r in rows]), "features": np.concatenate([r.features for r in rows]),
+        "row": np.concatenate([np.full(len(r.at), i) for i, r in enumerate(rows)]), "column": np.concatenate([r.at for r in rows]),
+        "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
+    }  # fmt: skip
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+class Policy(torch.nn.Module):
+    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter."""
+
+    def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens, self.spec, self.temperature = tokens, spec, temperature
+        self._start = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    @property
+    def core(self) -> Any:
+        return self.model.get_base_model()
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (n,) of the choices in a batch of `batch_of`, as the decode loop drew them."""
+        ids, features, tokens = batch["ids"], batch["features"], self.tokens
+        embeds = as_wide(self.core.get_input_embeddings()(ids), features)
+        embeds = embeds.masked_scatter((ids == tokens.image)[..., None], features.to(embeds.dtype))
+        latents = as_wide(batch["latents"], features)
+        embeds = embeds.masked_scatter((ids == tokens.lvr)[..., None], latents.to(embeds.dtype))
+        states = read(self.core, embeds, batch["positions"], batch["mask"], None)
+        logits = self.core.lm_head(states[batch["row"], batch["column"]]).float()
+        never = torch.zeros_like(logits, dtype=torch.bool)
+        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
+        never[:, tokens.lvr_start] = ~batch["may_start"]
+        scores = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
+        return scores.gather(1, batch["chosen"][:, None])[:, 0]
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """The policy that the run began with: what is trained has its first values meanwhile, so no second model is needed."""
+        now = [p.data for p, _ in self._start]
+        for p, first in self._start:
+            p.data = first
+        try:
+            yield
+        finally:
+            for (p, _), data in zip(self._start, now, strict=True):
+                p.data = data
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """How far each reward of a group lies above their mean, in standard deviations; all 0 where they are equal."""
+    values = np.array(rewards, np.float64)
+    spread = float(values.std())
+    return [0.0] * len(values) if spread < FLAT else [float(v) for v in (values - values.mean()) / spread]
+
+
+def objective(new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """The clipped objective (n,) of choices, to be made large; new, old: log-probabilities now and when they were drawn (PPO, arXiv
+    1707.06347)."""
+    ratio = (new - old).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+class Repeated(torch.utils.data.Sampler[int]):
+    """Indices in random order, in blocks of one step each, every block `updates` times. What no whole block is left for ends the epoch."""
+
+    def __init__(self, count: int, block: int, updates: int, seed: int) -> None:
+        self._count, self._block, self._updates, self._seed, self._epoch = count, block, updates, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count // self._block * self._block * self._updates
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._count)
+        for first in range(0, self._count - self._block + 1, self._block):
+            for _ in range(self._updates):
+                yield from (int(i) for i in order[first : first + self._block])
+
+
+class Roller:
+    """Draws answers with a runtime and rewards them. donors: of a sample with a `pair`, the other one (`donors_of`)."""
+
+    def __init__(self, runtime: Runtime, settings: Settings, scoring: Scoring, donors: Callable[[Sample], Item | None]) -> None:
+        self.runtime, self.settings, self.scoring, self.donors = runtime, settings, scoring, donors
+
+    def __call__(self, items: Sequence[Item], first: int) -> list[Rollout]:
+        """`grpo.group` rollouts of each item, those of one after another. first: the number of the first one in all of the run, which its
+        random numbers hang on, whatever it is drawn beside."""
+        g = self.settings.grpo
+        options = Options(max_tokens=g.max_tokens, temperature=g.temperature, seed=self.settings.train.seed, keep_scores=True)
+        asked = [(sample, prepare_prompt(self.runtime, pictures, sample.question)[0]) for sample, pictures in items]
+        rows = [(sample, prompt) for sample, prompt in asked for _ in range(g.group)]
+        found: list[Rollout] = []
+        for place in range(0, len(rows), g.rows):
+            part = rows[place : place + g.rows]
+            draws = range(first + place, first + place + len(part))
+            decoding = Decoding(self.runtime, [prompt for _, prompt in part], options, draws=draws)
+            for _ in decoding:
+                pass
+            found += [Rollout(*row, result) for row, result in zip(part, decoding.results, strict=True)]
+        said = [self._with_donor(sample, prompt) if self.scoring.needs_donor else (None, None) for sample, prompt in asked]
+        for i, group in enumerate(found[k : k + g.group] for k in range(0, len(found), g.group)):
+            for rollout in group:
+                rollout.rewards = self.scoring(rollout.sample, self._answer(rollout.result, *said[i]))
+            for rollout, advantage in zip(group, advantages([r.rewards["reward"] for r in group]), strict=True):
+                rollout.advantage = advantage
+        return found
+
+    def _answer(self, result: Result, own: str | None, donor: str | None) -> Answer:
+        start = self.runtime.tokens.lvr_start
+        before = result.choices.index(start) if start in result.choices else 0
+        return Answer(text_of(self.runtime, result), len(result.latents), before, result.reason == "stop", donor, own)
+
+    def _with_donor(self, sample: Sample, prompt: Prompt) -> tuple[str | None, str | None]:
+        """What is said with a prompt's own latents and with those of its donor, without drawing by lot."""
+        item = self.donors(sample)
+        if item is None:
+            return None, None
+        options = Options(max_tokens=self.settings.grpo.max_tokens)
+        other, _ = prepare_prompt(self.runtime, item[1], item[0].question)
+        own, donor = decode(self.runtime, [prompt, other], options)
+        if not donor.latents:
+            return None, None
+        (swapped,) = decode(self.runtime, [prompt], options, [np.stack(donor.latents)])
+        return text_of(self.runtime, own), text_of(self.runtime, swapped)
+
+
+def donors_of(examples: Examples) -> Callable[[Sample], Item | None]:
+    """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise. Raises DataError where no pair is one."""
+    pairs: dict[str, list[int]] = {}
+    for i, sample in enumerate(examples.samples):
+        if sample.pair is not None:
+            pairs.setdefault(sample.pair, []).append(i)
+
+    def other(sample: Sample) -> Item | None:
+        for i in pairs.get(sample.pair or "", ()):
+            found = examples.samples[i]
+            if found.question == sample.question and found.answer != sample.answer:
+                return examples[i]
+        return None
+
+    if not any(other(examples.samples[group[0]]) for group in pairs.values()):
+        raise DataError(
+            "grpo.rewards: latent-use needs pairs of samples (`pair`) that ask the same and differ in their answer; none is here"
+        )
+    return other
+
+
+def grpo(
+    checkpoint: Checkpoint,
+    load_trained: Callable[[Checkpoint, torch.dtype, str, int], Any],
+    data: str,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    accuracy: Callable[[Runtime, Iterable[Item]], float] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Go on with the adapter of a tuned `checkpoint` on `data` into `out`; returns the metrics that metrics.json holds.
+
+    load_trained: loads the 4-bit model with its adapter (checkpoint, dtype, device, parameters below which it is unpacked); the other
+    arguments and the files as in `lvr_lite.train.finetune.finetune`. Raises UsageError for a checkpoint without latents, for a step that
+    takes more questions than there are, or where `out` holds another run; LvrError for a reward that fails.
+    """
+    import transformers
+
+    started = time.time()
+    if not (checkpoint.adapter and checkpoint.latent.steps):
+        raise UsageError(f"{checkpoint.folder}: was not tuned with latents; tune it with `lvr-lite finetune` first")
+    if settings.data.replay is not None:
+        raise UsageError("data.replay is for finetune: stage 2 has no labels to replay; leave it out")
+    if settings.train.save_every % settings.grpo.updates:
+        raise UsageError(
+            f"train.save_every must be a multiple of grpo.updates ({settings.grpo.updates}), so that a run can go on from there"
+        )
+    scoring = read_rewards(settings.grpo.rewards)
+    device = training_device()
+    fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
+    begin_from = begin(out, resume)
+    train, held_out = load_examples(data, replace(settings, latent=replace(settings.latent, samples="all")))
+    for examples in (train, held_out):
+        check_samples(examples, checkpoint)
+    donors = donors_of(train) if scoring.needs_donor else lambda _: None
+    unpacked_below = SMALL if device == "cpu" and settings.train.dequantize == "auto" else 0
+    loaded = load_trained(checkpoint, torch.bfloat16 if fast_type else torch.float32, device, unpacked_below)
+    model = _trainable(loaded, settings, device)
+    policy = Policy(model, checkpoint.tokens, checkpoint.latent, settings.grpo.temperature)
+    write_side_files(out, checkpoint, checkpoint.latent, settings)
+    runtime = TorchRuntime(model, checkpoint)
+    trainer = _trainer(transformers)(
+        model=policy,
+        args=arguments(transformers, out, settings, fast_type, device),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=list,
+        callbacks=[marker(transformers, out, checkpoint, checkpoint.latent, settings)],
+    )
+    block = settings.train.batch * settings.train.accumulation * trainer.args.world_size
+    if len(train) < block:
+        raise UsageError(
+            f"{data}: {len(train)} samples for training, fewer than the {block} of a step; lower train.batch or train.accumulation"
+        )
+    trainer.roller, trainer.settings = Roller(runtime, settings, scoring, donors), settings
+    trainer.sampler = Repeated(len(train), block, settings.grpo.updates, settings.train.seed)
+    if accuracy is not None:
+        trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
+    g = settings.grpo
+    say(f"{g.group} answers to each of {block} questions a step, {g.updates} updates with them; rewards {g.rewards}")
+    return train_to_end(trainer, out, settings, begin_from, device, started, say)
+
+
+def _trainable(model: Any, settings: Settings, device: str) -> Any:
+    """The adapter of a loaded checkpoint made trainable again, without dropout: what is scored must be what was drawn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if settings.train.gradient_checkpointing and device != "cpu":
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _trainer(transformers: Any) -> Any:
+    class GrpoTrainer(trainer_class(transformers)):  # type: ignore[misc]
+        """A step draws answers, or takes those drawn before, and learns from them; the rest is as in fine-tuning."""
+
+        roller: Roller
+        settings: Settings
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.drawn: list[list[Rollout]] = []
+            self.calls: int | None = None
+
+        def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            args, updates = self.args, self.settings.grpo.updates
+            if self.calls is None:
+                self.calls = self.state.global_step * args.gradient_accumulation_steps
+            step, slot = divmod(self.calls, args.gradient_accumulation_steps)
+            self.calls += 1
+            if step % updates == 0:
+                self.drawn = self.drawn[:slot]
+                number = ((step // updates * args.gradient_accumulation_steps + slot) * args.world_size + args.process_index) * len(inputs)
+                model.eval()
+                with self.compute_loss_context_manager():
+                    self.drawn.append(self.roller(inputs, number * self.settings.grpo.group))
+                self.note_drawn(self.drawn[slot])
+            model.train()
+            return self.learn(model, self.drawn[slot])
+
+        def learn(self, model: Any, rollouts: list[Rollout]) -> torch.Tensor:
+            """Gradients of the loss of these rollouts, which is returned; a few of them at once."""
+            g, policy = self.settings.grpo, self.model
+            learning = [r for r in rollouts if r.advantage or g.beta] or rollouts[:1]  # equal rewards teach nothing
+            learning.sort(key=lambda r: len(r.prompt.ids) + len(r.result.choices))
+            parts = [learning[i : i + g.rows] for i in range(0, len(learning), g.rows)]
+            total = torch.zeros((), device=self.args.device)
+            for part in parts:
+                made = [readings(r.prompt, r.result, policy.tokens, policy.spec.mode) for r in part]
+                batch = self._prepare_inputs(batch_of([row for rows in made for row in rows]))
+                counts = [len(r.result.choices) for r in part]
+                each = torch.tensor([1 / n for n in counts for _ in range(n)], device=self.args.device)
+                advantage = torch.tensor(
+                    [r.advantage for r, n in zip(part, counts, strict=True) for _ in range(n)], device=self.args.device
+                )
+                with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        new = model(**batch)
+                        if part[0].old is None:
+                            for r, old in zip(part, new.detach().split(counts), strict=True):
+                                r.old = old
+                        old = torch.cat([r.old for r in part if r.old is not None])
+                        gain = objective(new, old, advantage, g.clip)
+                        if g.beta:
+                            gain = gain - g.beta * self.divergence(batch, new)
+                    loss = -(gain * each).sum() / len(rollouts)
+                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                total += loss.detach()
+                self.note("clipped", float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()))
+            return total / self.current_gradient_accumulation_steps
+
+        def divergence(self, batch: Any, new: torch.Tensor) -> torch.Tensor:
+            """Of each choice (n,), an estimate of KL(now, at the start) that is never negative (Schulman's k3)."""
+            with torch.no_grad(), self.model.at_start():
+                start = self.model(**batch)
+            gap = start - new
+            self.note("kl", float((gap.exp() - gap - 1).detach().mean()))
+            return gap.exp() - gap - 1
+
+        def note(self, name: str, value: float) -> None:
+            self.parts.setdefault(name, []).append(value)
+
+        def note_drawn(self, rollouts: list[Rollout]) -> None:
+            for name in rollouts[0].rewards:
+                self.note(name, float(np.mean([r.rewards[name] for r in rollouts])))
+            groups = [rollouts[i : i + self.settings.grpo.group] for i in range(0, len(rollouts), self.settings.grpo.group)]
+            self.note("flat", float(np.mean([not any(r.advantage for r in group) for group in groups])))
+            self.note("latents", float(np.mean([bool(r.result.latents) for r in rollouts])))
+            self.note("tokens", float(np.mean([len(r.result.tokens) for r in rollouts])))
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """Free-running accuracy on held-out samples; there is no other loss to look at."""
+            self.model.eval()
+            found = {} if self.answer_accuracy is None or not self.is_world_process_zero() else {"eval_accuracy": self.answer_accuracy()}
+            if found:
+                self.log(dict(found))
+            self.model.train()
+            return found
+
+    return GrpoTrainer
