@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvr_lite.checkpoint import vision_of
 from lvr_lite.data import scenes
 from lvr_lite.data.make import preview, scene_samples, write_scenes
 from lvr_lite.data.samples import read_samples
@@ -216,7 +217,7 @@ def test_a_preview_washes_out_all_tokens_but_those_that_the_boxes_select(tmp_pat
     line = {"id": "a", "image": "red.png", "question": "q " * 200, "answer": "ja ✓", "boxes": [[0.02, 0.02, 0.24, 0.24]]}
     (tmp_path / "s.jsonl").write_text(json.dumps(line))
     samples = read_samples(tmp_path / "s.jsonl")
-    preview(samples * 6, 5, tmp_path / "new" / "sheet.png")
+    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", *vision_of("tiny"))
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width == 16 + 4 * 336  # four in a row, and a second row
     assert sheet.getpixel((16 + 40, 16 + 40)) == (200, 0, 0)
@@ -226,6 +227,6 @@ def test_a_preview_washes_out_all_tokens_but_those_that_the_boxes_select(tmp_pat
 def test_a_preview_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "data", 2, 0, "train")
     with pytest.raises(DataError, match="no samples to show"):
-        preview([], 3, tmp_path / "sheet.png")
+        preview([], 3, tmp_path / "sheet.png", *vision_of("tiny"))
     with pytest.raises(DataError, match="cannot be written"):
-        preview(read_samples(path), 3, tmp_path / "data")
+        preview(read_samples(path), 3, tmp_path / "data", *vision_of("tiny"))
