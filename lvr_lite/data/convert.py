@@ -52,7 +52,8 @@ class Written:
         files = " and ".join(f"{path}: {count} questions" for path, count in self.files.items())
         types = ", ".join(f"{kind} {n}" for kind, n in sorted(self.types.items()))
         said = [f"{files} about {self.pictures} pictures ({types})"]
-        said += [f"left out: {', '.join(f'{n} {what}' for what, n in sorted(self.skipped.items()))}"] if self.skipped else []
+        if skipped := [f"{n} {what}" for what, n in sorted(self.skipped.items()) if n]:
+            said.append(f"left out: {', '.join(skipped)}")
         return "; ".join(said + [f"{n} {what}" for what, n in sorted(self.told.items())])
 
 
@@ -66,6 +67,8 @@ def convert(source: Path, target: Path, form: str, options: Options, skip_broken
     found = Found(source, options.images, options.boxes_are, options.split)
     READERS[form](found)
     sides = _sides(found, options) if skip_broken or not found.problems else []
+    order = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in found.problems))}
+    found.problems.sort(key=lambda p: (order[p.file], p.line or p.item or 0))
     if found.problems and not skip_broken:
         return None, found.problems
     if found.problems:
@@ -81,8 +84,8 @@ def convert(source: Path, target: Path, form: str, options: Options, skip_broken
     every = [sample for side in samples for sample in side]
     pictures = len({p for sample in every for p in sample.images})
     types = Counter(str(sample.type) for sample in every)
-    files = {path: len(side) for path, side in zip(paths, samples, strict=True)}
-    return Written(files, pictures, types, found.skipped, found.told), found.problems
+    counts = {path: len(side) for path, side in zip(paths, samples, strict=True)}
+    return Written(counts, pictures, types, found.skipped, found.told), found.problems
 
 
 def _asked(found: Found, pictures: set[Path] | None, options: Options) -> list[Sample]:

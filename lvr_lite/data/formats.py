@@ -127,16 +127,23 @@ def yolo(found: Found) -> None:
     if not any(label.is_file() for label in labels.values()):
         first = next(iter(labels.values()))
         raise DataError(f"{found.source}: none of its {len(labels)} pictures has labels, the first would be {first}; check the layout")
-    known = set(labels.values())
-    for label in sorted(label for folder in {label.parent for label in known} for label in folder.glob("*.txt")):
-        if label not in known and label.name != "classes.txt" and found.split is None and found.source not in label.parents[:1]:
-            found.broken("", "labels without a picture; add the picture, or remove the labels", file=label)
+    _yolo_orphans(found, labels)
     read = [(path, *_yolo_things(found, given, path, label)) for path, label in labels.items()]
     used = {thing.name for _, things, _ in read for thing in things}
     for path, things, unsure in read:
         name = path.relative_to(given.root).as_posix() if path.is_relative_to(given.root) else path.as_posix()
-        if path.is_file():
+        if path in found.shapes:  # it could be read
             found.picture(name, path, things, unsure, used)
+
+
+def _yolo_orphans(found: Found, labels: dict[Path, Path]) -> None:
+    """Labels in folders of their own that have no picture. labels: of each picture that is read."""
+    folders = {label.parent: path.parent for path, label in labels.items() if label.parent != path.parent}
+    for folder, pictures in sorted(folders.items()):
+        pictured = {p.stem for p in pictures.iterdir() if p.suffix.lower() in SUFFIXES} if pictures.is_dir() else set()
+        for label in sorted(folder.glob("*.txt")):
+            if label.stem not in pictured and label.name != "classes.txt":
+                found.broken("", "labels without a picture; add the picture, or remove the labels", file=label)
 
 
 def _yolo_things(found: Found, given: _YoloSet, path: Path, label: Path) -> tuple[list[Thing], set[str]]:

@@ -194,7 +194,9 @@ def _same_shape(size: tuple[int, int], said: tuple[float, float]) -> bool:
 def numbers(value: Any, count: int) -> list[float]:
     if not isinstance(value, list) or len(value) != count or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
         raise BrokenError(f"must be {count} numbers, not {json.dumps(value)[:60]}")
-    return [float(v) if abs(v) < 1e300 else math.inf for v in value]  # JSON's whole numbers have no limit, and floats have
+    return [
+        float(v) if isinstance(v, float) or abs(v) < 1e300 else math.inf for v in value
+    ]  # JSON's whole numbers have no limit, and floats have
 
 
 def size_of(data: dict[str, Any], width: str, height: str) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lvr_lite.data.boxes import COVERED, Box
-from lvr_lite.data.samples import Problem, Sample, placed_samples, read_samples
+from lvr_lite.data.samples import Problem, Sample, placed_samples
 from lvr_lite.errors import DataError
 from lvr_lite.runtime.preprocess import MAX_ASPECT, open_picture
 
@@ -57,14 +57,16 @@ def validate(files: Sequence[Path], family: Any, spec: dict[str, Any], test: Pat
     read = [_File(path, family, spec) for path in files]
     sides = [(file.path, file.pictures()) for file in read]
     if test is not None:
-        tested = look_at(p for sample in read_samples(test) for p in sample.images)
-        sides.append((test, {look.digest: str(path) for path, look in tested.items() if isinstance(look, Look)}))
+        tested = _File(test, family, spec)
+        if wrong := next((p for p in tested.problems if not p.note), None):
+            raise DataError(f"{wrong} (`lvr-lite data validate {test}` lists all)")
+        sides.append((test, tested.pictures()))
     for i, file in enumerate(read):
         for path, pictures in sides[i + 1 :]:
             file.keep_apart(path, pictures)
         problems = sorted(file.problems, key=lambda p: p.line or p.item or 0)
-        wrong = {(p.line, p.item) for p in problems if not p.note}
-        yield sum((line, item) not in wrong for _, line, item in file.placed), problems
+        bad = {(p.line, p.item) for p in problems if not p.note}
+        yield sum((line, item) not in bad for _, line, item in file.placed), problems
 
 
 class _File:
