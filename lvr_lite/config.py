@@ -61,6 +61,7 @@ class LoraSettings:
 class DataSettings:
     """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples (JSONL); without it the last
     `eval_count` samples of a file, by picture, are held out. eval_count: samples that evaluation during training answers.
+    group_by_length: batches of samples of about one length, those of a file (scenes are all of about one, and come as they are drawn).
     replay: samples of what the base can do already, mixed in so that it keeps it: a file, or "skills", those of the embedded model
     (drawn); replay_share: their share of all training samples."""
 
@@ -70,6 +71,7 @@ class DataSettings:
     replay_share: float = 0.2
     eval_file: str | None = None
     eval_count: int = 96
+    group_by_length: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     make bench-rivals        (an environment of its own, then this with all that is installed there; about 40 minutes on 2 cores)
     python docs/results/rivals.py --out build/rivals --only "lvr-lite|llama.cpp Q4_0"
+    python docs/results/rivals.py --out build/rivals --only "lvr-lite|torch bitsandbytes NF4" --rounds 3 --steps 4    (slow)
 
 Every rival runs in a process of its own, so that memory is its own and thread pools do not meet; all stay loaded, and one after another
 takes its turn, in an order shuffled for each round. Weights are random: times do not hang on them. What an answer's quality would be is
@@ -150,7 +151,7 @@ class GenAI:
 
 
 class Torch:
-    """transformers' Qwen2 in bf16, or in bitsandbytes' NF4."""
+    """transformers' Qwen2 in bf16, or in bitsandbytes' NF4 with products in fp32, which CPUs without bf16 do faster."""
 
     def __init__(self, nf4: bool, threads: int) -> None:
         import torch
@@ -158,17 +159,17 @@ class Torch:
 
         torch.set_num_threads(threads)
         self.torch, self.cache_type = torch, DynamicCache
-        self.model = qwen2(torch.bfloat16)
+        self.model = qwen2(torch.float32 if nf4 else torch.bfloat16)
         self.computes = "bf16"
         if nf4:
             import bitsandbytes as bnb
 
-            self.computes = "bf16, weights NF4; head bf16"
+            self.computes = "fp32, weights NF4; head fp32"
             for parent in list(self.model.model.modules()):
                 for name, child in list(parent.named_children()):
                     if isinstance(child, torch.nn.Linear):
                         made = bnb.nn.Linear4bit(
-                            child.in_features, child.out_features, child.bias is not None, torch.bfloat16, quant_type="nf4"
+                            child.in_features, child.out_features, child.bias is not None, torch.float32, quant_type="nf4"
                         )
                         made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                         made.bias = child.bias
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--past", type=int, default=PAST)
+    parser.add_argument("--steps", type=int, default=STEPS, help="tokens of each round")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     out: Path = options.out
@@ -359,7 +361,7 @@ def main() -> None:
         order.shuffle(names)
         for name in names:
             time.sleep(0.2)  # threads of the one before stop spinning
-            found = ask(running[name], {"past": options.past, "steps": STEPS})
+            found = ask(running[name], {"past": options.past, "steps": options.steps})
             told[name]["prefill_ms"].append(found["prefill_ms"])
             told[name]["step_ms"] += found["step_ms"]
             told[name]["peak_rss_mb"] = found["peak_rss_mb"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lvr_lite.errors import DataError
 
@@ -59,6 +59,16 @@ def read_picture(file: BinaryIO, name: str) -> Image.Image:
             raise DataError(f"{name}: {_not_a_picture(file)}") from error
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
             raise DataError(f"{name}: a damaged picture ({_one_line(error)}); copy or save it again") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as `open_picture` gives it, from its header alone. Raises DataError for a file that is none."""
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+        raise DataError(f"{path}: not a picture that Pillow can read ({_one_line(error)})") from error
 
 
 def _too_large(name: str, size: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,22 +19,52 @@ from lvr_lite.data.make import scene_sample, skill_sample
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.prompt import prompt_ids
-from lvr_lite.runtime.preprocess import open_picture, prepare
+from lvr_lite.runtime.preprocess import open_picture, picture_size, prepare
 from lvr_lite.train.methods import METHODS
 
 Item = tuple[Sample, tuple[Image.Image, ...]]
+Sizes = tuple[tuple[int, int], ...]  # height and width of pictures
 REPLAYED = ("caption", "short")
+POOL = 64  # batches whose samples are sorted by length together
+
+
+class Picked(Sequence[Sample]):
+    """`count` samples, each made or read when it is asked for."""
+
+    def __init__(self, sample: Callable[[int], Sample], count: int) -> None:
+        self._sample, self._count = sample, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._sample(i) for i in range(*index.indices(self._count))]
+        return self._sample(range(self._count)[index])
 
 
 class Examples(torch.utils.data.Dataset[Item]):
-    """Samples with a way to their pictures, which are opened or drawn when they are asked for."""
+    """Samples with a way to their pictures, which are opened or drawn when they are asked for.
 
-    def __init__(self, samples: Sequence[Sample], pictures: Callable[[int], tuple[Image.Image, ...]]) -> None:
+    sizes: those of a sample's pictures, without opening them; drawn ones without it are looked at."""
+
+    def __init__(
+        self, samples: Sequence[Sample], pictures: Callable[[int], tuple[Image.Image, ...]], sizes: Callable[[int], Sizes] | None = None
+    ) -> None:
         self.samples, self.pictures = samples, pictures
+        self.sizes: Callable[[int], Sizes] = sizes or (lambda i: tuple((p.height, p.width) for p in pictures(i)))
 
     @classmethod
     def of_samples(cls, samples: Sequence[Sample]) -> Examples:
-        return cls(samples, lambda i: tuple(open_picture(p) for p in samples[i].images))
+        return cls(
+            samples,
+            lambda i: tuple(open_picture(p) for p in samples[i].images),
+            lambda i: tuple(picture_size(p) for p in samples[i].images),
+        )
 
     @classmethod
     def of_scenes(cls, seed: int, split: str, count: int) -> Examples:
@@ -52,11 +82,19 @@ class Examples(torch.utils.data.Dataset[Item]):
     def and_also(self, others: Examples, count: int) -> Examples:
         """These and `count` of `others`, from the first on and over again where they are too few."""
         own = len(self)
-        chosen = [i % len(others) for i in range(count)]
-        return Examples(
-            [*self.samples, *(others.samples[i] for i in chosen)],
-            lambda i: self.pictures(i) if i < own else others.pictures(chosen[i - own]),
-        )
+
+        def at(i: int) -> tuple[Examples, int]:
+            return (self, i) if i < own else (others, (i - own) % len(others))
+
+        def pictures(i: int) -> tuple[Image.Image, ...]:
+            source, place = at(i)
+            return source.pictures(place)
+
+        def sizes(i: int) -> Sizes:
+            source, place = at(i)
+            return source.sizes(place)
+
+        return Examples(Picked(lambda i: at(i)[0].samples[at(i)[1]], own + count), pictures, sizes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -126,6 +164,11 @@ class Collator:
             tensors["direct"] = [_tensors(self._aligned(part)) for part in _long_and_short(direct)]
         return tensors
 
+    def length(self, sample: Sample, sizes: Sizes) -> int:
+        """Positions that a sample takes, visual tokens and latents included. sizes: of its pictures."""
+        grids = [self.checkpoint.family.grid_of(*size, self.checkpoint.image_spec) for size in sizes]
+        return len(self._row(sample, grids, len(self._targets(sample, grids))).ids)
+
     def _aligned(self, rows: list[_Row]) -> dict[str, Any]:
         """Rows as arrays, padded so that responses begin in one column."""
         before = max(row.prompt for row in rows)
@@ -184,6 +227,34 @@ class Collator:
         positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
         following = positions.max() + 1 + np.arange(len(said))
         return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked), targets, look)
+
+
+class LengthGrouped(torch.utils.data.Sampler[int]):
+    """Every index once an epoch, in an order in which `batch` in a row are about equally long, so that little of a batch is padding.
+
+    A shuffled run of POOL batches is sorted by length and cut into batches, which are shuffled: batches stay random, and no length is
+    asked for long before it is needed. The order hangs on seed and epoch alone, so a resumed run goes on in the same one.
+    """
+
+    def __init__(self, count: int, length: Callable[[int], int], batch: int, seed: int) -> None:
+        self._count, self._length, self._batch, self._seed, self._epoch = count, length, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self._epoch])
+        order = rng.permutation(self._count)
+        for first in range(0, self._count, POOL * self._batch):
+            pool = sorted((int(i) for i in order[first : first + POOL * self._batch]), key=self._length)
+            batches = [pool[i : i + self._batch] for i in range(0, len(pool), self._batch)]
+            short = batches.pop() if len(batches[-1]) < self._batch else []  # ends the epoch, or batches after it would straddle two
+            for place in rng.permutation(len(batches)):
+                yield from batches[place]
+            yield from short
 
 
 def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:

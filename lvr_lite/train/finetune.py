@@ -29,7 +29,7 @@ from lvr_lite.memory import peak_rss_mb
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
-from lvr_lite.train.batches import Collator, Examples, Item, check_samples
+from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
@@ -194,6 +194,11 @@ def finetune(
     )
     trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
     trainer.add_callback(_progress_class(transformers))
+    if settings.data.group_by_length and data != "scenes":
+        grouped = LengthGrouped(
+            len(train), lambda i: collator.length(train.samples[i], train.sizes(i)), settings.train.batch, settings.train.seed
+        )
+        trainer.sampler = grouped
     if accuracy is not None:
         runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
@@ -303,6 +308,7 @@ def _trainer_class(transformers: Any) -> Any:
         """transformers' Trainer over LatentSFT: logs the parts of the loss, saves the adapter alone, stops at a loss that is not finite."""
 
         answer_accuracy: Callable[[], float] | None = None
+        sampler: LengthGrouped | None = None  # Trainer's own order without one
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -317,6 +323,9 @@ def _trainer_class(transformers: Any) -> Any:
             for name in ("ce", "latent", "right", "found") if len(inputs["pool"]) else ("ce", "right"):
                 self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
             return (out["loss"], out) if return_outputs else out["loss"]
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return self.sampler or super()._get_train_sampler(*args, **kwargs)
 
         def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             with torch.no_grad(), self.compute_loss_context_manager():

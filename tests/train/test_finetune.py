@@ -325,7 +325,7 @@ def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(scenes_
     replay = [f"data.eval_file={scenes_file}", f"data.replay={tmp_path / 'known.jsonl'}", "data.replay_share=0.25"]
     train, held_out = load_examples(str(scenes_file), settings(*replay))
     assert [s.id for s in train.samples[12:]] == ["known-0", "known-1", "known-0", "known-1"]  # a quarter of 16, two of them twice
-    assert [train[i][0] for i in range(16)] == train.samples
+    assert [train[i][0] for i in range(16)] == train.samples[:]
     assert {train[i][1][0].getpixel((0, 0)) for i in range(12, 16)} == {(1, 2, 3)}
     assert train[3][1][0].tobytes() == open_picture(train.samples[3].images[0]).tobytes()
     assert not [s for s in held_out.samples if s.id.startswith("known")]
