@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.detections import Picture, Thing, not_there
@@ -92,8 +93,11 @@ class Found:
 
         Raises BrokenError where there is none, or no single one."""
         name = name.replace("\\", "/")
-        if (self.folder / name).is_file():
-            return self.folder / name
+        try:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        except OSError as error:  # a name that no file can have, such as a whole picture written as text
+            raise BrokenError(f"{name[:40]}… names no picture ({error.strerror})") from error
         if self.index is None:
             self.index = defaultdict(list)
             for folder, _, files in os.walk(self.folder):
@@ -118,13 +122,17 @@ class Found:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises BrokenError."""
         if path not in self.shapes:
             try:
-                with Image.open(path) as picture:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of large pictures and odd metadata
+                    picture = Image.open(path)
+                with picture:
                     orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
                     size = picture.size
                     if picture.format == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow gives these upright
                         size = size[::-1]
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
-                raise BrokenError(f"{path} is not a picture that Pillow can read; save it as PNG or JPEG") from error
+                why = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
+                raise BrokenError(f"{path} is not a picture that Pillow can read{why}; save it as PNG or JPEG") from error
             self.shapes[path] = size, orientation if orientation in range(2, 9) else 1
         return self.shapes[path]
 

@@ -88,6 +88,8 @@ def _studio_picture(found: Found, data: dict[str, Any]) -> Path:
         (value,) = named
     name = value
     url = urlsplit(value)
+    if value.startswith("data:"):
+        raise BrokenError("data.image holds the picture itself; save it as a file and name that")
     if found.images is None or not (found.images / value).is_file():
         if "local-files" in url.path and "d" in parse_qs(url.query):
             name = parse_qs(url.query)["d"][0]
@@ -111,6 +113,7 @@ def _rectangles(found: Found, task: _Task) -> tuple[list[Thing], set[str | None]
     for number, result in enumerate(task.annotation["result"]):
         kind, value = result.get("type"), result.get("value") or {}
         labels = value.get(kind if kind != "rectangle" else "labels") or value.get("labels") or []
+        labels = [labels] if isinstance(labels, str) else labels
         if kind in _TEXTS:
             continue
         if kind not in _RECTANGLES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,7 +35,8 @@ def look_at(paths: Iterable[Path]) -> dict[Path, Look | str]:
     """Every picture decoded once, in threads: its look, or what is wrong with it."""
     waiting = iter(dict.fromkeys(paths))
     found: dict[Path, Look | str] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        warnings.simplefilter("ignore")  # here too: what the threads do to the filters inside `open_picture` is not told apart
         while group := list(islice(waiting, 256)):
             found.update(zip(group, threads.map(_look, group), strict=True))
     return found

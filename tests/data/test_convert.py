@@ -604,6 +604,8 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
             task(2, "a.png", rectangle(BOX, "red"), text("question", ["<|lvr|>"]), text("answer", ["c"])),
             "item 2: question: contains <|lvr|>",
         ),
+        (task(2, "data:image/png;base64," + "A" * 9000, rectangle(BOX, "red")), "item 2: data.image holds the picture itself"),
+        (task(2, "a" * 9000, rectangle(BOX, "red")), f"item 2: {'a' * 40}… names no picture"),
         ("task", "item 2: must be a task"),
     ],
 )
