@@ -106,9 +106,9 @@ _SMALLEST, _LARGEST, _GAP, _CAPTION, _LINE = 320, 960, 16, 15, 19  # pixels: sid
 def preview(samples: list[Sample], count: int, out: Path, family: Any, spec: dict[str, Any]) -> None:
     """A PNG contact sheet of the first `count` samples, up to four in a row: picture, boxes, question and answer.
 
-    Pictures are resized to what a model of this family and `image` block sees (enlarged where they are small, and beyond 960 pixels a side
-    reduced), with the grid of its visual tokens. Those that the boxes select keep their colours, all others are washed out. Boxes belong to
-    a sample's first picture. Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
+    Pictures are resized to what a model of this family and `image` block sees, and shown at one size, that of the largest, within 320 to
+    960 pixels, with the grid of visual tokens. Those that the boxes select keep their colours, all others are washed out. Boxes belong to a
+    sample's first picture. Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
     """
     shown = samples[:count]
     if not shown:
@@ -141,7 +141,7 @@ def _seen(sample: Sample, family: Any, spec: dict[str, Any]) -> tuple[Image.Imag
 
 
 def _tile(sample: Sample, seen: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
-    picture = _with_boxes(fitted(seen, side) if max(seen.size) > side or 2 * max(seen.size) <= side else seen, sample, *grid)
+    picture = _with_boxes(fitted(seen, side), sample, *grid)
     font = ImageFont.load_default(_CAPTION)
     lines = _caption(sample, seen.size, grid, font, side)
     tile = Image.new("RGB", (side, side + 8 + _LINE * len(lines)), PAPER)
