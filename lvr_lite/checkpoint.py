@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lvr_lite import families, latent
-from lvr_lite.bundle import sha256
+from lvr_lite.bundle import is_bundle, read_manifest, sha256
 from lvr_lite.errors import BundleError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.base import TokenIds
@@ -140,6 +140,15 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         tokens=TokenIds(ids[family.IMAGE_TOKEN], _end_ids(base, config, tokenizer), ids[latent.START], ids[latent.LATENT], ids[latent.END]),
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
     )
+
+
+def vision_of(model: str) -> tuple[Any, dict[str, Any]]:
+    """Family and `image` block of a bundle or a checkpoint: how it resizes pictures and cuts them into visual tokens."""
+    if is_bundle(Path(model)):
+        manifest = read_manifest(Path(model), check=False)
+        return families.get(manifest.family), manifest.image
+    checkpoint = read_checkpoint(model)
+    return checkpoint.family, checkpoint.image_spec
 
 
 def add_latent_tokens(tokenizer: Tokenizer, rows: int, base: Path) -> None:

@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Latent visual reasoning: fine-tune on one GPU, export to ONNX, run and measure quantized on a device.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make, check and look at data.", rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="Make, convert, check and look at data.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")]
@@ -37,6 +37,7 @@ Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of de
 Calibration = Annotated[
     str | None, typer.Option(help="For int4 and mixed: scenes (drawn; the default), or a file of samples; none, for int4 alone.")
 ]
+Model = Annotated[str, typer.Option(help="Whose resizing and visual tokens: tiny, or the folder of a checkpoint or a bundle.")]
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
 
@@ -758,19 +759,66 @@ def data_make(
     _say(f"{write_scenes(out, count, seed, split)}: {count} questions")
 
 
-@data_app.command("validate")
-def data_validate(file: Annotated[Path, typer.Argument(help="A file of samples.")]) -> None:
-    """Report every problem of a data file with file, line and field; exit code 1 if there is one.
+@data_app.command("convert")
+def data_convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="FROM", help="COCO, Label Studio, LVR: JSON; Visual-CoT: JSONL; YOLO: folder or data.yaml.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TO", help="JSONL to write; pictures stay where they are.")],
+    form: Annotated[str, typer.Option("--from", help="coco, yolo, labelstudio, viscot or lvr.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures; that of FROM by default.")] = None,
+    boxes_are: Annotated[
+        str | None,
+        typer.Option(help="stored or upright: pixels that boxes are of, where EXIF turns pictures; found out by their size, else upright."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="For yolo and viscot: only this one of their own splits.")] = None,
+    test_share: Annotated[
+        float | None,
+        typer.Option(help="Hold out this share of the pictures: writes TO-train.jsonl and TO-test.jsonl in place of TO.jsonl."),
+    ] = None,
+    per_image: Annotated[int, typer.Option(min=1, help="Most questions made of one picture's classes.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the held-out share.")] = 0,
+    absent: Annotated[bool, typer.Option(help="Also ask about classes that are not there; these have no boxes.")] = True,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken rows out, instead of writing nothing.")] = False,
+) -> None:
+    """Turn other data sets into samples; where they have only boxes with classes, questions are made of these.
 
-    Example: lvr-lite data validate train.jsonl
+    Example: lvr-lite data convert --from coco annotations/instances_train.json set.jsonl --test-share 0.1
     """
-    from lvr_lite.data.samples import check_samples
+    from lvr_lite.data.convert import Options, convert
 
-    samples, problems = check_samples(file)
+    options = Options(images, boxes_are, split, test_share, per_image, seed, absent)
+    written, problems = convert(source, target, form, options, skip_broken)
     for problem in problems:
         print(problem)
-    _say(f"{file}: {len(samples)} good samples, {len(problems)} problems")
-    if problems:
+    if written is None:
+        _say(f"{source}: {len(problems)} broken rows, nothing was written; mend them, or leave them out with --skip-broken")
+        raise typer.Exit(1)
+    _say(str(written))
+
+
+@data_app.command("validate")
+def data_validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of samples; those given together may share no picture.")],
+    against_test: Annotated[Path | None, typer.Option(help="A test set none of whose pictures may be in them.")] = None,
+    model: Model = "tiny",
+) -> None:
+    """Report every problem of data files with file, line and field; exit code 1 if there is one. Notes are no problems.
+
+    Example: lvr-lite data validate train.jsonl --against-test test.jsonl
+    """
+    from lvr_lite.checkpoint import vision_of
+    from lvr_lite.data.validate import validate
+
+    wrong = False
+    for file, (good, found) in zip(files, validate(files, *vision_of(model), against_test), strict=True):
+        for problem in found:
+            print(problem)
+        problems = sum(not problem.note for problem in found)
+        notes = f", {len(found) - problems} notes" if len(found) > problems else ""
+        _say(f"{file}: {good} good samples, {problems} problems{notes}")
+        wrong |= problems > 0
+    if wrong:
         raise typer.Exit(1)
 
 
@@ -779,16 +827,18 @@ def data_preview(
     file: Annotated[Path, typer.Argument(help="A file of samples.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("preview.png"),
     count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
+    model: Model = "tiny",
 ) -> None:
-    """Draw samples with their boxes and the visual tokens that these select.
+    """Draw samples as the model sees them, with their boxes and the visual tokens that these select.
 
     Example: lvr-lite data preview scenes/test.jsonl --out preview.png
     """
+    from lvr_lite.checkpoint import vision_of
     from lvr_lite.data.make import preview
     from lvr_lite.data.samples import read_samples
 
     samples = read_samples(file)
-    preview(samples, count, out)
+    preview(samples, count, out, *vision_of(model))
     _say(f"{out}: {min(count, len(samples))} of {len(samples)} samples")
 
 

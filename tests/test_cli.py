@@ -23,6 +23,7 @@ import lvr_lite
 from lvr_lite import cli
 from lvr_lite.data.make import write_scenes
 
+DATA_COMMANDS = ("make", "convert", "validate", "preview")
 COMMANDS = ("finetune", "export", "quantize", "run", "eval", "probe", "bench", "inspect", "doctor", "demo", "data")
 
 
@@ -106,7 +107,7 @@ def test_no_command_is_missing_from_these_tests() -> None:
     assert names == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*((c,) for c in COMMANDS if c != "data"), ("data", "make"), ("data", "validate"), ("data", "preview")])
+@pytest.mark.parametrize("command", [*((c,) for c in COMMANDS if c != "data"), *(("data", c) for c in DATA_COMMANDS)])
 def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, ...]) -> None:
     done = call(*command, "--help")
     assert done.code == 0
@@ -189,6 +190,14 @@ def test_the_help_of_a_command_shows_an_example(call: Call, command: tuple[str, 
         ("data make --out OUT --split dev", 2, "--split dev: must be train or test"),
         ("data make --out OTHERS", 1, "others: "),
         ("data make --out PICTURE/under", 1, "cannot be written"),
+        ("data convert --from voc SCENES OUT", 2, "--from voc: must be coco, yolo, labelstudio, viscot or lvr"),
+        ("data convert --from coco none.json OUT", 1, "none.json: no such file or folder"),
+        ("data convert --from coco BROKEN OUT", 1, "broken.jsonl: not valid JSON"),
+        ("data convert --from yolo EMPTY OUT", 1, "its classes have no names"),
+        ("data convert --from viscot EMPTY OUT", 1, "empty: Is a directory"),
+        ("data validate SCENES --model nosuch", 1, "nosuch: no such folder"),
+        ("data validate SCENES --against-test none.jsonl", 1, "none.jsonl: cannot be read"),
+        ("data preview SCENES --model EMPTY", 1, "config.json: missing"),
         ("data preview none.jsonl", 1, "none.jsonl: cannot be read"),
         ("data preview BROKEN --out OUT", 1, "broken.jsonl:3: not valid JSON"),
         ("data preview SCENES --out PICTURE/under.png", 1, "cannot be written"),
@@ -427,6 +436,45 @@ def test_scenes_are_made_validated_and_shown(call: Call, tmp_path: Path) -> None
     assert shown.code == 0, shown.err
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 320
+
+
+def test_a_detection_set_is_converted_split_validated_and_shown(call: Call, tmp_path: Path) -> None:
+    images, annotations = [], []
+    for i in range(4):
+        picture = Image.new("RGB", (60, 90), (100, 40 * i, 30))
+        picture.save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 60, "height": 90})
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 30, 40]})
+    source = tmp_path / "coco.json"
+    source.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}))
+    train, test = tmp_path / "set-train.jsonl", tmp_path / "set-test.jsonl"
+    done = call("data", "convert", "--from", "coco", source, tmp_path / "set.jsonl", "--test-share", 0.25, "--seed", 3)
+    assert (done.code, done.out) == (0, "")
+    assert re.fullmatch(rf"{train}: \d questions and {test}: \d questions about 4 pictures \(.*exactly \d.*\)\n", done.err)
+    assert call("data", "validate", train, "--against-test", test).code == 0
+    assert call("data", "preview", test, "--out", tmp_path / "sheet.png").code == 0
+    leaking = call("data", "validate", train, "--against-test", train)
+    assert (leaking.code, "a picture may be in one of them only" in leaking.out) == (1, True)
+    annotations[2]["bbox"] = [10, 10, 0, 40]
+    source.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}))
+    refused = call("data", "convert", "--from", "coco", source, tmp_path / "new.jsonl")
+    assert (refused.code, (tmp_path / "new.jsonl").exists()) == (1, False)
+    assert (
+        refused.out
+        == f"{source}: annotations[2] (id 2): bbox: [10, 10, 10, 50] is empty or inverted; width and height must be more than 0\n"
+    )
+    assert refused.err == f"{source}: 1 broken rows, nothing was written; mend them, or leave them out with --skip-broken\n"
+    skipped = call("data", "convert", "--from", "coco", source, tmp_path / "new.jsonl", "--skip-broken")
+    assert (skipped.code, skipped.out, "1 broken rows" in skipped.err) == (0, refused.out, True)
+
+
+def test_notes_are_told_and_do_not_fail(call: Call, scenes: Path, tmp_path: Path) -> None:
+    line = json.loads(scenes.read_text().splitlines()[0])
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps(line | {"image": str(scenes.parent / line["image"]), "boxes": [[0, 0, 1, 1]]}))
+    done = call("data", "validate", path)
+    assert (done.code, done.err) == (0, f"{path}: 1 good samples, 0 problems, 1 notes\n")
+    assert done.out == f"{path}:1: note: boxes[0]: is the whole picture: no place to look at\n"
 
 
 def test_every_problem_of_a_file_is_listed(call: Call, scenes: Path, tmp_path: Path) -> None:

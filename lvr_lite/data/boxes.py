@@ -31,6 +31,22 @@ def tokens_in_box(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
     return np.array([row * columns + column], np.int64)
 
 
+def upright(box: Sequence[float], orientation: int) -> Box:
+    """A normalized box of a picture's stored pixels, where it lies once the EXIF orientation (1 to 8; others are 1) is applied, as
+    Pillow's `ImageOps.exif_transpose` applies it (Exif 2.3, tag 0x0112)."""
+    x0, y0, x1, y1 = box
+    turned = {
+        2: (1 - x1, y0, 1 - x0, y1),
+        3: (1 - x1, 1 - y1, 1 - x0, 1 - y0),
+        4: (x0, 1 - y1, x1, 1 - y0),
+        5: (y0, x0, y1, x1),
+        6: (1 - y1, x0, 1 - y0, x1),
+        7: (1 - y1, 1 - x1, 1 - y0, 1 - x0),
+        8: (y0, 1 - x1, y1, 1 - x0),
+    }
+    return turned.get(orientation, (x0, y0, x1, y1))
+
+
 def _along(low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """On one axis, for each cell: the part of it that [low, high] covers, and whether its centre is covered."""
     start = np.arange(cells)

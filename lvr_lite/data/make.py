@@ -21,7 +21,6 @@ from lvr_lite.data.boxes import tokens_in_box
 from lvr_lite.data.drawing import INK, PAPER, QUIET, Font, box_colour, cell_edges, draw_boxes, fitted, token_grid, wrapped
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.families import qwen2_5_vl
 from lvr_lite.runtime.preprocess import open_picture
 
 SPLITS = ("train", "test")
@@ -101,29 +100,30 @@ def _refuse_others_files(folder: Path, split: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- contact sheet
 
-# Stock Qwen2.5-VL sizes, with at most 256 visual tokens a picture: those of the embedded model.
-PREVIEW_SPEC: dict[str, Any] = {"patch": 14, "merge": 2, "min_pixels": 56 * 56, "max_pixels": 256 * 28 * 28}
-_TILE, _GAP, _CAPTION, _LINE = 320, 16, 15, 19  # pixels: side of a picture's place, space between, text size, text line
+_SMALLEST, _LARGEST, _GAP, _CAPTION, _LINE = 320, 960, 16, 15, 19  # pixels: side of a picture's place, space between, text size, text line
 
 
-def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_vl, spec: dict[str, Any] | None = None) -> None:
+def preview(samples: list[Sample], count: int, out: Path, family: Any, spec: dict[str, Any]) -> None:
     """A PNG contact sheet of the first `count` samples, up to four in a row: picture, boxes, question and answer.
 
-    The visual tokens that the boxes select keep their colours, all others are washed out. Boxes belong to a sample's first picture.
-    Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
+    Pictures are resized to what a model of this family and `image` block sees, and shown at one size, that of the largest, within 320 to
+    960 pixels, with the grid of visual tokens. Those that the boxes select keep their colours, all others are washed out. Boxes belong to a
+    sample's first picture. Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
     """
     shown = samples[:count]
     if not shown:
         raise DataError(f"{out}: no samples to show; give a file with samples and a count of 1 or more")
-    tiles = [_tile(sample, family, spec or PREVIEW_SPEC) for sample in shown]
+    seen = [_seen(sample, family, spec) for sample in shown]
+    side = min(_LARGEST, max(_SMALLEST, *(max(picture.size) for picture, _ in seen)))
+    tiles = [_tile(sample, *as_seen, side) for sample, as_seen in zip(shown, seen, strict=True)]
     columns = min(4, len(tiles))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
-    sheet = Image.new("RGB", (_GAP + columns * (_TILE + _GAP), _GAP + sum(h + _GAP for h in heights)), PAPER)
+    sheet = Image.new("RGB", (_GAP + columns * (side + _GAP), _GAP + sum(h + _GAP for h in heights)), PAPER)
     y = _GAP
     for row, height in zip(rows, heights, strict=True):
         for i, tile in enumerate(row):
-            sheet.paste(tile, (_GAP + i * (_TILE + _GAP), y))
+            sheet.paste(tile, (_GAP + i * (side + _GAP), y))
         y += height + _GAP
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,16 +132,23 @@ def preview(samples: list[Sample], count: int, out: Path, family: Any = qwen2_5_
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
-def _tile(sample: Sample, family: Any, spec: dict[str, Any]) -> Image.Image:
+def _seen(sample: Sample, family: Any, spec: dict[str, Any]) -> tuple[Image.Image, tuple[int, int]]:
+    """A sample's first picture at the size that the model sees, and the rows and columns of its visual tokens."""
     picture = open_picture(sample.images[0])
-    picture = _with_boxes(fitted(picture, _TILE), sample, *token_grid(picture, family, spec))
+    rows, columns = token_grid(picture, family, spec)
+    cell = spec["patch"] * spec["merge"]
+    return picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), (rows, columns)
+
+
+def _tile(sample: Sample, seen: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
+    picture = _with_boxes(fitted(seen, side), sample, *grid)
     font = ImageFont.load_default(_CAPTION)
-    lines = _caption(sample, font)
-    tile = Image.new("RGB", (_TILE, _TILE + 8 + _LINE * len(lines)), PAPER)
-    tile.paste(picture, ((_TILE - picture.width) // 2, (_TILE - picture.height) // 2))
+    lines = _caption(sample, seen.size, grid, font, side)
+    tile = Image.new("RGB", (side, side + 8 + _LINE * len(lines)), PAPER)
+    tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     draw = ImageDraw.Draw(tile)
     for i, (line, ink) in enumerate(lines):
-        draw.text((0, _TILE + 8 + i * _LINE), line, fill=ink, font=font)
+        draw.text((0, side + 8 + i * _LINE), line, fill=ink, font=font)
     return tile
 
 
@@ -168,7 +175,10 @@ def _selected(box: tuple[float, float, float, float], rows: int, columns: int) -
     return mask.reshape(rows, columns)
 
 
-def _caption(sample: Sample, font: Font) -> list[tuple[str, tuple[int, int, int]]]:
-    """Lines and their colours: the question, the answer, then id and type, each cut to three lines."""
-    texts = ((sample.question, INK), (f"Answer: {sample.answer}", INK), (", ".join(filter(None, (sample.id, sample.type))), QUIET))
-    return [(line, ink) for text, ink in texts for line in wrapped(text, font, _TILE)]
+def _caption(sample: Sample, size: tuple[int, int], grid: tuple[int, int], font: Font, side: int) -> list[tuple[str, tuple[int, int, int]]]:
+    """Lines and their colours: the question, the answer, what the model sees, then id and type, each cut to three lines."""
+    selected = len({int(t) for box in sample.boxes for t in tokens_in_box(box, *grid)})
+    seen = f"Seen at {size[0]} x {size[1]} px: {selected} of {grid[1]} x {grid[0]} visual tokens in {len(sample.boxes)} boxes"
+    name = ", ".join(filter(None, (sample.id, sample.type)))
+    texts = ((sample.question, INK), (f"Answer: {sample.answer}", INK), (seen, QUIET), (name, QUIET))
+    return [(line, ink) for text, ink in texts for line in wrapped(text, font, side)]

@@ -41,16 +41,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a data file. line: counted from 1, or None; item: place in an official list, counted from 1, or None."""
+    """One thing wrong with a data file. line: counted from 1, or None; item: place in an official list, counted from 1, or None.
+    note: worth knowing, but nothing that training would get wrong."""
 
     file: Path
     field: str
     message: str
     line: int | None = None
     item: int | None = None
+    note: bool = False
 
     def __str__(self) -> str:
         where = f"{self.file}" + (f":{self.line}" if self.line else "") + (f": item {self.item}" if self.item else "")
+        where += ": note" if self.note else ""
         return f"{where}: {self.field}: {self.message}" if self.field else f"{where}: {self.message}"
 
 
@@ -67,12 +70,23 @@ def read_samples(path: Path | str, need_boxes: bool = False) -> list[Sample]:
 
 
 def check_samples(path: Path | str, need_boxes: bool = False) -> tuple[list[Sample], list[Problem]]:
-    """The good samples of a file and all problems, in the order of the file: what `lvr-lite data validate` prints."""
-    checks = _Checks(Path(path), need_boxes)
+    """The good samples of a file and all problems that show without opening pictures, in the order of the file."""
+    checks = _checked(Path(path), need_boxes)
+    return checks.samples, checks.problems
+
+
+def placed_samples(path: Path, images: Path | None = None) -> tuple[list[tuple[Sample, int | None, int | None]], list[Problem]]:
+    """As `check_samples`, each good sample with its line or item. images: the folder that paths are relative to, if not the file's."""
+    checks = _checked(path, images=images)
+    return [(sample, *place) for sample, place in zip(checks.samples, checks.places, strict=True)], checks.problems
+
+
+def _checked(path: Path, need_boxes: bool = False, images: Path | None = None) -> _Checks:
+    checks = _Checks(path, need_boxes, images or path.parent)
     text = checks.text()
     if text is not None:
         checks.official(text) if text.lstrip().startswith("[") else checks.lines(text)
-    return checks.samples, checks.problems
+    return checks
 
 
 def sample_json(sample: Sample, folder: Path) -> dict[str, Any]:
@@ -105,7 +119,7 @@ _SPECIAL = re.compile(
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class _Flaw(Exception):
+class Flaw(Exception):
     """A problem of one field, before file and line are known."""
 
     def __init__(self, field: str, message: str) -> None:
@@ -116,9 +130,10 @@ class _Flaw(Exception):
 class _Checks:
     """One pass over one file: collects good samples and problems."""
 
-    def __init__(self, path: Path, need_boxes: bool) -> None:
-        self.path, self.need_boxes = path, need_boxes
+    def __init__(self, path: Path, need_boxes: bool, images: Path) -> None:
+        self.path, self.need_boxes, self.images = path, need_boxes, images
         self.samples: list[Sample] = []
+        self.places: list[tuple[int | None, int | None]] = []  # line and item of each of them
         self.problems: list[Problem] = []
         self.seen: dict[str, str] = {}  # id -> where it was first
         self.exists: dict[Path, bool] = {}
@@ -172,27 +187,28 @@ class _Checks:
         if not isinstance(data, dict):
             self.problem("", f"must be an object with the fields of a sample, not {_kind(data)}", line, item)
             return
-        sample, flaws = convert(data, self.path.parent, line or item)
+        sample, flaws = convert(data, self.images, line or item)
         flaws += self.surroundings(sample, f"line {line}" if line else f"item {item}") if sample is not None else []
         for flaw in flaws:
             self.problem(flaw.field, flaw.message, line, item)
         if sample is not None and not flaws:
             self.samples.append(sample)
+            self.places.append((line, item))
 
-    def surroundings(self, sample: Sample, where: str) -> list[_Flaw]:
+    def surroundings(self, sample: Sample, where: str) -> list[Flaw]:
         """What can only be checked beside the other samples and the disk."""
         flaws = []
         if sample.id in self.seen:
-            flaws.append(_Flaw("id", f"{sample.id!r} is already taken by {self.seen[sample.id]}; give every sample its own"))
+            flaws.append(Flaw("id", f"{sample.id!r} is already taken by {self.seen[sample.id]}; give every sample its own"))
         self.seen.setdefault(sample.id, where)
         for path in sample.images:
             if path not in self.exists:
                 self.exists[path] = path.is_file()
             if not self.exists[path]:
-                flaws.append(_Flaw("image", f"{path} does not exist; paths are relative to the data file's folder"))
+                flaws.append(Flaw("image", f"{path} does not exist; paths are relative to the data file's folder"))
         if self.need_boxes and not sample.boxes:
             flaws.append(
-                _Flaw("boxes", f"sample {sample.id!r} has none, and they are needed here; add the regions that its question is about")
+                Flaw("boxes", f"sample {sample.id!r} has none, and they are needed here; add the regions that its question is about")
             )
         return flaws
 
@@ -206,15 +222,15 @@ def _kind(value: Any) -> str:
     return names[type(value)]
 
 
-class _Reader:
+class Reader:
     """Takes checked fields out of one object; notes a flaw for each that is wrong and goes on."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
-        self.flaws: list[_Flaw] = []
+        self.flaws: list[Flaw] = []
 
     def flaw(self, field: str, message: str) -> None:
-        self.flaws.append(_Flaw(field, message))
+        self.flaws.append(Flaw(field, message))
 
     def get(self, field: str, needed: bool) -> Any:
         value = self.data.get(field)
@@ -301,12 +317,12 @@ class _Reader:
         return None
 
 
-Converted = tuple[Sample | None, list[_Flaw]]
+Converted = tuple[Sample | None, list[Flaw]]
 
 
 def _from_line(data: dict[str, Any], folder: Path, _: int) -> Converted:
     """An object of the project's JSONL."""
-    read = _Reader(data)
+    read = Reader(data)
     for wrong, right in _LOOKALIKES.items():
         if wrong in data:
             read.flaw(wrong, f"is not a field here; {right!r} is meant, so rename it{' (normalized xyxy)' if right == 'boxes' else ''}")
@@ -321,7 +337,7 @@ def _from_line(data: dict[str, Any], folder: Path, _: int) -> Converted:
 
 def _from_official(data: dict[str, Any], folder: Path, number: int) -> Converted:
     """An item of the official LVR list. Its id is dataset-split-question_id, of what there is; its type is the dataset."""
-    read = _Reader(data)
+    read = Reader(data)
     names = [str(data[f]) for f in ("dataset", "split", "question_id") if data.get(f) not in (None, "")]
     sample_id = "-".join(names) if data.get("question_id") not in (None, "") else "-".join([*names, f"item{number}"])
     images, boxes = read.images(folder), read.boxes("bboxes")
@@ -331,7 +347,7 @@ def _from_official(data: dict[str, Any], folder: Path, number: int) -> Converted
     return (None if read.flaws else Sample(sample_id, images, question, answer, None, boxes, kind)), read.flaws
 
 
-def _turns(read: _Reader) -> tuple[str, str]:
+def _turns(read: Reader) -> tuple[str, str]:
     """The texts of the two turns; "" with a flaw noted where they are not there."""
     turns = read.get("conversations", needed=True)
     if turns is None:
@@ -343,7 +359,7 @@ def _turns(read: _Reader) -> tuple[str, str]:
     return human, gpt
 
 
-def _official_question(read: _Reader, human: str, pictures: int) -> str:
+def _official_question(read: Reader, human: str, pictures: int) -> str:
     if not human:
         return ""
     field, question = "conversations[0].value", re.sub(r"^(\s*<image>)+", "", human).strip()
@@ -355,7 +371,7 @@ def _official_question(read: _Reader, human: str, pictures: int) -> str:
     return read.plain_text(field, question)
 
 
-def _official_answer(read: _Reader, gpt: str, boxes: Any) -> str:
+def _official_answer(read: Reader, gpt: str, boxes: Any) -> str:
     """What stands between <answer> and </answer>, or, without them, the whole text but <lvr>."""
     if not gpt:
         return ""

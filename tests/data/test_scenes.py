@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvr_lite.checkpoint import vision_of
 from lvr_lite.data import scenes
 from lvr_lite.data.make import preview, scene_samples, write_scenes
 from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.runtime.preprocess import open_picture
 
 Item = tuple[str, scenes.Scene, scenes.Question, "str | None"]
 
@@ -216,16 +218,38 @@ def test_a_preview_washes_out_all_tokens_but_those_that_the_boxes_select(tmp_pat
     line = {"id": "a", "image": "red.png", "question": "q " * 200, "answer": "ja ✓", "boxes": [[0.02, 0.02, 0.24, 0.24]]}
     (tmp_path / "s.jsonl").write_text(json.dumps(line))
     samples = read_samples(tmp_path / "s.jsonl")
-    preview(samples * 6, 5, tmp_path / "new" / "sheet.png")
+    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", *vision_of("tiny"))
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width == 16 + 4 * 336  # four in a row, and a second row
     assert sheet.getpixel((16 + 40, 16 + 40)) == (200, 0, 0)
     assert min(sheet.getpixel((16 + 120, 16 + 120))[1:]) > 120
 
 
+def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path) -> None:
+    Image.effect_noise((500, 400), 80).convert("RGB").save(tmp_path / "noise.png")
+    (tmp_path / "s.jsonl").write_text(
+        json.dumps({"id": "a", "image": "noise.png", "question": "q", "answer": "a", "boxes": [[0, 0, 1, 1]]})
+    )
+    samples = read_samples(tmp_path / "s.jsonl")
+    family, spec = vision_of("tiny")
+    rows, columns = family.token_grid(family.grid_of(400, 500, spec), spec)
+    preview(samples, 1, tmp_path / "sheet.png", family, spec)
+    with Image.open(tmp_path / "sheet.png") as opened:
+        sheet = opened.copy()
+    assert sheet.width == 16 + columns * 28 + 16
+    top = 16 + (columns - rows) * 28 // 2
+    shown = np.asarray(sheet.crop((16, top, 16 + columns * 28, top + rows * 28))).astype(int)
+    seen = np.asarray(family.frames(open_picture(tmp_path / "noise.png"), spec)[0][0]).astype(int)
+    inside = np.abs(shown - seen).sum(-1)[2:26, 2:26]  # of one token: its rim and the grid are drawn over it
+    assert inside.max() == 0
+    preview(samples, 1, tmp_path / "coarse.png", family, spec | {"max_pixels": 28 * 28 * 12})
+    with Image.open(tmp_path / "coarse.png") as coarse:
+        assert coarse.width == 16 + 320 + 16  # small ones are enlarged
+
+
 def test_a_preview_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "data", 2, 0, "train")
     with pytest.raises(DataError, match="no samples to show"):
-        preview([], 3, tmp_path / "sheet.png")
+        preview([], 3, tmp_path / "sheet.png", *vision_of("tiny"))
     with pytest.raises(DataError, match="cannot be written"):
-        preview(read_samples(path), 3, tmp_path / "data")
+        preview(read_samples(path), 3, tmp_path / "data", *vision_of("tiny"))
