@@ -115,7 +115,7 @@ def _beside_published(runs: list[dict[str, Any]], published: list[tuple[str, dic
     """Ours above, and marked as theirs what the paper published for the same scores."""
     names = list(published[0][1])
     title = "beside the published rows, which are the numbers of arXiv 2509.24251 and were not measured here; in %"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name.replace("_", " "), justify="right", vertical="bottom")
