@@ -92,7 +92,7 @@ _LEADS = (  # what comes before a letter that is meant as the answer
 )
 _CONCLUSION = re.compile(rf"(?:{_LEADS})(?P<mark>{_MARK.format('([A-Za-z])')})", re.IGNORECASE | re.MULTILINE)
 _ALSO = re.compile(rf"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+)?{_MARK.format('[A-Z]')}(?!\s+[a-z])")
-_AFTER_A = r"(?!\s+(?!(?:is|was|because|since|and|or|as\s+it|would|seems|shows)\b)\w)(?!['’\-])"  # what never follows the article
+_AFTER_A = r"(?!\s+(?!(?:is|was|because|since|and|or|as\s+it|would|seems|shows|[B-Z])\b)\w)(?!['’\-])"  # what never follows the article
 _NEGATION = re.compile(
     r"(?:\b(?:not|neither|nor|never|no|isn't|rather\s+than|instead\s+of)|n't|n’t)\s+(?:(?!but\b)\w+\s+){0,2}$", re.IGNORECASE
 )

@@ -186,7 +186,10 @@ def test_an_answer_chooses_a_letter_in_every_form(answer: str, letter: str) -> N
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        *((form, None) for form in ("A, B", "A and B", "A/B", "AB", "A\nB", "Both A and B", "(A) Open (B) Closed", "A. Open\nB. Closed")),
+        *(
+            (form, None)
+            for form in ("A, B", "A and B", "A/B", "A B", "AB", "A\nB", "Both A and B", "(A) Open (B) Closed", "A. Open\nB. Closed")
+        ),
         *((form, None) for form in ("The answer is A or B", "The answer is A, B", "A, because B is shut", "open and closed")),
         ("A. Open B. Closed. So the answer is B.", "B"),
         ("The answer is A. No, the answer is B.", "B"),
