@@ -382,7 +382,13 @@ def _answer(fields: Fields, name: str, options: Sequence[str]) -> str:
 def _shown_path(value: Any, file: Path, place: str) -> Path:
     """What an answer's record names a picture by: its own path, or where it stands in a data file."""
     path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
-    return file.parent / path if isinstance(path, str) and PICTURE.search(path) and file.suffix == ".jsonl" else Path(place)
+    return _beside(file, path) if isinstance(path, str) and PICTURE.search(path) and file.suffix == ".jsonl" else Path(place)
+
+
+def _beside(file: Path, picture: str) -> Path:
+    """A picture's path relative to a data file, or to the folder above it: a subtask's file may tell paths from the benchmark's folder."""
+    above = file.parent.parent / picture
+    return above if above.is_file() and not (file.parent / picture).is_file() else file.parent / picture
 
 
 def _open_files(paths: Sequence[Path]) -> tuple[Image.Image, ...]:
@@ -396,7 +402,7 @@ def _open_values(source: _Source, place: Place, names: Sequence[str]) -> tuple[I
     """The pictures of some fields of a row; of fields after the first, those that are null are none."""
     fields = source.again(place)
     given = [name for name in names if name == names[0] or fields.get(name) not in (None, "")]
-    return tuple(_picture(fields.get(name), name, source.path.parent) for name in given)
+    return tuple(_picture(fields.get(name), name, source.path) for name in given)
 
 
 def _open_shared(own: Stored, mates: Sequence[Stored], by_index: dict[str, Stored]) -> tuple[Image.Image, ...]:
@@ -412,17 +418,17 @@ def _open_shared(own: Stored, mates: Sequence[Stored], by_index: dict[str, Store
     others = (mate for mate in mates if mate != own)
     while value in (None, "") and (mate := next(others, None)) is not None:
         value = stored(mate)
-    return (_picture(value, "image", own[0].path.parent),)
+    return (_picture(value, "image", own[0].path),)
 
 
-def _picture(value: Any, name: str, folder: Path) -> Image.Image:
-    """The picture of a field: bytes, base64, a path relative to the data file, or {"bytes", "path"} of these."""
+def _picture(value: Any, name: str, file: Path) -> Image.Image:
+    """The picture of a field of a data file: bytes, base64, a path (`_beside`), or {"bytes", "path"} of these."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value in (None, "", b""):
         raise DataError(f"{name}: is empty, where a picture must be")
     if isinstance(value, str) and PICTURE.search(value):
-        return _open_files([folder / value])[0]
+        return _open_files([_beside(file, value)])[0]
     if isinstance(value, str):
         try:
             value = base64.b64decode(re.sub(r"\s", "", value.split("base64,")[-1]), validate=True)

@@ -94,8 +94,8 @@ def _columns(runs: list[dict[str, Any]]) -> Table:
     for name, one in scores[0].items():
         if name in first["by_type"] and name == next(iter(first["by_type"])):
             table.add_section()
-        cells = [_with_interval(run[name]["accuracy"] if run[name]["n"] else None, run[name].get("interval")) for run in scores]
-        table.add_row(escape(name), str(one["n"]), *cells)
+        cells = [NONE if run[name]["n"] == 0 else _with_interval(run[name]["accuracy"], run[name].get("interval")) for run in scores]
+        table.add_row(escape(name), "" if one["n"] is None else str(one["n"]), *cells)
     return table
 
 
@@ -105,7 +105,7 @@ def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not scores:
         scores = [{"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}]
         if run["pair_accuracy"] is not None:
-            scores.append({"name": "pairs, both right", "n": run["n"], "accuracy": run["pair_accuracy"]})
+            scores.append({"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]})
     found = {one["name"]: one for one in scores}
     found.update(run["by_type"])
     return found

@@ -273,6 +273,22 @@ def test_copies_of_mmvp_with_other_names_are_read(images: str, header: str, tmp_
     assert [row.sample.pair for row in benchmarks.read("mmvp", folder).rows] == ["pair-1"] * 2 + ["pair-2"] * 2 + ["pair-3"] * 2
 
 
+def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_them(tmp_path: Path) -> None:
+    folder = write_blink(tmp_path / "b", {"Counting": (2, 2)}, "jsonl")
+    path = folder / "Counting" / "val.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {f"image_{k}": f"Counting/{rows[0][f'image_{k}']}" for k in (1, 2)}
+    rows[1] |= {"image_1": {"bytes": base64.b64encode(jpeg(size=(84, 28))).decode()}, "image_2": {"path": rows[1]["image_2"]}}
+    del rows[1]["sub_task"], rows[1]["idx"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = benchmarks.read("blink", folder).rows
+    assert [[p.width for p in row.pictures()] for row in found] == [[28, 56], [84, 56]]
+    assert [(row.sample.id, row.sample.type) for row in found] == [("val_Counting_0", "Counting"), ("Counting-2", "Counting")]
+    assert [path.is_file() for row in found for path in row.sample.images] == [True, True, False, True]
+    path.rename(folder / "Counting.jsonl")
+    assert [row.sample.type for row in benchmarks.read("blink", folder).rows] == ["Counting"] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------- broken rows
 
 
@@ -483,6 +499,19 @@ def test_several_steps_are_asked_in_one_go_and_pictures_are_seen_once(tmp_path: 
     text = shown(result)
     assert all(f"K = {k}" in text for k in (0, 2, 4))
     assert "table, 4 steps, n = 5" in text
+
+
+def test_several_steps_are_for_every_suite(tmp_path: Path) -> None:
+    (tmp_path / "p.jpg").write_bytes(jpeg())
+    lines = [{"id": str(i), "image": "p.jpg", "question": f"question {i}", "answer": "red", "type": "t", "pair": "p"} for i in range(2)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    model: Any = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
+    result = compare("tiny", [], Plan(str(tmp_path / "mine.jsonl"), steps=(0, 1), skills=0), lambda _: model)
+    assert [(run["steps"], run["accuracy"], run["pair_accuracy"]) for run in result["by_steps"]] == [(0, 0.5, 0.0), (1, 0.5, 0.0)]
+    text = shown(result)
+    for part in ("K = 0", "K = 1", "pairs, both right", "50.0 [9.4, 90.5]"):
+        assert part in text
+    assert "published" not in text
 
 
 def test_steps_are_refused_for_a_model_without_latents_before_it_is_asked(tmp_path: Path) -> None:
