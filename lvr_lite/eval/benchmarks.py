@@ -1,4 +1,4 @@
-"""Public benchmarks as they are published: folders of pictures with CSV, JSONL, TSV or parquet. May import: the core; pyarrow where needed.
+"""Public benchmarks as they are published: folders of pictures with CSV, JSONL, TSV or parquet. May import: the core.
 
     mmvp      Questions.csv (Index, Question, Options, Correct Answer), "MMVP Images/1.jpg" …; items 1 and 2, 3 and 4, … are pairs
     vstar     test_questions.jsonl (image, text, label, category, question_id), pictures beside it
@@ -6,8 +6,7 @@
     hrbench   hr_bench_4k and hr_bench_8k, .tsv or .parquet (index, question, answer, category, A, B, C, D, image, cycle_category): every
               question four times, its options turned on by one
 
-Files are read twice, row by row: once for the questions, and once more, one row at a time, for the pictures that lie in them. A row that
-cannot be asked is kept as `Broken`, in its place. Prompts are those of the paper's evaluation (arXiv 2509.24251), and so are the options'
+A row that cannot be asked is kept as `Broken`. Prompts are those of the paper's evaluation (arXiv 2509.24251), and so are the options'
 capital letters.
 """
 
@@ -15,9 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +22,19 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.eval import score
+from lvr_lite.eval.tables import Delimited, Fields, Lines, Parquet, Place, Source
 from lvr_lite.runtime.preprocess import open_picture, read_picture
 
 BENCHMARKS = ("mmvp", "vstar", "blink", "hrbench")
 MAX_TOKENS = 64  # of an answer: a letter in a sentence
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-LARGEST_FIELD = 1 << 30  # bytes of a TSV's field: a picture of 8K in base64 has some 50 million
 PICTURE = re.compile(r"\.(?:jpe?g|png|webp|bmp|gif|tiff?)$", re.IGNORECASE)
 HOLDS = {
     "mmvp": 'Questions.csv and the folder "MMVP Images" (or MMVP_Images, or images)',
@@ -96,7 +93,6 @@ def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"--path {folder}: no such folder; it must hold {HOLDS[name]}")
-    csv.field_size_limit(LARGEST_FIELD)
     found = list({"mmvp": _mmvp, "vstar": _vstar, "blink": _blink, "hrbench": _hrbench}[name](folder))[:limit]
     rows: dict[str, Row] = {}
     broken: list[Broken] = []
@@ -209,8 +205,7 @@ class _Flaw(Exception):
     """What is wrong with a row, before it is known where the row stands."""
 
 
-Fields = dict[str, Any]
-Stored = tuple["_Source", "Place"]
+Stored = tuple[Source, Place]
 
 
 def _mmvp(folder: Path) -> Iterator[Row | Broken]:
@@ -234,7 +229,7 @@ def _mmvp(folder: Path) -> Iterator[Row | Broken]:
         sample = Sample(str(int(index)), (picture,), question, answer, tuple(options), pair=f"pair-{(int(index) + 1) // 2}")
         return Row(sample, place.where, partial(_open_files, sample.images))
 
-    return _rows(_Delimited(path, ",", ("Index", "Question", "Options", "Correct Answer")), row, "Index")
+    return _rows(Delimited(path, ",", ("Index", "Question", "Options", "Correct Answer")), row, "Index")
 
 
 def _vstar(folder: Path) -> Iterator[Row | Broken]:
@@ -253,7 +248,7 @@ def _vstar(folder: Path) -> Iterator[Row | Broken]:
         sample = Sample(f"{kind}-{_text(fields, 'question_id')}", (picture,), question, answer, tuple(options), type=kind)
         return Row(sample, place.where, partial(_open_files, sample.images))
 
-    return _rows(_Lines(path), row, "question_id")
+    return _rows(Lines(path), row, "question_id")
 
 
 def _blink(folder: Path) -> Iterator[Row | Broken]:
@@ -268,7 +263,7 @@ def _blink(folder: Path) -> Iterator[Row | Broken]:
 
 
 def _blink_file(subtask: str, path: Path) -> Iterator[Row | Broken]:
-    source: _Source = _Parquet(path, ("question", "choices", "answer", "image_1")) if path.suffix == ".parquet" else _Lines(path)
+    source: Source = Parquet(path, ("question", "choices", "answer", "image_1")) if path.suffix == ".parquet" else Lines(path)
 
     def row(fields: Fields, place: Place) -> Row:
         kind = str(fields.get("sub_task") or subtask)
@@ -287,7 +282,6 @@ def _blink_file(subtask: str, path: Path) -> Iterator[Row | Broken]:
     return _rows(source, row, "idx")
 
 
-UNREAD = "not read yet"  # a field of parquet that holds a whole picture
 HR_COLUMNS = ("index", "question", "answer", "category", "A", "B", "C", "D", "image")
 
 
@@ -308,7 +302,7 @@ def _hrbench_set(size: str, paths: Sequence[Path]) -> Iterator[Row | Broken]:
     mates: dict[str, list[Stored]] = {}  # by group: the rows that show the same picture
     by_index: dict[str, Stored] = {}
 
-    def row(source: _Source, fields: Fields, place: Place) -> Row:
+    def row(source: Source, fields: Fields, place: Place) -> Row:
         index, kind = _text(fields, "index"), _text(fields, "category")
         options, question = [_text(fields, letter) for letter in "ABCD"], _text(fields, "question")
         # Questions with the same words and options, about other pictures, are told apart by counting: the n-th one in each turn.
@@ -326,7 +320,7 @@ def _hrbench_set(size: str, paths: Sequence[Path]) -> Iterator[Row | Broken]:
         return Row(sample, place.where, partial(_open_shared, (source, place), mates[group], by_index))
 
     for path in paths:
-        source: _Source = _Delimited(path, "\t", HR_COLUMNS) if path.suffix == ".tsv" else _Parquet(path, HR_COLUMNS)
+        source: Source = Delimited(path, "\t", HR_COLUMNS) if path.suffix == ".tsv" else Parquet(path, HR_COLUMNS)
         yield from _rows(source, partial(row, source), "index")
 
 
@@ -334,7 +328,7 @@ def _lacks(name: str, folder: Path) -> DataError:
     return DataError(f"--path {folder}: is not {name} as it is published; the folder must hold {HOLDS[name]}")
 
 
-def _rows(source: _Source, row: Callable[[Fields, Place], Row], key: str) -> Iterator[Row | Broken]:
+def _rows(source: Source, row: Callable[[Fields, Place], Row], key: str) -> Iterator[Row | Broken]:
     """Every row of a file through `row`. key: the field that names a row which cannot be asked."""
 
     def taken(place: Place, fields: Fields | str) -> Row | Broken:
@@ -398,7 +392,7 @@ def _open_files(paths: Sequence[Path]) -> tuple[Image.Image, ...]:
         raise DataError(f"image: {error}") from error
 
 
-def _open_values(source: _Source, place: Place, names: Sequence[str]) -> tuple[Image.Image, ...]:
+def _open_values(source: Source, place: Place, names: Sequence[str]) -> tuple[Image.Image, ...]:
     """The pictures of some fields of a row; of fields after the first, those that are null are none."""
     fields = source.again(place)
     given = [name for name in names if name == names[0] or fields.get(name) not in (None, "")]
@@ -437,157 +431,3 @@ def _picture(value: Any, name: str, file: Path) -> Image.Image:
     if not isinstance(value, bytes):
         raise DataError(f"{name}: must be a picture, not {type(value).__name__}")
     return read_picture(io.BytesIO(value), name)
-
-
-# -------------------------------------------------------------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands. number: line or row, from 1; at: what finds it again."""
-
-    where: str
-    number: int
-    at: int
-
-
-class _Source(Protocol):
-    """A data file: its rows as fields, or in one line what is wrong with the row; and one row again, for its pictures."""
-
-    path: Path
-
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]: ...
-
-    def again(self, place: Place) -> Fields: ...
-
-
-class _Lines:
-    """JSONL."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
-        with self.path.open("rb") as file:
-            at, number = file.tell(), 0
-            while line := file.readline():
-                number += 1
-                if line.strip():
-                    yield Place(f"{self.path}:{number}", number, at), self._fields(line)
-                at = file.tell()
-
-    def _fields(self, line: bytes) -> Fields | str:
-        try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return "is not UTF-8"
-        except (ValueError, RecursionError) as error:
-            return f"not valid JSON ({error})"
-        return fields if isinstance(fields, dict) else "must be an object with the fields of a question"
-
-    def again(self, place: Place) -> Fields:
-        with self.path.open("rb") as file:
-            file.seek(place.at)
-            fields = self._fields(file.readline())
-        if isinstance(fields, str):
-            raise DataError("the file has changed since it was read first")
-        return fields
-
-
-class _Delimited:
-    """CSV or TSV with a header, quoted as spreadsheets and pandas quote."""
-
-    def __init__(self, path: Path, delimiter: str, needed: Sequence[str]) -> None:
-        self.path, self.delimiter, self.needed = path, delimiter, needed
-        self.columns: list[str] = []
-
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
-        with self.path.open("rb") as file:
-            reader = self._reader(file)
-            self.columns = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
-            self.columns = ["Index" if name == "lndex" else name for name in self.columns]  # so is MMVP's misspelt in some copies
-            _need_columns(self.path, self.columns, self.needed)
-            while True:
-                place = Place(f"{self.path}:{reader.line_num + 1}", reader.line_num + 1, file.tell())
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield place, f"not valid {self.path.suffix[1:].upper()} ({error})"
-                    continue
-                if cells:
-                    yield place, self._fields(cells)
-
-    def _reader(self, file: Any) -> Any:
-        lines = (line.decode("utf-8", "surrogateescape") for line in iter(file.readline, b""))  # readline, so that tell() tells where
-        return csv.reader(lines, delimiter=self.delimiter)
-
-    def _fields(self, cells: list[str]) -> Fields | str:
-        if len(cells) > len(self.columns):
-            return f"has {len(cells)} cells for {len(self.columns)} columns; a text that holds the delimiter must be in quotes"
-        return dict(zip(self.columns, cells, strict=False))
-
-    def again(self, place: Place) -> Fields:
-        with self.path.open("rb") as file:
-            file.seek(place.at)
-            fields = self._fields(next(self._reader(file), []))
-        if isinstance(fields, str):
-            raise DataError("the file has changed since it was read first")
-        return fields
-
-
-class _Parquet:
-    """Parquet. Of pictures (columns "image…") only their paths are read at first, and their bytes again and in order, so that few of them
-    are in memory."""
-
-    BATCH = 8
-
-    def __init__(self, path: Path, needed: Sequence[str]) -> None:
-        from pyarrow import ArrowException, parquet, types
-
-        self.path, self._errors = path, (ArrowException, OSError)
-        try:
-            self._file = parquet.ParquetFile(path)
-        except self._errors as error:
-            raise DataError(f"{path}: not a whole parquet file ({_first_line(error)}); copy it again") from error
-        schema = self._file.schema_arrow
-        _need_columns(path, schema.names, needed)
-        self._images = [name for name in schema.names if name.startswith("image")]
-        self._unread = [
-            n for n in self._images if not (types.is_struct(schema.field(n).type) and schema.field(n).type.get_field_index("path") >= 0)
-        ]
-        self._batches: Iterator[Any] = iter(())
-        self._first = 0
-        self._rows: list[Fields] = []
-
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
-        columns = [f"{n}.path" if n in self._images else n for n in self._file.schema_arrow.names if n not in self._unread]
-        number = 0
-        try:
-            for batch in self._file.iter_batches(columns=columns):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Place(f"{self.path}: row {number}", number, number - 1), fields | dict.fromkeys(self._unread, UNREAD)
-        except self._errors as error:
-            raise DataError(f"{self.path}: cannot be read beyond row {number} ({_first_line(error)}); copy it again") from error
-
-    def again(self, place: Place) -> Fields:
-        try:
-            if place.at < self._first or not self._rows:
-                self._batches, self._first, self._rows = self._file.iter_batches(self.BATCH, columns=self._images), 0, []
-            while place.at >= self._first + len(self._rows):
-                self._first += len(self._rows)
-                self._rows = next(self._batches).to_pylist()
-        except self._errors as error:
-            raise DataError(f"image: cannot be read ({_first_line(error)}); copy the file again") from error
-        return self._rows[place.at - self._first]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-
-
-def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    if missing := [name for name in needed if name not in columns]:
-        raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)[:120] or 'none'}); use the published file")
