@@ -71,7 +71,8 @@ def _fail(message: str, code: int) -> None:
 
 
 def _missing_package(error: ImportError) -> str:
-    extra = "export" if (error.name or "").split(".")[0] in ("onnx", "onnxscript", "onnx_ir", "optimum") else "train"
+    name = (error.name or "").split(".")[0]
+    extra = "export" if name in ("onnx", "onnxscript", "onnx_ir", "optimum") else "benchmarks" if name == "pyarrow" else "train"
     return f'this command needs the package {error.name or error}: pip install "lvr-lite[{extra}]" (`lvr-lite doctor` shows what else)'
 
 
@@ -442,7 +443,11 @@ def run(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A bundle or a checkpoint.")],
-    suite: Annotated[str, typer.Option(help="scenes, skills (what the embedded model could do before), or a file of samples.")] = "scenes",
+    suite: Annotated[
+        str,
+        typer.Option(help="scenes, skills (what the embedded model could do before), mmvp, vstar, blink, hrbench, or a file of samples."),
+    ] = "scenes",
+    path: Annotated[str | None, typer.Option(metavar="DIR", help="The folder of a benchmark's files, as they are published.")] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Compare with this model, or with a file of --json, on the same questions; repeatable.")
     ] = None,
@@ -451,27 +456,42 @@ def eval_(
         int | None, typer.Option(min=0, help="Skills asked beside the scenes; 150, or --limit if fewer, by default; 0 for none.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the held-out scenes.")] = 0,
-    steps: Steps = None,
+    steps: Annotated[str | None, typer.Option(help="Latent steps K, several with commas: 0,4,8; the model's own by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 16,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Text tokens at most; 16, or 64 for skills, by default.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Text tokens at most; 16, or 64 for skills and benchmarks, by default.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add every answer to this file (JSONL), and go on from those that are in it.")
+    ] = None,
     threads: Threads = None,
     json_: JsonOut = None,
 ) -> None:
     """Score a model on held-out questions, with n and a 95 % interval, and beside others on the same ones.
 
-    --steps is for MODEL alone; a model in --against takes its own latent steps.
+    --steps and --answers are for MODEL alone; a model in --against takes its own latent steps.
 
     Example: lvr-lite eval bundle --limit 300 --against tiny
+
+    Example: lvr-lite eval bundle --suite mmvp --path MMVP --steps 0,4,8 --answers mmvp.jsonl
     """
     from lvr_lite.eval.report import show
     from lvr_lite.eval.suite import Plan, compare, reference_hint
 
-    plan = Plan(suite, limit, seed, steps, batch, max_tokens, skills)
-    from rich.progress import Progress
+    of_model = tuple(k for k in _numbers("--steps", steps) if k is not None)
+    plan = Plan(suite, limit, seed, of_model, batch, max_tokens, skills, path, answers)
+    from rich.progress import MofNCompleteColumn, Progress
 
-    with Progress(console=_stderr(), transient=True) as bar:
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=_stderr(), transient=True) as bar:
         task = bar.add_task("answering", total=None)
-        result = compare(model, against or [], plan, lambda name: _open(name, threads), lambda n: bar.advance(task, n))
+        result = compare(
+            model,
+            against or [],
+            plan,
+            lambda name: _open(name, threads),
+            lambda n: bar.advance(task, n),
+            lambda n: bar.update(task, total=n),
+        )
     show(result)
     if "skills" in result and not against and (hint := reference_hint(model)):
         _say(hint)

@@ -277,7 +277,7 @@ def checks(ask_torch: bool = True) -> list[Check]:
     declared = requirements()
     model, flags = cpu()
     found = [_python(), _plain_install(declared.get("", {})), _onnxruntime()]
-    found += [_extra(extra, declared[extra]) for extra in ("train", "export") if extra in declared]
+    found += [_extra(extra, declared[extra]) for extra in ("train", "export", "benchmarks") if extra in declared]
     found += [_torchvision(), _gpu()]
     if ask_torch and version("torch"):
         found.append(_torch_cuda())

@@ -13,8 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from lvr_lite.bundle import write_atomically
+from lvr_lite.eval.benchmarks import PUBLISHED
 from lvr_lite.page import NONE, interval_bars, number, percent, render_page
 
+SHOWN_BROKEN = 20  # rows that could not be asked
 UNSEEN = 0.02  # a skill that falls by more than this is told in words
 BOTTLENECK = (
     "Text sees nothing of the picture but the latents and their places, so that the same-question donor's answer comes nearly by "
@@ -37,8 +39,35 @@ WHAT = {
 
 
 def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the differences to other models; the skills."""
+    """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the differences to other models; the skills.
+
+    A benchmark has its own scores instead, beside what the paper published, and the rows that could not be asked. Several numbers of
+    latent steps have a column each.
+    """
     console = console or Console()
+    runs = result.get("by_steps", [result])
+    if "scores" in result or len(runs) > 1:
+        console.print(_columns(runs))
+    else:
+        console.print(_score(result))
+    if published := PUBLISHED.get(result["suite"]) if "scores" in result else None:
+        console.print(_beside_published(runs, published))
+    for run in runs:
+        title = f", {run['steps']} latent steps" if len(runs) > 1 else ""
+        if "against" in run:
+            console.print(_differences(run["against"], title))
+        if "skills" in run:
+            console.print(_skills(run["skills"], run.get("against", []), title))
+    if broken := result.get("broken"):
+        console.print(f"[bold]{result['n']} of {result['of']} rows were asked[/]; not asked, and in no score:", highlight=False)
+        for row in broken[:SHOWN_BROKEN]:
+            console.print(escape(f"  {row['where']}: {row['problem']}"), highlight=False, soft_wrap=True)
+        if len(broken) > SHOWN_BROKEN:
+            console.print(f"  … and {len(broken) - SHOWN_BROKEN} more; --json lists all", highlight=False)
+
+
+def _score(result: dict[str, Any]) -> Table:
+    """One run on a suite that is not a benchmark."""
     low, high = result["interval"]
     table = Table(title=f"{result['model']} on {result['suite']}", title_justify="left")
     table.add_column("questions")
@@ -51,16 +80,57 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     table.add_row("all", str(result["n"]), f"[bold]{result['accuracy']:.1%}[/]", f"{low:.1%} – {high:.1%}")
     if result["pair_accuracy"] is not None:
         table.add_row("pairs, both right", "", f"{result['pair_accuracy']:.1%}", "")
-    console.print(table)
-    if "against" in result:
-        console.print(_differences(result["against"]))
-    if "skills" in result:
-        console.print(_skills(result["skills"], result.get("against", [])))
+    return table
 
 
-def _differences(against: list[dict[str, Any]]) -> Table:
+def _columns(runs: list[dict[str, Any]]) -> Table:
+    """A benchmark, or several numbers of latent steps: scores and types down, the runs across."""
+    first = runs[0]
+    table = Table("in %, with 95 % intervals", title=f"{first['model']} on {first['suite']}", title_justify="left")
+    table.add_column("n", justify="right")
+    for run in runs:
+        table.add_column(f"K = {run['steps']}", justify="right", no_wrap=True)
+    scores = [_named_scores(run) for run in runs]
+    for name, one in scores[0].items():
+        if name in first["by_type"] and name == next(iter(first["by_type"])):
+            table.add_section()
+        cells = [NONE if run[name]["n"] == 0 else _with_interval(run[name]["accuracy"], run[name].get("interval")) for run in scores]
+        table.add_row(escape(name), "" if one["n"] is None else str(one["n"]), *cells)
+    return table
+
+
+def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all questions and pairs; then its types."""
+    scores: list[dict[str, Any]] = run.get("scores", [])
+    if not scores:
+        scores = [{"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}]
+        if run["pair_accuracy"] is not None:
+            scores.append({"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]})
+    found = {one["name"]: one for one in scores}
+    found.update(run["by_type"])
+    return found
+
+
+def _beside_published(runs: list[dict[str, Any]], published: list[tuple[str, dict[str, float]]]) -> Table:
+    """Ours above, and marked as theirs what the paper published for the same scores."""
+    names = list(published[0][1])
+    title = "beside the published rows, which are the numbers of arXiv 2509.24251 and were not measured here; in %"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right", vertical="bottom")
+    for run in runs:
+        scores = _named_scores(run)
+        ours = f"{run['model']}, {run['steps']} steps, n = {run['n']}"
+        table.add_row(f"[bold]{escape(ours)}[/]", *(points(scores[n]["accuracy"]) if n in scores else NONE for n in names))
+    for system, row in published:
+        table.add_row(f"{system}, published", *(f"{row[name]:.1f}" if name in row else NONE for name in names))
+    return table
+
+
+def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
     """One row for each model that was compared."""
-    table = Table("less that of", title="difference on the same questions, in points", title_justify="left")
+    table = Table("less that of", title=f"difference on the same questions{what}, in points", title_justify="left")
     for title in ("n", "all", "p"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("by type")
@@ -71,9 +141,9 @@ def _differences(against: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _skills(skills: dict[str, Any], against: list[dict[str, Any]]) -> Table:
+def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "") -> Table:
     """The skills by type, and how they changed against each model that was compared."""
-    table = Table("outside the suite")
+    table = Table(f"outside the suite{what}")
     for title in ("n", "accuracy"):
         table.add_column(title, justify="right")
     for other in against:

@@ -32,6 +32,20 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = RESAMPLES) ->
     return float(low), float(high)
 
 
+def grouped(values: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of values (n,) over each group (G,), and the groups' sizes (G,); groups: a name for each value."""
+    _, places = np.unique(groups, return_inverse=True)
+    return np.bincount(places, weights=values), np.bincount(places)
+
+
+def bootstrap_ratio(sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over items that come in G groups, of which whole ones are drawn: sums and sizes (G,)
+    as `grouped` gives them."""
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+    low, high = np.percentile((drawn @ sums) / (drawn @ sizes), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (…, H) at length 1; a vector of zeros stays one."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)

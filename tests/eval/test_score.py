@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from lvr_lite.eval.score import agreement, caption, is_correct, normalized, pair_accuracy, wilson
+from lvr_lite.eval.score import (
+    agreement,
+    caption,
+    chosen_letter,
+    is_correct,
+    lettered_options,
+    mean_of_shares,
+    normalized,
+    pair_accuracy,
+    together,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +119,133 @@ def test_agreement_is_the_share_of_equal_answers() -> None:
     assert agreement([], []) == 0.0
     with pytest.raises(ValueError, match="zip"):
         agreement([[1]], [])
+
+
+def test_groups_count_where_they_are_whole() -> None:
+    outcomes = [("a", True), ("b", True), ("a", True), (None, False), ("a", True), ("a", True), ("b", True), ("c", False)]
+    assert together(outcomes, 4) == [True]
+    assert together([*outcomes, ("c", True), ("c", True), ("c", True)], 4) == [True, False]
+
+
+def test_the_mean_of_shares_weighs_each_alike_whatever_its_size() -> None:
+    mean, low, high = mean_of_shares([(1, 1), (0, 99)])
+    assert mean == 0.5
+    assert low < 0.5 < high
+    assert mean_of_shares([(8, 10)]) == pytest.approx((0.8, *wilson(8, 10)))
+    assert mean_of_shares([]) == (0.0, 0.0, 1.0)
+
+
+def test_the_mean_of_several_shares_is_surer_than_each() -> None:
+    _, low, high = mean_of_shares([(50, 100)] * 4)
+    one_low, one_high = wilson(50, 100)
+    assert high - low == pytest.approx((one_high - one_low) / 2)  # the root of four
+
+
+# ------------------------------------------------------------------------------------------------------- multiple choice
+
+OPTIONS = ("Open", "Closed", "A red car", "dark blue")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *((form, "B") for form in ("B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", " B\n", "'B'", "**B**", "(B).", "b)")),
+        *(
+            (form, "B")
+            for form in ("B) Closed", "B. Closed", "(B) Closed", "b. closed", "B: Closed", "B - Closed", "B Closed", "B, Closed.")
+        ),
+        *((form, "B") for form in ("Answer: B", "answer: b", "**Answer:** B", "Answer:\nB", "Final Answer: B", "Answer is B. Closed")),
+        *((form, "B") for form in ("The answer is B", "The answer is (B).", "The correct answer is option B.", 'The answer is "B".')),
+        *((form, "B") for form in ("Option B", "It is B", "it is b.", "It's (b)", "I choose B", "I'd say B", "So, B", "B is correct")),
+        *(
+            (form, "B")
+            for form in ("<answer>B</answer>", "<answer> (B) Closed </answer>", "<ANSWER>b", "A or B? <answer>B</answer>", "B</answer>")
+        ),
+        *(
+            (form, "B")
+            for form in ("<answer>A</answer> no: <answer>B</answer>", "<think>A, then C</think>\nB", r"\boxed{B}", r"$\boxed{\text{B}}$")
+        ),
+        *(
+            (form, "B")
+            for form in ("Closed", "closed.", "CLOSED", "The door is closed", "B\nIn A it would be seen.", "B because it is shut")
+        ),
+        *(
+            (form, "A")
+            for form in ("A", "a", "(a)", "a.", "A Open", "A. Open", "A because it is open", "A is correct", "I think it is A", "A A")
+        ),
+        *(
+            (form, "C")
+            for form in ("A red car", "a red car.", "Answer: A red car", "The answer is a red car", "C. A red car", "It shows a red car")
+        ),
+    ],
+)
+def test_an_answer_chooses_a_letter_in_every_form(answer: str, letter: str) -> None:
+    assert chosen_letter(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *(
+            (form, None)
+            for form in ("A, B", "A and B", "A/B", "A B", "AB", "A\nB", "Both A and B", "(A) Open (B) Closed", "A. Open\nB. Closed")
+        ),
+        *((form, None) for form in ("The answer is A or B", "The answer is A, B", "A, because B is shut", "open and closed")),
+        ("A. Open B. Closed. So the answer is B.", "B"),
+        ("The answer is A. No, the answer is B.", "B"),
+        ("Option A is wrong, option B is right", "B"),
+        ("Therefore the answer is: (D) dark blue, not A.", "D"),
+        ("not A but B", "B"),
+    ],
+)
+def test_of_several_letters_the_one_in_a_plain_conclusion_counts(answer: str, letter: str | None) -> None:
+    assert chosen_letter(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "  ", "\n", "<answer></answer>", "...", "E", "(E)", "Answer: E", "A blue car", "The answer is a dog", "it is a dog", "Not A",
+     "The answer is not A", "The door is not closed", "It isn't open", "None of the above", "I do not know"],
+)  # fmt: skip
+def test_what_names_no_option_chooses_none(answer: str) -> None:
+    assert chosen_letter(answer, OPTIONS) is None
+
+
+def test_a_before_a_word_is_the_article() -> None:
+    assert chosen_letter("A red car", ("Open", "Closed")) is None
+    assert chosen_letter("A red car", ("blue", "red car")) == "B"
+    assert chosen_letter("A", ("blue", "red car")) == "A"
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        ("top left", ("left", "top left"), "B"),
+        ("it is top left", ("left", "top left"), "B"),
+        ("No, there is none", ("Yes", "No"), "B"),
+        ("Yes and no", ("Yes", "No"), None),
+        ("There are 3 dogs", ("2", "3", "13"), "B"),
+        ("A. Vitamin C", ("Vitamin C", "Vitamin B", "Iron"), "A"),
+        ("B", ("B", "A"), "B"),  # a letter is what was asked for
+        ("red", ("red", "red"), None),
+        ("the second image", ("the second image", "the third image"), "A"),
+    ],
+)
+def test_words_of_an_option_stand_for_its_letter(answer: str, options: tuple[str, ...], letter: str | None) -> None:
+    assert chosen_letter(answer, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Which?\n(A) rubber\n(B) thick cotton\nAnswer with the option's letter", ["rubber", "thick cotton"]),
+        ("(a) Open (b) Closed", ["Open", "Closed"]),
+        ("How far?\nA. 1.5 m\nB. 2 m\nC. 3 m", ["1.5 m", "2 m", "3 m"]),
+        ("Which? A) one B) two", ["one", "two"]),
+        ("Is (A) or (B) nearer?\nOptions:\nA. the left\nB. the right", ["the left", "the right"]),
+        ("What is in picture A. Say it.", []),
+        ("what colour is the star", []),
+    ],
+)
+def test_options_are_read_off_a_question(question: str, options: list[str]) -> None:
+    assert lettered_options(question) == options

@@ -184,7 +184,7 @@ def test_a_limit_below_one_is_refused(limit: int) -> None:
 
 
 def test_an_unknown_suite_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--suite mmmu: neither a suite \(scenes, skills\) nor a file of samples"):
+    with pytest.raises(UsageError, match=r"--suite mmmu: neither a suite \(scenes, skills, mmvp, .*\) nor a file of samples"):
         load_suite("mmmu", None)
 
 
@@ -395,9 +395,9 @@ def test_latent_steps_are_for_the_model_alone(mine: str) -> None:
     def open_model(name: str) -> Any:
         return Table(dict(zip(QUESTIONS, SAID, strict=True)), latent_steps=2 if name == TINY else 0)
 
-    compare(TINY, [OTHER], Plan(mine, steps=3), open_model)  # OTHER, which has none, would refuse 3
+    compare(TINY, [OTHER], Plan(mine, steps=(3,)), open_model)  # OTHER, which has none, would refuse 3
     with pytest.raises(UsageError, match="not tuned for latent steps"):
-        compare(OTHER, [TINY], Plan(mine, steps=3), open_model)
+        compare(OTHER, [TINY], Plan(mine, steps=(3,)), open_model)
 
 
 def damaged(result: dict[str, Any], how: str) -> Any:
