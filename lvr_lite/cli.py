@@ -155,15 +155,7 @@ def finetune(
     from lvr_lite.config import load_settings
     from lvr_lite.errors import UsageError
 
-    if vram is not None and not plan:
-        raise UsageError("--vram is for --plan, which trains nothing; leave it out, or add --plan")
-    if vram is not None and not 0 < vram < 1e4:
-        raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
-    if plan and resume:
-        raise UsageError("--plan trains nothing: leave out --resume")
-    missing = [name for name, given in (("--data", data), ("--out", out)) if given is None]
-    if missing and not plan:
-        raise UsageError(f"finetune needs {' and '.join(missing)}; only --plan goes without")
+    _check_plan("finetune", plan, vram, resume, data, out)
     recipe = config
     if recipe is None:
         embedded = resolve("tiny")
@@ -191,27 +183,54 @@ def finetune(
     _write_json(json_, {"schema": "lvr-lite/finetune", "version": 1, "out": str(out)} | metrics)
 
 
+def _check_plan(command: str, plan: bool, vram: float | None, resume: bool, data: str | None, out: Path | None) -> None:
+    from lvr_lite.errors import UsageError
+
+    if vram is not None and not plan:
+        raise UsageError("--vram is for --plan, which trains nothing; leave it out, or add --plan")
+    if vram is not None and not 0 < vram < 1e4:
+        raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
+    if plan and resume:
+        raise UsageError("--plan trains nothing: leave out --resume")
+    missing = [name for name, given in (("--data", data), ("--out", out)) if given is None]
+    if missing and not plan:
+        raise UsageError(f"{command} needs {' and '.join(missing)}; only --plan goes without")
+
+
 @app.command()
 def grpo(
     checkpoint: Annotated[str, typer.Option(help="A checkpoint that was tuned with latents (`lvr-lite finetune`).")],
-    data: Annotated[str, typer.Option(help="scenes, or a file of samples; boxes are not needed.")],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")],
+    data: Annotated[str | None, typer.Option(help="scenes, or a file of samples; boxes are not needed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it will need, what fits, and train nothing.")] = False,
+    vram: Annotated[float | None, typer.Option(help="With --plan: the card's memory in GiB; 8, 12, 16 and 24 by default.")] = None,
     json_: JsonOut = None,
 ) -> None:
-    """Reinforce right answers (GRPO): the model finds its own latents, and is paid for what can be checked.
+    """Reinforce right answers (GRPO): the model finds its own latents, and is paid for what can be checked. --data and --out are needed but
+    for --plan.
 
     Example: lvr-lite grpo --checkpoint tuned --data scenes --out reinforced
     """
     from lvr_lite.checkpoint import read_checkpoint, resolve
     from lvr_lite.config import load_settings
 
+    _check_plan("grpo", plan, vram, resume, data, out)
     tuned = read_checkpoint(checkpoint)
     embedded = resolve("tiny")
     recipe = config or (embedded.parent if tuned.base.resolve() == embedded.resolve() else embedded.parents[1] / "train") / "grpo.yaml"
     settings = load_settings(recipe, set_)
+    if plan:
+        from lvr_lite.train import plan as planning
+
+        counted = planning.stage2(settings, tuned.latent)
+        report = planning.plan(checkpoint, tuned.config, tuned.image_spec["max_pixels"], counted, vram)
+        planning.show(report)
+        _write_json(json_, report)
+        return
+    assert data is not None and out is not None
     _quiet_libraries()
     from lvr_lite.eval.suite import accuracy_on
     from lvr_lite.quant import nf4
@@ -766,6 +785,7 @@ def data_make(
     count: Annotated[int, typer.Option(min=1, help="Questions.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, max=999_999, help="Of the scenes.")] = 0,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    as_: Annotated[str, typer.Option("--as", help="samples, or coco: a detection set, to try data convert on.")] = "samples",
 ) -> None:
     """Write drawn scenes with questions and boxes as PNG and JSONL.
 
@@ -776,7 +796,9 @@ def data_make(
 
     if split not in ("train", "test"):
         raise UsageError(f"--split {split}: must be train or test")
-    _say(f"{write_scenes(out, count, seed, split)}: {count} questions")
+    if as_ not in ("samples", "coco"):
+        raise UsageError(f"--as {as_}: must be samples or coco")
+    _say(f"{write_scenes(out, count, seed, split, as_ == 'coco')}: {count} {'pictures' if as_ == 'coco' else 'questions'}")
 
 
 @data_app.command("convert")

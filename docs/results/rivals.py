@@ -62,6 +62,16 @@ class LvrLite:
         self.at += 1
 
 
+class LvrLiteHead4(LvrLite):
+    """With the head in 4 bits as well, as the others have it and as `mixed` may choose; `int4` keeps 8 there for what it answers."""
+
+    def __init__(self, out: Path, threads: int) -> None:
+        super().__init__(out, threads)
+        from lvr_lite.runtime.onnx import open_session
+
+        self.runtime = self.runtime.with_graphs(head=open_session(out / "head4.onnx"))
+
+
 class LvrLiteLatent(LvrLite):
     """A latent step: the last state goes in as it came out, and no head is asked."""
 
@@ -190,6 +200,7 @@ class Torch:
 
 RIVALS: dict[str, tuple[str, Callable[[Path, int], Rival]]] = {  # name -> (its package, how it is loaded)
     "lvr-lite": ("onnxruntime", LvrLite),
+    "lvr-lite, head in 4 bits": ("onnxruntime", LvrLiteHead4),
     "lvr-lite, latent step": ("onnxruntime", LvrLiteLatent),
     "llama.cpp Q4_0": ("llama-cpp-python", LlamaCpp),
     "onnxruntime-genai int4": ("onnxruntime-genai", GenAI),
@@ -286,6 +297,22 @@ def make_genai(out: Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
+def make_head(path: Path, block: int = 128) -> None:
+    """A head of random weights in 4 bits, symmetric."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    q = rng.integers(0, 256, (VOCABULARY, H // block, block // 2), dtype=np.uint8)
+    weights = [numpy_helper.from_array(q, "q"), numpy_helper.from_array(np.full((VOCABULARY, H // block), 1e-3, np.float32), "s")]
+    form = {"K": H, "N": VOCABULARY, "bits": 4, "block_size": block, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["last_hidden_state", "q", "s"], ["logits"], domain="com.microsoft", **form)
+    x = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["b", 1, H])
+    y = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 1, VOCABULARY])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(helper.make_graph([node], "head", [x], [y], weights), opset_imports=opsets, ir_version=10), path)
+
+
 def make_all(out: Path, names: list[str]) -> None:
     if not (out / "lvr-lite" / "lvr.json").is_file():
         command = [sys.executable, "-m", "lvr_lite", "export", "--synthetic", SHAPE, str(out / "lvr-lite"), "--precision", "int4"]
@@ -293,6 +320,7 @@ def make_all(out: Path, names: list[str]) -> None:
     if "onnxruntime-genai int4" in names and not (out / "qwen2" / "config.json").is_file():
         make_checkpoint(out / "qwen2")
     for name, made, make in (
+        ("lvr-lite, head in 4 bits", out / "head4.onnx", lambda: make_head(out / "head4.onnx")),
         ("llama.cpp Q4_0", out / "q4_0.gguf", lambda: make_gguf(out / "q4_0.gguf")),
         ("onnxruntime-genai int4", out / "genai" / "genai_config.json", lambda: make_genai(out)),
     ):

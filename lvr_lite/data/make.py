@@ -68,29 +68,46 @@ def _refuse_senseless(count: int, seed: int) -> None:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, not {seed}")
 
 
-def write_scenes(folder: Path, count: int, seed: int, split: str) -> Path:
+def write_scenes(folder: Path, count: int, seed: int, split: str, coco: bool = False) -> Path:
     """Write `count` scenes as `folder`/images/*.png and `folder`/<split>.jsonl, whole or not at all; returns the path of the JSONL.
 
+    coco: write `folder`/<split>.json in its place, the things of each scene as a detection set (COCO instances), to try `data convert` on.
     A folder that this function wrote for the same split is replaced; one that holds anything else is refused. One split a folder.
     Raises UsageError as `scene_samples` does, DataError or BundleError where the folder is something else or cannot be written.
     """
     samples = scene_samples(count, seed, split)
-    _refuse_others_files(folder, split)
-    with fresh_folder(folder, replaceable=f"{split}.jsonl") as staged:
+    written = f"{split}.json" if coco else f"{split}.jsonl"
+    _refuse_others_files(folder, split, written)
+    with fresh_folder(folder, replaceable=written) as staged:
         (staged / "images").mkdir()
-        with (staged / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        with (staged / written).open("w", encoding="utf-8", newline="\n") as lines:
             for sample, picture in samples:
                 path = staged / "images" / f"{sample.id}.png"
                 picture.save(path, compress_level=1)
-                lines.write(json.dumps(sample_json(replace(sample, images=(path,)), staged)) + "\n")
-    return folder / f"{split}.jsonl"
+                if not coco:
+                    lines.write(json.dumps(sample_json(replace(sample, images=(path,)), staged)) + "\n")
+            if coco:
+                json.dump(_instances([(name, scene) for name, scene, _, _ in scenes.items(seed, split, count)]), lines)
+    return folder / written
 
 
-def _refuse_others_files(folder: Path, split: str) -> None:
+def _instances(found: list[tuple[str, scenes.Scene]]) -> dict[str, Any]:
+    """Scenes as COCO instances: a category a shape."""
+    shapes = list(scenes.SHAPES)
+    images = [{"id": i, "file_name": f"images/{name}.png", "width": s.width, "height": s.height} for i, (name, s) in enumerate(found)]
+    things = [(i, thing) for i, (_, scene) in enumerate(found) for thing in scene.things]
+    annotations = [
+        {"id": n, "image_id": i, "category_id": shapes.index(t.shape), "bbox": [t.x, t.y, t.size, t.size], "area": t.size**2, "iscrowd": 0}
+        for n, (i, t) in enumerate(things)
+    ]
+    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": name} for i, name in enumerate(shapes)]}
+
+
+def _refuse_others_files(folder: Path, split: str, written: str) -> None:
     """train.jsonl is a name that people give their own data as well: what is replaced must hold scenes and nothing besides."""
     if not folder.is_dir():
         return
-    ours = re.compile(rf"{split}\.jsonl|images|images/{split}-\d+-\d{{6,}}[ab]?\.png")
+    ours = re.compile(rf"{re.escape(written)}|images|images/{split}-\d+-\d{{6,}}[ab]?\.png")
     for path in sorted([*folder.iterdir(), *(folder / "images").glob("*")]):
         if not ours.fullmatch(path.relative_to(folder).as_posix()):
             raise DataError(

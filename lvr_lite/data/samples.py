@@ -9,15 +9,20 @@ and are left alone, unless their names look like a field that is meant (`bboxes`
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.errors import DataError
+
+REMEMBERED = 1 << 14  # pictures of which it is known whether they are there
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,55 @@ def read_samples(path: Path | str, need_boxes: bool = False) -> list[Sample]:
     Raises DataError with the first problem: file, line or item, field, what is wrong and what to do.
     """
     samples, problems = check_samples(path, need_boxes)
+    _refuse(path, problems)
+    return samples
+
+
+class Samples(Sequence[Sample]):
+    """All samples of a file, each read from it again when it is asked for: in memory a million take some 25 MB. Those of an official
+    list, which is one JSON value, are kept.
+
+    pictures: a number of each sample's pictures, the same for the same paths. boxed: whether each has boxes. Raises DataError as
+    `read_samples` does, and where the file is changed meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        index = _Index(path, False, path.parent)
+        index.run()
+        _refuse(path, index.problems)
+        self._kept, self._starts, self._ends = index.samples, index.starts, index.ends
+        self.pictures, self.boxed = index.pictures, index.boxed
+
+    def __len__(self) -> int:
+        return len(self.boxed)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if self._kept:
+            return self._kept[index]
+        with self._path.open("rb") as file:  # opened each time: workers that share a file share its position, too
+            file.seek(self._starts[index])
+            line = file.read(self._ends[index] - self._starts[index])
+        try:
+            sample, flaws = _from_line(json.loads(line.decode("utf-8-sig")), self._path.parent, 0)
+        except ValueError:
+            sample, flaws = None, []
+        if sample is None or flaws:
+            raise DataError(f"{self._path}: was changed while it was read; start again")
+        return sample
+
+
+def _refuse(path: Path | str, problems: list[Problem]) -> None:
     if problems:
         more = f" ({len(problems) - 1} more: lvr-lite data validate {path} lists all)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}")
-    return samples
 
 
 def check_samples(path: Path | str, need_boxes: bool = False) -> tuple[list[Sample], list[Problem]]:
@@ -83,9 +133,7 @@ def placed_samples(path: Path, images: Path | None = None) -> tuple[list[tuple[S
 
 def _checked(path: Path, need_boxes: bool = False, images: Path | None = None) -> _Checks:
     checks = _Checks(path, need_boxes, images or path.parent)
-    text = checks.text()
-    if text is not None:
-        checks.official(text) if text.lstrip().startswith("[") else checks.lines(text)
+    checks.run()
     return checks
 
 
@@ -135,43 +183,54 @@ class _Checks:
         self.samples: list[Sample] = []
         self.places: list[tuple[int | None, int | None]] = []  # line and item of each of them
         self.problems: list[Problem] = []
-        self.seen: dict[str, str] = {}  # id -> where it was first
-        self.exists: dict[Path, bool] = {}
+        self.seen: set[int] = set()  # hashes of ids
+        self.exists: dict[Path, bool] = {}  # of pictures that were met lately
 
     def problem(self, field: str, message: str, line: int | None = None, item: int | None = None) -> None:
         self.problems.append(Problem(self.path, field, message, line, item))
 
-    def text(self) -> str | None:
-        """The file's text, or None with a problem noted."""
+    def run(self) -> None:
         try:
-            data = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+                file.seek(0)
+                self.official(file.read()) if first == b"[" else self.lines(file)
         except OSError as error:
             self.problem("", f"cannot be read ({error.strerror or error}); name a JSONL file of samples")
-            return None
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            self.problem(
-                "", f"not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8", line=data[: error.start].count(b"\n") + 1
-            )
-            return None
-        if not text.strip():
-            self.problem("", "empty; it must hold one sample a line")
-            return None
-        return text
 
-    def lines(self, text: str) -> None:
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
+    def decoded(self, data: bytes, line: int) -> str | None:
+        """Text of bytes that begin at `line`, or None with a problem noted."""
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            here = line + data[: error.start].count(b"\n")
+            self.problem("", f"not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8", line=here)
+            return None
+
+    def lines(self, file: BinaryIO) -> None:
+        """The lines of a file, one in memory at a time."""
+        end, blank = 0, True
+        for number, data in enumerate(file, 1):
+            begin, end = end, end + len(data)
+            if not data.strip(b"\xef\xbb\xbf \t\r\n\v\f"):
+                continue
+            blank = False
+            line = self.decoded(data, number)
+            if line is None:
                 continue
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
                 self.problem("", f"not valid JSON ({_json_reason(error)}); every line must be one whole object", line=number)
                 continue
-            self.take(item, _from_line, line=number)
+            self.take(item, _from_line, line=number, extent=(begin, end))
+        if blank:
+            self.problem("", "empty; it must hold one sample a line")
 
-    def official(self, text: str) -> None:
+    def official(self, data: bytes) -> None:
+        text = self.decoded(data, 1)
+        if text is None:
+            return
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -182,27 +241,32 @@ class _Checks:
         for number, item in enumerate(items, 1):
             self.take(item, _from_official, item=number)
 
-    def take(self, data: Any, convert: Any, line: int | None = None, item: int | None = None) -> None:
-        """One object of the file: a sample more, or its problems."""
+    def take(self, data: Any, convert: Any, line: int | None = None, item: int | None = None, extent: tuple[int, int] = (0, 0)) -> None:
+        """One object of the file, bytes `extent` of it: a sample more, or its problems."""
         if not isinstance(data, dict):
             self.problem("", f"must be an object with the fields of a sample, not {_kind(data)}", line, item)
             return
         sample, flaws = convert(data, self.images, line or item)
-        flaws += self.surroundings(sample, f"line {line}" if line else f"item {item}") if sample is not None else []
+        flaws += self.surroundings(sample) if sample is not None else []
         for flaw in flaws:
             self.problem(flaw.field, flaw.message, line, item)
         if sample is not None and not flaws:
-            self.samples.append(sample)
-            self.places.append((line, item))
+            self.keep(sample, line, item, extent)
 
-    def surroundings(self, sample: Sample, where: str) -> list[Flaw]:
+    def keep(self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]) -> None:  # noqa: ARG002
+        self.samples.append(sample)
+        self.places.append((line, item))
+
+    def surroundings(self, sample: Sample) -> list[Flaw]:
         """What can only be checked beside the other samples and the disk."""
         flaws = []
-        if sample.id in self.seen:
-            flaws.append(Flaw("id", f"{sample.id!r} is already taken by {self.seen[sample.id]}; give every sample its own"))
-        self.seen.setdefault(sample.id, where)
+        if hash(sample.id) in self.seen:
+            flaws.append(Flaw("id", f"{sample.id!r} is already taken by {self.first_with(sample.id)}; give every sample its own"))
+        self.seen.add(hash(sample.id))
         for path in sample.images:
             if path not in self.exists:
+                if len(self.exists) >= REMEMBERED:
+                    self.exists.clear()
                 self.exists[path] = path.is_file()
             if not self.exists[path]:
                 flaws.append(Flaw("image", f"{path} does not exist; paths are relative to the data file's folder"))
@@ -211,6 +275,44 @@ class _Checks:
                 Flaw("boxes", f"sample {sample.id!r} has none, and they are needed here; add the regions that its question is about")
             )
         return flaws
+
+    def first_with(self, name: str) -> str:
+        """Where the first sample of this id is, by reading the file once more: ids that come twice are rare, and are not kept for it."""
+        text = self.path.read_bytes().decode("utf-8-sig", errors="replace")
+        official = text.lstrip().startswith("[")
+        items = enumerate(json.loads(text) if official else text.split("\n"), 1)
+        for number, item in items:
+            if official:
+                found = _from_official(item, self.images, number)[0] if isinstance(item, dict) else None
+            else:
+                found = _from_line(data, self.images, number)[0] if isinstance(data := _loaded(item), dict) else None
+            if found is not None and found.id == name:
+                return f"{'item' if official else 'line'} {number}"
+        raise AssertionError(name)
+
+
+class _Index(_Checks):
+    """A pass that keeps of each line where it is, what pictures it names, and whether it has boxes."""
+
+    def __init__(self, path: Path, need_boxes: bool, images: Path) -> None:
+        super().__init__(path, need_boxes, images)
+        self.starts, self.ends, self.pictures, self.boxed = array("q"), array("q"), array("q"), bytearray()
+
+    def keep(self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]) -> None:
+        if item is not None:
+            super().keep(sample, line, item, extent)
+        else:
+            self.starts.append(extent[0])
+            self.ends.append(extent[1])
+        self.pictures.append(hash(sample.images))
+        self.boxed.append(bool(sample.boxes))
+
+
+def _loaded(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_reason(error: Exception) -> str:

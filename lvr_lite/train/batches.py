@@ -34,6 +34,11 @@ class Picked(Sequence[Sample]):
     def __init__(self, sample: Callable[[int], Sample], count: int) -> None:
         self._sample, self._count = sample, count
 
+    @classmethod
+    def of(cls, samples: Sequence[Sample], places: Sequence[int]) -> Picked:
+        """Those of `samples` at these places."""
+        return cls(lambda i: samples[int(places[i])], len(places))
+
     def __len__(self) -> int:
         return self._count
 

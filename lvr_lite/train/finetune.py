@@ -23,14 +23,14 @@ import torch
 from lvr_lite.bundle import write_atomically
 from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.samples import Samples, read_samples
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.memory import peak_rss_mb
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
-from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, check_samples
+from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, Picked, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
@@ -114,10 +114,11 @@ def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
     if not Path(replay).is_file():
         raise UsageError(f"data.replay={replay}: neither skills nor a file of samples")
     held = {picture.resolve() for sample in held_out.samples for picture in sample.images}
-    others = [s for s in read_samples(Path(replay)) if not held & {picture.resolve() for picture in s.images}]
-    if not others:
+    others = Samples(Path(replay))
+    free = [i for i in range(len(others)) if not held & {picture.resolve() for picture in others[i].images}]
+    if not free:
         raise DataError(f"{replay}: all of its pictures are held out, so none can be replayed; give samples of other pictures")
-    return train.and_also(Examples.of_samples(others), count), held_out
+    return train.and_also(Examples.of_samples(Picked.of(others, free)), count), held_out
 
 
 def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
@@ -125,8 +126,8 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
         return Examples.of_scenes(settings.data.seed, "train", settings.data.count), Examples.of_scenes(
             settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
         )
-    samples = read_samples(Path(data))
-    if METHODS[settings.latent.method].latents and settings.latent.samples == "boxed" and not any(s.boxes for s in samples):
+    samples = Samples(Path(data))
+    if METHODS[settings.latent.method].latents and settings.latent.samples == "boxed" and not any(samples.boxed):
         free = settings.latent.runs_freely and settings.latent.loss != "none"
         untargeted = "latent.samples=all" + (" and latent.loss=none" if free else "")
         raise DataError(
@@ -135,12 +136,13 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
     if settings.data.eval_file is not None:
         held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
         return Examples.of_samples(samples), Examples.of_samples(held_out)
-    pictures = list(dict.fromkeys(s.images for s in samples))
-    held = set(pictures[-max(1, min(settings.data.eval_count, len(pictures) // 10)) :])
-    train = [s for s in samples if s.images not in held]
-    if not train:
+    numbers, first = np.unique(np.array(samples.pictures), return_index=True)
+    last = np.argsort(first)[-max(1, min(settings.data.eval_count, len(first) // 10)) :]  # in the order in which pictures come first
+    held = np.isin(np.array(samples.pictures), numbers[last])
+    if held.all():
         raise DataError(f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file")
-    return Examples.of_samples(train), Examples.of_samples([s for s in samples if s.images in held])
+    train, held_out = (Examples.of_samples(Picked.of(samples, np.flatnonzero(which))) for which in (~held, held))
+    return train, held_out
 
 
 def last_whole_checkpoint(out: Path) -> Path | None:

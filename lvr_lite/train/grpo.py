@@ -124,13 +124,14 @@ def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
 
 
 class Policy(torch.nn.Module):
-    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter."""
+    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter. keep_start: keep a copy of
+    what is trained, for `at_start`."""
 
-    def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float) -> None:
+    def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float, keep_start: bool = False) -> None:
         super().__init__()
         self.model = model
         self.tokens, self.spec, self.temperature = tokens, spec, temperature
-        self._start = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        self._start = [(p, p.detach().clone()) for p in model.parameters() if keep_start and p.requires_grad]
 
     @property
     def core(self) -> Any:
@@ -148,7 +149,7 @@ class Policy(torch.nn.Module):
         never = torch.zeros_like(logits, dtype=torch.bool)
         never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
         never[:, tokens.lvr_start] = ~batch["may_start"]
-        scores = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
+        scores: torch.Tensor = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
         return scores.gather(1, batch["chosen"][:, None])[:, 0]
 
     @contextmanager
@@ -304,7 +305,7 @@ def grpo(
     unpacked_below = SMALL if device == "cpu" and settings.train.dequantize == "auto" else 0
     loaded = load_trained(checkpoint, torch.bfloat16 if fast_type else torch.float32, device, unpacked_below)
     model = _trainable(loaded, settings, device)
-    policy = Policy(model, checkpoint.tokens, checkpoint.latent, settings.grpo.temperature)
+    policy = Policy(model, checkpoint.tokens, checkpoint.latent, settings.grpo.temperature, settings.grpo.beta > 0)
     write_side_files(out, checkpoint, checkpoint.latent, settings)
     runtime = TorchRuntime(model, checkpoint)
     trainer = _trainer(transformers)(
@@ -398,13 +399,14 @@ def _trainer(transformers: Any) -> Any:
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
                 total += loss.detach()
                 self.note("clipped", float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()))
-            return total / self.current_gradient_accumulation_steps
+            total /= self.current_gradient_accumulation_steps
+            return total
 
         def divergence(self, batch: Any, new: torch.Tensor) -> torch.Tensor:
             """Of each choice (n,), an estimate of KL(now, at the start) that is never negative (Schulman's k3)."""
             with torch.no_grad(), self.model.at_start():
                 start = self.model(**batch)
-            gap = start - new
+            gap: torch.Tensor = start - new
             self.note("kl", float((gap.exp() - gap - 1).detach().mean()))
             return gap.exp() - gap - 1
 

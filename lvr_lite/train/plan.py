@@ -10,11 +10,12 @@ parameters against built models and the saved activations against what autograd 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError
+from lvr_lite.latent import LatentSpec
 
 MIB, GIB = 2**20, 2**30
 CARDS = (8.0, 12.0, 16.0, 24.0)  # GiB
@@ -176,6 +177,27 @@ class Pass:
     padded: bool
 
 
+@dataclass(frozen=True)
+class Stage2(Settings):
+    """Settings of `lvr-lite grpo` as they are counted: `train.batch` is the answers that are drawn, or scored, at once (`grpo.rows`), whose
+    gradients are added up. mode: the checkpoint's."""
+
+    mode: str = "open"
+
+
+def stage2(settings: Settings, spec: LatentSpec) -> Stage2:
+    """What stage 2 on a checkpoint of these latents is counted with."""
+    own = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    own["latent"] = replace(settings.latent, method="lvr", steps=spec.steps, targets="pooled", loss="mse", warmup=0.0)
+    own["train"] = replace(settings.train, batch=settings.grpo.rows, accumulation=2)
+    return Stage2(**own, mode=spec.mode)
+
+
+def sample(settings: Settings, visual: int) -> Tokens:
+    """The sample that is counted: one picture of so many visual tokens."""
+    return Tokens(visual, answer=settings.grpo.max_tokens) if isinstance(settings, Stage2) else Tokens(visual)
+
+
 def width(settings: Settings) -> int:
     """Bytes of an activation: 2 (bf16, as "auto" takes on any recent card) or 4."""
     return 4 if settings.train.precision == "fp32" else 2
@@ -193,6 +215,9 @@ def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
     k, padded = latents(settings, tokens), settings.train.batch > 1
     asked = tokens.visual + tokens.text
     whole = asked + (k + 2 if k else 0) + tokens.answer
+    if isinstance(settings, Stage2) and settings.mode == "bottleneck":  # read once more, the latents known
+        reader = tokens.text + k + tokens.answer
+        return [Pass(asked, asked, padded), Pass(reader, reader, padded)]
     if not settings.latent.runs_freely:
         return [Pass(whole, whole, padded)]
     first, bottleneck = asked + 1, settings.latent.method == "lvr-bottleneck"
@@ -230,7 +255,10 @@ def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     s, w, batch = shape, width(settings), settings.train.batch
     spoken = batch * (tokens.answer + (2 if latents(settings, tokens) else 0))
     compared = 4 * batch * tokens.visual * s.hidden if settings.latent.loss == "contrastive" else 0
-    return spoken * (w * s.hidden + 4 * s.vocab) + (w * s.vocab * s.hidden if s.tied else 0) + compared
+    spoken_bytes = w * s.hidden + 4 * s.vocab
+    if isinstance(settings, Stage2):
+        spoken_bytes += s.vocab  # which ids may not be chosen
+    return spoken * spoken_bytes + (w * s.vocab * s.hidden if s.tied else 0) + compared
 
 
 def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
@@ -249,7 +277,8 @@ def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
 def standing_bytes(shape: Shape, settings: Settings) -> dict[str, int]:
     """Bytes of what stays through the run, by part. optimizer: of its states those that are not paged."""
     counts, sizes = parameters(shape), trained(shape, settings.lora.rank)
-    return {
+    start = {"policy at the start, fp32": 4 * sum(sizes)} if isinstance(settings, Stage2) and settings.grpo.beta else {}
+    return start | {
         "language model's linears, NF4": shape.layers * sum(nf4_bytes(*linear) for linear in shape.linears),
         "embedding and head": width(settings) * (counts["embedding"] + counts["head"]),
         "vision tower, norms and biases": width(settings) * (counts["vision"] + counts["norms"]),
@@ -264,7 +293,8 @@ def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, i
     s, w, t = shape, width(settings), settings.train
     sizes = trained(s, settings.lora.rank)
     gradients = 0 if t.accumulation > 1 else 4 * sum(sizes)  # else they stay
-    patches, pixels = t.batch * tokens.visual * s.merge**2, s.channels * s.temporal * s.patch**2
+    seen_at_once = 1 if isinstance(settings, Stage2) else t.batch  # pictures; those of stage 2 are seen while answers are drawn
+    patches, pixels = seen_at_once * tokens.visual * s.merge**2, s.channels * s.temporal * s.patch**2
     inputs = 4 * patches * pixels + w * t.batch * tokens.visual * s.hidden
     # Rotary positions are applied in fp32: queries, keys, their halves and products.
     seen = patches * (
@@ -283,7 +313,7 @@ def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, i
         "backward through a layer": inputs + max(before_layers, gradients) + layer,
         "backward to the marker rows": inputs + gradients + matrix,
         "optimizer's step": inputs + gradients + (4 * sum(sizes) if t.optimizer == "adamw_torch" else 0),
-        "answering held-out questions": _answering(s, settings, tokens),
+        "drawing answers" if isinstance(settings, Stage2) else "answering held-out questions": _answering(s, settings, tokens),
     }
 
 
@@ -294,7 +324,8 @@ def _answering(s: Shape, settings: Settings, tokens: Tokens) -> int:
     cache = s.layers * 2 * w * s.keys * (asked + latents(settings, tokens) + tokens.answer)
     mlp = asked * ((2 * w + 8) * s.intermediate + (4 * w + (8 if w < 4 else 0)) * s.hidden)
     masks = asked * asked
-    return EVAL_ROWS * (cache + mlp + masks) + w * max(o * i for o, i in s.linears)
+    rows = settings.train.batch if isinstance(settings, Stage2) else EVAL_ROWS
+    return rows * (cache + mlp + masks) + w * max(o * i for o, i in s.linears)
 
 
 @dataclass(frozen=True)
@@ -333,10 +364,13 @@ class Choice:
     said: tuple[str, ...] = ()
 
     def need(self, shape: Shape) -> int:
-        return need(shape, self.settings, Tokens(self.visual)).card
+        return need(shape, self.settings, sample(self.settings, self.visual)).card
 
     def train(self, **changed: Any) -> Choice:
-        said = tuple(f"train.{key}={str(value).lower()}" for key, value in changed.items())
+        if isinstance(self.settings, Stage2) and "batch" in changed:
+            said: tuple[str, ...] = (f"grpo.rows={changed['batch']}",)
+        else:
+            said = tuple(f"train.{key}={str(value).lower()}" for key, value in changed.items())
         return Choice(replace(self.settings, train=replace(self.settings.train, **changed)), self.visual, self.said + said)
 
 
@@ -345,7 +379,7 @@ def largest_picture(shape: Shape, settings: Settings, vram: float) -> int:
     low, high = 0, MOST + 1
     while high - low > 1:
         middle = (low + high) // 2
-        if need(shape, settings, Tokens(middle)).card <= vram * GIB:
+        if need(shape, settings, sample(settings, middle)).card <= vram * GIB:
             low = middle
         else:
             high = middle
@@ -406,14 +440,16 @@ def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings
     vram: GiB of one card; None takes CARDS."""
     shape = shape_of(config)
     own = (settings.max_pixels or max_pixels) // shape.pixels_per_token
-    here = need(shape, settings, Tokens(own))
+    counted = sample(settings, own)
+    here = need(shape, settings, counted)
     pictures = []
     for visual in sorted({*VISUAL_TOKENS, own}):
         row: dict[str, Any] = {"visual_tokens": visual, "max_pixels": visual * shape.pixels_per_token}
         for name, on in (("checkpointing", True), ("plain", False)):
             other = Choice(settings, visual).train(gradient_checkpointing=on).settings
-            found = need(shape, other, Tokens(visual))
-            row[name] = {"saved": saved_bytes(shape, other, Tokens(visual)), "tensors": found.tensors, "card": found.card}
+            one = sample(other, visual)
+            found = need(shape, other, one)
+            row[name] = {"saved": saved_bytes(shape, other, one), "tensors": found.tensors, "card": found.card}
         pictures.append(row)
     return {
         "schema": "lvr-lite/plan",
@@ -422,9 +458,9 @@ def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings
         "settings": settings.to_json(),
         "shape": asdict(shape),
         "parameters": parameters(shape) | {"trained": sum(trained(shape, settings.lora.rank))},
-        "tokens": asdict(Tokens(own)) | {"latents": latents(settings, Tokens(own)), "pictures": 1},
+        "tokens": asdict(counted) | {"latents": latents(settings, counted), "pictures": 1},
         "stays": standing_bytes(shape, settings),
-        "phases": phase_bytes(shape, settings, Tokens(own)),
+        "phases": phase_bytes(shape, settings, counted),
         "tensors": here.tensors,
         "phase": here.phase,
         "paged": here.paged,
@@ -434,7 +470,7 @@ def plan(model: str, config: dict[str, Any], max_pixels: int, settings: Settings
         "card": here.card,
         "pictures": pictures,
         "cards": [_on_card(shape, settings, own, gib) for gib in (CARDS if vram is None else (vram,))],
-        "notes": _notes(settings, Tokens(own), here),
+        "notes": _notes(settings, counted, here),
     }
 
 
@@ -464,7 +500,9 @@ def _notes(settings: Settings, tokens: Tokens, here: Need) -> list[str]:
         )
     if settings.latent.targets == "all":
         notes.append(f"latent.targets=all: counted with the most latents that a sample may have, {latents(settings, tokens)}")
-    if t.batch > 1:
+    if isinstance(settings, Stage2):
+        notes.append(f"stage 2: {t.batch} answers are drawn, or scored, at once (grpo.rows), each as long as it may be (grpo.max_tokens)")
+    elif t.batch > 1:
         notes.append("train.batch above 1 is counted as padded: keys and values are then repeated for every query head")
     if here.paged:
         notes.append(
@@ -492,7 +530,7 @@ def show(report: dict[str, Any]) -> None:
 
     console, t = Console(), report["settings"]["train"]
     table = Table(
-        title=f"{report['model']}: {report['tokens']['visual']} visual tokens a picture, batch {t['batch']}", title_justify="left"
+        title=f"{report['model']}: {report['tokens']['visual']} visual tokens a picture, {t['batch']} samples at once", title_justify="left"
     )
     table.add_column("what")
     table.add_column("MiB", justify="right")
