@@ -50,14 +50,13 @@ FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
 @dataclass
 class Rollout:
     """One answer that was drawn. prompt, result: what was asked, and what came. rewards: what each reward gave. advantage: over the other
-    answers to its question. old: log-probabilities (n,) of its choices before the first update with it, once they are known."""
+    answers to its question."""
 
     sample: Sample
     prompt: Prompt
     result: Result
     rewards: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
-    old: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,20 +136,27 @@ class Policy(torch.nn.Module):
     def core(self) -> Any:
         return self.model.get_base_model()
 
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (n,) of the choices in a batch of `batch_of`, as the decode loop drew them."""
+    def forward(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Log-probabilities (n,) of the choices in batches of `batch_of`, one after another, as the decode loop drew them."""
+        chosen, may_start = (torch.cat([batch[name] for batch in batches]) for name in ("chosen", "may_start"))
+        # once for all: PEFT copies a tied embedding whenever it is asked for its weight
+        logits = self.core.lm_head(torch.cat([self._states(batch) for batch in batches])).float()
+        tokens = self.tokens
+        never = torch.zeros_like(logits, dtype=torch.bool)
+        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
+        never[:, tokens.lvr_start] = ~may_start
+        scores: torch.Tensor = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
+        return scores.gather(1, chosen[:, None])[:, 0]
+
+    def _states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The hidden states (n, H) from which a batch's choices were made."""
         ids, features, tokens = batch["ids"], batch["features"], self.tokens
         embeds = as_wide(self.core.get_input_embeddings()(ids), features)
         embeds = embeds.masked_scatter((ids == tokens.image)[..., None], features.to(embeds.dtype))
         latents = as_wide(batch["latents"], features)
         embeds = embeds.masked_scatter((ids == tokens.lvr)[..., None], latents.to(embeds.dtype))
         states = read(self.core, embeds, batch["positions"], batch["mask"], None)
-        logits = self.core.lm_head(states[batch["row"], batch["column"]]).float()
-        never = torch.zeros_like(logits, dtype=torch.bool)
-        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
-        never[:, tokens.lvr_start] = ~batch["may_start"]
-        scores: torch.Tensor = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
-        return scores.gather(1, batch["chosen"][:, None])[:, 0]
+        return states[batch["row"], batch["column"]]
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
@@ -352,6 +358,9 @@ def _trainer(transformers: Any) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.drawn: list[list[Rollout]] = []
+            self.old: dict[
+                tuple[int, int], torch.Tensor
+            ] = {}  # by batch of a step and part of it: log-probabilities before the first update
             self.calls: int | None = None
 
         def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
@@ -362,39 +371,38 @@ def _trainer(transformers: Any) -> Any:
             self.calls += 1
             if step % updates == 0:
                 self.drawn = self.drawn[:slot]
+                self.old = {place: scores for place, scores in self.old.items() if place[0] < slot}
                 number = ((step // updates * args.gradient_accumulation_steps + slot) * args.world_size + args.process_index) * len(inputs)
                 model.eval()
                 with self.compute_loss_context_manager():
                     self.drawn.append(self.roller(inputs, number * self.settings.grpo.group))
                 self.note_drawn(self.drawn[slot])
             model.train()
-            return self.learn(model, self.drawn[slot])
+            return self.learn(model, slot)
 
-        def learn(self, model: Any, rollouts: list[Rollout]) -> torch.Tensor:
-            """Gradients of the loss of these rollouts, which is returned; a few of them at once."""
+        def learn(self, model: Any, slot: int) -> torch.Tensor:
+            """Gradients of the loss of the rollouts of one batch, which is returned; a few of them at once."""
+            rollouts = self.drawn[slot]
             g, policy = self.settings.grpo, self.model
             learning = [r for r in rollouts if r.advantage or g.beta] or rollouts[:1]  # equal rewards teach nothing
             learning.sort(key=lambda r: len(r.prompt.ids) + len(r.result.choices))
             parts = [learning[i : i + g.rows] for i in range(0, len(learning), g.rows)]
             total = torch.zeros((), device=self.args.device)
-            for part in parts:
-                made = [readings(r.prompt, r.result, policy.tokens, policy.spec.mode) for r in part]
-                batch = self._prepare_inputs(batch_of([row for rows in made for row in rows]))
-                counts = [len(r.result.choices) for r in part]
-                each = torch.tensor([1 / n for n in counts for _ in range(n)], device=self.args.device)
-                advantage = torch.tensor(
-                    [r.advantage for r, n in zip(part, counts, strict=True) for _ in range(n)], device=self.args.device
-                )
+            for number, part in enumerate(parts):
+                made = [(r, readings(r.prompt, r.result, policy.tokens, policy.spec.mode)) for r in part]
+                # second readings are much shorter, so they are padded apart
+                rows = [[(r, rows[i]) for r, rows in made if len(rows) > i] for i in (0, 1)]
+                batches = [self._prepare_inputs(batch_of([row for _, row in kind])) for kind in rows if kind]
+                owners = [r for kind in rows for r, row in kind for _ in row.chosen]
+                each = torch.tensor([1 / len(r.result.choices) for r in owners], device=self.args.device)
+                advantage = torch.tensor([r.advantage for r in owners], device=self.args.device)
                 with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        new = model(**batch)
-                        if part[0].old is None:
-                            for r, old in zip(part, new.detach().split(counts), strict=True):
-                                r.old = old
-                        old = torch.cat([r.old for r in part if r.old is not None])
+                        new = model(batches)
+                        old = self.old.setdefault((slot, number), new.detach())
                         gain = objective(new, old, advantage, g.clip)
                         if g.beta:
-                            gain = gain - g.beta * self.divergence(batch, new)
+                            gain = gain - g.beta * self.divergence(batches, new)
                     loss = -(gain * each).sum() / len(rollouts)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
                 total += loss.detach()
@@ -402,10 +410,10 @@ def _trainer(transformers: Any) -> Any:
             total /= self.current_gradient_accumulation_steps
             return total
 
-        def divergence(self, batch: Any, new: torch.Tensor) -> torch.Tensor:
+        def divergence(self, batches: Any, new: torch.Tensor) -> torch.Tensor:
             """Of each choice (n,), an estimate of KL(now, at the start) that is never negative (Schulman's k3)."""
             with torch.no_grad(), self.model.at_start():
-                start = self.model(**batch)
+                start = self.model(batches)
             gap: torch.Tensor = start - new
             self.note("kl", float((gap.exp() - gap - 1).detach().mean()))
             return gap.exp() - gap - 1

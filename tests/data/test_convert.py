@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from lvr_lite.data import scenes
 from lvr_lite.data.convert import Options, convert
+from lvr_lite.data.make import write_scenes
 from lvr_lite.data.samples import Sample, read_samples
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.runtime.preprocess import open_picture
@@ -795,3 +797,15 @@ def test_a_source_that_supports_no_question_says_so(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {})
     with pytest.raises(DataError, match="gives no question"):
         convert(coco(tmp_path, [image(1, "a.png")], []), tmp_path / "out.jsonl", "coco", Options())
+
+
+def test_scenes_written_as_coco_keep_their_boxes(tmp_path: Path) -> None:
+    path = write_scenes(tmp_path / "photos", 12, 3, "train", coco=True)
+    converted = run(path, "coco", tmp_path / "shapes.jsonl")
+    drawn = {f"{name}.png": scene for name, scene, _, _ in scenes.items(3, "train", 12)}
+    counts = [s for s in converted if s.type == "count"]
+    assert counts
+    for sample in counts:
+        scene = drawn[sample.images[0].name]
+        wanted = sorted(tuple(scene.box(t)) for t in scene.things if t.shape in sample.question)
+        np.testing.assert_allclose(sorted(sample.boxes), wanted, atol=1e-4)

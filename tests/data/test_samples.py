@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import Problem, Sample, check_samples, read_samples, sample_json
+from lvr_lite.data.samples import Problem, Sample, Samples, check_samples, read_samples, sample_json
 from lvr_lite.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_an_id_that_comes_twice_is_named_with_both_lines(folder: Path) -> None:
 def test_an_empty_file_and_one_that_is_not_utf8_are_refused(folder: Path, content: bytes, message: str) -> None:
     path = folder / "e.jsonl"
     path.write_bytes(content)
-    assert refusal(path).startswith(f"{path}{message}")
+    assert any(str(problem).startswith(f"{path}{message}") for problem in check_samples(path)[1])
 
 
 def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
@@ -252,3 +252,34 @@ def test_a_broken_or_empty_official_file_is_refused(folder: Path) -> None:
     assert refusal(path).startswith(f"{path}: an empty list")
     path.write_text('[\n{"dataset": }\n]')
     assert refusal(path).startswith(f"{path}:2: not a valid JSON list (Expecting value")
+
+
+# ------------------------------------------------------------------------------------------------------- read when asked for
+
+
+def test_samples_that_are_read_when_they_are_asked_for_are_those_of_the_file(folder: Path) -> None:
+    lines = [
+        changed(id=f"{i}", question=f"what is ü{i}", image=f"images/{'ab'[i % 2]}.png", boxes=GOOD["boxes"] if i % 3 else [])
+        for i in range(7)
+    ]
+    path = folder / "samples.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines))
+    official_file = official(folder, OFFICIAL, {**OFFICIAL, "question_id": 8})
+    for file in (path, official_file):
+        found = Samples(file)
+        assert list(found) == found[:] == read_samples(file)
+        assert (found[-1], found[1:3]) == (found[len(found) - 1], list(found)[1:3])
+        with pytest.raises(IndexError):
+            found[len(found)]
+    found = Samples(path)
+    assert list(found.boxed) == [0, 1, 1, 0, 1, 1, 0]
+    assert [found.pictures.index(n) for n in found.pictures] == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_they_are_refused_as_a_whole_and_where_the_file_changes(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"samples\.jsonl:2: id: 'a' is already taken by line 1"):
+        Samples(jsonl(folder, GOOD, GOOD))
+    found = Samples(jsonl(folder, GOOD, changed(id="b")))
+    jsonl(folder, changed(question="a longer question than before"), changed(id="b"))
+    with pytest.raises(DataError, match="was changed while it was read"):
+        found[1]

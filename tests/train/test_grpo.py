@@ -92,7 +92,7 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
     made = [readings(p, r, checkpoint.tokens, spec.mode) for p, r in found]
     with torch.no_grad():
-        again = policy_of(model, checkpoint, spec, temperature)(**batch_of([row for rows in made for row in rows])).numpy()
+        again = policy_of(model, checkpoint, spec, temperature)([batch_of([row for rows in made for row in rows])]).numpy()
     wanted = np.concatenate([r.scores for _, r in found])
     assert [len(r.scores) for _, r in found] == [len(r.choices) for _, r in found]
     np.testing.assert_allclose(again, wanted, atol=1e-4, rtol=0)

@@ -10,17 +10,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from lvr_lite import cli
+from lvr_lite.ask import prepare_prompt
 from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.config import Settings, load_settings
+from lvr_lite.decode import Result
 from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
+from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train import plan
 from lvr_lite.train.finetune import adapted
+from lvr_lite.train.grpo import Policy, batch_of, readings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,6 +194,33 @@ def test_so_they_are_in_bf16_under_autocast_with_the_contrastive_loss(checkpoint
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+def test_so_is_a_replay_of_stage_2(model: Any, checkpoint: Checkpoint, memory: ModuleType, mode: str, checkpointing: str) -> None:
+    rows, steps, answer = 3, 4, 12
+    chosen = settings(f"grpo.rows={rows}", f"grpo.max_tokens={answer}", f"train.gradient_checkpointing={checkpointing}")
+    counted = plan.stage2(chosen, LatentSpec(steps, mode=mode))
+    core = model.get_base_model()
+    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in core.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = checkpointing == "true"
+    runtime = TorchRuntime(model.eval(), checkpoint)
+    latents = [np.full(runtime.hidden_size, 0.1, np.float32)] * steps
+    result = Result(choices=[checkpoint.tokens.lvr_start] + [5] * (answer + 1), latents=latents)
+    prompts = [prepare_prompt(runtime, pictures, sample.question)[0] for sample, pictures in memory.items_of(64, rows)]
+    prompts = [replace(p, ids=p.ids[: len(prompts[0].ids)], positions=p.positions[:, : len(prompts[0].ids)]) for p in prompts]
+    policy = Policy(model, checkpoint.tokens, LatentSpec(steps, mode=mode), 1.0).train()
+    made = [readings(p, result, checkpoint.tokens, mode) for p in prompts]
+    batches = [batch_of(kind) for kind in zip(*made, strict=True)]
+    saved = memory.Saved(policy)
+    with saved.hooks():
+        scores = policy(batches)
+    text = len(prompts[0].ids) - 64
+    planned = plan.saved_bytes(plan.shape_of(checkpoint.config), counted, plan.Tokens(64, text, answer))
+    assert planned == pytest.approx(saved.bytes(), rel=0.15), len(scores)
+
+
 def test_so_is_the_answering_of_held_out_questions(model: Any, checkpoint: Checkpoint, memory: ModuleType) -> None:
     found = memory.measure_answering(model, checkpoint, settings(), 64, "cpu")
     assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
@@ -282,6 +315,16 @@ def test_what_to_lower_first(shape: plan.Shape, vram: float, visual: int, overri
     pixels = again.max_pixels
     tokens = plan.Tokens(visual if pixels is None else pixels // shape.pixels_per_token)
     assert plan.need(shape, again, tokens).card <= vram * plan.GIB
+
+
+def test_in_stage_2_fewer_answers_are_drawn_at_once(shape: plan.Shape) -> None:
+    counted = plan.stage2(load_settings(None, ["grpo.rows=256", "grpo.max_tokens=128", "grpo.beta=0.1"]), LatentSpec(8, mode="bottleneck"))
+    assert "policy at the start, fp32" in plan.standing_bytes(shape, counted)
+    found = plan.lowered(shape, counted, 512, 16)
+    (said,) = found.said
+    assert said.startswith("grpo.rows=")
+    assert 1 < int(said.partition("=")[2]) < 256
+    assert found.need(shape) <= 16 * plan.GIB
 
 
 def test_the_number_of_samples_a_step_stays(shape: plan.Shape) -> None:
