@@ -35,7 +35,7 @@ class Picked(Sequence[Sample]):
         self._sample, self._count = sample, count
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], places: Sequence[int]) -> Picked:
+    def of(cls, samples: Sequence[Sample], places: Sequence[int] | np.ndarray) -> Picked:
         """Those of `samples` at these places."""
         return cls(lambda i: samples[int(places[i])], len(places))
 

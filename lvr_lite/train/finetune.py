@@ -141,8 +141,8 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
     held = np.isin(np.array(samples.pictures), numbers[last])
     if held.all():
         raise DataError(f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file")
-    train, held_out = (Examples.of_samples(Picked.of(samples, np.flatnonzero(which))) for which in (~held, held))
-    return train, held_out
+    train, last_ones = (Examples.of_samples(Picked.of(samples, np.flatnonzero(which))) for which in (~held, held))
+    return train, last_ones
 
 
 def last_whole_checkpoint(out: Path) -> Path | None:
