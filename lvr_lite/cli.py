@@ -38,6 +38,11 @@ Calibration = Annotated[
     str | None, typer.Option(help="For int4 and mixed: scenes (drawn; the default), or a file of samples; none, for int4 alone.")
 ]
 Model = Annotated[str, typer.Option(help="Whose resizing and visual tokens: tiny, or the folder of a checkpoint or a bundle.")]
+Recipe = Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Say what memory it will need, what fits, and train nothing.")]
+Vram = Annotated[float | None, typer.Option(help="With --plan: the card's memory in GiB; 8, 12, 16 and 24 by default.")]
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 Steps = Annotated[int | None, typer.Option("--steps", min=0, help="Latent steps K; the model's own by default, 0 for none.")]
 
@@ -140,11 +145,11 @@ def finetune(
     model: Annotated[str, typer.Option(help="tiny, a model folder, or a hub id.")],
     data: Annotated[str | None, typer.Option(help="scenes, or a file of samples (JSONL, official LVR JSON).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it will need, what fits, and train nothing.")] = False,
-    vram: Annotated[float | None, typer.Option(help="With --plan: the card's memory in GiB; 8, 12, 16 and 24 by default.")] = None,
+    config: Recipe = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    plan: PlanOnly = False,
+    vram: Vram = None,
     json_: JsonOut = None,
 ) -> None:
     """Teach a model, loaded in 4 bits, to reason in visual latents (QLoRA). --data and --out are needed but for --plan.
@@ -202,11 +207,11 @@ def grpo(
     checkpoint: Annotated[str, typer.Option(help="A checkpoint that was tuned with latents (`lvr-lite finetune`).")],
     data: Annotated[str | None, typer.Option(help="scenes, or a file of samples; boxes are not needed.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what memory it will need, what fits, and train nothing.")] = False,
-    vram: Annotated[float | None, typer.Option(help="With --plan: the card's memory in GiB; 8, 12, 16 and 24 by default.")] = None,
+    config: Recipe = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    plan: PlanOnly = False,
+    vram: Vram = None,
     json_: JsonOut = None,
 ) -> None:
     """Reinforce right answers (GRPO): the model finds its own latents, and is paid for what can be checked. --data and --out are needed but

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -72,7 +72,31 @@ def read_samples(path: Path | str, need_boxes: bool = False) -> list[Sample]:
     return samples
 
 
-class Samples(Sequence[Sample]):
+class Picked(Sequence[Sample]):
+    """`count` samples, each made or read when it is asked for."""
+
+    def __init__(self, sample: Callable[[int], Sample], count: int) -> None:
+        self._sample, self._count = sample, count
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], places: Sequence[int]) -> Picked:
+        """Those of `samples` at these places."""
+        return cls(lambda i: samples[int(places[i])], len(places))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._sample(i) for i in range(*index.indices(self._count))]
+        return self._sample(range(self._count)[index])
+
+
+class Samples(Picked):
     """All samples of a file, each read from it again when it is asked for: in memory a million take some 25 MB. Those of an official
     list, which is one JSON value, are kept.
 
@@ -85,22 +109,11 @@ class Samples(Sequence[Sample]):
         index = _Index(path, False, path.parent)
         index.run()
         _refuse(path, index.problems)
-        self._kept, self._starts, self._ends = index.samples, index.starts, index.ends
+        self._starts, self._ends = index.starts, index.ends
         self.pictures, self.boxed = index.pictures, index.boxed
+        super().__init__(index.samples.__getitem__ if index.samples else self._read, len(self.boxed))
 
-    def __len__(self) -> int:
-        return len(self.boxed)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        if self._kept:
-            return self._kept[index]
+    def _read(self, index: int) -> Sample:
         with self._path.open("rb") as file:  # opened each time: workers that share a file share its position, too
             file.seek(self._starts[index])
             line = file.read(self._ends[index] - self._starts[index])

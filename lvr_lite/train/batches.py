@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
 from lvr_lite.data import scenes
 from lvr_lite.data.make import scene_sample, skill_sample
-from lvr_lite.data.samples import Sample
+from lvr_lite.data.samples import Picked, Sample
 from lvr_lite.errors import DataError
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.preprocess import open_picture, picture_size, prepare
@@ -26,30 +26,6 @@ Item = tuple[Sample, tuple[Image.Image, ...]]
 Sizes = tuple[tuple[int, int], ...]  # height and width of pictures
 REPLAYED = ("caption", "short")
 POOL = 64  # batches whose samples are sorted by length together
-
-
-class Picked(Sequence[Sample]):
-    """`count` samples, each made or read when it is asked for."""
-
-    def __init__(self, sample: Callable[[int], Sample], count: int) -> None:
-        self._sample, self._count = sample, count
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], places: Sequence[int] | np.ndarray) -> Picked:
-        """Those of `samples` at these places."""
-        return cls(lambda i: samples[int(places[i])], len(places))
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self._sample(i) for i in range(*index.indices(self._count))]
-        return self._sample(range(self._count)[index])
 
 
 class Examples(torch.utils.data.Dataset[Item]):

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +24,14 @@ import torch
 from lvr_lite.bundle import write_atomically
 from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import Samples, read_samples
+from lvr_lite.data.samples import Picked, Samples, read_samples
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.memory import peak_rss_mb
 from lvr_lite.prompt import prompt_ids
 from lvr_lite.runtime.base import Runtime
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
-from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, Picked, check_samples
+from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
@@ -141,7 +142,7 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
     held = np.isin(np.array(samples.pictures), numbers[last])
     if held.all():
         raise DataError(f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file")
-    train, last_ones = (Examples.of_samples(Picked.of(samples, np.flatnonzero(which))) for which in (~held, held))
+    train, last_ones = (Examples.of_samples(Picked.of(samples, array("q", np.flatnonzero(which)))) for which in (~held, held))
     return train, last_ones
 
 
