@@ -3,7 +3,7 @@
     python docs/results/grpo.py --out build/grpo [--jobs 2] [--seeds 0,1,2] [--n 2000]
 
 Two starts: `bottleneck` (the default method) and `grounded` (lvr-free: latents grounded in boxes, text still sees the picture). On the
-first seed of the bottleneck also without the format reward, and with the latent-use reward. Runs the commands as a user would, one thread
+first seed of the bottleneck also with the format reward, and with the latent-use reward. Runs the commands as a user would, one thread
 each, and goes on where an earlier call stopped. Writes docs/results/grpo.json and grpo_curves.png there, and prints the table of grpo.md.
 """
 
@@ -28,8 +28,8 @@ SFT_STEPS, SFT_BATCH = 250, 16
 GRPO_STEPS, GRPO_BATCH = 60, 32
 MORE = GRPO_STEPS * GRPO_BATCH // SFT_BATCH  # steps of SFT over as many samples
 REWARDS = {
-    "grpo": "accuracy=1,format=0.2",
-    "no-format": "accuracy=1",
+    "accuracy": "accuracy=1",
+    "with-format": "accuracy=1,format=0.2",
     "latent-use": "accuracy=1,format=0.2,latent-use=0.5",
 }
 PROBED = "noise,donor_same_question,self"
@@ -77,8 +77,8 @@ def job(out: Path, start: str, seed: int, n: int, variants: bool) -> None:
     here = out / f"{start}-{seed}"
     here.mkdir(parents=True, exist_ok=True)
     sft = tuned(here, start, seed, "sft", SFT_STEPS)
-    names = ["grpo", *(["no-format", "latent-use"] if variants else [])]
-    models = [sft, reinforced(here, sft, seed, "grpo"), tuned(here, start, seed, "more", SFT_STEPS + MORE)]
+    names = list(REWARDS)[: None if variants else 1]
+    models = [sft, reinforced(here, sft, seed, names[0]), tuned(here, start, seed, "more", SFT_STEPS + MORE)]
     for model in models:
         scored(here, model, n, model.name != "more")
     for name in names[1:]:
@@ -160,12 +160,12 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     ):
         for run in runs:
             if "history" in run:
-                style = {"grpo": "-", "no-format": "--", "latent-use": ":"}[run["model"]]
+                style = {"accuracy": "-", "with-format": "--", "latent-use": ":"}[run["model"]]
                 colour = "tab:blue" if run["start"] == "bottleneck" else "tab:orange"
                 axes.plot([h["step"] for h in run["history"]], [h[key] for h in run["history"]], style, color=colour, linewidth=1)
         axes.set(title=title, xlabel="step", ylim=(0, 1))
     panels[0].set_ylabel("share of rollouts")
-    figure.suptitle("blue: bottleneck, orange: grounded; dashed: no format reward, dotted: latent-use reward", fontsize=8)
+    figure.suptitle("blue: bottleneck, orange: grounded; dashed: with the format reward, dotted: latent-use reward", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -65,7 +65,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture as `open_picture` gives it, from its header alone. Raises DataError for a file that is none."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            # of a TIFF Pillow tells the size after turning
+            turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return (picture.width, picture.height) if turned else (picture.height, picture.width)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
         raise DataError(f"{path}: not a picture that Pillow can read ({_one_line(error)})") from error

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvr_lite.errors import DataError
 from lvr_lite.families import qwen2_5_vl
-from lvr_lite.runtime.preprocess import open_picture, prepare
+from lvr_lite.runtime.preprocess import open_picture, picture_size, prepare
 
 SPEC = {
     "patch": 14, "merge": 2, "temporal_patch": 2, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 256,
@@ -81,6 +81,19 @@ def test_a_palette_with_transparency_is_laid_on_white_as_in_transformers(tmp_pat
 def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["jpg", "png", "tif", "webp"])
+def test_a_size_is_told_as_the_picture_will_be(form: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(60, 100).save(tmp_path / f"p.{form}", exif=exif)
+    opened = open_picture(tmp_path / f"p.{form}")
+    assert picture_size(tmp_path / f"p.{form}") == (opened.height, opened.width)
+    (tmp_path / "none.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"none\.jpg: not a picture"):
+        picture_size(tmp_path / "none.jpg")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
