@@ -24,7 +24,7 @@ from lvr_lite import cli
 from lvr_lite.data.make import write_scenes
 
 DATA_COMMANDS = ("make", "convert", "validate", "preview")
-COMMANDS = ("finetune", "export", "quantize", "run", "eval", "probe", "bench", "inspect", "doctor", "demo", "data")
+COMMANDS = ("finetune", "grpo", "export", "quantize", "run", "eval", "probe", "bench", "inspect", "doctor", "demo", "data")
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,21 @@ def test_a_bundle_in_the_place_of_someones_files_is_refused(call: Call, small_ch
     done = call("export", small_checkpoint, tmp_path / "mine" / "thesis.txt")
     assert done.code == 1
     assert files(tmp_path) == {"mine/thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "grpo needs --data and --out; only --plan goes without"),
+        (("--data", "scenes", "--out", "out"), "was not tuned with latents; tune it with `lvr-lite finetune` first"),
+        (("--vram", "12"), "--vram is for --plan"),
+    ],
+)
+def test_stage_2_without_what_it_needs_is_one_line(call: Call, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = call("grpo", "--checkpoint", "tiny", *(tmp_path / a if a == "out" else a for a in arguments))
+    assert done.code in (1, 2)
+    assert said in done.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tuned_checkpoint_is_not_tuned_again(call: Call, small_checkpoint: Path, tmp_path: Path) -> None:
