@@ -132,8 +132,8 @@ def flips(run: dict[str, Any]) -> float | None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     lines = [
-        "| start | model | accuracy, % | gain over the start, points [95 %] by seed | skills, % | minutes |",
-        "|---|---|---|---|---|---|",
+        "| start | model | accuracy, % | gain over the start, points [95 %] | the donor's answer, % | skills, % | minutes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for start in STARTS:
         for name in ("sft", "more", *REWARDS):
