@@ -41,13 +41,15 @@ def main() -> None:
     parser.add_argument("--lines", default="1000,1000000")
     a = parser.parse_args()
     peaks = []
+    write(a.out / "held-out.jsonl", 4)  # of the large file's own pictures ten thousand questions each would be held out
     print("| lines | file, MB | peak RSS, MiB | seconds |\n|---|---|---|---|")
     for lines in map(int, a.lines.split(",")):
         path, tuned = a.out / f"{lines}.jsonl", a.out / f"tuned-{lines}-{time.time():.0f}"
-        write(path, lines)
+        if not path.is_file():
+            write(path, lines)
         began = time.time()
-        settings = ["train.steps=2", "train.batch=4", "train.eval_every=2", "train.save_every=2", "train.workers=1", "data.eval_count=4"]
-        settings += ["data.replay=null"]
+        settings = ["train.steps=2", "train.batch=4", "train.eval_every=2", "train.save_every=2", "train.workers=1"]
+        settings += ["data.replay=null", "data.eval_count=4", f"data.eval_file={a.out / 'held-out.jsonl'}"]
         command = [sys.executable, "-m", "lvr_lite", "finetune", "--model", "tiny", "--data", str(path), "--out", str(tuned)]
         command += [part for s in settings for part in ("--set", s)] + ["--json", str(tuned) + ".json"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
