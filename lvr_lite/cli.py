@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lvr_lite.checkpoint import Checkpoint
+    from lvr_lite.config import Settings
     from lvr_lite.runtime.base import Runtime
 
 app = typer.Typer(
@@ -161,20 +163,13 @@ def finetune(
     from lvr_lite.errors import UsageError
 
     _check_plan("finetune", plan, vram, resume, data, out)
-    recipe = config
-    if recipe is None:
-        embedded = resolve("tiny")
-        recipe = (embedded.parent if resolve(model) == embedded else embedded.parents[1] / "train") / "recipe.yaml"
+    recipe = config or _recipe_of(resolve(model), "recipe.yaml")
     settings = load_settings(recipe, set_)
     checkpoint = read_checkpoint(model)
     if checkpoint.adapter:
         raise UsageError(f"--model {model}: is a tuned checkpoint; give its base ({checkpoint.base}), or go on with --resume")
     if plan:
-        from lvr_lite.train import plan as planning
-
-        report = planning.plan(model, checkpoint.config, checkpoint.image_spec["max_pixels"], settings, vram)
-        planning.show(report)
-        _write_json(json_, report)
+        _show_plan(model, checkpoint, settings, vram, json_)
         return
     assert data is not None and out is not None
     _quiet_libraries()
@@ -182,10 +177,29 @@ def finetune(
     from lvr_lite.quant import nf4
     from lvr_lite.train.finetune import finetune as run_finetune
 
-    _say(f"recipe: {recipe or 'defaults'}" + (f" with {', '.join(set_)}" if set_ else ""))
-    metrics = run_finetune(checkpoint, nf4.load_nf4, data, out, settings, resume, accuracy_on, _say)
+    _say(f"recipe: {recipe}" + (f" with {', '.join(set_)}" if set_ else ""))
+    _say_trained("finetune", out, run_finetune(checkpoint, nf4.load_nf4, data, out, settings, resume, accuracy_on, _say), json_)
+
+
+def _recipe_of(base: Path, name: str) -> Path:
+    """The recipe that comes with the package: of the embedded model, or of any other."""
+    from lvr_lite.checkpoint import resolve
+
+    embedded = resolve("tiny")
+    return (embedded.parent if base.resolve() == embedded.resolve() else embedded.parents[1] / "train") / name
+
+
+def _show_plan(name: str, checkpoint: Checkpoint, settings: Settings, vram: float | None, json_: Path | None) -> None:
+    from lvr_lite.train import plan as planning
+
+    report = planning.plan(name, checkpoint.config, checkpoint.image_spec["max_pixels"], settings, vram)
+    planning.show(report)
+    _write_json(json_, report)
+
+
+def _say_trained(command: str, out: Path, metrics: dict[str, Any], json_: Path | None) -> None:
     _say(f"{out}: {metrics['steps']} steps in {metrics['minutes']:.1f} min, peak memory {metrics['peak_memory_gb']:.2f} GiB")
-    _write_json(json_, {"schema": "lvr-lite/finetune", "version": 1, "out": str(out)} | metrics)
+    _write_json(json_, {"schema": f"lvr-lite/{command}", "version": 1, "out": str(out)} | metrics)
 
 
 def _check_plan(command: str, plan: bool, vram: float | None, resume: bool, data: str | None, out: Path | None) -> None:
@@ -219,21 +233,17 @@ def grpo(
 
     Example: lvr-lite grpo --checkpoint tuned --data scenes --out reinforced
     """
-    from lvr_lite.checkpoint import read_checkpoint, resolve
+    from lvr_lite.checkpoint import read_checkpoint
     from lvr_lite.config import load_settings
 
     _check_plan("grpo", plan, vram, resume, data, out)
     tuned = read_checkpoint(checkpoint)
-    embedded = resolve("tiny")
-    recipe = config or (embedded.parent if tuned.base.resolve() == embedded.resolve() else embedded.parents[1] / "train") / "grpo.yaml"
+    recipe = config or _recipe_of(tuned.base, "grpo.yaml")
     settings = load_settings(recipe, set_)
     if plan:
-        from lvr_lite.train import plan as planning
+        from lvr_lite.train.plan import stage2
 
-        counted = planning.stage2(settings, tuned.latent)
-        report = planning.plan(checkpoint, tuned.config, tuned.image_spec["max_pixels"], counted, vram)
-        planning.show(report)
-        _write_json(json_, report)
+        _show_plan(checkpoint, tuned, stage2(settings, tuned.latent), vram, json_)
         return
     assert data is not None and out is not None
     _quiet_libraries()
@@ -242,9 +252,7 @@ def grpo(
     from lvr_lite.train.grpo import grpo as run_grpo
 
     _say(f"recipe: {recipe}" + (f" with {', '.join(set_)}" if set_ else ""))
-    metrics = run_grpo(tuned, nf4.load_trained, data, out, settings, resume, accuracy_on, _say)
-    _say(f"{out}: {metrics['steps']} steps in {metrics['minutes']:.1f} min, peak memory {metrics['peak_memory_gb']:.2f} GiB")
-    _write_json(json_, {"schema": "lvr-lite/grpo", "version": 1, "out": str(out)} | metrics)
+    _say_trained("grpo", out, run_grpo(tuned, nf4.load_trained, data, out, settings, resume, accuracy_on, _say), json_)
 
 
 @app.command()

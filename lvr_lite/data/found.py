@@ -2,7 +2,7 @@
 
 What a format says about a picture's size tells whether its boxes are of the stored or of the upright pixels (EXIF orientation); where
 nothing tells, they are taken as those of the other pictures of the file, or as upright: so annotation tools show pictures, and so YOLO
-trainers read them. May import: Pillow, the standard library, the core.
+trainers read them. May import: the standard library, the core.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
-
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.detections import Picture, Thing, not_there
 from lvr_lite.data.samples import Problem, Reader, Sample
 from lvr_lite.errors import DataError
+from lvr_lite.runtime.preprocess import stored_shape
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of pictures, where a folder is searched
 _SLACK = 0.01  # of a side: so far a box may reach over the edge by rounding; it is cut there
@@ -122,18 +120,9 @@ class Found:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises BrokenError."""
         if path not in self.shapes:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of large pictures and odd metadata
-                    picture = Image.open(path)
-                with picture:
-                    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-                    size = picture.size
-                    if picture.format == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow gives these upright
-                        size = size[::-1]
-            except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
-                why = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
-                raise BrokenError(f"{path} is not a picture that Pillow can read{why}; save it as PNG or JPEG") from error
-            self.shapes[path] = size, orientation if orientation in range(2, 9) else 1
+                self.shapes[path] = stored_shape(path)
+            except DataError as error:
+                raise BrokenError(str(error)) from error
         return self.shapes[path]
 
     def learn(self, said: Iterable[tuple[Path, tuple[float, float] | None]]) -> None:

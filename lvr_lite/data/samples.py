@@ -197,6 +197,7 @@ class _Checks:
         self.places: list[tuple[int | None, int | None]] = []  # line and item of each of them
         self.problems: list[Problem] = []
         self.seen: set[int] = set()  # hashes of ids
+        self.firsts: dict[str, str] = {}  # id -> where it is first, once an id came twice
         self.exists: dict[Path, bool] = {}  # of pictures that were met lately
 
     def problem(self, field: str, message: str, line: int | None = None, item: int | None = None) -> None:
@@ -290,18 +291,16 @@ class _Checks:
         return flaws
 
     def first_with(self, name: str) -> str:
-        """Where the first sample of this id is, by reading the file once more: ids that come twice are rare, and are not kept for it."""
-        text = self.path.read_bytes().decode("utf-8-sig", errors="replace")
-        official = text.lstrip().startswith("[")
-        items = enumerate(json.loads(text) if official else text.split("\n"), 1)
-        for number, item in items:
-            if official:
-                found = _from_official(item, self.images, number)[0] if isinstance(item, dict) else None
-            else:
-                found = _from_line(data, self.images, number)[0] if isinstance(data := _loaded(item), dict) else None
-            if found is not None and found.id == name:
-                return f"{'item' if official else 'line'} {number}"
-        raise AssertionError(name)
+        """Where the first sample of this id is. The file is read once more for all: ids that come twice are rare."""
+        if not self.firsts:
+            text = self.path.read_bytes().decode("utf-8-sig", errors="replace")
+            official = text.lstrip().startswith("[")
+            for number, item in enumerate(json.loads(text) if official else map(_loaded, text.split("\n")), 1):
+                if isinstance(item, dict):
+                    found = (_from_official if official else _from_line)(item, self.images, number)[0]
+                    if found is not None:
+                        self.firsts.setdefault(found.id, f"{'item' if official else 'line'} {number}")
+        return self.firsts[name]
 
 
 class _Index(_Checks):

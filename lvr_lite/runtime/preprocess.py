@@ -61,15 +61,25 @@ def read_picture(file: BinaryIO, name: str) -> Image.Image:
             raise DataError(f"{name}: a damaged picture ({_one_line(error)}); copy or save it again") from error
 
 
+def stored_shape(path: Path) -> tuple[tuple[int, int], int]:
+    """((width, height) as stored, EXIF orientation 1 to 8) of a picture, from its header. Raises DataError for a file that is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and odd metadata
+            picture = Image.open(path)
+        with picture:
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            turned = picture.format == "TIFF" and orientation in (5, 6, 7, 8)  # of which Pillow tells the size after turning
+            return picture.size[::-1] if turned else picture.size, orientation if orientation in range(2, 9) else 1
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
+        raise DataError(f"{path} is not a picture that Pillow can read{why}; save it as PNG or JPEG") from error
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture as `open_picture` gives it, from its header alone. Raises DataError for a file that is none."""
-    try:
-        with Image.open(path) as picture:
-            # of a TIFF Pillow tells the size after turning
-            turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
-        raise DataError(f"{path}: not a picture that Pillow can read ({_one_line(error)})") from error
+    (width, height), orientation = stored_shape(path)
+    return (width, height) if orientation >= 5 else (height, width)
 
 
 def _too_large(name: str, size: str) -> str:

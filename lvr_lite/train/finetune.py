@@ -52,6 +52,12 @@ def training_device() -> str:
     return f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
+def training_dtype(settings: Settings, device: str) -> torch.dtype:
+    """What the base is held in and computed with; "auto" takes bf16 where it is the machine's fast type."""
+    bf16 = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     """The 4-bit model with LoRA on every linear of the language model and the three marker rows trainable; all else is frozen (checked)."""
     from peft import LoraConfig, get_peft_model
@@ -79,8 +85,13 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     if wrong:
         raise LvrError(f"{wrong[0]} would be trained, but only adapters and the three token rows may be")
     if settings.train.gradient_checkpointing:
-        tuned.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        keep_less(tuned)
     return tuned
+
+
+def keep_less(model: Any) -> None:
+    """Gradient checkpointing for a model with adapters: layers are read again instead of kept."""
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @torch.no_grad()
@@ -175,8 +186,7 @@ def finetune(
 
     started = time.time()
     device = training_device()
-    fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
-    dtype = torch.bfloat16 if fast_type else torch.float32
+    dtype = training_dtype(settings, device)
     begin_from = begin(out, resume)
     if settings.max_pixels is not None:
         checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
@@ -195,7 +205,7 @@ def finetune(
     write_side_files(out, checkpoint, spec, settings)
     trainer = trainer_class(transformers)(
         model=sft,
-        args=arguments(transformers, out, settings, fast_type, device),
+        args=arguments(transformers, out, settings, dtype, device),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collator,
@@ -287,7 +297,7 @@ def write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settin
     write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
-def arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, device: str) -> Any:
+def arguments(transformers: Any, out: Path, settings: Settings, dtype: torch.dtype, device: str) -> Any:
     t = settings.train
     return transformers.TrainingArguments(
         output_dir=str(out),
@@ -302,7 +312,7 @@ def arguments(transformers: Any, out: Path, settings: Settings, bf16: bool, devi
         max_grad_norm=t.max_grad_norm,
         optim=t.optimizer,
         adam_beta2=0.98,
-        bf16=bf16,
+        bf16=dtype == torch.bfloat16,
         use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=t.eval_every,

@@ -33,12 +33,13 @@ from lvr_lite.train.finetune import (
     SMALL,
     arguments,
     begin,
-    computes_in_bf16,
+    keep_less,
     load_examples,
     marker,
     train_to_end,
     trainer_class,
     training_device,
+    training_dtype,
     write_side_files,
 )
 from lvr_lite.train.methods import as_wide
@@ -185,6 +186,12 @@ def objective(new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, cli
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def divergence(now: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Of each choice (n,), an estimate of KL(now, start) that is never negative, from their log-probabilities (Schulman's k3)."""
+    gap = start - now
+    return gap.exp() - gap - 1
+
+
 class Repeated(torch.utils.data.Sampler[int]):
     """Indices in random order, in blocks of one step each, every block `updates` times. What no whole block is left for ends the epoch."""
 
@@ -302,21 +309,25 @@ def grpo(
         )
     scoring = read_rewards(settings.grpo.rewards)
     device = training_device()
-    fast_type = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
+    dtype = training_dtype(settings, device)
     begin_from = begin(out, resume)
+    # pictures stay as large as the checkpoint was tuned on, unless said otherwise
+    settings = replace(settings, max_pixels=settings.max_pixels or checkpoint.image_spec["max_pixels"])
+    checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
     train, held_out = load_examples(data, replace(settings, latent=replace(settings.latent, samples="all")))
     for examples in (train, held_out):
         check_samples(examples, checkpoint)
     donors = donors_of(train) if scoring.needs_donor else lambda _: None
     unpacked_below = SMALL if device == "cpu" and settings.train.dequantize == "auto" else 0
-    loaded = load_trained(checkpoint, torch.bfloat16 if fast_type else torch.float32, device, unpacked_below)
-    model = _trainable(loaded, settings, device)
+    model = _trainable(load_trained(checkpoint, dtype, device, unpacked_below))
+    if settings.train.gradient_checkpointing:
+        keep_less(model)
     policy = Policy(model, checkpoint.tokens, checkpoint.latent, settings.grpo.temperature, settings.grpo.beta > 0)
     write_side_files(out, checkpoint, checkpoint.latent, settings)
     runtime = TorchRuntime(model, checkpoint)
     trainer = _trainer(transformers)(
         model=policy,
-        args=arguments(transformers, out, settings, fast_type, device),
+        args=arguments(transformers, out, settings, dtype, device),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=list,
@@ -336,15 +347,13 @@ def grpo(
     return train_to_end(trainer, out, settings, begin_from, device, started, say)
 
 
-def _trainable(model: Any, settings: Settings, device: str) -> Any:
+def _trainable(model: Any) -> Any:
     """The adapter of a loaded checkpoint made trainable again, without dropout: what is scored must be what was drawn."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if settings.train.gradient_checkpointing and device != "cpu":
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -402,21 +411,17 @@ def _trainer(transformers: Any) -> Any:
                         old = self.old.setdefault((slot, number), new.detach())
                         gain = objective(new, old, advantage, g.clip)
                         if g.beta:
-                            gain = gain - g.beta * self.divergence(batches, new)
+                            with torch.no_grad(), policy.at_start():
+                                start = model(batches)
+                            apart = divergence(new, start)
+                            self.note("kl", float(apart.detach().mean()))
+                            gain = gain - g.beta * apart
                     loss = -(gain * each).sum() / len(rollouts)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
                 total += loss.detach()
                 self.note("clipped", float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()))
             total /= self.current_gradient_accumulation_steps
             return total
-
-        def divergence(self, batches: Any, new: torch.Tensor) -> torch.Tensor:
-            """Of each choice (n,), an estimate of KL(now, at the start) that is never negative (Schulman's k3)."""
-            with torch.no_grad(), self.model.at_start():
-                start = self.model(batches)
-            gap: torch.Tensor = start - new
-            self.note("kl", float((gap.exp() - gap - 1).detach().mean()))
-            return gap.exp() - gap - 1
 
         def note(self, name: str, value: float) -> None:
             self.parts.setdefault(name, []).append(value)

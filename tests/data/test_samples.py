@@ -283,3 +283,14 @@ def test_they_are_refused_as_a_whole_and_where_the_file_changes(folder: Path) ->
     jsonl(folder, changed(question="a longer question than before"), changed(id="b"))
     with pytest.raises(DataError, match="was changed while it was read"):
         found[1]
+
+
+def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(folder, *[changed(id=f"{i}") for i in range(40)] * 2)
+    reads: list[Path] = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))  # type: ignore[func-returns-value]
+    _, problems = check_samples(path)
+    said = [str(p).partition("; ")[0] for p in problems]
+    assert said == [f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)]
+    assert len(reads) == 1

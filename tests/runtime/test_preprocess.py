@@ -92,7 +92,7 @@ def test_a_size_is_told_as_the_picture_will_be(form: str, orientation: int, tmp_
     opened = open_picture(tmp_path / f"p.{form}")
     assert picture_size(tmp_path / f"p.{form}") == (opened.height, opened.width)
     (tmp_path / "none.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"none\.jpg: not a picture"):
+    with pytest.raises(DataError, match=r"none\.jpg is not a picture"):
         picture_size(tmp_path / "none.jpg")
 
 

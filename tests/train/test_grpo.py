@@ -27,7 +27,7 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train.batches import Examples
-from lvr_lite.train.grpo import Policy, Repeated, Roller, advantages, batch_of, donors_of, grpo, objective, readings
+from lvr_lite.train.grpo import Policy, Repeated, Roller, advantages, batch_of, divergence, donors_of, grpo, objective, readings
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
 STEPS = 3
@@ -252,18 +252,44 @@ def test_equal_rewards_teach_nothing(small_tuned: Path, tmp_path: Path, arms: Pa
     assert [entry["flat"] for entry in metrics["history"] if "flat" in entry] == [1.0, 1.0]
 
 
-def test_a_divergence_from_the_start_holds_the_policy_back(
-    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_divergence_pulls_back_to_the_start() -> None:
+    now = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    start = torch.tensor([-1.0, -1.0, -2.0])
+    apart = divergence(now, start)
+    assert apart[0] == 0
+    assert (apart[1:] > 0).all()
+    apart.sum().backward()
+    assert now.grad is not None
+    assert torch.equal(now.grad.sign(), (now - start).sign()), "descending leads away"
+
+
+def test_the_start_is_what_the_run_began_with(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(arms))
     common = ["grpo.rewards=arms_of_grpo:even", "train.steps=4", "train.lr=0.1", "grpo.updates=2"]
     far = []
-    for beta in (0, 1000):
-        metrics, _ = reinforce(small_tuned, tmp_path / f"{beta}", *common, f"grpo.beta={beta}", "train.max_grad_norm=0.01")
+    for beta in (0, 1):
+        metrics, _ = reinforce(small_tuned, tmp_path / f"{beta}", *common, f"grpo.beta={beta}")
         kl = [entry["kl"] for entry in metrics["history"] if "kl" in entry]
         assert (kl[0] == pytest.approx(0, abs=1e-6) and max(kl) > 0) if beta else not kl
         far.append(moved(small_tuned, tmp_path / f"{beta}"))
-    assert far[0] != far[1]
+    assert 0 < far[1] != far[0] > 0
+
+
+def test_gradient_checkpointing_learns_the_same(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(arms))
+    for on in ("true", "false"):
+        reinforce(small_tuned, tmp_path / on, "grpo.rewards=arms_of_grpo:even", "train.lr=0.1", f"train.gradient_checkpointing={on}")
+    assert moved(tmp_path / "true", tmp_path / "false") < 1e-6
+    assert moved(tmp_path / "true", small_tuned) > 1e-4
+
+
+def test_pictures_stay_as_large_as_they_were_tuned_on(small_tuned: Path, tmp_path: Path, copied: Any) -> None:
+    tuned = copied(small_tuned)
+    config = json.loads((tuned / "lvr_config.json").read_text())
+    (tuned / "lvr_config.json").write_text(json.dumps(config | {"image": {"max_pixels": 6272}}))
+    for overrides, wanted in (([], 6272), (["max_pixels=3136"], 3136)):
+        reinforce(tuned, tmp_path / f"{wanted}", "train.steps=1", *overrides)
+        assert read_checkpoint(tmp_path / f"{wanted}").image_spec["max_pixels"] == wanted
 
 
 def test_a_run_goes_on_where_it_was_stopped(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
