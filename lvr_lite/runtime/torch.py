@@ -72,13 +72,32 @@ class TorchRuntime:
         again = list(range(batch)) if rows is None else rows
         if not past:
             if len(again) == batch:
-                self.start(batch, longest)
+                return self._prefill_once(embeds, positions, lengths)
             self._mask[again] = 0  # what these rows had is not looked at any more
         real = np.zeros((batch, longest), bool)
         real[again] = np.arange(longest)[None] < lengths[:, None]
         every, where = np.zeros((batch, *embeds.shape[1:]), np.float32), np.zeros((3, batch, longest), np.int64)
         every[again], where[:, again] = embeds, positions
         return np.asarray(self._run(every, where, real)[again, lengths - 1])
+
+    def _prefill_once(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """All rows; those that read the same (several answers to one question) are read once and their K/V copied."""
+        first: dict[tuple[bytes, bytes], int] = {}
+        kept: list[int] = []
+        source = []
+        for i, length in enumerate(lengths):
+            what = embeds[i, :length].tobytes(), positions[:, i, :length].tobytes()
+            if what not in first:
+                first[what] = len(kept)
+                kept.append(i)
+            source.append(first[what])
+        self.start(len(kept), embeds.shape[1])
+        real = np.arange(embeds.shape[1])[None] < lengths[kept, None]
+        states = self._run(embeds[kept], positions[:, kept], real)[np.arange(len(kept)), lengths[kept] - 1]
+        if len(kept) < len(source):
+            self._cache.batch_select_indices(torch.tensor(source, device=self._place["device"]))
+            self._mask = self._mask[source]
+        return np.asarray(states[source])
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         everywhere = np.broadcast_to(positions[None, :, None], (3, len(positions), 1))

@@ -108,16 +108,20 @@ def _reading(
 
 def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
     """Rows as one batch, padded on the right: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order;
-    row, column, chosen, may_start (n,) of the choices, in the order of the rows."""
-    longest = max(len(r.ids) for r in rows)
-    ids, mask = np.zeros((len(rows), longest), np.int64), np.zeros((len(rows), longest), np.int64)
-    positions = np.zeros((3, len(rows), longest), np.int64)
-    for i, r in enumerate(rows):
+    row, column, chosen, may_start (n,) of the choices, in the order of the rows. Rows that read the same are there once: of short answers
+    to one question many are alike."""
+    same: dict[tuple[bytes, ...], int] = {}
+    place = [same.setdefault(tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)), len(same)) for r in rows]
+    count, longest = len(same), max(len(r.ids) for r in rows)
+    read = [rows[place.index(i)] for i in range(count)]
+    ids, mask = np.zeros((count, longest), np.int64), np.zeros((count, longest), np.int64)
+    positions = np.zeros((3, count, longest), np.int64)
+    for i, r in enumerate(read):
         ids[i, : len(r.ids)], mask[i, : len(r.ids)], positions[:, i, : len(r.ids)] = r.ids, 1, r.positions
     arrays = {
         "ids": ids, "mask": mask, "positions": positions,
-        "latents": np.concatenate([r.latents for r in rows]), "features": np.concatenate([r.features for r in rows]),
-        "row": np.concatenate([np.full(len(r.at), i) for i, r in enumerate(rows)]), "column": np.concatenate([r.at for r in rows]),
+        "latents": np.concatenate([r.latents for r in read]), "features": np.concatenate([r.features for r in read]),
+        "row": np.concatenate([np.full(len(r.at), i) for i, r in zip(place, rows, strict=True)]), "column": np.concatenate([r.at for r in rows]),
         "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
     }  # fmt: skip
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
