@@ -39,8 +39,9 @@ bench-rivals: .venv-rivals/ready
 
 .venv-rivals/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-rivals
-	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt ".[train,export]" gguf
+	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export]" gguf
 	for rival in llama-cpp-python openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
+	$(PYTHON) -m venv .venv-optimum && .venv-optimum/bin/python -m pip install --quiet "optimum-intel[nncf]" || echo "optimum-intel: left out"
 	touch $@
 
 # All methods of training, three seeds, scored and probed: docs/results/latents.md. About two hours on two cores; goes on where it stopped.

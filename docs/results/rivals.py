@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "qwen2-vl-2b"
 PAST, STEPS = 300, 24
 H, LAYERS, HEADS, KV, HEAD_DIM, FFN, VOCABULARY = 1536, 28, 12, 2, 128, 8960, 151936
@@ -140,6 +141,39 @@ class OpenVino:
         self.at = total
 
 
+class OpenVinoOwn:
+    """What OpenVINO's own exporter makes of the shape: optimum-intel, int4 symmetric in groups of 128, head and embedding in 8 bits."""
+
+    def __init__(self, out: Path, threads: int) -> None:
+        import openvino as ov
+
+        config = {"INFERENCE_NUM_THREADS": threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = ov.Core().compile_model(out / "openvino" / "openvino_model.xml", "CPU", config)
+        self.request = compiled.create_infer_request()
+        kinds = [str(compiled.get_property(name)) for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")]
+        self.computes = "{}, 8-bit dynamic activations, K/V {}".format(*(kind.split("'")[1] for kind in kinds))
+
+    def prefill(self, ids: list[int]) -> None:
+        self.request.reset_state()
+        self.at = 0
+        self._run([i % 1000 for i in ids])
+
+    def step(self, token: int) -> None:
+        self._run([token % 1000])
+
+    def _run(self, ids: list[int]) -> None:
+        total = self.at + len(ids)
+        self.request.infer(
+            {
+                "input_ids": np.array([ids], np.int64),
+                "attention_mask": np.ones((1, total), np.int64),
+                "position_ids": np.arange(self.at, total)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        self.at = total
+
+
 class GenAI:
     def __init__(self, out: Path, threads: int) -> None:
         import onnxruntime_genai as og
@@ -161,7 +195,7 @@ class GenAI:
 
 
 class Torch:
-    """transformers' Qwen2 in bf16, or in bitsandbytes' NF4 with products in fp32, which CPUs without bf16 do faster."""
+    """transformers' Qwen2 in bf16, or in bitsandbytes' NF4 with products in bf16, or in fp32, which CPUs without bf16 do faster."""
 
     def __init__(self, nf4: bool, threads: int) -> None:
         import torch
@@ -169,18 +203,17 @@ class Torch:
 
         torch.set_num_threads(threads)
         self.torch, self.cache_type = torch, DynamicCache
-        self.model = qwen2(torch.float32 if nf4 else torch.bfloat16)
+        products = torch.float32 if nf4 and not torch.cpu._is_avx512_bf16_supported() else torch.bfloat16
+        self.model = qwen2(products)
         self.computes = "bf16"
         if nf4:
             import bitsandbytes as bnb
 
-            self.computes = "fp32, weights NF4; head fp32"
+            self.computes = f"{products}, weights NF4; head not quantized".replace("torch.", "")
             for parent in list(self.model.model.modules()):
                 for name, child in list(parent.named_children()):
                     if isinstance(child, torch.nn.Linear):
-                        made = bnb.nn.Linear4bit(
-                            child.in_features, child.out_features, child.bias is not None, torch.float32, quant_type="nf4"
-                        )
+                        made = bnb.nn.Linear4bit(child.in_features, child.out_features, child.bias is not None, products, quant_type="nf4")
                         made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                         made.bias = child.bias
                         setattr(parent, name, made.to("cpu").eval())
@@ -204,6 +237,7 @@ RIVALS: dict[str, tuple[str, Callable[[Path, int], Rival]]] = {  # name -> (its 
     "lvr-lite, latent step": ("onnxruntime", LvrLiteLatent),
     "llama.cpp Q4_0": ("llama-cpp-python", LlamaCpp),
     "onnxruntime-genai int4": ("onnxruntime-genai", GenAI),
+    "OpenVINO int4 (optimum-intel)": ("openvino", OpenVinoOwn),
     "OpenVINO, the same graphs": ("openvino", OpenVino),
     "torch bf16": ("torch", lambda out, threads: Torch(False, threads)),  # noqa: ARG005
     "torch bitsandbytes NF4": ("bitsandbytes", lambda out, threads: Torch(True, threads)),  # noqa: ARG005
@@ -297,6 +331,13 @@ def make_genai(out: Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
+def make_openvino(out: Path) -> None:
+    """optimum-intel wants an older transformers than this project, so it has an environment of its own."""
+    here = ROOT / ".venv-optimum" / "bin" / "optimum-cli"
+    form = ["--weight-format", "int4", "--sym", "--group-size", "128", "--ratio", "1.0", "--task", "text-generation-with-past"]
+    subprocess.run([here, "export", "openvino", "--model", out / "qwen2", *form, out / "openvino"], check=True)
+
+
 def make_head(path: Path, block: int = 128) -> None:
     """A head of random weights in 4 bits, symmetric."""
     import onnx
@@ -317,11 +358,12 @@ def make_all(out: Path, names: list[str]) -> None:
     if not (out / "lvr-lite" / "lvr.json").is_file():
         command = [sys.executable, "-m", "lvr_lite", "export", "--synthetic", SHAPE, str(out / "lvr-lite"), "--precision", "int4"]
         subprocess.run(command, check=True)
-    if "onnxruntime-genai int4" in names and not (out / "qwen2" / "config.json").is_file():
+    if {"onnxruntime-genai int4", "OpenVINO int4 (optimum-intel)"} & set(names) and not (out / "qwen2" / "config.json").is_file():
         make_checkpoint(out / "qwen2")
     for name, made, make in (
         ("lvr-lite, head in 4 bits", out / "head4.onnx", lambda: make_head(out / "head4.onnx")),
         ("llama.cpp Q4_0", out / "q4_0.gguf", lambda: make_gguf(out / "q4_0.gguf")),
+        ("OpenVINO int4 (optimum-intel)", out / "openvino" / "openvino_model.xml", lambda: make_openvino(out)),
         ("onnxruntime-genai int4", out / "genai" / "genai_config.json", lambda: make_genai(out)),
     ):
         if name in names and not made.is_file():

@@ -121,7 +121,7 @@ def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
     arrays = {
         "ids": ids, "mask": mask, "positions": positions,
         "latents": np.concatenate([r.latents for r in read]), "features": np.concatenate([r.features for r in read]),
-        "row": np.concatenate([np.full(len(r.at), i) for i, r in zip(place, rows, strict=True)]), "column": np.concatenate([r.at for r in rows]),
+        "row": np.repeat(place, [len(r.at) for r in rows]), "column": np.concatenate([r.at for r in rows]),
         "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
     }  # fmt: skip
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -99,6 +99,29 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     assert wanted.min() < -1, "nothing unlikely was drawn"
 
 
+def test_answers_to_one_question_read_it_once(hesitant: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, checkpoint = hesitant
+    runtime = TorchRuntime(model, replace(checkpoint, latent=SPECS["open"]))
+    first, second = asked(runtime)[:2]
+    read: list[int] = []
+    run = TorchRuntime._run
+
+    def counted(self: TorchRuntime, embeds: np.ndarray, *rest: Any) -> np.ndarray:
+        read.append(len(embeds))
+        return run(self, embeds, *rest)
+
+    monkeypatch.setattr(TorchRuntime, "_run", counted)
+    decoding = Decoding(runtime, [first] * 5 + [second], Options(max_tokens=2, temperature=1.0))
+    list(decoding)
+    assert read[0] == 2
+    assert set(read[1:]) == {6}
+    rows = [row for p, r in zip(decoding.prompts, decoding.results, strict=True) for row in readings(p, r, checkpoint.tokens, "open")]
+    assert len({tuple(row.chosen) for row in rows[:5]}) > 1, "all answers are alike"
+    twice, once = batch_of([*rows, *rows]), batch_of(rows)
+    assert len(twice["ids"]) == len(once["ids"]) <= 6
+    assert torch.equal(twice["row"], once["row"].repeat(2))
+
+
 def test_a_row_draws_the_same_whatever_it_is_drawn_beside(hesitant: tuple[Any, Checkpoint]) -> None:
     model, checkpoint = hesitant
     runtime = TorchRuntime(model, replace(checkpoint, latent=SPECS["bottleneck"]))
