@@ -193,7 +193,7 @@ def main() -> None:
     prompts = calibration_prompts(fp32.tokenizer, 96)
     scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:8])
     written = out / "quant_lm.json"
-    rows: list[dict[str, Any]] = json.loads(written.read_text())["rows"] if given.rows else []
+    rows: list[dict[str, Any]] = json.loads(written.read_text())["rows"] if given.rows and written.is_file() else []
 
     def wanted(name: str) -> bool:
         return bool(re.search(given.rows, name))

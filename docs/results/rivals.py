@@ -421,7 +421,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     make_all(out, names)
     here = [sys.executable, __file__, "--out", str(out), "--threads", str(options.threads), "--work"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     running = {n: subprocess.Popen([*here, n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for n in names}
     told = {n: ask(process, None) | {"version": installed(RIVALS[n][0]), "prefill_ms": [], "step_ms": []} for n, process in running.items()}
     for name in names:
