@@ -25,7 +25,7 @@ from lvr_lite.eval.suite import versus
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = {"bottleneck": "lvr-bottleneck", "grounded": "lvr-free"}
 SFT_STEPS, SFT_BATCH = 250, 16
-GRPO_STEPS, GRPO_BATCH = 60, 32
+GRPO_STEPS, GRPO_BATCH, GRPO_LR = 300, 32, 2e-4
 MORE = GRPO_STEPS * GRPO_BATCH // SFT_BATCH  # steps of SFT over as many samples
 REWARDS = {
     "accuracy": "accuracy=1",
@@ -53,7 +53,7 @@ def reinforced(here: Path, sft: Path, seed: int, name: str) -> Path:
     if not whole(here / f"{name}.json"):
         shutil.rmtree(out, ignore_errors=True)
         settings = [f"data.seed={100 + seed}", f"train.seed={seed}", f"train.steps={GRPO_STEPS}", f"train.batch={GRPO_BATCH}"]
-        settings += ["train.eval_every=1000", "data.eval_count=16", "train.log_every=5", f"grpo.rewards={REWARDS[name]}", "train.lr=5e-4"]
+        settings += ["train.eval_every=1000", "data.eval_count=16", "train.log_every=5", f"grpo.rewards={REWARDS[name]}", f"train.lr={GRPO_LR}"]
         line = ["grpo", "--checkpoint", str(sft), "--data", "scenes", "--out", str(out)]
         command([*line, *(part for s in settings for part in ("--set", s)), "--json", str(here / f"{name}.json")], here / "log.txt")
     return out

@@ -54,6 +54,7 @@ def make_checkpoint(folder: Path) -> None:
     file = next(package.glob("*.gguf"))
     language = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
     text = language.config.to_dict()
+    text.pop("quantization_config", None)  # of the file it came from; its weights are whole now
     rows = text["vocab_size"] + 64
     config = SmolVLMConfig(
         text_config={**text, "model_type": "llama", "vocab_size": rows, "tie_word_embeddings": True},
