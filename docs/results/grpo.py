@@ -53,7 +53,8 @@ def reinforced(here: Path, sft: Path, seed: int, name: str) -> Path:
     if not whole(here / f"{name}.json"):
         shutil.rmtree(out, ignore_errors=True)
         settings = [f"data.seed={100 + seed}", f"train.seed={seed}", f"train.steps={GRPO_STEPS}", f"train.batch={GRPO_BATCH}"]
-        settings += ["train.eval_every=1000", "data.eval_count=16", "train.log_every=5", f"grpo.rewards={REWARDS[name]}", f"train.lr={GRPO_LR}"]
+        settings += ["train.eval_every=1000", "data.eval_count=16", "train.log_every=5"]
+        settings += [f"grpo.rewards={REWARDS[name]}", f"train.lr={GRPO_LR}"]
         line = ["grpo", "--checkpoint", str(sft), "--data", "scenes", "--out", str(out)]
         command([*line, *(part for s in settings for part in ("--set", s)), "--json", str(here / f"{name}.json")], here / "log.txt")
     return out

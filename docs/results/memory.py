@@ -128,13 +128,14 @@ def build(config: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype, de
 
 
 def items_of(visual: int, count: int) -> list[Item]:
-    """Questions about pictures of exactly so many visual tokens; they differ in length, as real ones do, so that batches are padded."""
+    """Questions about pictures of exactly so many visual tokens; they differ in length, as real ones do, so that batches are padded, and in
+    their pictures, since rows that read the same are read once."""
     rows, columns = SIDES[visual]
-    noise = np.random.default_rng(0).integers(0, 255, (28 * rows, 28 * columns, 3), np.uint8)
-    picture = Image.fromarray(noise)
+    noise = np.random.default_rng(0).integers(0, 255, (count, 28 * rows, 28 * columns, 3), np.uint8)
     questions = ["what colour is the star " * 10 + "left " * (i % 2) for i in range(count)]
     return [
-        (Sample(str(i), (Path("none"),), q, "red and blue", boxes=((0.2, 0.2, 0.6, 0.6),)), (picture,)) for i, q in enumerate(questions)
+        (Sample(str(i), (Path("none"),), q, "red and blue", boxes=((0.2, 0.2, 0.6, 0.6),)), (Image.fromarray(noise[i]),))
+        for i, q in enumerate(questions)
     ]
 
 

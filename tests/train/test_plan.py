@@ -209,9 +209,11 @@ def test_so_is_a_replay_of_stage_2(model: Any, checkpoint: Checkpoint, memory: M
     latents = [np.full(runtime.hidden_size, 0.1, np.float32)] * steps
     result = Result(choices=[checkpoint.tokens.lvr_start] + [5] * (answer + 1), latents=latents)
     prompts = [prepare_prompt(runtime, pictures, sample.question)[0] for sample, pictures in memory.items_of(64, rows)]
-    prompts = [replace(p, ids=p.ids[: len(prompts[0].ids)], positions=p.positions[:, : len(prompts[0].ids)]) for p in prompts]
+    length = len(prompts[0].ids)
+    prompts = [replace(p, ids=p.ids[:length], positions=p.positions[:, :length]) for p in prompts]
     policy = Policy(model, checkpoint.tokens, LatentSpec(steps, mode=mode), 1.0).train()
-    made = [readings(p, result, checkpoint.tokens, mode) for p in prompts]
+    # rows that read the same would be read once, and the plan is for those that do not
+    made = [readings(p, replace(result, latents=[v + i for v in latents]), checkpoint.tokens, mode) for i, p in enumerate(prompts)]
     batches = [batch_of(kind) for kind in zip(*made, strict=True)]
     saved = memory.Saved(policy)
     with saved.hooks():
