@@ -2,7 +2,7 @@
 
     python docs/results/repeats.py BUNDLE --out build/repeats [--tries 20] [--runs 20]
 
-Nothing else should run meanwhile; 20 tries take about ten minutes with the embedded model on 2 cores, and go on where they stopped.
+Nothing else should run meanwhile; 20 tries take a minute and a half with the embedded model on 2 cores, and go on where they stopped.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ It computes what the device runtime must equal: right-padded prompts, K/V that g
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -82,15 +83,7 @@ class TorchRuntime:
 
     def _prefill_once(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """All rows; those that read the same (several answers to one question) are read once and their K/V copied."""
-        first: dict[tuple[bytes, bytes], int] = {}
-        kept: list[int] = []
-        source = []
-        for i, length in enumerate(lengths):
-            what = embeds[i, :length].tobytes(), positions[:, i, :length].tobytes()
-            if what not in first:
-                first[what] = len(kept)
-                kept.append(i)
-            source.append(first[what])
+        kept, source = distinct((embeds[i, :n].tobytes(), positions[:, i, :n].tobytes()) for i, n in enumerate(lengths))
         self.start(len(kept), embeds.shape[1])
         real = np.arange(embeds.shape[1])[None] < lengths[kept, None]
         states = self._run(embeds[kept], positions[:, kept], real)[np.arange(len(kept)), lengths[kept] - 1]
@@ -110,6 +103,13 @@ class TorchRuntime:
         fed = torch.from_numpy(np.ascontiguousarray(embeds)).to(**self._place)
         states = read(self.core, fed, torch.from_numpy(np.ascontiguousarray(positions)).to(device), self._mask, self._cache)
         return np.asarray(states.float().cpu().numpy())
+
+
+def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
+    """The first place of each different row, and for every row which of these it is."""
+    first: dict[Hashable, int] = {}
+    source = [first.setdefault(row, len(first)) for row in rows]
+    return [source.index(i) for i in range(len(first))], source
 
 
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:

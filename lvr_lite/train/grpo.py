@@ -27,7 +27,7 @@ from lvr_lite.decode import Decoding, Options, Prompt, Result, decode, second_re
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.base import Runtime, TokenIds
-from lvr_lite.runtime.torch import TorchRuntime, read
+from lvr_lite.runtime.torch import TorchRuntime, distinct, read
 from lvr_lite.train.batches import Examples, Item, check_samples
 from lvr_lite.train.finetune import (
     SMALL,
@@ -110,17 +110,17 @@ def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
     """Rows as one batch, padded on the right: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order;
     row, column, chosen, may_start (n,) of the choices, in the order of the rows. Rows that read the same are there once: of short answers
     to one question many are alike."""
-    same: dict[tuple[bytes, ...], int] = {}
-    place = [same.setdefault(tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)), len(same)) for r in rows]
-    count, longest = len(same), max(len(r.ids) for r in rows)
-    read = [rows[place.index(i)] for i in range(count)]
+    kept, place = distinct(tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows)
+    different = [rows[i] for i in kept]
+    count, longest = len(kept), max(len(r.ids) for r in rows)
     ids, mask = np.zeros((count, longest), np.int64), np.zeros((count, longest), np.int64)
     positions = np.zeros((3, count, longest), np.int64)
-    for i, r in enumerate(read):
+    for i, r in enumerate(different):
         ids[i, : len(r.ids)], mask[i, : len(r.ids)], positions[:, i, : len(r.ids)] = r.ids, 1, r.positions
     arrays = {
         "ids": ids, "mask": mask, "positions": positions,
-        "latents": np.concatenate([r.latents for r in read]), "features": np.concatenate([r.features for r in read]),
+        "latents": np.concatenate([r.latents for r in different]),
+        "features": np.concatenate([r.features for r in different]),
         "row": np.repeat(place, [len(r.at) for r in rows]), "column": np.concatenate([r.at for r in rows]),
         "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
     }  # fmt: skip
