@@ -108,7 +108,8 @@ class GrpoSettings:
 
     group: answers to each question. temperature: at which they are drawn. max_tokens: of an answer. updates: optimizer steps with each
     batch of answers. clip: the ratio of a choice's probabilities now and when it was drawn counts up to 1 ± clip. beta: weight of the KL
-    divergence from the policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored, at once.
+    divergence from the policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored, at once. latents:
+    whether those of an answer are constants when it is scored ("recorded") or trained with it ("recomputed").
     """
 
     group: int = 8
@@ -119,6 +120,7 @@ class GrpoSettings:
     beta: float = 0.0
     rewards: str = "accuracy=1,format=0.2"
     rows: int = 16
+    latents: Literal["recorded", "recomputed"] = "recorded"
 
 
 @dataclass(frozen=True)

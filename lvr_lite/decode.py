@@ -283,8 +283,8 @@ class Decoding:
         for row, (row_ids, row_positions, _) in enumerate(read):
             ids[row, : len(row_ids)], positions[:, row, : len(row_ids)] = row_ids, row_positions
         embeds = self.runtime.embed(ids)
-        for row, (row_ids, _, latents) in enumerate(read):
-            embeds[row, : len(row_ids)][row_ids == self.runtime.tokens.lvr] = latents
+        for row, (row_ids, _, shares) in enumerate(read):
+            embeds[row, : len(row_ids)][row_ids == self.runtime.tokens.lvr] = shares @ self._given_latents(handed[row])
         states = self.runtime.prefill(embeds, positions, lengths, handed)
         hidden = np.array(hidden)
         for i, state, (_, row_positions, _) in zip(handed, states, read, strict=True):
@@ -373,19 +373,21 @@ class Decoding:
 
 
 def second_reading(prompt: Prompt, latents: np.ndarray, tokens: TokenIds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids (S,), positions (3, S), latents (N, H)) of the prompt with N <= K times <|lvr|> for its visual tokens: one a place that
-    `latents` (K, H) are nearest to, their mean. Without a picture all come last. Other positions stay as they were."""
+    """(ids (S,), positions (3, S), shares (N, K)) of the prompt with N <= K times <|lvr|> for its visual tokens: one a place that `latents`
+    (K, H) are nearest to, fed their mean, which is shares @ latents. Without a picture all come last. Other positions stay as they were."""
     seen = prompt.ids == tokens.image
+    shares = np.eye(len(latents), dtype=np.float32)
     if seen.any():
         near = likeness(latents, prompt.features).argmax(-1)
         places = list(dict.fromkeys(near.tolist()))
-        latents = np.stack([latents[near == p].mean(0) for p in places]) if places else latents
+        shares = (near == np.array(places, np.int64)[:, None]).astype(np.float32)
+        shares /= shares.sum(1, keepdims=True)
         at, positions = int(seen.argmax()), prompt.positions[:, seen][:, places]
     else:
         at, positions = len(prompt.ids), prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(latents)), (3, len(latents)))
     before, after = np.flatnonzero(~seen[:at]), at + np.flatnonzero(~seen[at:])
-    ids = np.concatenate([prompt.ids[before], np.full(len(latents), tokens.lvr), prompt.ids[after]])
-    return ids, np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1), latents
+    ids = np.concatenate([prompt.ids[before], np.full(len(shares), tokens.lvr), prompt.ids[after]])
+    return ids, np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1), shares
 
 
 def decode(

@@ -3,8 +3,9 @@ answers that can be checked. May import: torch, transformers, peft and the core.
 
 A step: several answers to each question are drawn by the one decode loop, with the latents that the model finds; each is rewarded, and
 its advantage is how far that lies above the mean of its question's answers, in standard deviations. Each answer is then read once more
-in one teacher-forced pass, the recorded latents back in their places as constants, and the choices of the head become more or less
-likely. The choice to reason is one of them; latents have no probabilities and are not trained here.
+in one teacher-forced pass, and the choices of the head become more or less likely. The choice to reason is one of them; latents have no
+probabilities. With `grpo.latents=recorded` they are constants, those of the drawing (the paper); with `recomputed` they are found anew
+on the way, and the gradient goes through them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lvr_lite.decode import Decoding, Options, Prompt, Result, decode, second_re
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.latent import LatentSpec
 from lvr_lite.runtime.base import Runtime, TokenIds
-from lvr_lite.runtime.torch import TorchRuntime, distinct, read
+from lvr_lite.runtime.torch import TorchRuntime, distinct
 from lvr_lite.train.batches import Examples, Item, check_samples
 from lvr_lite.train.finetune import (
     SMALL,
@@ -42,7 +43,7 @@ from lvr_lite.train.finetune import (
     training_dtype,
     write_side_files,
 )
-from lvr_lite.train.methods import as_wide
+from lvr_lite.train.methods import Reader, as_wide, run_freely
 from lvr_lite.train.rewards import Answer, Scoring, read_rewards
 
 FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
@@ -63,15 +64,18 @@ class Rollout:
 @dataclass(frozen=True)
 class Reading:
     """One row of the teacher-forced pass. ids (S,), <|lvr|> in the places of latents (n, H); positions (3, S); features (T, H or wider), in
-    the places of pictures. at: from which places something was chosen; chosen: the ids; may_start: whether <|lvr_start|> could be."""
+    the places of pictures. lead: how many ids come before <|lvr_start|>. at: from which places something was chosen; chosen: the ids;
+    may_start: whether <|lvr_start|> could be. shares (n, K): of a second reading, which latents of the first its own are the means of."""
 
     ids: np.ndarray
     positions: np.ndarray
     latents: np.ndarray
     features: np.ndarray
-    at: list[int]
+    lead: int
+    at: np.ndarray
     chosen: list[int]
     may_start: list[bool]
+    shares: np.ndarray | None = None
 
 
 def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> list[Reading]:
@@ -80,11 +84,11 @@ def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> lis
     start = result.choices.index(tokens.lvr_start) if tokens.lvr_start in result.choices else None
     if start is None or mode == "open":
         return [_reading(prompt.ids, prompt.positions, latents, prompt.features, result.choices, tokens, True)]
-    ids, positions, merged = second_reading(prompt, latents, tokens)
+    ids, positions, shares = second_reading(prompt, latents, tokens)
     before, after = result.choices[: start + 1], result.choices[start + 1 :]
     return [
-        _reading(prompt.ids, prompt.positions, latents[:0], prompt.features, before, tokens, True),
-        _reading(ids, positions, merged, prompt.features[:0], after, tokens, False),
+        _reading(prompt.ids, prompt.positions, latents[:-1], prompt.features, before, tokens, True),
+        replace(_reading(ids, positions, shares @ latents, prompt.features[:0], after, tokens, False), shares=shares),
     ]
 
 
@@ -100,52 +104,78 @@ def _reading(
         if choice == tokens.lvr_start:
             may_start = False
             said += [*[tokens.lvr] * len(latents), tokens.lvr_end]
-    length = at[-1] + 1  # the last choice was not fed
+    said.pop()  # the last choice was not fed; nor is the end of latents that are handed over
     following = positions.max() + 1 + np.broadcast_to(np.arange(len(said)), (3, len(said)))
-    every, where = np.concatenate([ids, said])[:length], np.concatenate([positions, following], 1)[:, :length]
-    return Reading(every.astype(np.int64), where.astype(np.int64), latents, features, at, list(choices), could)
+    every, where = np.concatenate([ids, said]).astype(np.int64), np.concatenate([positions, following], 1).astype(np.int64)
+    lead = len(ids) + (said.index(tokens.lvr_start) if tokens.lvr_start in said else len(said))
+    return Reading(every, where, latents, features, lead, np.array(at), list(choices), could)
 
 
-def batch_of(rows: Sequence[Reading]) -> dict[str, torch.Tensor]:
-    """Rows as one batch, padded on the right: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order;
-    row, column, chosen, may_start (n,) of the choices, in the order of the rows. Rows that read the same are there once: of short answers
-    to one question many are alike."""
+def batches_of(made: Sequence[Sequence[Reading]]) -> list[dict[str, Any]]:
+    """The `readings` of several answers as batches of `batch_of`: the first readings, and the second ones, which are much shorter. mix
+    (L, B * K) of the latter: its latents are mix @ those of the rows of the former."""
+    first = batch_of([rows[0] for rows in made])
+    again = [(place, rows[1]) for place, rows in zip(first["place"].tolist(), made, strict=True) if len(rows) > 1]
+    if not again:
+        return [first]
+    second = batch_of([row for _, row in again])
+    shares: dict[int, np.ndarray] = {}
+    for to, (place, row) in zip(second["place"].tolist(), again, strict=True):
+        assert row.shares is not None
+        n, steps = row.shares.shape
+        mix = np.zeros((n, len(first["ids"]), steps), np.float32)
+        mix[:, place] = row.shares
+        shares.setdefault(to, mix.reshape(n, -1))
+    return [first, second | {"mix": torch.from_numpy(np.concatenate([shares[i] for i in range(len(shares))]))}]
+
+
+def batch_of(rows: Sequence[Reading]) -> dict[str, Any]:
+    """Rows as one batch: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order; row, column, chosen,
+    may_start (n,) of the choices, in the order of the rows; first: the column of the first latent, the same in every row that has some:
+    what comes before <|lvr_start|> and what comes from there on are padded on the right. Rows that read the same are there once, for of
+    short answers to one question many are alike; place: which one each of `rows` is."""
     kept, place = distinct(tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows)
     different = [rows[i] for i in kept]
-    count, longest = len(kept), max(len(r.ids) for r in rows)
+    lead = max(r.lead for r in rows)
+    count, longest = len(kept), lead + max(len(r.ids) - r.lead for r in rows)
     ids, mask = np.zeros((count, longest), np.int64), np.zeros((count, longest), np.int64)
     positions = np.zeros((3, count, longest), np.int64)
     for i, r in enumerate(different):
-        ids[i, : len(r.ids)], mask[i, : len(r.ids)], positions[:, i, : len(r.ids)] = r.ids, 1, r.positions
+        own = np.arange(len(r.ids))
+        own[r.lead :] += lead - r.lead
+        ids[i, own], mask[i, own], positions[:, i, own] = r.ids, 1, r.positions
     arrays = {
         "ids": ids, "mask": mask, "positions": positions,
         "latents": np.concatenate([r.latents for r in different]),
         "features": np.concatenate([r.features for r in different]),
-        "row": np.repeat(place, [len(r.at) for r in rows]), "column": np.concatenate([r.at for r in rows]),
+        "row": np.repeat(place, [len(r.at) for r in rows]),
+        "column": np.concatenate([r.at + (r.at >= r.lead) * (lead - r.lead) for r in rows]),
         "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
+        "place": np.array(place),
     }  # fmt: skip
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()} | {"first": lead + 1}
 
 
-class Policy(torch.nn.Module):
-    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter. keep_start: keep a copy of
-    what is trained, for `at_start`."""
+class Policy(Reader):
+    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter. latents: as
+    `grpo.latents`. keep_start: keep a copy of what is trained, for `at_start`."""
 
-    def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float, keep_start: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.tokens, self.spec, self.temperature = tokens, spec, temperature
+    def __init__(
+        self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float, latents: str = "recorded", keep_start: bool = False
+    ) -> None:
+        super().__init__(model, tokens, spec)
+        self.temperature, self.recomputed = temperature, latents == "recomputed"
         self._start = [(p, p.detach().clone()) for p in model.parameters() if keep_start and p.requires_grad]
 
-    @property
-    def core(self) -> Any:
-        return self.model.get_base_model()
-
-    def forward(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Log-probabilities (n,) of the choices in batches of `batch_of`, one after another, as the decode loop drew them."""
+    def forward(self, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """Log-probabilities (n,) of the choices in batches of `batches_of`, one after another, as the decode loop drew them."""
         chosen, may_start = (torch.cat([batch[name] for batch in batches]) for name in ("chosen", "may_start"))
+        states, latents = [], None
+        for batch in batches:
+            found, latents = self._read(batch, latents)
+            states.append(found[batch["row"], batch["column"]])
         # once for all: PEFT copies a tied embedding whenever it is asked for its weight
-        logits = self.core.lm_head(torch.cat([self._states(batch) for batch in batches])).float()
+        logits = self.core.lm_head(torch.cat(states)).float()
         tokens = self.tokens
         never = torch.zeros_like(logits, dtype=torch.bool)
         never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
@@ -153,15 +183,23 @@ class Policy(torch.nn.Module):
         scores: torch.Tensor = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
         return scores.gather(1, chosen[:, None])[:, 0]
 
-    def _states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The hidden states (n, H) from which a batch's choices were made."""
+    def _read(self, batch: dict[str, Any], before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden states (B, S, H) of a batch, the latents (B, K, H) that its rows came to where they are recomputed).
+
+        before: the latents of the batch before, which those of a second reading are the means of."""
         ids, features, tokens = batch["ids"], batch["features"], self.tokens
         embeds = as_wide(self.core.get_input_embeddings()(ids), features)
         embeds = embeds.masked_scatter((ids == tokens.image)[..., None], features.to(embeds.dtype))
-        latents = as_wide(batch["latents"], features)
+        latents = batch["latents"]
+        if self.recomputed and self.spec.feedback == "token":
+            latents = embeds[ids == tokens.lvr][:, : latents.shape[1]]
+        elif self.recomputed and batch["first"] <= ids.shape[1]:
+            return run_freely(self, embeds, batch, batch["first"], self.spec.steps)
+        elif before is not None:
+            latents = batch["mix"].to(before.dtype) @ before.flatten(0, 1)
+        latents = as_wide(latents, embeds)
         embeds = embeds.masked_scatter((ids == tokens.lvr)[..., None], latents.to(embeds.dtype))
-        states = read(self.core, embeds, batch["positions"], batch["mask"], None)
-        return states[batch["row"], batch["column"]]
+        return self.states(embeds, batch), None
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
@@ -326,7 +364,8 @@ def grpo(
     model = _trainable(load_trained(checkpoint, dtype, device, unpacked_below))
     if settings.train.gradient_checkpointing:
         keep_less(model)
-    policy = Policy(model, checkpoint.tokens, checkpoint.latent, settings.grpo.temperature, settings.grpo.beta > 0)
+    g = settings.grpo
+    policy = Policy(model, checkpoint.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0)
     write_side_files(out, checkpoint, checkpoint.latent, settings)
     runtime = TorchRuntime(model, checkpoint)
     trainer = _trainer(transformers)(
@@ -346,7 +385,6 @@ def grpo(
     trainer.sampler = Repeated(len(train), block, settings.grpo.updates, settings.train.seed)
     if accuracy is not None:
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
-    g = settings.grpo
     say(f"{g.group} answers to each of {block} questions a step, {g.updates} updates with them; rewards {g.rewards}")
     return train_to_end(trainer, out, settings, begin_from, device, started, say)
 
@@ -403,10 +441,8 @@ def _trainer(transformers: Any) -> Any:
             total = torch.zeros((), device=self.args.device)
             for number, part in enumerate(parts):
                 made = [(r, readings(r.prompt, r.result, policy.tokens, policy.spec.mode)) for r in part]
-                # second readings are much shorter, so they are padded apart
-                rows = [[(r, rows[i]) for r, rows in made if len(rows) > i] for i in (0, 1)]
-                batches = [self._prepare_inputs(batch_of([row for _, row in kind])) for kind in rows if kind]
-                owners = [r for kind in rows for r, row in kind for _ in row.chosen]
+                batches = [self._prepare_inputs(batch) for batch in batches_of([rows for _, rows in made])]
+                owners = [r for i in (0, 1) for r, rows in made for row in rows[i : i + 1] for _ in row.chosen]
                 each = torch.tensor([1 / len(r.result.choices) for r in owners], device=self.args.device)
                 advantage = torch.tensor([r.advantage for r in owners], device=self.args.device)
                 with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):

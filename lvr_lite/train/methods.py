@@ -11,28 +11,42 @@ A method is one small class; the forward pass, the losses and the trainer are th
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from lvr_lite.config import LatentSettings
 from lvr_lite.latent import LatentSpec
+from lvr_lite.runtime.base import TokenIds
+from lvr_lite.runtime.torch import language_model, read
 
 Batch = dict[str, Any]  # of `lvr_lite.train.batches.Collator`
 
 
-class Reader(Protocol):
-    """What a method needs of the model (lvr_lite.train.sft.LatentSFT)."""
+class Reader(torch.nn.Module):
+    """A model that is trained, as what reads embeddings. `core` is the transformers model inside any PEFT wrapper."""
 
-    spec: LatentSpec
+    def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens, self.spec = tokens, spec
+
+    @property
+    def core(self) -> Any:
+        return self.model.get_base_model()
 
     def states(self, embeds: torch.Tensor, batch: Batch, first: int = 0, cache: Any = None) -> torch.Tensor:
         """Hidden states (B, C, H) of C columns from `first` on, whose inputs are `embeds`; the columns before them are in `cache`."""
-        ...
+        stop = first + embeds.shape[1]
+        return read(self.core, embeds, batch["positions"][:, :, first:stop], batch["mask"][:, :stop], cache)
 
     def new_cache(self) -> Any:
         """A K/V cache, or None where gradient checkpointing leaves none and columns are read again instead."""
-        ...
+        from transformers import DynamicCache
+
+        if language_model(self.core).is_gradient_checkpointing and self.training:
+            return None
+        return DynamicCache(config=self.core.config.text_config)
 
 
 class Method:

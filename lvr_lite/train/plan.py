@@ -188,7 +188,10 @@ class Stage2(Settings):
 def stage2(settings: Settings, spec: LatentSpec) -> Stage2:
     """What stage 2 on a checkpoint of these latents is counted with."""
     own = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    freely = settings.grpo.latents == "recomputed" and spec.feedback != "token"
     own["latent"] = replace(settings.latent, method="lvr", steps=spec.steps, targets="pooled", loss="mse", warmup=0.0)
+    if freely:
+        own["latent"] = replace(own["latent"], method="lvr-free" if spec.mode == "open" else "lvr-bottleneck")
     own["train"] = replace(settings.train, batch=settings.grpo.rows, accumulation=2)
     return Stage2(**own, mode=spec.mode)
 
@@ -215,10 +218,10 @@ def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
     k, padded = latents(settings, tokens), settings.train.batch > 1
     asked = tokens.visual + tokens.text
     whole = asked + (k + 2 if k else 0) + tokens.answer
-    if isinstance(settings, Stage2) and settings.mode == "bottleneck":  # read once more, the latents known
-        reader = tokens.text + k + tokens.answer
-        return [Pass(asked, asked, padded), Pass(reader, reader, padded)]
     if not settings.latent.runs_freely:
+        if isinstance(settings, Stage2) and settings.mode == "bottleneck":  # read once more, the latents known
+            reader = tokens.text + k + tokens.answer
+            return [Pass(asked + k, asked + k, padded), Pass(reader, reader, padded)]
         return [Pass(whole, whole, padded)]
     first, bottleneck = asked + 1, settings.latent.method == "lvr-bottleneck"
     steps = k - 1 if bottleneck else k

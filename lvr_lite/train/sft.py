@@ -18,27 +18,21 @@ from torch.nn import functional as F
 from lvr_lite.config import LatentSettings
 from lvr_lite.latent import likeness
 from lvr_lite.runtime.base import TokenIds
-from lvr_lite.runtime.torch import language_model, read, visual_tokens
-from lvr_lite.train.methods import METHODS, Batch, as_wide
+from lvr_lite.runtime.torch import visual_tokens
+from lvr_lite.train.methods import METHODS, Batch, Reader, as_wide
 
 
-class LatentSFT(torch.nn.Module):
-    """A model and its training loss; the one forward pass of training. `core` is the transformers model inside any PEFT wrapper.
+class LatentSFT(Reader):
+    """A model and its training loss; the one forward pass of training.
 
     norm: mean L2 norm of visual tokens, for norm-matched feedback. progress: share of the training done, 1 where it is not trained.
     """
 
     def __init__(self, model: Any, tokens: TokenIds, settings: LatentSettings, norm: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.tokens, self.settings = tokens, settings
-        self.method = METHODS[settings.method]
-        self.spec = self.method.spec(settings, norm)
+        method = METHODS[settings.method]
+        super().__init__(model, tokens, method.spec(settings, norm))
+        self.settings, self.method = settings, method
         self.progress = 1.0
-
-    @property
-    def core(self) -> Any:
-        return self.model.get_base_model()
 
     def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
         """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "latent", "right", "found"}.
@@ -120,17 +114,6 @@ class LatentSFT(torch.nn.Module):
             mask[row, at[row]] = (alike.argmax(1) == torch.arange(len(near), device=near.device)).to(mask.dtype)
         embeds = self.core.get_input_embeddings()(ids).masked_scatter(at[..., None], torch.stack(pictures))
         return self.states(embeds, {"positions": positions, "mask": mask})
-
-    def states(self, embeds: torch.Tensor, batch: Batch, first: int = 0, cache: Any = None) -> torch.Tensor:
-        stop = first + embeds.shape[1]
-        return read(self.core, embeds, batch["positions"][:, :, first:stop], batch["mask"][:, :stop], cache)
-
-    def new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        if language_model(self.core).is_gradient_checkpointing and self.training:
-            return None
-        return DynamicCache(config=self.core.config.text_config)
 
 
 def states_before(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train.batches import Examples
-from lvr_lite.train.grpo import Policy, Repeated, Roller, advantages, batch_of, divergence, donors_of, grpo, objective, readings
+from lvr_lite.train.grpo import Policy, Repeated, Roller, advantages, batch_of, batches_of, divergence, donors_of, grpo, objective, readings
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
 STEPS = 3
@@ -66,10 +66,10 @@ def hesitant(small_model: Any, small_checkpoint: Path) -> tuple[Any, Checkpoint]
     return model, checkpoint
 
 
-def policy_of(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float) -> Policy:
+def policy_of(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float, latents: str = "recorded") -> Policy:
     held = torch.nn.Module()
     held.get_base_model = lambda: model  # type: ignore[assignment]
-    return Policy(held, checkpoint.tokens, spec, temperature)
+    return Policy(held, checkpoint.tokens, spec, temperature, latents)
 
 
 def drawn(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float) -> list[tuple[Prompt, Result]]:
@@ -81,9 +81,9 @@ def drawn(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: flo
 
 
 @EVERY_SPEC
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "latents"), [(1.0, "recorded"), (0.7, "recorded"), (1.0, "recomputed")])
 def test_a_replay_gives_the_log_probabilities_that_were_drawn(
-    hesitant: tuple[Any, Checkpoint], spec: LatentSpec, temperature: float
+    hesitant: tuple[Any, Checkpoint], spec: LatentSpec, temperature: float, latents: str
 ) -> None:
     model, checkpoint = hesitant
     found = drawn(model, checkpoint, spec, temperature)
@@ -92,11 +92,43 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
     made = [readings(p, r, checkpoint.tokens, spec.mode) for p, r in found]
     with torch.no_grad():
-        again = policy_of(model, checkpoint, spec, temperature)([batch_of([row for rows in made for row in rows])]).numpy()
-    wanted = np.concatenate([r.scores for _, r in found])
+        again = policy_of(model, checkpoint, spec, temperature, latents)(batches_of(made)).numpy()
+    # the choices of first readings, then those of second ones
+    wanted = np.concatenate(
+        [np.split(r.scores, [len(rows[0].chosen)])[i] for i in (0, 1) for rows, (_, r) in zip(made, found, strict=True)]
+    )
     assert [len(r.scores) for _, r in found] == [len(r.choices) for _, r in found]
     np.testing.assert_allclose(again, wanted, atol=1e-4, rtol=0)
     assert wanted.min() < -1, "nothing unlikely was drawn"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["open", "bottleneck, norm-matched"])
+def test_the_gradient_goes_through_recomputed_latents(hesitant: tuple[Any, Checkpoint], name: str, checkpointing: bool) -> None:
+    model, checkpoint = copy.deepcopy(hesitant[0]), hesitant[1]
+    found = [(p, r) for p, r in drawn(*hesitant, SPECS[name], 1.0) if r.latents and r.tokens]
+    batches = batches_of([readings(p, r, checkpoint.tokens, SPECS[name].mode) for p, r in found])
+    spoken = torch.cat([~batch["may_start"] for batch in batches])  # what was chosen after the latents
+    model.train().double()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = model.get_parameter("model.language_model.layers.0.mlp.down_proj.weight").requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(weights.shape, generator=generator, dtype=torch.float64) * weights.std()
+    slopes = {}
+    for latents in ("recorded", "recomputed"):
+        policy = policy_of(model, checkpoint, SPECS[name], 1.0, latents).train()
+        (gradient,) = torch.autograd.grad(policy(batches)[spoken].sum(), weights)
+        slopes[latents] = float((gradient * direction).sum().detach())
+    sides = []
+    for side in (1e-3, -1e-3):
+        with torch.no_grad():
+            weights += side * direction
+            sides.append(float(policy(batches)[spoken].sum()))
+            weights -= side * direction
+    wanted = (sides[0] - sides[1]) / 2e-3
+    assert slopes["recomputed"] == pytest.approx(wanted, rel=0.02)
+    assert slopes["recorded"] != pytest.approx(wanted, rel=0.1)
 
 
 def test_answers_to_one_question_read_it_once(hesitant: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:

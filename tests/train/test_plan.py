@@ -26,7 +26,7 @@ from lvr_lite.quant import nf4
 from lvr_lite.runtime.torch import TorchRuntime
 from lvr_lite.train import plan
 from lvr_lite.train.finetune import adapted
-from lvr_lite.train.grpo import Policy, batch_of, readings
+from lvr_lite.train.grpo import Policy, batches_of, readings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,9 +196,14 @@ def test_so_they_are_in_bf16_under_autocast_with_the_contrastive_loss(checkpoint
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("mode", ["open", "bottleneck"])
-def test_so_is_a_replay_of_stage_2(model: Any, checkpoint: Checkpoint, memory: ModuleType, mode: str, checkpointing: str) -> None:
+@pytest.mark.parametrize("found", ["recorded", "recomputed"])
+def test_so_is_a_replay_of_stage_2(
+    model: Any, checkpoint: Checkpoint, memory: ModuleType, mode: str, checkpointing: str, found: str
+) -> None:
     rows, steps, answer = 3, 4, 12
-    chosen = settings(f"grpo.rows={rows}", f"grpo.max_tokens={answer}", f"train.gradient_checkpointing={checkpointing}")
+    chosen = settings(
+        f"grpo.rows={rows}", f"grpo.max_tokens={answer}", f"grpo.latents={found}", f"train.gradient_checkpointing={checkpointing}"
+    )
     counted = plan.stage2(chosen, LatentSpec(steps, mode=mode))
     core = model.get_base_model()
     core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -211,10 +216,10 @@ def test_so_is_a_replay_of_stage_2(model: Any, checkpoint: Checkpoint, memory: M
     prompts = [prepare_prompt(runtime, pictures, sample.question)[0] for sample, pictures in memory.items_of(64, rows)]
     length = len(prompts[0].ids)
     prompts = [replace(p, ids=p.ids[:length], positions=p.positions[:, :length]) for p in prompts]
-    policy = Policy(model, checkpoint.tokens, LatentSpec(steps, mode=mode), 1.0).train()
+    policy = Policy(model, checkpoint.tokens, LatentSpec(steps, mode=mode), 1.0, found).train()
     # rows that read the same would be read once, and the plan is for those that do not
     made = [readings(p, replace(result, latents=[v + i for v in latents]), checkpoint.tokens, mode) for i, p in enumerate(prompts)]
-    batches = [batch_of(kind) for kind in zip(*made, strict=True)]
+    batches = batches_of(made)
     saved = memory.Saved(policy)
     with saved.hooks():
         scores = policy(batches)
