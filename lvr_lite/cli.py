@@ -79,7 +79,8 @@ def _fail(message: str, code: int) -> None:
 
 def _missing_package(error: ImportError) -> str:
     name = (error.name or "").split(".")[0]
-    extra = "export" if name in ("onnx", "onnxscript", "onnx_ir", "optimum") else "benchmarks" if name == "pyarrow" else "train"
+    exports = ("onnx", "onnxscript", "onnx_ir", "optimum", "matplotlib")
+    extra = "export" if name in exports else "benchmarks" if name == "pyarrow" else "train"
     return f'this command needs the package {error.name or error}: pip install "lvr-lite[{extra}]" (`lvr-lite doctor` shows what else)'
 
 

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lvr_lite import onnxfile
-from lvr_lite.checkpoint import read_checkpoint
+from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.decode import Options, Prompt, decode
 from lvr_lite.export.write import write_bundle
 from lvr_lite.quant import calibrate, nf4, search, weights
@@ -85,6 +85,16 @@ def make_checkpoint(folder: Path) -> None:
     half = [0.5] * 3
     sizes = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 84}, "do_image_splitting": True}
     (folder / "preprocessor_config.json").write_text(json.dumps({**sizes, "image_mean": half, "image_std": half}))
+
+
+def bundle_of(out: Path) -> tuple[Checkpoint, OnnxRuntime]:
+    """The checkpoint, and its fp32 bundle, which is written where it is missing."""
+    if not (out / "checkpoint" / "config.json").is_file():
+        make_checkpoint(out / "checkpoint")
+    checkpoint = read_checkpoint(out / "checkpoint")
+    if not (out / "fp32" / "lvr.json").is_file():
+        write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), out / "fp32", print, lambda: nf4.load_merged(checkpoint))
+    return checkpoint, OnnxRuntime(out / "fp32")
 
 
 def held_out_ids(tokenizer: Tokenizer) -> np.ndarray:
@@ -185,12 +195,7 @@ def main() -> None:
     given = options.parse_args()
     out = given.out
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "checkpoint" / "config.json").is_file():
-        make_checkpoint(out / "checkpoint")
-    checkpoint = read_checkpoint(out / "checkpoint")
-    if not (out / "fp32" / "lvr.json").is_file():
-        write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), out / "fp32", print, lambda: nf4.load_merged(checkpoint))
-    fp32 = OnnxRuntime(out / "fp32")
+    checkpoint, fp32 = bundle_of(out)
     prompts = calibration_prompts(fp32.tokenizer, 96)
     scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:8])
     written = out / "quant_lm.json"
