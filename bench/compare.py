@@ -1,9 +1,9 @@
 """What changed between two runs of the bench beyond noise. May import: numpy, rich, the core.
 
 A median counts as changed where two things hold: it moved by more than a tolerance, which is widened by what the machine itself moved
-(the speed of its memory, and of its cores, both measured in each run), and the interval of the ratio of medians, bootstrapped over
-rounds, does not contain 1. Rounds and not samples are drawn, since the steps of one answer share its luck; the level of the interval is
-divided among all comparisons.
+(the speed of its memory, and of its cores, both measured in each run), and the interval of the ratio of medians, bootstrapped, does
+not contain 1. Not samples are drawn but stretches of rounds, since what follows each other shares its luck: the steps of one answer, and
+the rounds of the same seconds. The level of the interval is divided among all comparisons.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lvr_lite.bench.measure import LATENCIES, STAGES
-from lvr_lite.bench.report import TITLES
+from lvr_lite.bench.report import TITLES, rounds_of
 from lvr_lite.errors import DataError
 
 TOLERANCE = 0.05  # of a median
 RISK = 0.01  # of calling any noise a change
 DRAWS = 4000
+STRETCHES = 10  # at most twice as many, and each of at least one round
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> dict[str, Any]:
@@ -42,8 +43,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TO
     rng, level = np.random.default_rng(0), RISK / max(len(cases), 1)
     rows = []
     for system, name, x, y in cases:
-        first = _by_round(x["samples_ms"], before["plan"]["rounds"])
-        second = _by_round(y["samples_ms"], after["plan"]["rounds"])
+        first, second = _by_round(x["samples_ms"], rounds_of(before)), _by_round(y["samples_ms"], rounds_of(after))
         ratio = float(y["p50_ms"] / x["p50_ms"])
         low, high = _interval(first, second, level, rng)
         changed = (low > 1 or high < 1) and abs(np.log(ratio)) > np.log1p(tolerance)
@@ -69,7 +69,12 @@ def _by_round(samples: list[float], rounds: int) -> np.ndarray:
 
 def _interval(first: np.ndarray, second: np.ndarray, level: float, rng: np.random.Generator) -> tuple[float, float]:
     """Of the ratio of medians, second over first, at 1 - level."""
-    drawn = [np.median(rng.choice(values, (DRAWS, len(values))), axis=1) for values in (first, second)]
+    drawn = []
+    for values in (first, second):
+        each = max(1, len(values) // STRETCHES)
+        stretches = values[len(values) % each :].reshape(-1, each)
+        chosen = stretches[rng.integers(0, len(stretches), (DRAWS, len(stretches)))]
+        drawn.append(np.median(chosen.reshape(DRAWS, -1), axis=1))
     low, high = np.quantile(drawn[1] / drawn[0], [level / 2, 1 - level / 2])
     return float(low), float(high)
 

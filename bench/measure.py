@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,13 +83,15 @@ class Setting:
 class Plan:
     """How much to measure.
 
-    rounds: timed requests per system and setting; round r asks request r modulo their number, and in a batch those after it. warmup:
-    untimed requests per system and setting in the timed form. tokens: text tokens of every answer, forced (end tokens are forbidden
-    until then), so that a one-word answer still gives a time per token. settings: what each system is measured in. seed: of the order
-    within rounds. threads: that read memory for the bandwidth.
+    rounds: timed requests per system and setting; round r asks request r modulo their number, and in a batch those after it. seconds: go
+    on for at least so long, since the machine's speed drifts over seconds and a short run sees one of its levels. warmup: untimed
+    requests per system and setting in the timed form. tokens: text tokens of every answer, forced (end tokens are forbidden until then),
+    so that a one-word answer still gives a time per token. settings: what each system is measured in. seed: of the order within rounds.
+    threads: that read memory for the bandwidth.
     """
 
     rounds: int = 10
+    seconds: float = 0.0
     warmup: int = 2
     tokens: int = 16
     settings: tuple[Setting, ...] = (Setting(),)
@@ -97,7 +99,7 @@ class Plan:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("warmup", 0), ("tokens", 2), ("threads", 1)):
+        for name, least in (("rounds", 1), ("seconds", 0), ("warmup", 0), ("tokens", 2), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be {least} or more, not {getattr(self, name)}")
         if not self.settings:
@@ -173,9 +175,9 @@ class Measured:
         taken = [timing.joules for timing in self.timings if timing.joules is not None and timing.joules >= 0]
         return percentile(taken, 50) if taken else None
 
-    def output_md5(self) -> str:
-        """Of the token ids of all timed answers, in the order of rounds: the same where two systems say the same."""
-        return hashlib.md5(json.dumps([timing.tokens for timing in self.timings]).encode(), usedforsecurity=False).hexdigest()
+    def output_md5(self, rounds: int | None = None) -> str:
+        """Of the token ids of the timed answers, of all rounds or the first ones: the same where two systems say the same."""
+        return hashlib.md5(json.dumps([timing.tokens for timing in self.timings[:rounds]]).encode(), usedforsecurity=False).hexdigest()
 
     def bandwidth_fraction(self, bandwidth_gb_s: float) -> float | None:
         """Decoder bytes per latent step over its median time, as a share of the machine's bandwidth; text steps where there are no latent
@@ -247,10 +249,12 @@ def summary(samples_ms: list[float]) -> dict[str, Any]:
     }
 
 
-def shuffled_rounds(systems: int, rounds: int, seed: int) -> list[list[int]]:
-    """For each round the order in which systems take their turn: every system once, shuffled anew, the same for the same seed."""
+def shuffled_rounds(systems: int, seed: int) -> Iterator[list[int]]:
+    """For each round, without end, the order in which systems take their turn: every system once, shuffled anew, the same for the same
+    seed."""
     rng = np.random.default_rng(seed)
-    return [[int(i) for i in rng.permutation(systems)] for _ in range(rounds)]
+    while True:
+        yield [int(i) for i in rng.permutation(systems)]
 
 
 def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting) -> Timing:
@@ -347,7 +351,7 @@ def measure(
         _look(measured, scaled)
     for first in range(0, len(outcome), len(systems)):
         _add_quality(outcome[first : first + len(systems)], asked[first : first + len(systems)], plan)
-    for order in shuffled_rounds(len(outcome), plan.warmup, plan.seed + 1):
+    for order in itertools.islice(shuffled_rounds(len(outcome), plan.seed + 1), plan.warmup):
         for i in order:
             time_round(outcome[i].system.runtime, _batch(asked[i], 0, outcome[i].setting.batch), plan, outcome[i].setting)
     for measured in outcome:
@@ -355,14 +359,20 @@ def measure(
         if measured.peak_rss_mb is None:
             measured.peak_rss_mb, measured.rss_is_shared = peak_rss_mb(), len(systems) > 1
     before, load = read_bandwidth(plan.threads), load_average()
-    compute = []
-    for number, order in enumerate(shuffled_rounds(len(outcome), plan.rounds, plan.seed)):
+    compute: list[float] = []
+    began, rounds = time.perf_counter(), plan.rounds
+    for number, order in enumerate(shuffled_rounds(len(outcome), plan.seed)):
+        if number >= rounds:
+            passed = (time.perf_counter() - began) / plan.seconds if plan.seconds else 1.0
+            if passed >= 1:
+                break
+            rounds = number + 1 if passed > 0.9 else math.ceil(number / passed)
         compute.append(read_compute(plan.threads))
         for turn, i in enumerate(order):
             batch = _batch(asked[i], number, outcome[i].setting.batch)
             outcome[i].timings.append(time_round(outcome[i].system.runtime, batch, plan, outcome[i].setting))
             if progress:
-                progress(number * len(outcome) + turn + 1, plan.rounds * len(outcome))
+                progress(number * len(outcome) + turn + 1, rounds * len(outcome))
     return Run(plan, outcome, before, read_bandwidth(plan.threads), (load, load_average()), len(requests), compute)
 
 

@@ -33,6 +33,7 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         "machine": machine,
         "bandwidth_gb_s": run.bandwidth,
+        "rounds": len(run.compute),
         "compute_ms": run.compute,
         "bandwidth": {
             "before_gb_s": run.bandwidth_before,
@@ -44,6 +45,7 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         },
         "plan": {
             "rounds": run.plan.rounds,
+            "seconds": run.plan.seconds,
             "warmup": run.plan.warmup,
             "tokens": run.plan.tokens,
             "settings": [asdict(setting) for setting in run.plan.settings],
@@ -51,11 +53,11 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
             "requests": run.requests,
         },
         "warnings": run.warnings,
-        "systems": [_system(measured, run.bandwidth) for measured in run.systems],
+        "systems": [_system(measured, run.bandwidth, run.plan.rounds) for measured in run.systems],
     }
 
 
-def _system(measured: Measured, bandwidth_gb_s: float) -> dict[str, Any]:
+def _system(measured: Measured, bandwidth_gb_s: float, rounds: int) -> dict[str, Any]:
     system, quality = measured.system, measured.quality
     return {
         "name": measured.name,
@@ -71,7 +73,7 @@ def _system(measured: Measured, bandwidth_gb_s: float) -> dict[str, Any]:
         "peak_rss_shared": measured.rss_is_shared,
         "bytes": dict(system.bytes),
         "bandwidth_fraction": measured.bandwidth_fraction(bandwidth_gb_s),
-        "output_md5": measured.output_md5(),
+        "output_md5": measured.output_md5(rounds),
         "quality": None
         if quality is None
         else {
@@ -148,11 +150,16 @@ def _quality_cells(system: dict[str, Any]) -> tuple[str, str, str]:
     return percent(quality.get("token_agreement")), drift, told
 
 
+def rounds_of(data: dict[str, Any]) -> int:
+    """How many rounds a run's JSON holds: those of its plan (so it was in older files), or more where they passed too soon."""
+    return int(data.get("rounds", data["plan"]["rounds"]))
+
+
 def _conditions(data: dict[str, Any]) -> str:
     """Under what conditions the times were taken."""
     plan, bandwidth = data["plan"], data["bandwidth"]
     text = (
-        f"{plan['rounds']} interleaved rounds over {plan['requests']} requests, {plan['tokens']} text tokens forced, seed {plan['seed']}. "
+        f"{rounds_of(data)} interleaved rounds over {plan['requests']} requests, {plan['tokens']} text tokens forced, seed {plan['seed']}. "
         f"Memory read at {bandwidth['before_gb_s']:.1f} GB/s before and {bandwidth['after_gb_s']:.1f} after "
         f"({bandwidth['threads']} threads); load {number(bandwidth['load_before'])} and {number(bandwidth['load_after'])}."
     )

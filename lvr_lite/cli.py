@@ -582,7 +582,9 @@ def bench_(
         typer.Argument(metavar="BUNDLE | compare A.json B.json | table FILES", help="A bundle, a checkpoint, or runs that --json wrote."),
     ],
     vs: Annotated[list[str] | None, typer.Option("--vs", help="Another bundle or checkpoint, measured in the same rounds.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed requests per system.")] = 20,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Timed requests per system; by default 20, and more until 15 seconds have passed.")
+    ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Untimed requests per system.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Text tokens of every answer.")] = 16,
     steps: Annotated[str | None, typer.Option(help="Latent steps, several with commas: 0,4,8; the model's own by default.")] = None,
@@ -621,7 +623,8 @@ def bench_(
     axes = (_numbers("--steps", steps), _numbers("--image-tokens", image_tokens), _numbers("--batch", batch))
     settings = tuple(measure.Setting(s, i, 1 if b is None else b) for b in axes[2] for i in axes[1] for s in axes[0])
     cores = threads or usable_cores()
-    plan = measure.Plan(rounds=runs, warmup=warmup, tokens=tokens, settings=settings, threads=cores)
+    seconds = 15.0 if runs is None else 0.0
+    plan = measure.Plan(rounds=runs or 20, seconds=seconds, warmup=warmup, tokens=tokens, settings=settings, threads=cores)
     requests = _requests(image, question)
     names = [what[0], *(vs or [])]
     systems = []

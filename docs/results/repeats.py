@@ -1,8 +1,8 @@
 """Does `bench` say the same twice? A bundle measured again and again, and every run compared with the one before it.
 
-    python docs/results/repeats.py BUNDLE --out build/repeats [--tries 20] [--runs 20]
+    python docs/results/repeats.py BUNDLE --out build/repeats [--tries 20]
 
-Nothing else should run meanwhile; 20 tries take a minute and a half with the embedded model on 2 cores, and go on where they stopped.
+Nothing else should run meanwhile; 20 tries take seven minutes with the embedded model on 2 cores, and go on where they stopped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ def main() -> None:
     options.add_argument("bundle", type=Path)
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--tries", type=int, default=20)
-    options.add_argument("--runs", type=int, default=20)
+    options.add_argument("--runs", type=int, help="as of `bench`, which goes on for 15 seconds by default")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     files = [given.out / f"{i:02}.json" for i in range(given.tries + 1)]
     silent = near = 0
     for i, file in enumerate(files):
         if not file.is_file():
-            line = [sys.executable, "-m", "lvr_lite", "bench", str(given.bundle), "--runs", str(given.runs), "--json", str(file)]
+            runs = [] if given.runs is None else ["--runs", str(given.runs)]
+            line = [sys.executable, "-m", "lvr_lite", "bench", str(given.bundle), *runs, "--json", str(file)]
             subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if i == 0:
             continue

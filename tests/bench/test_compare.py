@@ -47,6 +47,21 @@ def test_noise_is_no_change_in_19_of_20_tries() -> None:
     assert sum(bool(changed(a_run(2 * i), a_run(2 * i + 1))) for i in range(20)) <= 1
 
 
+def test_the_rounds_of_one_moment_are_no_more_than_one_observation() -> None:
+    """Speed that moves every five seconds or so: rounds within each are alike, and 200 of them are not 200 observations."""
+
+    def drifting(seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        luck = np.repeat(rng.lognormal(0, 0.08, 10), 20) * rng.lognormal(0, 0.01, 200)
+        data = a_run(seed) | {"rounds": 200}
+        data["systems"][0] |= {f"{name}_ms": summary(list(50 * luck)) for name in LATENCIES}
+        data["systems"][0]["stages"] = {}
+        return data
+
+    tries = [compare.compare(drifting(2 * i), drifting(2 * i + 1), tolerance=0.01) for i in range(20)]
+    assert sum(any(row["verdict"] != "same" for row in data["rows"]) for data in tries) <= 1
+
+
 @pytest.mark.parametrize(("factor", "verdict"), [(1.3, "slower"), (0.7, "faster")])
 def test_a_change_is_seen_in_every_measure(factor: float, verdict: str) -> None:
     rows = compare.compare(a_run(0), a_run(1, factor))["rows"]

@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,13 @@ def test_what_never_occurred_has_no_percentiles() -> None:
 
 
 def test_every_system_has_one_turn_in_every_round() -> None:
-    rounds = measure.shuffled_rounds(systems=4, rounds=20, seed=3)
-    assert len(rounds) == 20
+    rounds = list(itertools.islice(measure.shuffled_rounds(systems=4, seed=3), 20))
     assert all(sorted(order) == [0, 1, 2, 3] for order in rounds)
 
 
 def test_the_order_of_turns_is_shuffled_and_comes_from_the_seed() -> None:
-    rounds = measure.shuffled_rounds(4, 20, 3)
-    assert rounds == measure.shuffled_rounds(4, 20, 3)
-    assert rounds != measure.shuffled_rounds(4, 20, 4)
+    rounds, again, others = (list(itertools.islice(measure.shuffled_rounds(4, seed), 20)) for seed in (3, 3, 4))
+    assert rounds == again != others
     assert len({tuple(order) for order in rounds}) > 5
 
 
@@ -305,6 +303,19 @@ def test_a_number_of_visual_tokens_that_a_model_does_not_give_is_refused() -> No
     with pytest.raises(UsageError, match=r"image_tokens 64: s0 gives such a picture 0 visual tokens"):
         plan = measure.Plan(rounds=1, settings=(measure.Setting(image_tokens=64),))
         measure.measure([measure.System("s0", "fp32", FakeRuntime(image_spec={"patch": 14, "merge": 2}), {})], REQUESTS, plan)
+
+
+def test_a_run_goes_on_until_its_seconds_have_passed() -> None:
+    told: list[tuple[int, int]] = []
+    plan = replace(PLAN, seconds=0.5)
+    began = time.perf_counter()
+    found = measure.measure([system("a")], REQUESTS, plan, lambda done, of: told.append((done, of)))
+    assert time.perf_counter() - began > 0.5
+    rounds = len(found.compute)
+    assert rounds == len(found.systems[0].timings) > PLAN.rounds
+    assert told[-1][0] == rounds <= told[-1][1]
+    assert found.systems[0].output_md5(PLAN.rounds) == measure.measure([system("a")], REQUESTS, PLAN).systems[0].output_md5()
+    assert report.to_json(found, {})["rounds"] == rounds
 
 
 def test_progress_is_told_up_to_the_end() -> None:
