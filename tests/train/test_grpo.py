@@ -330,10 +330,14 @@ def test_the_start_is_what_the_run_began_with(small_tuned: Path, tmp_path: Path,
     assert 0 < far[1] != far[0] > 0
 
 
-def test_gradient_checkpointing_learns_the_same(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("latents", ["recorded", "recomputed"])
+def test_gradient_checkpointing_learns_the_same(
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch, latents: str
+) -> None:
     monkeypatch.syspath_prepend(str(arms))
+    common = ("grpo.rewards=arms_of_grpo:even", "train.lr=0.1", f"grpo.latents={latents}")
     for on in ("true", "false"):
-        reinforce(small_tuned, tmp_path / on, "grpo.rewards=arms_of_grpo:even", "train.lr=0.1", f"train.gradient_checkpointing={on}")
+        reinforce(small_tuned, tmp_path / on, *common, f"train.gradient_checkpointing={on}")
     assert moved(tmp_path / "true", tmp_path / "false") < 1e-6
     assert moved(tmp_path / "true", small_tuned) > 1e-4
 
