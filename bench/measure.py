@@ -367,7 +367,7 @@ def measure(
             if passed >= 1:
                 break
             rounds = number + 1 if passed > 0.9 else math.ceil(number / passed)
-        compute.append(read_compute(plan.threads))
+        compute.append(read_compute())
         for turn, i in enumerate(order):
             batch = _batch(asked[i], number, outcome[i].setting.batch)
             outcome[i].timings.append(time_round(outcome[i].system.runtime, batch, plan, outcome[i].setting))

@@ -34,7 +34,7 @@ def to_json(run: Run, machine: dict[str, Any]) -> dict[str, Any]:
         "machine": machine,
         "bandwidth_gb_s": run.bandwidth,
         "rounds": len(run.compute),
-        "compute_ms": run.compute,
+        "core_ms": run.compute,
         "bandwidth": {
             "before_gb_s": run.bandwidth_before,
             "after_gb_s": run.bandwidth_after,

@@ -176,13 +176,12 @@ class Decoding:
             hidden, fed, events = self._reason(hidden)
             feed, chosen_events = self._speak(hidden)
             yield from events + chosen_events
-            working = np.array([row.state != "done" for row in self.rows])
-            if not working.any():
+            working = [i for i, row in enumerate(self.rows) if row.state != "done"]
+            if not working:
                 return
-            latent = np.array([i in fed for i in range(len(self.rows))])
             embeds = self._inputs(hidden, feed, fed)
             positions = np.array([row.position for row in self.rows], np.int64)
-            stage = self.clock.latent_step if latent[working].all() else self.clock.text_step
+            stage = self.clock.latent_step if all(i in fed for i in working) else self.clock.text_step
             t = time.perf_counter()
             hidden = self.runtime.step(embeds, positions)
             stage.append(time.perf_counter() - t)

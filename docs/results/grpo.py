@@ -163,7 +163,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     ):
         for run in runs:
             if "history" in run:
-                style = {"accuracy": "-", "recorded": (0, (1, 1)), "with-format": "--", "latent-use": "-."}[run["model"]]
+                style = {"accuracy": "-", "recorded": ":", "with-format": "--", "latent-use": "-."}[run["model"]]
                 colour = "tab:blue" if run["start"] == "bottleneck" else "tab:orange"
                 axes.plot([h["step"] for h in run["history"]], [h[key] for h in run["history"]], style, color=colour, linewidth=1)
         axes.set(title=title, xlabel="step", ylim=(0, 1))

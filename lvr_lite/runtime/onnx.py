@@ -133,16 +133,15 @@ class OnnxRuntime:
             return  # what is left of the batch before lies beyond seqlens_k, where attention does not look
         self._batch, self._capacity = batch, capacity
         self._cache = self._new_cache(batch, capacity)
-        self._state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
-        self._positions = ort.OrtValue.ortvalue_from_numpy(np.zeros((3, batch, 1), np.int64))
-        self._seqlens = ort.OrtValue.ortvalue_from_numpy(np.zeros(batch, np.int32))
-        self._total = ort.OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))
         self._binding = self._bind(self._cache)
-        self._binding.bind_ortvalue_input("inputs_embeds", self._state)
-        self._binding.bind_ortvalue_input("position_ids", self._positions)
-        self._binding.bind_ortvalue_input("seqlens_k", self._seqlens)
-        self._binding.bind_ortvalue_input("total_sequence_length", self._total)
-        self._binding.bind_ortvalue_output("last_hidden_state", self._state)
+        state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
+        # arrays over the memory of what is bound: a step writes into them, and no call into ONNX Runtime is needed for it
+        self._state = state.numpy()
+        self._positions = self._bind_input("position_ids", np.zeros((3, batch, 1), np.int64))
+        self._seqlens = self._bind_input("seqlens_k", np.zeros(batch, np.int32))
+        self._total = self._bind_input("total_sequence_length", np.zeros((), np.int32))
+        self._binding.bind_ortvalue_input("inputs_embeds", state)
+        self._binding.bind_ortvalue_output("last_hidden_state", state)
         if self._deepstack:  # nothing that is fed step by step is a visual token
             self._binding.bind_cpu_input("deepstack_embeds", np.zeros((batch, 1, self._deepstack), np.float32))
 
@@ -157,6 +156,11 @@ class OnnxRuntime:
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         return binding
+
+    def _bind_input(self, name: str, array: np.ndarray) -> np.ndarray:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(name, value)
+        return np.asarray(value.numpy())
 
     def keep(self, length: int) -> list[np.ndarray]:
         return [value.numpy()[:, :, :length].copy() for value in self._cache.values()]
@@ -202,11 +206,11 @@ class OnnxRuntime:
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         if embeds is not self._in_state:
-            self._state.update_inplace(np.ascontiguousarray(embeds, np.float32)[:, None])
+            self._state[:, 0] = embeds
+        self._seqlens[...] = self._lengths
         self._lengths += 1
-        self._positions.update_inplace(np.ascontiguousarray(np.broadcast_to(positions, (3, len(positions))))[..., None])
-        self._seqlens.update_inplace(self._lengths - 1)
-        self._total.update_inplace(np.array(self._lengths.max(), np.int32))
+        self._total[...] = self._lengths.max()
+        self._positions[..., 0] = positions
         self._decoder.run_with_iobinding(self._binding)
-        self._in_state = self._state.numpy()[:, 0]
+        self._in_state = self._state[:, 0]
         return self._in_state
