@@ -54,9 +54,10 @@ class Reasoning:
         return getattr(self._runtime, name)
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.array(self._runtime.head(hidden))
+        logits = self._runtime.head(hidden)
         if not self._said:
-            self._said, logits[:, self._runtime.tokens.lvr_start] = True, np.inf
+            self._said, logits = True, np.array(logits)
+            logits[:, self._runtime.tokens.lvr_start] = np.inf
         return logits
 
 
