@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", default="qwen2-vl-2b")
     parser.add_argument("--precision", default="int4")
+    parser.add_argument("--calibration", default="none", help="of int4; scenes, as export does by default, takes longer")
     options = parser.parse_args()
     checkpoint, bundle = options.out / options.shape, options.out / f"{options.shape}-{options.precision}"
     if not (checkpoint / "preprocessor_config.json").is_file():
@@ -60,7 +61,7 @@ def main() -> None:
     began = time.time()
     command = [sys.executable, "-m", "lvr_lite", "export", str(checkpoint), str(bundle), "--precision", options.precision]
     if options.precision == "int4":
-        command += ["--calibration", "none"]  # random weights have nothing to be calibrated for
+        command += ["--calibration", options.calibration]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = round(time.time() - began)
     print(done.stderr)
