@@ -39,6 +39,10 @@ Bits = Annotated[float | None, typer.Option(help="For mixed: bits a weight of de
 Calibration = Annotated[
     str | None, typer.Option(help="For int4 and mixed: scenes (drawn; the default), or a file of samples; none, for int4 alone.")
 ]
+TuneSteps = Annotated[
+    int | None,
+    typer.Option(min=0, help="For int4 and mixed: steps that train scales and norms after rounding; 0 for none. [96; 6 beyond 4 GiB]"),
+]
 Model = Annotated[str, typer.Option(help="Whose resizing and visual tokens: tiny, or the folder of a checkpoint or a bundle.")]
 Recipe = Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")]
@@ -268,6 +272,7 @@ def export(
     block: Block = None,
     bits: Bits = None,
     calibration: Calibration = None,
+    tune_steps: TuneSteps = None,
     json_: JsonOut = None,
 ) -> None:
     """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch.
@@ -278,31 +283,35 @@ def export(
 
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
-    _refuse_idle(precision, block, bits, calibration)
+    _refuse_idle(precision, block, bits, calibration, tune_steps)
     _quiet_libraries()
     began = time.time()
     if synthetic is not None:
         if calibration is not None:
             raise UsageError("--calibration: random weights have nothing to be calibrated for; leave it out")
+        if tune_steps is not None:
+            raise UsageError("--tune-steps: random weights have nothing to be trained for; leave it out")
         if bundle is not None:
             raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
         report, bundle = _export_synthetic(synthetic, Path(checkpoint), precision, block), Path(checkpoint)
     elif bundle is None:
         raise UsageError("export needs a checkpoint and the folder to write (or --synthetic SHAPE and the folder)")
     else:
-        report = _export(checkpoint, bundle, precision, block, bits or 5.0, calibration or "scenes")
+        report = _export(checkpoint, bundle, precision, block, bits or 5.0, calibration or "scenes", tune_steps)
     _say_done(bundle, began)
     _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
 
 
-def _refuse_idle(precision: str, block: int | None, bits: float | None, calibration: str | None) -> None:
+def _refuse_idle(precision: str, block: int | None, bits: float | None, calibration: str | None, tune_steps: int | None) -> None:
     """A flag that would do nothing is a mistake."""
     from lvr_lite.errors import UsageError
 
     if precision not in ("int4", "mixed"):
-        for flag, given in (("--block", block), ("--calibration", calibration)):
+        for flag, given in (("--block", block), ("--calibration", calibration), ("--tune-steps", tune_steps)):
             if given is not None:
                 raise UsageError(f"{flag} is for weights of 4 bits, which --precision {precision} has none of; leave it out")
+    if calibration == "none" and tune_steps:
+        raise UsageError("--tune-steps trains on what --calibration gives, which is none here; leave one of them out")
     if bits is not None and precision != "mixed":
         raise UsageError(f"--bits is the budget of --precision mixed, not of {precision}; leave it out")
 
@@ -313,7 +322,9 @@ def _say_done(bundle: Path, began: float) -> None:
     _say(f"{bundle}: written and checked in {time.time() - began:.0f} s, peak memory {(peak_rss_mb() or 0) / 1024:.1f} GiB")
 
 
-def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
+def _export(
+    checkpoint: str, bundle: Path, precision: str, block: int | None, bits: float, calibration: str, tune_steps: int | None
+) -> dict[str, Any]:
     import shutil
 
     from lvr_lite.bundle import fresh_folder
@@ -345,7 +356,7 @@ def _export(checkpoint: str, bundle: Path, precision: str, block: int | None, bi
     check_free_space(bundle, int(parameters * (6.5 if precision == "fp16" else 5.5)))  # in float32 first, then quantized
     with fresh_folder(bundle) as staged:  # all that is made on the way lies in it, so that a killed run leaves one folder to sweep
         write_bundle(read, merged, staged / "fp32", _say, reference)
-        report = _quantize(staged / "fp32", staged / "made", precision, block, bits, calibration)
+        report = _quantize(staged / "fp32", staged / "made", precision, block, bits, calibration, tune_steps)
         shutil.rmtree(staged / "fp32")
         for path in (staged / "made").iterdir():
             path.rename(staged / path.name)
@@ -370,11 +381,13 @@ def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | Non
     return {"bytes": {name: graph.bytes for name, graph in manifest.graphs.items()}}
 
 
-def _quantize(source: Path, target: Path, precision: str, block: int | None, bits: float, calibration: str) -> dict[str, Any]:
+def _quantize(
+    source: Path, target: Path, precision: str, block: int | None, bits: float, calibration: str, tune_steps: int | None
+) -> dict[str, Any]:
     from lvr_lite.quant import search, weights
 
     if precision == "mixed" or (precision == "int4" and calibration != "none"):
-        return search.quantize_calibrated(source, target, precision, calibration, _say, block, bits)
+        return search.quantize_calibrated(source, target, precision, calibration, _say, block, bits, tune_steps)
     return weights.quantize_bundle(source, target, precision, _say, block)
 
 
@@ -386,6 +399,7 @@ def quantize(
     block: Block = None,
     bits: Bits = None,
     calibration: Calibration = None,
+    tune_steps: TuneSteps = None,
     json_: JsonOut = None,
 ) -> None:
     """Quantize the weights of an fp32 bundle, and say what was replaced and what was not.
@@ -395,9 +409,9 @@ def quantize(
     Example: lvr-lite quantize fp32 mixed --precision mixed --bits 4.8
     """
 
-    _refuse_idle(precision, block, bits, calibration)
+    _refuse_idle(precision, block, bits, calibration, tune_steps)
     began = time.time()
-    report = _quantize(bundle, target, precision, block, bits or 5.0, calibration or "scenes")
+    report = _quantize(bundle, target, precision, block, bits or 5.0, calibration or "scenes", tune_steps)
     _say_done(target, began)
     _write_json(json_, {"schema": "lvr-lite/quantize", "version": 1, "bundle": str(target)} | report)
 

@@ -81,6 +81,18 @@ def read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     return np.asarray(np.fromfile(folder / where["location"], dtype, count, offset=int(where.get("offset", 0))).reshape(tuple(tensor.dims)))
 
 
+def overwrite(tensor: onnx.TensorProto, folder: Path, array: np.ndarray) -> None:
+    """Give a weight other values of the same type and shape, where they lie: in its file, in `folder`, or in the tensor itself."""
+    assert array.dtype == helper.tensor_dtype_to_np_dtype(tensor.data_type) and array.shape == tuple(tensor.dims), tensor.name
+    if not external_data_helper.uses_external_data(tensor):
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / where["location"]).open("r+b") as file:
+        file.seek(int(where.get("offset", 0)))
+        file.write(np.ascontiguousarray(array).data)
+
+
 def size(tensor: onnx.TensorProto) -> int:
     """Bytes of a weight's values."""
     bits = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.INT4: 4}.get(tensor.data_type)

@@ -73,7 +73,7 @@ def quantize(matrix: np.ndarray, bits: int, block: int, symmetric: bool, importa
     return Blocks(values, scales, None if symmetric else zeros, bits, columns)
 
 
-def _storable(scale: np.ndarray) -> np.ndarray:
+def storable(scale: np.ndarray) -> np.ndarray:
     """The nearest scale that float16 holds; none becomes 0, which would forget a sign and be divided by."""
     held = scale.astype(np.float16).astype(np.float32)
     return np.where(held == 0, np.copysign(np.float32(2**-24), scale), held)
@@ -163,7 +163,7 @@ def _refit(x: np.ndarray, q: np.ndarray, scale: np.ndarray, weight: np.ndarray |
     """The scale with the least squared error for these integers; `scale` where all are 0."""
     counted = q if weight is None else q * weight
     square = (counted * q).sum(-1)
-    return _storable(np.where(square > 0, (counted * x).sum(-1) / np.where(square > 0, square, 1), scale).astype(np.float32))
+    return storable(np.where(square > 0, (counted * x).sum(-1) / np.where(square > 0, square, 1), scale).astype(np.float32))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -173,3 +173,8 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], -1)
     return np.asarray(values[..., ::2] | (values[..., 1::2] << 4))
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """What `pack` made -> uint8 values; of 4 bits always two a byte."""
+    return packed if bits == 8 else np.stack((packed & 15, packed >> 4), -1).reshape(*packed.shape[:-1], -1)

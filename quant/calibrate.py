@@ -121,6 +121,16 @@ def loss(runtime: OnnxRuntime, prompts: list[Prompt], reference: list[Said]) -> 
     return {"kl": kl, "drift": drift, "loss": kl + drift}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a decoder reads in one go, and what fp32 makes of it: ids (S,), those of a picture and of latents their placeholders; a call
+    without K/V; states (S, H) after the last norm."""
+
+    ids: np.ndarray
+    call: LayerCall
+    states: np.ndarray
+
+
 class Products(Mapping[str, np.ndarray]):
     """{"decoder/" + weight: sum of x xᵀ over all inputs x of a weight of an fp32 decoder, float64 (K, K)}, on calibration prompts; for
     "lm_head/…" and "embed_tokens/…" that of the states which the head reads.
@@ -136,7 +146,7 @@ class Products(Mapping[str, np.ndarray]):
         for prompt in prompts:
             for _ in Decoding(recorder, [prompt], Options(max_tokens=TOKENS)):
                 pass
-        self._begin = recorder.sequences
+        self._begin, self._ids = recorder.sequences, recorder.ids
         manifest = bundle.read_manifest(source, check=False)
         self._layers = DecoderLayers(source, manifest)
         self._model = onnxfile.load(source / manifest.graphs["decoder"].path)
@@ -171,14 +181,22 @@ class Products(Mapping[str, np.ndarray]):
     def _advance(self) -> None:
         self._held = {}
         if self._next == self._last:
-            states = np.concatenate([call.hidden[0] for call in self._calls])
-            states = self._normed(states)
+            states = np.concatenate(self._last_states())
             self._held["states"] = (states.T @ states).astype(np.float64)
         else:
             calls = [[replace(call, added=self._of_layer(call.added))] for call in self._calls]
             after = self._layers.run_all(self._next, calls, self._add)
             self._calls = [replace(call, hidden=hidden) for call, (hidden,) in zip(self._calls, after, strict=True)]
         self._next += 1
+
+    def readings(self) -> list[Reading]:
+        """All that was read, and what came of it. A whole pass, unless one has just been made."""
+        if self._next < self._last:
+            self["lm_head/"]
+        return [Reading(*kept) for kept in zip(self._ids, self._begin, self._last_states(), strict=True)]
+
+    def _last_states(self) -> list[np.ndarray]:
+        return [self._normed(call.hidden[0]) for call in self._calls]
 
     def _of_layer(self, added: np.ndarray | None) -> np.ndarray | None:
         """What is added after this layer, of what is added after any (deepstack)."""
@@ -210,9 +228,24 @@ class _Recorder:
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
         self._fed: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self._read: list[list[np.ndarray]] = []
+        self._embedded: np.ndarray | None = None  # ids, until they are fed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
+
+    @property
+    def ids(self) -> list[np.ndarray]:
+        return [np.concatenate(read) for read in self._read]
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        self._embedded = ids[0].copy()
+        return np.asarray(self._runtime.embed(ids))
+
+    def _taken(self) -> np.ndarray:
+        """The ids that were embedded for this call; a latent where none were."""
+        ids, self._embedded = self._embedded, None
+        return np.array([self._runtime.tokens.lvr]) if ids is None else ids
 
     @property
     def sequences(self) -> list[LayerCall]:
@@ -230,8 +263,10 @@ class _Recorder:
     ) -> np.ndarray:
         assert not past, "calibration reads every prompt from its beginning"
         self._fed.append([(np.array(embeds), np.array(positions))])
+        self._read.append([self._taken()])
         return self._runtime.prefill(embeds, positions, lengths, rows)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self._fed[-1].append((np.array(embeds)[:, None], np.broadcast_to(positions, (3, 1))[..., None].copy()))
+        self._read[-1].append(self._taken())
         return self._runtime.step(np.array(embeds), positions)

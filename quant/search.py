@@ -22,12 +22,13 @@ import numpy as np
 import onnx
 
 from lvr_lite import onnxfile
-from lvr_lite.bundle import read_manifest
+from lvr_lite.bundle import Manifest, read_manifest
 from lvr_lite.decode import Prompt
 from lvr_lite.errors import UsageError
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.drift import LARGE
+from lvr_lite.quant.tune import Tuning
 from lvr_lite.quant.weights import COMPACT, Plan, Scheme, Shared, check_source, convert, quantize_bundle, whole
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
@@ -36,18 +37,28 @@ UNITS, UNITS_LARGE = 72, 40  # measured one by one at most
 FOUR = Scheme(bits=4, block=32, symmetric=False)
 POINTS = 10  # of the path from 4 to 8 bits that are measured whole
 PROMPTS, PROMPTS_LARGE = 64, 24
+STEPS, STEPS_LARGE = 96, 6  # of training scales and norms after rounding (quant/tune.py)
 SCORED_LARGE = 8  # prompts that each candidate answers
 HEAD = "embedding and head"
 SMALL_GRAPHS = ("embed_tokens", "lm_head")
 
 
 def quantize_calibrated(
-    source: Path, target: Path, precision: str, data: str, progress: Callable[[str], None], block: int | None = None, bits: float = 5.0
+    source: Path,
+    target: Path,
+    precision: str,
+    data: str,
+    progress: Callable[[str], None],
+    block: int | None = None,
+    bits: float = 5.0,
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    """Write the fp32 bundle `source` to `target` as "int4" or "mixed", its 4-bit weights rounded for what flows through them (GPTQ).
+    """Write the fp32 bundle `source` to `target` as "int4" or "mixed", its 4-bit weights rounded for what flows through them (GPTQ), scales
+    and norms then trained.
 
     data: "scenes" or a file of samples to calibrate on. bits: of "mixed", a weight of decoder, embedding and head at most, scales
-    included; vision has 8. Returns report.json. Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
+    included; vision has 8. steps: of that training; None takes STEPS, or STEPS_LARGE, and 0 leaves it out. Returns report.json.
+    Raises UsageError for a budget below what 4 bits take, and as `quantize_bundle` does.
     """
     began = time.perf_counter()
     check_source(source, target, precision)
@@ -56,10 +67,11 @@ def quantize_calibrated(
         raise UsageError(f"--calibration {data}: no such file; give scenes, a file of samples{', or none' if precision == 'int4' else ''}")
     target.resolve().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.tmp-{os.getpid()}-") as scratch:
-        desk = Desk(source, Path(scratch), data, progress)
+        desk = Desk(source, Path(scratch), data, progress, steps=steps)
         if precision == "int4":
             progress(f"calibration: {len(desk.prompts)} prompts (`--calibration none` goes without: faster, and worse)")
-            return quantize_bundle(source, target, "int4", progress, plan=replace(plan, products=desk.products()))
+            products = desk.products()
+            return quantize_bundle(source, target, "int4", progress, plan=replace(plan, products=products), tune=desk.tuning(products))
         search = Search(source, desk, progress, block)
         return write_mixed(source, target, bits, search, progress) | {"search_seconds": round(time.perf_counter() - began, 1)}
 
@@ -71,11 +83,18 @@ class Desk:
     """
 
     def __init__(
-        self, source: Path, scratch: Path, data: str, progress: Callable[[str], None], prompts: list[Prompt] | None = None
+        self,
+        source: Path,
+        scratch: Path,
+        data: str,
+        progress: Callable[[str], None],
+        prompts: list[Prompt] | None = None,
+        steps: int | None = None,
     ) -> None:
         manifest = read_manifest(source, check=False)
-        self.source, self.scratch = source, scratch
+        self.source, self.scratch, self._progress = source, scratch, progress
         self.large = sum(graph.bytes for graph in manifest.graphs.values()) > LARGE
+        self._steps = (STEPS_LARGE if self.large else STEPS) if steps is None else steps
         if self.large:
             progress("calibration: an int8 copy reasons and answers, since fp32 would take too much memory")
             quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
@@ -85,12 +104,25 @@ class Desk:
     def products(self) -> Products:
         return Products(self.runtime, self.prompts, self.source)
 
+    def tuning(self, products: Products) -> Callable[[Path, Manifest], dict[str, Any]] | None:
+        """What trains the scales and norms of a bundle that was rounded for these products; None where no steps are wanted."""
+
+        def tune(folder: Path, manifest: Manifest) -> dict[str, Any]:
+            done = Tuning(folder, manifest, self.runtime, products.readings()).run(self._steps)
+            what = "kept" if done["kept"] else "no better, so not kept"
+            self._progress(
+                f"scales and norms: {self._steps} steps, loss held out {done['loss_before']:.2e} -> {done['loss_after']:.2e}, {what}"
+            )
+            return done
+
+        return tune if self._steps else None
+
 
 def write_mixed(source: Path, target: Path, bits: float, search: Search, progress: Callable[[str], None]) -> dict[str, Any]:
     """Write what the search finds best within `bits` a weight; returns report.json, with "search": what was measured."""
     found = search.choose(bits)
     plan = found.pop("plan")
-    report = quantize_bundle(source, target, "mixed", progress, plan=plan)
+    report = quantize_bundle(source, target, "mixed", progress, plan=plan, tune=search.tuning)
     assert report["bits_per_weight"] <= bits + 1e-3, report["bits_per_weight"]
     chosen = found["chosen"]
     progress(f"{len(chosen['eight'])} of {found['units']} units have 8 bits: KL {chosen['kl']:.2e}, drift {chosen['drift']:.2e}")
@@ -134,6 +166,7 @@ class Search:
         choices, latents = (sum(numbers) for numbers in zip(*((len(s.choices), s.latents) for s in self._reference), strict=True))
         progress(f"calibration: {len(desk.prompts)} prompts; {choices} choices and {latents} latents to keep")
         self._four, self._products = replace(FOUR, block=block or FOUR.block), desk.products()
+        self.tuning = desk.tuning(self._products)
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()

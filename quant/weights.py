@@ -77,12 +77,19 @@ class Plan:
 
 
 def quantize_bundle(
-    source: Path, target: Path, precision: str, progress: Callable[[str], None], block: int | None = None, plan: Plan | None = None
+    source: Path,
+    target: Path,
+    precision: str,
+    progress: Callable[[str], None],
+    block: int | None = None,
+    plan: Plan | None = None,
+    tune: Callable[[Path, Manifest], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the fp32 bundle `source` with other weights to `target`; returns what report.json then says.
 
     precision: "int8" (all weights in 8 bits), "int4" (the decoder in 4 bits, vision, embedding and head in 8), "fp16", or, with a `plan`,
-    "mixed" (see `lvr_lite.quant.search`). block: values that share a scale where weights have 4 bits.
+    "mixed" (see `lvr_lite.quant.search`). block: values that share a scale where weights have 4 bits. tune: changes values of the decoder
+    of the new bundle in that folder, and says what came of it (report.json, "tuning").
     Raises UsageError for another precision, BundleError where `source` is not an fp32 bundle or `target` cannot be written; either way
     nothing is left and an earlier bundle at `target` stays as it was.
     """
@@ -99,10 +106,13 @@ def quantize_bundle(
             graphs[name], by_graph[name] = _write_graph(source, folder, name, graph, plan, shared)
             progress(_line(name, by_graph[name]))
         (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+        tuning = tune(folder, manifest) if tune else None
+        if tuning:
+            graphs["decoder"] = replace(graphs["decoder"], **onnxfile.graph_files(folder, graphs["decoder"].path))
         bundle.write_manifest(folder, _manifest(manifest, graphs, precision))
         check_form(folder, graphs)
         measured = drift.measure(source, folder)
-        report = _report(manifest, precision, by_graph, measured)
+        report = _report(manifest, precision, by_graph, measured) | ({"tuning": tuning} if tuning else {})
         (folder / "report.json").write_text(json.dumps(report, indent=1))
         drift.draw(measured, folder / "drift.png", precision)
     report["seconds"], report["peak_rss_mb"] = round(time.perf_counter() - began, 1), peak_rss_mb()
