@@ -27,7 +27,7 @@ from lvr_lite.quant.blocks import storable, unpack
 from lvr_lite.quant.calibrate import Reading
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 
-RATE = 1e-3  # of Adam: of each scale relative to itself, and of a norm's weights
+RATE = 5e-4  # of Adam: of each scale relative to itself, and of a norm's weights
 BATCH = 4  # readings a step
 WARM_UP = 5  # steps
 HELD_OUT = 8  # one reading of so many is not trained on; those say whether what was trained is kept

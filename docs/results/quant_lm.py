@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import logging
 import re
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -37,10 +40,9 @@ from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 WINDOW = 512  # tokens read at once; perplexity is over all but the first 64 of each
 WINDOWS = 8
 SCORED_TOKENS = 64  # of each prompt that candidates of the search answer
-MODULES = (
-    "argparse", "collections", "decimal", "email.message", "fractions", "heapq", "inspect", "logging", "pathlib", "random", "statistics",
-    "subprocess", "tarfile", "textwrap", "threading", "turtle", "typing", "unittest.mock", "urllib.request", "zipfile",
-)  # fmt: skip
+PROMPTS = 400  # calibrated on
+ANSWERED = 16  # others, whose greedy answers are compared
+NOT_IMPORTED = ("antigravity", "idlelib", "pydoc_data", "this", "turtledemo")  # a browser, a window, the text that is scored, a poem
 TEXT = "the language reference that Python ships for help() (pydoc_data.topics, Python 3.11), its longest sections"
 
 
@@ -106,19 +108,30 @@ def held_out_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-def calibration_prompts(tokenizer: Tokenizer, count: int) -> list[Prompt]:
-    """Paragraphs of docstrings of Python's standard library, as text to go on with; none of it is the text that is scored."""
-    texts = []
-    for name in MODULES:
-        module = __import__(name, fromlist=["_"])
-        texts += [module.__doc__, *(getattr(module, n).__doc__ for n in dir(module))]
-    chosen = sorted({t.strip() for t in texts if isinstance(t, str) and len(t) > 600}, key=len)[-count * 2 :: 2][:count]
+def texts_to_go_on_with(tokenizer: Tokenizer, count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Docstrings of Python's standard library, whose beginnings are prompts: a few to score answers to, and `count` others to calibrate on.
+    None of it is the text whose perplexity is measured."""
+    warnings.simplefilter("ignore")  # of modules that are to go
+    texts: set[str] = set()
+    for name in sorted(n for n in sys.stdlib_module_names if not n.startswith("_") and n not in NOT_IMPORTED):
+        if importlib.util.find_spec(name) is None:
+            continue  # of another system
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:  # what it is made of was not installed
+            print(f"{name}: not read ({error})")
+            continue
+        for thing in (module, *vars(module).values()):
+            inside = vars(thing).values() if isinstance(thing, type) else ()
+            texts |= {d for d in (getattr(t, "__doc__", None) for t in (thing, *inside)) if isinstance(d, str)}
+    longer = sorted({inspect.cleandoc(text) for text in texts if len(text) > 400})
     prompts = []
-    for text in chosen:
+    for i in np.random.default_rng(0).permutation(len(longer))[: ANSWERED + count]:
+        text = longer[i]
         ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids[:192], np.int64)
         positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids))).astype(np.int64)
         prompts.append(Prompt(ids, np.zeros((0, 576), np.float32), positions))
-    return prompts
+    return prompts[:ANSWERED], prompts[ANSWERED:]
 
 
 class Scorer:
@@ -196,8 +209,8 @@ def main() -> None:
     out = given.out
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, fp32 = bundle_of(out)
-    prompts = calibration_prompts(fp32.tokenizer, 96)
-    scorer = Scorer(held_out_ids(fp32.tokenizer), prompts[:8])
+    asked, prompts = texts_to_go_on_with(fp32.tokenizer, PROMPTS)
+    scorer = Scorer(held_out_ids(fp32.tokenizer), asked)
     written = out / "quant_lm.json"
     rows: list[dict[str, Any]] = json.loads(written.read_text())["rows"] if given.rows and written.is_file() else []
 
@@ -219,7 +232,9 @@ def main() -> None:
             began = time.time()
             session, bits = rounded_by_onnxruntime(out / "fp32", out, how, block)
             add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
-    products = calibrate.Products(fp32, prompts)
+    (scratch := out / "search").mkdir(exist_ok=True)
+    desk = search.Desk(out / "fp32", scratch, "", print, prompts)
+    products = desk.products()
     for block in (32, 64, 128):
         for how, flow in (("ours", {}), ("ours with GPTQ", products)):
             name = f"decoder only: {how}, block {block}"
@@ -233,14 +248,20 @@ def main() -> None:
             session = open_session(model.SerializeToString(), out)
             bits = 8 * done["bytes_of_weights"] / done["weights"]
             add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
-    for precision, plan in (("int8", None), ("int4", replace(weights.whole("int4"), products=products)), ("fp16", None)):
-        if not wanted(precision):
+    rounded = replace(weights.whole("int4"), products=products)
+    for name, plan, tune in (
+        ("int8", None, None),
+        ("fp16", None, None),
+        ("int4, not trained", rounded, None),
+        ("int4", rounded, desk.tuning(products)),
+    ):
+        if not wanted(name):
             continue
-        began = time.time()
-        report = weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan)
-        add(precision, OnnxRuntime(out / precision), report["bits_per_weight"], time.time() - began)
+        began, precision = time.time(), name.split(",")[0]
+        report = weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan, tune=tune)
+        add(name, OnnxRuntime(out / precision), report["bits_per_weight"], time.time() - began)
     if wanted("mixed"):
-        search_mixed(out, prompts, add)
+        search_mixed(out, desk, add)
     if wanted("exact"):
         exact = nf4.TrainedWeights(checkpoint, unmerged=True)
         began = time.time()
@@ -250,15 +271,16 @@ def main() -> None:
         add("exact (NF4; embedding and head float)", OnnxRuntime(out / "exact"), 4.5, time.time() - began)
 
 
-def search_mixed(out: Path, prompts: list[Prompt], add: Callable[[str, OnnxRuntime, float, float], None]) -> None:
-    short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in prompts[:16]]
+def search_mixed(out: Path, desk: search.Desk, add: Callable[[str, OnnxRuntime, float, float], None]) -> None:
+    short = [Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS]) for p in desk.prompts[:16]]
     began = time.time()
-    (scratch := out / "search").mkdir(exist_ok=True)
-    found = search.Search(out / "fp32", search.Desk(out / "fp32", scratch, "", print, prompts), print, None, short)
-    for budget in (5.0, 4.75, 5.5, 6.0):
-        folder = out / f"mixed-{budget}"
-        report = search.write_mixed(out / "fp32", folder, budget, found, print)
-        add(f"mixed, budget {budget}", OnnxRuntime(folder), report["bits_per_weight"], time.time() - began)
+    found = search.Search(out / "fp32", desk, print, None, short)
+    tune = found.tuning
+    for budget, trained in ((5.0, False), (5.0, True), (4.75, True), (5.5, True)):
+        name = f"mixed, budget {budget:g}" + ("" if trained else ", not trained")
+        found.tuning = tune if trained else None
+        report = search.write_mixed(out / "fp32", out / name, budget, found, print)
+        add(name, OnnxRuntime(out / name), report["bits_per_weight"], time.time() - began)
 
 
 if __name__ == "__main__":

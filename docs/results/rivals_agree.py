@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quant_lm import WINDOW, Scorer, bundle_of, calibration_prompts, held_out_ids, make_checkpoint
+from quant_lm import PROMPTS, WINDOW, Scorer, bundle_of, held_out_ids, make_checkpoint, texts_to_go_on_with
 from rivals import OPTIMUM, installed
 
 Reader = Callable[[np.ndarray], np.ndarray]  # ids (S,) -> logits (S, V) float32
@@ -78,15 +78,17 @@ def torch_reader(out: Path, kind: str) -> Reader:
 def own_reader(out: Path, precision: str) -> Reader:
     from dataclasses import replace
 
-    from lvr_lite.quant import calibrate, weights
+    from lvr_lite.quant import search, weights
     from lvr_lite.runtime.onnx import OnnxRuntime
 
     _, fp32 = bundle_of(out)
     if not (out / precision / "lvr.json").is_file():
-        plan = None
+        plan, tune = None, None
         if precision == "int4":
-            plan = replace(weights.whole("int4"), products=calibrate.Products(fp32, calibration_prompts(fp32.tokenizer, 96)))
-        weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan)
+            desk = search.Desk(out / "fp32", out, "", print, texts_to_go_on_with(fp32.tokenizer, PROMPTS)[1])
+            products = desk.products()
+            plan, tune = replace(weights.whole("int4"), products=products), desk.tuning(products)
+        weights.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan, tune=tune)
     runtime = OnnxRuntime(out / precision)
 
     def read(ids: np.ndarray) -> np.ndarray:
