@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from lvr_lite import onnxfile
 from lvr_lite.bundle import Manifest
+from lvr_lite.errors import BundleError
 from lvr_lite.quant.blocks import storable, unpack
 from lvr_lite.quant.calibrate import Reading
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
@@ -77,6 +78,9 @@ class Graph:
         self.norms = {name: self._read(name).requires_grad_() for name in norms}
         taken = {*norms, *widened, *widened.values(), *(name for node in products for name in node.input[1:])}
         self._constants = {name: self._read(name) for name in self._stored if name not in taken}
+        unknown = {node.op_type for node in self._model.graph.node} - {*OPERATORS, "MatMulNBits", "Shape"}
+        if unknown:
+            raise BundleError(f"{file}: cannot be trained through {', '.join(sorted(unknown))}; --tune-steps 0 goes without training")
         self._nodes = [node for node in self._model.graph.node if node.output[0] not in widened]
 
     def parameters(self) -> list[Tensor]:
@@ -213,7 +217,7 @@ class Tuning:
         tokens, ids = self._tokens, reading.ids
         latent = (ids == tokens.lvr) | (ids == tokens.lvr_start)
         word = ~latent & (ids != tokens.image)
-        states = self._states(reading)
+        states = self.states(reading)
         wanted = torch.from_numpy(self._runtime.head(reading.states[word])).log_softmax(-1)
         loss = functional.kl_div(
             self._head({"last_hidden_state": states[word]}).log_softmax(-1), wanted, reduction="batchmean", log_target=True
@@ -222,7 +226,8 @@ class Tuning:
             loss = loss + (1 - functional.cosine_similarity(states[latent], torch.from_numpy(reading.states[latent]))).mean()
         return loss
 
-    def _states(self, reading: Reading) -> Tensor:
+    def states(self, reading: Reading) -> Tensor:
+        """The quantized decoder's (S, H), the words embedded by its own table, latents as fp32 fed them."""
         given = ~np.isin(reading.ids, (self._tokens.image, self._tokens.lvr))  # words, as the quantized table has them
         embeds = reading.call.hidden.copy()
         embeds[0, given] = self._embed.run(None, {"input_ids": reading.ids[None, given]})[0][0]

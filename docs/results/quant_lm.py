@@ -33,7 +33,7 @@ from lvr_lite import onnxfile
 from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.decode import Options, Prompt, decode
 from lvr_lite.export.write import write_bundle
-from lvr_lite.quant import calibrate, nf4, search, weights
+from lvr_lite.quant import nf4, search, weights
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 

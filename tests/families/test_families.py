@@ -26,6 +26,8 @@ from lvr_lite.decode import Options, decode
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.latent import LatentSpec
 from lvr_lite.quant import nf4
+from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.tune import Tuning
 from lvr_lite.quant.weights import quantize_bundle
 from lvr_lite.runtime.onnx import OnnxRuntime
 from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
@@ -212,6 +214,21 @@ def test_torch_and_onnx_say_the_same_through_latents(case: Case, bundle: Path, m
         assert len(a.latents) == STEPS
         compare("latents", np.stack(b.latents), np.stack(a.latents), 1e-4)
         compare("hidden states", np.stack(b.hidden), np.stack(a.hidden), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: str) -> None:
+    """What trains scales and norms after rounding (quant/tune.py) computes what the runtime does, through latents and deepstack."""
+    runtime = OnnxRuntime(bundle)
+    runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+    prompts = [prepare_prompt(runtime, pictures, "where heart")[0] for pictures in (PICTURES["two pictures"][0], [])]
+    readings = Products(StartsWithLatents(runtime, STEPS), prompts, bundle).readings()  # type: ignore[arg-type]
+    tuning = Tuning(bundle, runtime.manifest, runtime, readings)
+    assert len(readings) == (2 if mode == "open" else 4)
+    for reading in readings:
+        assert (reading.ids == runtime.tokens.lvr).sum() > 0
+        with torch.no_grad():
+            compare("states", tuning.states(reading).numpy(), reading.states, 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["open", "bottleneck"])

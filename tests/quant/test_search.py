@@ -30,6 +30,7 @@ def quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "PROMPTS", 8)
         patch.setattr(search, "POINTS", 3)
+        patch.setattr(search, "STEPS", 2)
         patch.setattr(calibrate, "TOKENS", 6)
         yield
 
