@@ -211,10 +211,10 @@ class DecoderLayers:
         return self.run_all(index, [calls])[0]
 
     def run_all(
-        self, index: int, sequences: list[list[LayerCall]], watch: Callable[[str, np.ndarray], None] | None = None
+        self, index: int, sequences: list[list[LayerCall]], watch: Callable[[tuple[str, ...], np.ndarray], None] | None = None
     ) -> list[list[np.ndarray]]:
-        """`run` for several sequences, each with K/V of its own. watch: is told the name of each weight of the layer, and what it is
-        multiplied with, (N, K), once a call."""
+        """`run` for several sequences, each with K/V of its own. watch: is told the names of the layer's weights, those that are multiplied
+        with the same value together, and that value, (N, K), once a call."""
         part = decoder_layer(self._model, index, self._layers)
         weights = {tensor.name for tensor in part.graph.initializer if len(tensor.dims) == 2}
         watched: dict[str, list[str]] = {}  # value -> the weights that read it
@@ -225,7 +225,7 @@ class DecoderLayers:
         session = open_session(part.SerializeToString(), self._file.parent)
         seen: dict[str, Callable[[np.ndarray], None]] = {}
         if watch is not None:
-            seen = {name: partial(_tell, watch, readers) for name, readers in watched.items()}
+            seen = {name: partial(watch, tuple(readers)) for name, readers in watched.items()}
         return [self._run(session, part, index, calls, seen) for calls in sequences]
 
     def _run(
@@ -253,11 +253,6 @@ class DecoderLayers:
             for tell, value in zip(seen.values(), shown, strict=True):
                 tell(value.reshape(-1, value.shape[-1]))
         return after
-
-
-def _tell(watch: Callable[[str, np.ndarray], None], readers: list[str], rows: np.ndarray) -> None:
-    for name in readers:
-        watch(name, rows)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lvr_lite.runtime.preprocess import open_picture
 SEED = 90_001  # of the scenes, of the training split
 BATCH = 16  # prompts decoded together
 TOKENS = 24  # text tokens of an answer at most
+ROWS = 2048  # inputs of a weight multiplied with themselves at once
 
 
 def load_prompts(runtime: OnnxRuntime, data: str, count: int) -> list[Prompt]:
@@ -123,9 +124,10 @@ def loss(runtime: OnnxRuntime, prompts: list[Prompt], reference: list[Said]) -> 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a decoder reads in one go, and what fp32 makes of it: ids (S,), those of a picture and of latents their placeholders; a call
-    without K/V; states (S, H) after the last norm."""
+    """What a decoder reads in one go, and what fp32 makes of it. prompt: which one it belongs to (a bottleneck reads each twice). ids (S,),
+    those of a picture and of latents their placeholders; a call without K/V; states (S, H) after the last norm."""
 
+    prompt: int
     ids: np.ndarray
     call: LayerCall
     states: np.ndarray
@@ -143,10 +145,12 @@ class Products(Mapping[str, np.ndarray]):
         """runtime: what reasons and answers; source: the fp32 bundle, `runtime`'s own where it is that."""
         source = source or runtime.folder
         recorder = _Recorder(runtime)
-        for prompt in prompts:
+        self._prompts: list[int] = []  # of each sequence
+        for i, prompt in enumerate(prompts):
             for _ in Decoding(recorder, [prompt], Options(max_tokens=TOKENS)):
                 pass
-        self._begin, self._ids = recorder.sequences, recorder.ids
+            self._prompts += [i] * (len(recorder.ids) - len(self._prompts))
+        self._begin, self._ids = recorder.sequences, [np.concatenate(read) for read in recorder.ids]
         manifest = bundle.read_manifest(source, check=False)
         self._layers = DecoderLayers(source, manifest)
         self._model = onnxfile.load(source / manifest.graphs["decoder"].path)
@@ -160,6 +164,7 @@ class Products(Mapping[str, np.ndarray]):
     def _restart(self) -> None:
         self._next, self._calls = 0, self._begin
         self._held: dict[str, np.ndarray] = {}
+        self._waiting: dict[tuple[str, ...], list[np.ndarray]] = {}  # inputs that several weights read, until there are enough
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layer)
@@ -171,6 +176,8 @@ class Products(Mapping[str, np.ndarray]):
         return key in self._layer or str(key).split("/")[0] in ("lm_head", "embed_tokens")
 
     def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self:
+            raise KeyError(key)
         layer = self._layer.get(key, self._last)
         if layer < self._next - 1:
             self._restart()
@@ -186,6 +193,8 @@ class Products(Mapping[str, np.ndarray]):
         else:
             calls = [[replace(call, added=self._of_layer(call.added))] for call in self._calls]
             after = self._layers.run_all(self._next, calls, self._add)
+            for readers in list(self._waiting):
+                self._multiply(readers)
             self._calls = [replace(call, hidden=hidden) for call, (hidden,) in zip(self._calls, after, strict=True)]
         self._next += 1
 
@@ -193,7 +202,7 @@ class Products(Mapping[str, np.ndarray]):
         """All that was read, and what came of it. A whole pass, unless one has just been made."""
         if self._next < self._last:
             self["lm_head/"]
-        return [Reading(*kept) for kept in zip(self._ids, self._begin, self._last_states(), strict=True)]
+        return [Reading(*kept) for kept in zip(self._prompts, self._ids, self._begin, self._last_states(), strict=True)]
 
     def _last_states(self) -> list[np.ndarray]:
         return [self._normed(call.hidden[0]) for call in self._calls]
@@ -211,13 +220,19 @@ class Products(Mapping[str, np.ndarray]):
         size = np.sqrt(np.square(states).mean(-1, keepdims=True) + epsilon)
         return np.asarray(states / size * onnxfile.read(scale, self._at))
 
-    def _add(self, name: str, rows: np.ndarray) -> None:
-        key = f"decoder/{name}"
-        product = rows.T @ rows
-        if key in self._held:
-            self._held[key] += product
+    def _add(self, readers: tuple[str, ...], rows: np.ndarray) -> None:
+        waiting = self._waiting.setdefault(readers, [])
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= ROWS:
+            self._multiply(readers)
+
+    def _multiply(self, readers: tuple[str, ...]) -> None:
+        rows = np.concatenate(self._waiting.pop(readers))
+        first, product = f"decoder/{readers[0]}", (rows.T @ rows).astype(np.float64)
+        if first in self._held:
+            self._held[first] += product
         else:
-            self._held[key] = product.astype(np.float64)
+            self._held |= dict.fromkeys((f"decoder/{name}" for name in readers), product)
 
 
 class _Recorder:
@@ -228,15 +243,11 @@ class _Recorder:
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
         self._fed: list[list[tuple[np.ndarray, np.ndarray]]] = []
-        self._read: list[list[np.ndarray]] = []
+        self.ids: list[list[np.ndarray]] = []
         self._embedded: np.ndarray | None = None  # ids, until they are fed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
-
-    @property
-    def ids(self) -> list[np.ndarray]:
-        return [np.concatenate(read) for read in self._read]
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         self._embedded = ids[0].copy()
@@ -263,10 +274,10 @@ class _Recorder:
     ) -> np.ndarray:
         assert not past, "calibration reads every prompt from its beginning"
         self._fed.append([(np.array(embeds), np.array(positions))])
-        self._read.append([self._taken()])
+        self.ids.append([self._taken()])
         return self._runtime.prefill(embeds, positions, lengths, rows)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self._fed[-1].append((np.array(embeds)[:, None], np.broadcast_to(positions, (3, 1))[..., None].copy()))
-        self._read[-1].append(self._taken())
+        self.ids[-1].append(self._taken())
         return self._runtime.step(np.array(embeds), positions)

@@ -24,7 +24,7 @@ import onnx
 from lvr_lite import onnxfile
 from lvr_lite.bundle import Manifest, read_manifest
 from lvr_lite.decode import Prompt
-from lvr_lite.errors import UsageError
+from lvr_lite.errors import DataError, UsageError
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.drift import LARGE
@@ -105,7 +105,12 @@ class Desk:
         return Products(self.runtime, self.prompts, self.source)
 
     def tuning(self, products: Products) -> Callable[[Path, Manifest], dict[str, Any]] | None:
-        """What trains the scales and norms of a bundle that was rounded for these products; None where no steps are wanted."""
+        """What trains the scales and norms of a bundle that was rounded for these products; None where no steps are wanted. Raises
+        DataError for a single prompt, which cannot be held out and trained on."""
+        if not self._steps:
+            return None
+        if len(self.prompts) < 2:
+            raise DataError("training scales takes two prompts or more to calibrate on; give more samples, or --tune-steps 0")
 
         def tune(folder: Path, manifest: Manifest) -> dict[str, Any]:
             done = Tuning(folder, manifest, self.runtime, products.readings()).run(self._steps)
@@ -115,7 +120,7 @@ class Desk:
             )
             return done
 
-        return tune if self._steps else None
+        return tune
 
 
 def write_mixed(source: Path, target: Path, bits: float, search: Search, progress: Callable[[str], None]) -> dict[str, Any]:

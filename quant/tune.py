@@ -31,7 +31,7 @@ from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 RATE = 5e-4  # of Adam: of each scale relative to itself, and of a norm's weights
 BATCH = 4  # readings a step
 WARM_UP = 5  # steps
-HELD_OUT = 8  # one reading of so many is not trained on; those say whether what was trained is kept
+HELD_OUT = 8  # one prompt of so many is not trained on; those say whether what was trained is kept
 
 
 class _Product(torch.autograd.Function):
@@ -62,8 +62,8 @@ def _matrix(integers: Tensor, scales: Tensor, columns: int) -> Tensor:
 class Graph:
     """A decoder or head of integer weights as torch reads it: whole sequences, no K/V, activations in float32.
 
-    factors: {MatMulNBits: what its scales are multiplied with, (N, blocks), 1 at first}; norms: {initializer: values of a norm}. These
-    are what is trained.
+    factors: {initializer of scales: what they are multiplied with, (N, blocks), 1 at first}; norms: {initializer: values of a norm}.
+    These are what is trained.
     """
 
     def __init__(self, file: Path) -> None:
@@ -74,7 +74,7 @@ class Graph:
         self._scales = {node.name: widened.get(node.input[2], node.input[2]) for node in products}
         self._weights = {node.name: self._integers(node) for node in products}
         norms = {node.input[1] for node in self._model.graph.node if node.op_type == "RMSNormalization"}
-        self.factors = {name: torch.ones_like(scales, requires_grad=True) for name, (_, scales) in self._weights.items()}
+        self.factors = {self._scales[name]: torch.ones_like(scales, requires_grad=True) for name, (_, scales) in self._weights.items()}
         self.norms = {name: self._read(name).requires_grad_() for name in norms}
         taken = {*norms, *widened, *widened.values(), *(name for node in products for name in node.input[1:])}
         self._constants = {name: self._read(name) for name in self._stored if name not in taken}
@@ -93,7 +93,7 @@ class Graph:
             of = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "MatMulNBits":
                 integers, scales = self._weights[node.name]
-                made: Any = _Product.apply(values[node.input[0]], integers, scales * self.factors[node.name])
+                made: Any = _Product.apply(values[node.input[0]], integers, scales * self.factors[self._scales[node.name]])
             elif node.op_type == "Shape":  # of the input or of the cache, which has as many rows
                 made = torch.tensor(values.get(node.input[0], values["inputs_embeds"]).shape)
                 made = made[of.get("start", 0) : of.get("end")]
@@ -104,8 +104,8 @@ class Graph:
 
     def write(self) -> None:
         """Put what was trained where it came from; float16 for scales, as they are stored."""
-        for node, name in self._scales.items():
-            scales = (self._weights[node][1] * self.factors[node].detach()).numpy()
+        for node, name in self._scales.items():  # which several nodes may share
+            scales = (self._weights[node][1] * self.factors[name].detach()).numpy()
             self._put(name, storable(scales).reshape(tuple(self._stored[name].dims)))
         for name, values in self.norms.items():
             self._put(name, values.detach().numpy())
@@ -184,7 +184,8 @@ class Tuning:
         self._decoder, self._head = (Graph(folder / manifest.graphs[name].path) for name in ("decoder", "lm_head"))
         self._embed = open_session(folder / manifest.graphs["embed_tokens"].path)
         self._runtime, self._tokens = runtime, runtime.tokens
-        self._held_out, self._taught = readings[::HELD_OUT], [r for i, r in enumerate(readings) if i % HELD_OUT]
+        self._held_out = [reading for reading in readings if reading.prompt % HELD_OUT == 0]
+        self._taught = [reading for reading in readings if reading.prompt % HELD_OUT]
         self._added = manifest.graphs["decoder"].inputs.get("deepstack_embeds")
 
     def run(self, steps: int) -> dict[str, Any]:

@@ -321,10 +321,9 @@ class _Rewriting:
         return self._widened(self._made[weight.name]), scheme
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
-        products = self.plan.products.get(key)
-        if products is None or scheme.bits == 8:
+        if scheme.bits == 8 or key not in self.plan.products:
             return quantize(matrix, scheme.bits, scheme.block, scheme.symmetric)
-        return gptq(matrix, products, scheme.bits, scheme.block, scheme.symmetric)
+        return gptq(matrix, self.plan.products[key], scheme.bits, scheme.block, scheme.symmetric)
 
     def _count(self, made: Blocks, matrix: np.ndarray) -> float:
         step, gap, norm = max(1, (1 << 22) // matrix.shape[1]), 0.0, 0.0

@@ -40,7 +40,7 @@ from lvr_lite.runtime.onnx import OnnxRuntime, open_session
 WINDOW = 512  # tokens read at once; perplexity is over all but the first 64 of each
 WINDOWS = 8
 SCORED_TOKENS = 64  # of each prompt that candidates of the search answer
-PROMPTS = 400  # calibrated on
+PROMPTS = 200  # calibrated on
 ANSWERED = 16  # others, whose greedy answers are compared
 NOT_IMPORTED = ("antigravity", "idlelib", "pydoc_data", "this", "turtledemo")  # a browser, a window, the text that is scored, a poem
 TEXT = "the language reference that Python ships for help() (pydoc_data.topics, Python 3.11), its longest sections"
