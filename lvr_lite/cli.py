@@ -41,7 +41,7 @@ Calibration = Annotated[
 ]
 TuneSteps = Annotated[
     int | None,
-    typer.Option(min=0, help="For int4 and mixed: steps that train scales and norms after rounding; 0 for none. [96; 6 beyond 4 GiB]"),
+    typer.Option(min=0, help="For int4 and mixed: steps that train scales and norms after rounding; 0 for none. [96; 0 beyond 4 GiB]"),
 ]
 Model = Annotated[str, typer.Option(help="Whose resizing and visual tokens: tiny, or the folder of a checkpoint or a bundle.")]
 Recipe = Annotated[Path | None, typer.Option(help="YAML recipe; see configs/.")]
