@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lvr_lite import bundle, onnxfile
+from lvr_lite.data.make import write_scenes
+from lvr_lite.errors import BundleError, DataError
 from lvr_lite.quant import calibrate, search, tune
 from lvr_lite.quant.blocks import pack, unpack
 from lvr_lite.quant.weights import quantize_bundle
@@ -115,3 +117,21 @@ def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(small_fp3
     head = next(t for t in onnxfile.load(small_fp32 / "onnx" / "lm_head.onnx").graph.initializer if len(t.dims) == 2)
     exact = x.numpy() @ onnxfile.read(head, small_fp32 / "onnx")
     assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.01
+
+
+def test_a_single_prompt_cannot_be_trained_on_and_held_out(small_fp32: Path, tmp_path: Path) -> None:
+    path = write_scenes(tmp_path / "scenes", 1, 0, "train")
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DataError, match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0"):
+        search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", str(path), [].append)
+    assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
+
+
+def test_a_graph_with_an_operator_that_torch_has_no_rule_for_is_refused(small_fp32: Path, tmp_path: Path) -> None:
+    model = onnxfile.load(small_fp32 / "onnx" / "lm_head.onnx")
+    model.graph.node.add(op_type="Tanh", name="capped", input=["logits"], output=["capped"])
+    (tmp_path / "capped.onnx").write_bytes(model.SerializeToString())
+    for file in (small_fp32 / "onnx").glob("lm_head.onnx_data"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BundleError, match="cannot be trained through Tanh; --tune-steps 0 goes without"):
+        tune.Graph(tmp_path / "capped.onnx")
