@@ -161,6 +161,7 @@ class Decoding:
         given = [None] * len(prompts) if latents is None else latents
         self.rows = [_Row(int(p.positions.max()) + 1, steps, g) for p, g in zip(prompts, given, strict=True)]
         self._placeholder: np.ndarray | None = None
+        self._never = np.array([runtime.tokens.lvr, runtime.tokens.lvr_end, runtime.tokens.image])  # is chosen
         # a generator a row, so that a row's draws do not hang on what else is in the batch
         self.rngs = [np.random.default_rng([options.seed, i]) for i in draws or range(len(prompts))]
         self.began = 0.0
@@ -322,15 +323,13 @@ class Decoding:
             return {}
         tokens = self.runtime.tokens
         t = time.perf_counter()
-        logits = self.runtime.head(hidden[speaking])
+        logits = self.runtime.head(hidden if len(speaking) == len(self.rows) else hidden[speaking])
         self.clock.lm_head.append(time.perf_counter() - t)
         t = time.perf_counter()
-        never = [tokens.lvr, tokens.lvr_end, tokens.image]
         chosen = {}
-        for i, row_logits in zip(speaking, logits, strict=True):
+        for i, scores in zip(speaking, logits, strict=True):
             row = self.rows[i]
-            scores = np.array(row_logits, np.float32)
-            scores[never] = -np.inf
+            scores[self._never] = -np.inf
             if len(row.result.tokens) < self.options.min_tokens:
                 scores[list(tokens.end)] = -np.inf
             if not row.may_start:  # no latents asked for, or already spent

@@ -72,5 +72,5 @@ class Runtime(Protocol):
         ...
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        """Hidden states (B, H) -> logits (B, V)."""
+        """Hidden states (B, H) -> logits (B, V), which are the caller's to change."""
         ...
