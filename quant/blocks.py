@@ -6,7 +6,6 @@ ONNX Runtime's packing: two 4-bit values a byte, the earlier one low (MatMulNBit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -39,17 +38,6 @@ class Blocks:
 
     def rows(self, part: slice) -> Blocks:
         return replace(self, values=self.values[part], scales=self.scales[part], zeros=None if self.zeros is None else self.zeros[part])
-
-    @staticmethod
-    def below_each_other(parts: Sequence[Blocks]) -> Blocks:
-        """One matrix of the rows of several, which have as many columns, bits and blocks."""
-        zeros = [part.zeros for part in parts if part.zeros is not None]
-        return replace(
-            parts[0],
-            values=np.concatenate([part.values for part in parts]),
-            scales=np.concatenate([part.scales for part in parts]),
-            zeros=np.concatenate(zeros) if zeros else None,
-        )
 
     def dense(self) -> np.ndarray:
         """The matrix (rows, columns) float32 that the integers stand for."""

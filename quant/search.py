@@ -181,7 +181,7 @@ class Search:
     def _write(self, bits: int) -> dict[str, onnx.ModelProto]:
         """All graphs but vision in one precision, into the scratch folder."""
         scheme = self._four if bits == 4 else COMPACT
-        plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {}, fused=False)
+        plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
         made, shared, at = {}, Shared(), self._source / "onnx"
         for name in ("decoder", *SMALL_GRAPHS):  # in the order of layers, as products come
             model = onnxfile.load(self._source / self._manifest.graphs[name].path)

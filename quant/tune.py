@@ -151,8 +151,8 @@ def _rotate(of: dict[str, Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(2)
 
 
-def _split(of: dict[str, Any], x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-    return x.chunk(of["num_outputs"], of["axis"]) if sizes is None else x.split(sizes.tolist(), of["axis"])
+def _split(of: dict[str, Any], x: Tensor) -> tuple[Tensor, ...]:
+    return x.chunk(of["num_outputs"], of["axis"])
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {  # what the decoders of all families are made of (docs/families.md)

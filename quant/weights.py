@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,13 +66,11 @@ PRECISIONS = ("int8", "int4", "mixed", "fp16")
 @dataclass(frozen=True)
 class Plan:
     """How each weight of a bundle is rounded. by_graph: the scheme of a graph; by_weight: {graph/weight: scheme} where it is another;
-    products: {graph/weight: sum of x xᵀ over its inputs}, for GPTQ. fused: weights that read the same value and have the same scheme (q, k
-    and v; gate and up) become one product, which takes a step 7 % less (docs/results/runtime.md)."""
+    products: {graph/weight: sum of x xᵀ over its inputs}, for GPTQ."""
 
     by_graph: dict[str, Scheme]
     by_weight: dict[str, Scheme] = field(default_factory=dict)
     products: Mapping[str, np.ndarray] = field(default_factory=dict)
-    fused: bool = True
 
     def scheme(self, graph: str, weight: str, columns: int) -> Scheme:
         return self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph]).of(columns)
@@ -248,7 +245,6 @@ class _Rewriting:
         self.sharing = False
         self._gap = self._norm = 0.0
         self._made: dict[str, list[str]] = {}  # weights that several nodes share are rounded once
-        self._fused: dict[str, list[onnx.NodeProto]] = {}  # {node: what stands in its place}
         self._casts: dict[str, onnx.NodeProto] = {}
 
     @property
@@ -257,29 +253,15 @@ class _Rewriting:
         return float(np.sqrt(self._gap / max(self._norm, 1e-30)))
 
     def run(self) -> None:
-        for nodes in onnxfile.bar(self._together(), f"{self.name}: weights"):
-            (self._matmul if nodes[0].op_type == "MatMul" else self._gather)(nodes)
-        kept = [new for node in self.model.graph.node for new in self._fused.get(node.name, [node])]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend([*self._casts.values(), *kept])
+        nodes = [node for node in self.model.graph.node if self._replaceable(node)]
+        for node in onnxfile.bar(nodes, f"{self.name}: weights"):
+            weight = self.initializers[node.input[WEIGHTED[node.op_type]]]
+            (self._matmul if node.op_type == "MatMul" else self._gather)(node, weight)
+        for cast in self._casts.values():
+            self.model.graph.node.insert(0, cast)
         self._keep_the_rest()
         if not any(opset.domain == MICROSOFT for opset in self.model.opset_import):
             self.model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
-
-    def _together(self) -> list[list[onnx.NodeProto]]:
-        """The nodes whose weight is replaced, those that become one product in one list."""
-        nodes = [node for node in self.model.graph.node if self._replaceable(node)]
-        users = Counter(self._weight(node).name for node in nodes)
-        groups: dict[Any, list[onnx.NodeProto]] = {}
-        for node in nodes:
-            weight = self._weight(node)
-            alone = node.op_type != "MatMul" or users[weight.name] > 1 or not self.plan.fused
-            scheme = self.plan.scheme(self.name, weight.name, weight.dims[0])
-            groups.setdefault(node.output[0] if alone else (node.input[0], scheme), []).append(node)
-        return list(groups.values())
-
-    def _weight(self, node: onnx.NodeProto) -> onnx.TensorProto:
-        return self.initializers[node.input[WEIGHTED[node.op_type]]]
 
     def _replaceable(self, node: onnx.NodeProto) -> bool:
         weight = self.initializers.get(node.input[WEIGHTED[node.op_type]]) if node.op_type in WEIGHTED else None
@@ -303,57 +285,40 @@ class _Rewriting:
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(t if t.name in made else self.data.add(t.name, self.read(t)) for t in left)
 
-    def _matmul(self, nodes: list[onnx.NodeProto]) -> None:
-        """x @ weight (K, N), of one or more weights: blocks along K, so the matrix that is cut is the transpose."""
-        inputs, scheme = self._rounded(nodes, transpose=True)
-        rows = [self._weight(node).dims[1] for node in nodes]
-        attributes = {"K": self._weight(nodes[0]).dims[0], "N": sum(rows), "bits": scheme.bits, "block_size": scheme.block}
-        first = nodes[0]
-        if len(nodes) > 1:
-            name, outputs = "+".join(node.name for node in nodes), [node.output[0] for node in nodes]
-            first = onnx.helper.make_node("MatMul", first.input, [f"{name}_out"], name)
-            sizes = onnx.numpy_helper.from_array(np.array(rows, np.int64), f"{name}_rows")
-            self.model.graph.initializer.append(sizes)
-            split = onnx.helper.make_node("Split", [*first.output, sizes.name], outputs, f"{name}_split", axis=-1)
-            self._fused |= {node.name: [] for node in nodes} | {nodes[0].name: [first, split]}
+    def _matmul(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
+        """x @ weight (K, N): blocks along K, so the matrix that is cut is the transpose."""
+        inputs, scheme = self._rounded(node, weight, transpose=True)
+        attributes = {"K": weight.dims[0], "N": weight.dims[1], "bits": scheme.bits, "block_size": scheme.block}
         # accuracy_level 4 (8-bit activations): without it the CPU kernel is twenty times slower
-        become(first, "MatMulNBits", [first.input[0], *inputs], {**attributes, "accuracy_level": 4})
+        become(node, "MatMulNBits", [node.input[0], *inputs], {**attributes, "accuracy_level": 4})
 
-    def _gather(self, nodes: list[onnx.NodeProto]) -> None:
-        (node,) = nodes
-        inputs, scheme = self._rounded(nodes, transpose=False)
+    def _gather(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
+        inputs, scheme = self._rounded(node, weight, transpose=False)
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": scheme.block, "bits": scheme.bits}
         become(node, "GatherBlockQuantized", [inputs[0], node.input[1], *inputs[1:]], attributes)
 
-    def _rounded(self, nodes: list[onnx.NodeProto], transpose: bool) -> tuple[list[str], Scheme]:
-        """Names of what replaces the weights of these nodes, one below the other: integers, scales and, where asymmetric, zero points; and
-        their scheme."""
-        weights = [self._weight(node) for node in nodes]
-        key = "+".join(weight.name for weight in weights)
-        scheme = self.plan.scheme(self.name, weights[0].name, weights[0].dims[0 if transpose else 1])
-        if key not in self._made:
-            made = []
-            for node, weight in zip(nodes, weights, strict=True):
-                matrix = self._matrix(weight, transpose)
-                self.schemes[node.name] = scheme
-                if transpose and self._is_tied(matrix, scheme):
-                    self._made[key] = self._share(matrix, scheme)
-                    return self._widened(self._made[key]), scheme
-                made.append(self._round(f"{self.name}/{weight.name}", matrix, scheme))
-                self.errors[node.name] = self._count(made[-1], matrix)
-            self._made[key] = self._add(key, Blocks.below_each_other(made), flat=not transpose)
-            if not transpose and self.name == "embed_tokens":
-                added = [t for t in self.model.graph.initializer if t.name in self._made[key]]
-                self.shared.table, self.shared.parts, self.shared.scheme = matrix, added, scheme
-        return self._widened(self._made[key]), scheme
-
-    def _matrix(self, weight: onnx.TensorProto, transpose: bool) -> np.ndarray:
-        matrix = self.read(weight)
-        onnxfile.check_finite(weight.name, matrix)
-        if float(np.abs(matrix).max()) > LARGEST:
-            raise BundleError(f"weight {weight.name} has values beyond {LARGEST:g}, too large for integers whose scales are float16")
-        self.weights += matrix.size
-        return np.ascontiguousarray(matrix.T) if transpose else matrix
+    def _rounded(self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool) -> tuple[list[str], Scheme]:
+        """Names of what replaces `weight`: integers, scales and, where asymmetric, zero points; and the scheme."""
+        columns = weight.dims[0] if transpose else weight.dims[1]
+        scheme = self.plan.scheme(self.name, weight.name, columns)
+        if self._made.get(weight.name) is None:
+            matrix = self.read(weight)
+            onnxfile.check_finite(weight.name, matrix)
+            if float(np.abs(matrix).max()) > LARGEST:
+                raise BundleError(f"weight {weight.name} has values beyond {LARGEST:g}, too large for integers whose scales are float16")
+            matrix = np.ascontiguousarray(matrix.T) if transpose else matrix
+            self.weights += matrix.size
+            if transpose and self._is_tied(matrix, scheme):
+                self._made[weight.name] = self._share(matrix, scheme)
+            else:
+                made = self._round(f"{self.name}/{weight.name}", matrix, scheme)
+                self._made[weight.name] = self._add(weight.name, made, flat=not transpose)
+                self.errors[node.name] = self._count(made, matrix)
+                if not transpose and self.name == "embed_tokens":
+                    added = [t for t in self.model.graph.initializer if t.name in self._made[weight.name]]
+                    self.shared.table, self.shared.parts, self.shared.scheme = matrix, added, scheme
+            self.schemes[node.name] = scheme
+        return self._widened(self._made[weight.name]), scheme
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
         if scheme.bits == 8 or key not in self.plan.products:

@@ -59,7 +59,8 @@ def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[s
     found: dict[str, dict[str, int]] = {}
     for name, graph in manifest.graphs.items():
         nodes = onnxfile.load(folder / graph.path).graph.node
-        found[name] = {weight: a.i for n in nodes for a in n.attribute if a.name == "bits" for weight in n.name.split("+")}
+        bits = {n.name: next((a.i for a in n.attribute if a.name == "bits"), 0) for n in nodes}
+        found[name] = {node: value for node, value in bits.items() if value}
         assert report["graphs"][name]["bits"] == found[name]
     eight = set(report["search"]["chosen"]["eight"])
     assert set(found["vision_encoder"].values()) == {8}

@@ -41,7 +41,7 @@ def test_only_scales_and_norms_change_and_they_do(trained: tuple[Path, dict[str,
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     norms = {name for name in before if "norm.weight" in name}
     scales = {name for name, values in before.items() if values.dtype == np.float16}
-    assert (len(norms), len(scales)) == (2 * 2 + 1, 2 * 4)  # of qkv, o, gate and up, down
+    assert (len(norms), len(scales)) == (2 * 2 + 1, 2 * 7)
     assert changed == norms | scales
     for name in changed:
         assert before[name].shape == after[name].shape
