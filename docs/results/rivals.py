@@ -418,6 +418,9 @@ def main() -> None:
     from lvr_lite.bench import machine
 
     names = options.only.split("|") if options.only else [n for n, (package, _) in RIVALS.items() if installed(package)]
+    unknown = [name for name in names if name not in RIVALS]
+    if unknown:
+        parser.error(f"--only {'|'.join(unknown)}: not known; choose from {'|'.join(RIVALS)}")
     if not (options.only or OPTIMUM.is_file() or (out / "openvino").is_dir()):
         names = [n for n in names if n != "OpenVINO int4 (optimum-intel)"]  # what makes it could not be installed
     out.mkdir(parents=True, exist_ok=True)
