@@ -417,12 +417,7 @@ def main() -> None:
         return
     from lvr_lite.bench import machine
 
-    names = options.only.split("|") if options.only else [n for n, (package, _) in RIVALS.items() if installed(package)]
-    unknown = [name for name in names if name not in RIVALS]
-    if unknown:
-        parser.error(f"--only {'|'.join(unknown)}: not known; choose from {'|'.join(RIVALS)}")
-    if not (options.only or OPTIMUM.is_file() or (out / "openvino").is_dir()):
-        names = [n for n in names if n != "OpenVINO int4 (optimum-intel)"]  # what makes it could not be installed
+    names = chosen(parser, options, RIVALS)
     out.mkdir(parents=True, exist_ok=True)
     make_all(out, names)
     here = [sys.executable, __file__, "--out", str(out), "--threads", str(options.threads), "--work"]
@@ -454,6 +449,18 @@ def main() -> None:
         numbers = (f"{step:.1f}", f"{ratios[0]:.2f}", f"{prefill:.0f}", f"{ratios[1]:.2f}", f"{row['peak_rss_mb']:.0f}")
         print(f"| {' | '.join((name, str(row['version']), *numbers, row['computes']))} |")
     print(f"memory read at {np.median(bandwidth):.1f} GB/s ({min(bandwidth):.1f} to {max(bandwidth):.1f})")
+
+
+def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, known: dict[str, tuple[str, Any]]) -> list[str]:
+    """The names in --only, or all in `known` (name -> its package, …) that are installed."""
+    if options.only:
+        names = options.only.split("|")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            parser.error(f"--only {'|'.join(unknown)}: not known; choose from {'|'.join(known)}")
+        return list(names)
+    makes_openvino = OPTIMUM.is_file() or (options.out / "openvino").is_dir()
+    return [n for n, (package, _) in known.items() if installed(package) and (makes_openvino or "optimum-intel" not in n)]
 
 
 def installed(package: str) -> str | None:

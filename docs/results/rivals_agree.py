@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from quant_lm import PROMPTS, WINDOW, Scorer, bundle_of, held_out_ids, make_checkpoint, texts_to_go_on_with
-from rivals import OPTIMUM, installed
+from rivals import OPTIMUM, chosen, installed
 
 Reader = Callable[[np.ndarray], np.ndarray]  # ids (S,) -> logits (S, V) float32
 FIRST = 64  # tokens of each window that are not scored
@@ -200,7 +200,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Reader]]] = {  # name -> (its pac
     "torch fp32": ("torch", partial(torch_reader, kind="fp32")),
     "torch bf16": ("torch", partial(torch_reader, kind="bf16")),
     "lvr-lite int8": ("onnxruntime", partial(own_reader, precision="int8")),
-    "lvr-lite int4 (GPTQ, block 128; head 8 bits)": ("onnxruntime", partial(own_reader, precision="int4")),
+    "lvr-lite int4 (GPTQ, scales trained, block 128; head 8 bits)": ("onnxruntime", partial(own_reader, precision="int4")),
     "onnxruntime-genai int4 (its builder)": ("onnxruntime-genai", genai_reader),
     "OpenVINO int4 (optimum-intel, groups of 64; head 8 bits)": ("openvino", openvino_reader),
     "llama.cpp Q4_0": ("llama-cpp-python", llama_reader),
@@ -216,11 +216,9 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     out: Path = options.out
+    names = chosen(parser, options, READERS)
     language_model(out)
     windows = held_out_ids(Tokenizer.from_file(str(out / "checkpoint" / "tokenizer.json")))
-    names = options.only.split("|") if options.only else [n for n, (package, _) in READERS.items() if installed(package)]
-    if not (options.only or OPTIMUM.is_file() or (out / "openvino").is_dir()):
-        names = [n for n in names if READERS[n][1] is not openvino_reader]  # what makes it could not be installed
     written = out / "agreement.json"
     rows: dict[str, Any] = json.loads(written.read_text()) if written.is_file() else {}
     best: np.ndarray | None = None
