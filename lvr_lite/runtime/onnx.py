@@ -20,6 +20,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.runtime.base import TokenIds
 
 PIECE = 512  # positions read at once: what is computed between layers takes no more memory for a longer prompt
+_AS_REQUESTED = 1  # ONNX Runtime's kSameAsRequested; 0, its default, doubles what the arena holds whenever it grows
 _CAPACITY_STEP = 64  # K/V buffers grow in such steps, so that prompts of about one length share them
 PROVIDERS = {  # --provider -> ONNX Runtime's name
     "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "coreml": "CoreMLExecutionProvider", "qnn": "QNNExecutionProvider",
@@ -34,11 +35,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_one_thread_pool(threads: int) -> None:
-    """All sessions of the process share one pool: with a pool each they spin against each other (twice the time a token, FACTS)."""
+def share_pools(threads: int) -> None:
+    """All sessions of the process share one pool of threads: with a pool each they spin against each other (twice the time a token, FACTS).
+    And one arena, which grows by what is asked for: an arena each keeps its own graph's peak, and doubles as it grows (runtime.md)."""
     global _pool_threads
     if _pool_threads is None:
         ort.set_global_thread_pool_sizes(threads, 1)
+        cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
         _pool_threads = threads
 
 
@@ -57,10 +61,11 @@ def check_provider(provider: str) -> None:
 def open_session(graph: Path | bytes, folder: Path | None = None, provider: str = "cpu") -> ort.InferenceSession:
     """A graph, ready to run in the one thread pool: its file, or its bytes and the folder of its weights. What `provider` does not take
     runs on the CPU. Raises BundleError where ONNX Runtime cannot load it."""
-    share_one_thread_pool(usable_cores())
+    share_pools(usable_cores())
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
@@ -97,7 +102,7 @@ class OnnxRuntime:
         self.tokens = TokenIds(tokens["image"], tuple(tokens["end"]), tokens["lvr_start"], tokens["lvr"], tokens["lvr_end"])
         self.latent = self.manifest.latent
         self.hidden_size = self.manifest.decoder["hidden_size"]
-        share_one_thread_pool(threads or usable_cores())
+        share_pools(threads or usable_cores())
         # the head first: while it is packed its one large weight is there twice, and nothing else should be there yet
         order = ("lm_head", "decoder", "vision_encoder", "embed_tokens")
         self._head, self._decoder, self._vision, self._embed = (

@@ -20,7 +20,7 @@ from lvr_lite import bundle, onnxfile
 from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.quant import blocks, drift, weights
-from lvr_lite.runtime.onnx import OnnxRuntime, open_session, share_one_thread_pool
+from lvr_lite.runtime.onnx import OnnxRuntime, open_session, share_pools
 from lvr_lite.tiny import build
 
 COLUMNS = (192, 256, 512, 768, 1176, 70)  # the embedded model's sizes, and one that no block divides
@@ -53,7 +53,7 @@ def _run(nodes: list[onnx.NodeProto], initializers: list[TensorProto], feed: dic
     inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feed.items()]
     graph = helper.make_graph(nodes, "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
-    share_one_thread_pool(1)  # once a process has the shared pool, a session with a pool of its own does not load
+    share_pools(1)  # once a process has the shared pool, a session with a pool of its own does not load
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

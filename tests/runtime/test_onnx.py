@@ -154,6 +154,18 @@ def test_another_batch_size_gets_buffers_of_its_own(onnx: OnnxRuntime, reference
         assert_same(mine, theirs)
 
 
+@pytest.mark.parametrize("kind", ["onnx", "reference"])
+def test_logits_are_the_callers_to_change(kind: str, request: pytest.FixtureRequest) -> None:
+    runtime = request.getfixturevalue(kind)
+    hidden = np.random.default_rng(0).standard_normal((2, runtime.hidden_size)).astype(np.float32)
+    given = hidden.copy()
+    logits = runtime.head(hidden)
+    kept = logits.copy()
+    logits[:, 3:] = -np.inf
+    np.testing.assert_array_equal(hidden, given)
+    np.testing.assert_array_equal(runtime.head(hidden), kept)
+
+
 class Counting(np.ndarray):
     """A buffer that counts how often something is copied into it."""
 
