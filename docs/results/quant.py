@@ -88,8 +88,11 @@ def main() -> None:
         scored = json.loads((out / f"eval-{name}.json").read_text())
         report = json.loads((out / name / "report.json").read_text())
         versus = scored["against"][0] if against else None
+        fp32 = json.loads((out / "eval-fp32.json").read_text())["answers"]
+        unlike = sum(mine["answer"] != theirs["answer"] for mine, theirs in zip(scored["answers"], fp32, strict=True))
         found["bundles"][name] = {
             "bits": report.get("bits_per_weight"), "bytes": report.get("bytes"), "n": scored["n"], "accuracy": scored["accuracy"],
+            "answers_unlike_fp32": unlike,
             "by_type": {k: v["accuracy"] for k, v in scored["by_type"].items()}, "against_fp32": versus, "drift": report.get("drift"),
         }  # fmt: skip
         (out / "quant.json").write_text(json.dumps(found, indent=1))
