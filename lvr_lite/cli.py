@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -283,7 +284,7 @@ def export(
 
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision}: must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
-    _refuse_idle(precision, block, bits, calibration, tune_steps)
+    rounding = _Rounding(precision, block, bits, calibration, tune_steps)
     _quiet_libraries()
     began = time.time()
     if synthetic is not None:
@@ -297,23 +298,41 @@ def export(
     elif bundle is None:
         raise UsageError("export needs a checkpoint and the folder to write (or --synthetic SHAPE and the folder)")
     else:
-        report = _export(checkpoint, bundle, precision, block, bits or 5.0, calibration or "scenes", tune_steps)
+        report = _export(checkpoint, bundle, rounding)
     _say_done(bundle, began)
     _write_json(json_, {"schema": "lvr-lite/export", "version": 1, "bundle": str(bundle), "precision": precision} | report)
 
 
-def _refuse_idle(precision: str, block: int | None, bits: float | None, calibration: str | None, tune_steps: int | None) -> None:
-    """A flag that would do nothing is a mistake."""
-    from lvr_lite.errors import UsageError
+@dataclass(frozen=True)
+class _Rounding:
+    """The flags of `export` and `quantize` that say how weights are rounded. Raises UsageError for one that would do nothing."""
 
-    if precision not in ("int4", "mixed"):
-        for flag, given in (("--block", block), ("--calibration", calibration), ("--tune-steps", tune_steps)):
-            if given is not None:
-                raise UsageError(f"{flag} is for weights of 4 bits, which --precision {precision} has none of; leave it out")
-    if calibration == "none" and tune_steps:
-        raise UsageError("--tune-steps trains on what --calibration gives, which is none here; leave one of them out")
-    if bits is not None and precision != "mixed":
-        raise UsageError(f"--bits is the budget of --precision mixed, not of {precision}; leave it out")
+    precision: str
+    block: int | None
+    bits: float | None
+    calibration: str | None
+    tune_steps: int | None
+
+    def __post_init__(self) -> None:
+        from lvr_lite.errors import UsageError
+
+        if self.precision not in ("int4", "mixed"):
+            for flag, given in (("--block", self.block), ("--calibration", self.calibration), ("--tune-steps", self.tune_steps)):
+                if given is not None:
+                    raise UsageError(f"{flag} is for weights of 4 bits, which --precision {self.precision} has none of; leave it out")
+        if self.calibration == "none" and self.tune_steps:
+            raise UsageError("--tune-steps trains on what --calibration gives, which is none here; leave one of them out")
+        if self.bits is not None and self.precision != "mixed":
+            raise UsageError(f"--bits is the budget of --precision mixed, not of {self.precision}; leave it out")
+
+    def quantize(self, source: Path, target: Path) -> dict[str, Any]:
+        """Write the fp32 bundle `source` to `target`; its report.json."""
+        from lvr_lite.quant import search, weights
+
+        data = self.calibration or "scenes"
+        if self.precision == "mixed" or (self.precision == "int4" and data != "none"):
+            return search.quantize_calibrated(source, target, self.precision, data, _say, self.block, self.bits or 5.0, self.tune_steps)
+        return weights.quantize_bundle(source, target, self.precision, _say, self.block)
 
 
 def _say_done(bundle: Path, began: float) -> None:
@@ -322,9 +341,7 @@ def _say_done(bundle: Path, began: float) -> None:
     _say(f"{bundle}: written and checked in {time.time() - began:.0f} s, peak memory {(peak_rss_mb() or 0) / 1024:.1f} GiB")
 
 
-def _export(
-    checkpoint: str, bundle: Path, precision: str, block: int | None, bits: float, calibration: str, tune_steps: int | None
-) -> dict[str, Any]:
+def _export(checkpoint: str, bundle: Path, rounding: _Rounding) -> dict[str, Any]:
     import shutil
 
     from lvr_lite.bundle import fresh_folder
@@ -333,7 +350,7 @@ def _export(
     from lvr_lite.onnxfile import check_free_space
     from lvr_lite.quant import nf4
 
-    read = read_checkpoint(checkpoint)
+    read, precision = read_checkpoint(checkpoint), rounding.precision
     if precision == "exact":
         import torch
 
@@ -356,7 +373,7 @@ def _export(
     check_free_space(bundle, int(parameters * (6.5 if precision == "fp16" else 5.5)))  # in float32 first, then quantized
     with fresh_folder(bundle) as staged:  # all that is made on the way lies in it, so that a killed run leaves one folder to sweep
         write_bundle(read, merged, staged / "fp32", _say, reference)
-        report = _quantize(staged / "fp32", staged / "made", precision, block, bits, calibration, tune_steps)
+        report = rounding.quantize(staged / "fp32", staged / "made")
         shutil.rmtree(staged / "fp32")
         for path in (staged / "made").iterdir():
             path.rename(staged / path.name)
@@ -381,16 +398,6 @@ def _export_synthetic(shape: str, bundle: Path, precision: str, block: int | Non
     return {"bytes": {name: graph.bytes for name, graph in manifest.graphs.items()}}
 
 
-def _quantize(
-    source: Path, target: Path, precision: str, block: int | None, bits: float, calibration: str, tune_steps: int | None
-) -> dict[str, Any]:
-    from lvr_lite.quant import search, weights
-
-    if precision == "mixed" or (precision == "int4" and calibration != "none"):
-        return search.quantize_calibrated(source, target, precision, calibration, _say, block, bits, tune_steps)
-    return weights.quantize_bundle(source, target, precision, _say, block)
-
-
 @app.command()
 def quantize(
     bundle: Annotated[Path, typer.Argument(help="An fp32 bundle.")],
@@ -408,10 +415,9 @@ def quantize(
 
     Example: lvr-lite quantize fp32 mixed --precision mixed --bits 4.8
     """
-
-    _refuse_idle(precision, block, bits, calibration, tune_steps)
+    rounding = _Rounding(precision, block, bits, calibration, tune_steps)
     began = time.time()
-    report = _quantize(bundle, target, precision, block, bits or 5.0, calibration or "scenes", tune_steps)
+    report = rounding.quantize(bundle, target)
     _say_done(target, began)
     _write_json(json_, {"schema": "lvr-lite/quantize", "version": 1, "bundle": str(target)} | report)
 
