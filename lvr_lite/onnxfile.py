@@ -141,7 +141,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise BundleError(
-            f"{folder}: needs {needed / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are left; free some or choose another disk"
+            f"{folder}: needs {needed / 1e6:,.0f} MB of free disk, {free / 1e6:,.0f} MB are left; free some or choose another disk"
         )
 
 

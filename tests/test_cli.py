@@ -626,7 +626,7 @@ def test_too_little_disk_is_one_line(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, used=10**12, free=0))
     for done in (call("quantize", small_fp32, tmp_path / "out"), call("export", small_checkpoint, tmp_path / "out")):
-        assert (done.code, "GB of free disk, 0.0 GB are left" in done.error) == (1, True)
+        assert (done.code, " MB of free disk, 0 MB are left" in done.error) == (1, True)
     assert list(tmp_path.iterdir()) == []
 
 
