@@ -1,7 +1,7 @@
 """A checkpoint: a base model's folder, or what `finetune` wrote over one. May import: tokenizers and the core (no torch).
 
-A tuned checkpoint holds adapter_model.safetensors, adapter_config.json, lvr_config.json (base, latent loop, precision of the base in
-training), tokenizer.json, chat_template.jinja and preprocessor_config.json. `tiny` names the embedded model.
+A tuned checkpoint holds adapter_model.safetensors, adapter_config.json, lvr_config.json (base, sha256 of its weights, latent loop,
+precision of the base in training), tokenizer.json, chat_template.jinja and preprocessor_config.json. `tiny` names the embedded model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ LVR_CONFIG = "lvr_config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything about a checkpoint but its weights. base: the folder of the base model's weights; adapter: whether `folder` holds one."""
+    """Everything about a checkpoint but its weights. base: the folder of the base model's weights; adapter: whether `folder` holds one;
+    trained_over: the `base_sha256` that the adapter was trained over, None where none was recorded."""
 
     folder: Path
     base: Path
@@ -38,11 +40,28 @@ class Checkpoint:
     tokenizer: Tokenizer
     tokens: TokenIds
     latent: LatentSpec
+    trained_over: str | None = None
 
     def digest(self) -> str:
         """sha256 over all weight files, base and adapter: names the model in manifests."""
-        files = sorted(self.base.glob("*.safetensors")) + (sorted(self.folder.glob("*.safetensors")) if self.adapter else [])
-        return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+        return _joined(self._base_files + (_sha256_of_weights(self.folder) if self.adapter else []))
+
+    @property
+    def base_sha256(self) -> str:
+        """sha256 over the base's weight files: tells bases of the same shapes apart."""
+        return _joined(self._base_files)
+
+    @cached_property
+    def _base_files(self) -> list[str]:
+        return _sha256_of_weights(self.base)  # gigabytes, which training, export and its check each ask for
+
+
+def _sha256_of_weights(folder: Path) -> list[str]:
+    return [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def _joined(digests: list[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def resolve(model: str) -> Path:
@@ -126,8 +145,11 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         image_spec = family.image_spec(config, _json(folder / "preprocessor_config.json") | (tuned or {}).get("image", {}))
     except KeyError as error:
         raise BundleError(f"{folder}: {error} is missing from config.json or preprocessor_config.json; copy them again") from error
-    add_latent_tokens(tokenizer, rows, base)
+    if tuned is None:  # a tuned model's markers are the rows that it was trained with: others would have learned nothing
+        add_latent_tokens(tokenizer)
     ids = {name: _id(tokenizer, name, folder) for name in (family.IMAGE_TOKEN, latent.START, latent.LATENT, latent.END)}
+    if max(ids.values()) >= rows:
+        raise BundleError(f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it first")
     return Checkpoint(
         folder=folder,
         base=base,
@@ -139,6 +161,7 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         tokenizer=tokenizer,
         tokens=TokenIds(ids[family.IMAGE_TOKEN], _end_ids(base, config, tokenizer), ids[latent.START], ids[latent.LATENT], ids[latent.END]),
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
+        trained_over=(tuned or {}).get("base_sha256"),
     )
 
 
@@ -151,14 +174,9 @@ def vision_of(model: str) -> tuple[Any, dict[str, Any]]:
     return checkpoint.family, checkpoint.image_spec
 
 
-def add_latent_tokens(tokenizer: Tokenizer, rows: int, base: Path) -> None:
-    """Give the tokenizer the three markers where it lacks them; they take spare rows of the embedding (Qwen2.5-VL has 271).
-
-    Raises BundleError where the embedding has no row left for them.
-    """
+def add_latent_tokens(tokenizer: Tokenizer) -> None:
+    """Give the tokenizer the three markers where it lacks them; they take spare rows of the embedding (Qwen2.5-VL has 271)."""
     tokenizer.add_special_tokens([t for t in (latent.START, latent.LATENT, latent.END) if tokenizer.token_to_id(t) is None])
-    if max(_id(tokenizer, t, base) for t in (latent.START, latent.LATENT, latent.END)) >= rows:
-        raise BundleError(f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it first")
 
 
 def _id(tokenizer: Tokenizer, token: str, folder: Path) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvr_lite.checkpoint import Checkpoint
+from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint
 from lvr_lite.errors import BundleError
 from lvr_lite.onnxfile import check_finite
 from lvr_lite.weights import StoredWeights, empty_model, placeholder
@@ -108,7 +108,8 @@ def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
 
 
 def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
-    """What an adapter holds for layers that the base lacks, PEFT would pass over with a warning at most."""
+    """What an adapter holds for layers that the base lacks, PEFT would pass over with a warning at most; over another base of the same
+    shapes it computes nonsense."""
     from safetensors import SafetensorError, safe_open
 
     file = checkpoint.folder / "adapter_model.safetensors"
@@ -123,6 +124,11 @@ def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
         raise BundleError(f"{file}: truncated, or not a safetensors file ({str(error).splitlines()[0]})") from error
     if foreign := sorted(path for path in paths if path not in modules):
         raise BundleError(f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, which has no {foreign[0]}")
+    if checkpoint.trained_over not in (None, checkpoint.base_sha256):
+        raise BundleError(
+            f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, whose weights have another sha256; "
+            f"name the one that it was trained over as `base` in {LVR_CONFIG}"
+        )
 
 
 class TrainedWeights(Mapping[str, Tensor]):

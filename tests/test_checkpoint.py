@@ -61,6 +61,14 @@ def test_markers_that_a_tokenizer_lacks_are_added(small_checkpoint: Path, copied
     assert read_checkpoint(folder).tokens == read_checkpoint(small_checkpoint).tokens
 
 
+@pytest.mark.parametrize("marker", [latent.START, latent.LATENT, latent.END])
+def test_a_tuned_checkpoint_whose_tokenizer_lost_a_marker_is_refused(small_checkpoint: Path, tmp_path: Path, marker: str) -> None:
+    folder = tuned(tmp_path / "tuned", small_checkpoint)
+    kept = lambda data: [token for token in data["added_tokens"] if token["content"] != marker]  # noqa: E731
+    edit(folder / "tokenizer.json", lambda data: data.update(added_tokens=kept(data)))
+    assert refusal(folder).startswith(f"{folder / 'tokenizer.json'}: its vocabulary has no {marker}; ")
+
+
 def test_a_tuned_checkpoint_brings_its_loop_its_picture_size_and_its_base(small_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tuned(tmp_path / "tuned", small_checkpoint, image={"max_pixels": 50176}))
     assert checkpoint.adapter

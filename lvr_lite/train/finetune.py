@@ -292,7 +292,14 @@ def write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settin
     embedded = Path(str(resources.files("lvr_lite") / "tiny" / "model"))
     base = "tiny" if checkpoint.base == embedded else str(checkpoint.base.resolve())
     image = {} if settings.max_pixels is None else {"max_pixels": settings.max_pixels}
-    content = {"version": 1, "base": base, "base_precision": "nf4", "latent": spec.to_json(), "image": image}
+    content = {
+        "version": 1,
+        "base": base,
+        "base_sha256": checkpoint.base_sha256,
+        "base_precision": "nf4",
+        "latent": spec.to_json(),
+        "image": image,
+    }
     write_atomically(out / LVR_CONFIG, json.dumps(content, indent=1))
     write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
 

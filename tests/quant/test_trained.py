@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from lvr_lite import onnxfile
 from lvr_lite.ask import prepare_prompt
 from lvr_lite.bundle import Manifest
-from lvr_lite.checkpoint import read_checkpoint
+from lvr_lite.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.decode import Options, decode
 from lvr_lite.errors import BundleError
 from lvr_lite.export.parity import StartsWithLatents, compare
@@ -75,8 +76,8 @@ def other_base(small_tuned: Path, small_model: Any, copied: Callable[[Path], Pat
     config.text_config.num_hidden_layers, config.text_config.layer_types = 1, config.text_config.layer_types[:1]
     build.save(Qwen2_5_VLForConditionalGeneration(config), build.make_tokenizer(), tmp_path / "shallow", torch.float32)
     folder = copied(small_tuned)
-    settings = json.loads((folder / "lvr_config.json").read_text())
-    (folder / "lvr_config.json").write_text(json.dumps(settings | {"base": str(tmp_path / "shallow")}))
+    settings = json.loads((folder / LVR_CONFIG).read_text())
+    (folder / LVR_CONFIG).write_text(json.dumps(settings | {"base": str(tmp_path / "shallow")}))
     return folder
 
 
@@ -85,6 +86,38 @@ def test_an_adapter_of_another_base_is_refused_by_name(other_base: Path, load: C
     with pytest.raises(BundleError, match=r"shallow, which has no model\.language_model\.layers\.1\.\w+\.\w+$") as caught:
         load(read_checkpoint(other_base))
     assert str(caught.value).startswith(f"{other_base}: the adapter is of another base than ")
+
+
+@pytest.fixture
+def same_shapes(small_tuned: Path, copied: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """The tuned checkpoint over a base that differs from its own in one weight's last value."""
+    from safetensors.torch import load_file, save_file
+
+    folder, base = copied(small_tuned), tmp_path / "base"
+    settings = json.loads((folder / LVR_CONFIG).read_text())
+    shutil.copytree(settings["base"], base)
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("1.self_attn.q_proj.weight"))
+    weights[name][-1, -1] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    (folder / LVR_CONFIG).write_text(json.dumps(settings | {"base": str(base)}))
+    return folder
+
+
+@pytest.mark.parametrize("load", [nf4.TrainedWeights, nf4.load_merged, nf4.load_trained])
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(same_shapes: Path, load: Callable[[Any], Any]) -> None:
+    checkpoint = read_checkpoint(same_shapes)
+    with pytest.raises(BundleError, match=r"base, whose weights have another sha256; name the one that .* as `base` in lvr_config\.json$"):
+        load(checkpoint)
+    load(replace(checkpoint, trained_over=None))  # tuned before the sha256 was kept
+
+
+def test_the_same_base_in_another_place_is_its_base(small_tuned: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = copied(small_tuned)
+    settings = json.loads((folder / LVR_CONFIG).read_text())
+    shutil.copytree(settings["base"], tmp_path / "moved")
+    (folder / LVR_CONFIG).write_text(json.dumps(settings | {"base": str(tmp_path / "moved")}))
+    nf4.TrainedWeights(read_checkpoint(folder))
 
 
 def test_a_truncated_adapter_is_one_line_with_its_name(small_tuned: Path, copied: Callable[[Path], Path]) -> None:
