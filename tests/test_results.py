@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -97,3 +98,29 @@ def test_the_page_has_every_figure_and_keeps_the_words_around_it(finished: Path,
     assert "| `lvr-bottleneck` | sft | 0 | 4 | +50.0 |" in text
     for name in ("latents_accuracy.png", "latents_interventions.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_rivals_replaces_the_last_one_and_keeps_the_words_around_it(tmp_path: Path) -> None:
+    publish, page = script("rivals").publish, tmp_path / "rivals.md"
+    page.write_text("before\n<!-- rivals.py --past 300 -->\n<!-- end of rivals.py --past 300 -->\n")
+    publish(["| first |", ""], page, "rivals.py --past 300")
+    publish(["| long |"], page, "rivals.py --past 2000")
+    page.write_text(page.read_text() + "after\n")
+    publish(["| second |"], page, "rivals.py --past 300")
+    assert re.findall(r"before|first|second|long|after", page.read_text()) == ["before", "second", "long", "after"]
+
+
+@pytest.mark.parametrize("flag", ["--only", "--without"])
+def test_a_rival_that_is_not_known_is_one_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rivals = script("rivals")
+    parser = rivals.arguments()
+    with pytest.raises(SystemExit):
+        rivals.chosen(parser, parser.parse_args(["--out", "x", flag, "lvr-lite|llama"]), rivals.RIVALS)
+    assert "llama: not known; choose from lvr-lite|" in capsys.readouterr().err
+
+
+def test_rivals_are_those_asked_for_or_installed_without_those_left_out() -> None:
+    rivals = script("rivals")
+    parser, known = rivals.arguments(), {"a": ("numpy", None), "b": ("no-such-package", None), "c": ("numpy", None)}
+    for flags, names in (([], ["a", "c"]), (["--without", "c"], ["a"]), (["--only", "b|a", "--without", "a"], ["b"])):
+        assert rivals.chosen(parser, parser.parse_args(["--out", "x", *flags]), known) == names

@@ -6,7 +6,7 @@
 
 Every rival runs in a process of its own, so that memory is its own and thread pools do not meet; all stay loaded, and one after another
 takes its turn, in an order shuffled for each round. Weights are random: times do not hang on them. What an answer's quality would be is
-not compared here; the table says in what each computes. Writes OUT/rivals.json; the table is docs/results/rivals.md.
+not compared here; the table says in what each computes. Writes OUT/rivals-PAST.json, and its table into the page that --page names.
 """
 
 from __future__ import annotations
@@ -405,10 +405,17 @@ def ask(process: subprocess.Popen[str], what: dict[str, int] | None) -> dict[str
     raise Ended(f"its process ended with {process.wait()}; what it said stands above")
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help="names with | between; all whose package is installed by default")
+    parser.add_argument("--without", help="names with | between")
+    parser.add_argument("--page", type=Path, help="Markdown in which the table of the same marks is replaced, or to which it is added")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--past", type=int, default=PAST)
@@ -452,29 +459,52 @@ def main() -> None:
     for process in running.values():
         process.terminate()
     ours = told.get("lvr-lite")
-    data = {"machine": machine.card(options.threads), "bandwidth_gb_s": bandwidth, "past": options.past, "rivals": told}
+    card = machine.card(options.threads)
+    data = {"machine": card, "bandwidth_gb_s": bandwidth, "past": options.past, "rivals": told}
     data["left_out"] = left_out
     (out / f"rivals-{options.past}.json").write_text(json.dumps(data, indent=1))
     titles = ("", "version", "a token, ms", "ours / theirs", "prefill, ms", "ours / theirs", "peak RSS, MiB", "computes in")
-    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    lines = [
+        f"{card['cpu']}, {options.threads} of {card['cores']} cores, {card['memory_gib']:.0f} GiB, {card['os']}, Python {card['python']}, "
+        f"{card['date']}, commit {card['commit']}; {options.rounds} rounds of {options.steps} tokens after {options.past}; "
+        f"memory read at {np.median(bandwidth):.1f} GB/s ({min(bandwidth):.1f} to {max(bandwidth):.1f}):",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+    ]
     for name, row in told.items():
         step, prefill = float(np.median(row["step_ms"])), float(np.median(row["prefill_ms"]))
         ratios = [float(np.median(ours[k])) / v for k, v in (("step_ms", step), ("prefill_ms", prefill))] if ours else [0.0, 0.0]
         numbers = (f"{step:.1f}", f"{ratios[0]:.2f}", f"{prefill:.0f}", f"{ratios[1]:.2f}", f"{row['peak_rss_mb']:.0f}")
-        print(f"| {' | '.join((name, str(row['version']), *numbers, row['computes']))} |")
-    print(f"memory read at {np.median(bandwidth):.1f} GB/s ({min(bandwidth):.1f} to {max(bandwidth):.1f})")
+        lines.append(f"| {' | '.join((name, str(row['version']), *numbers, row['computes']))} |")
+    lines += ["", *(f"Left out: {name}, {why}" for name, why in left_out.items())]
+    publish(lines, options.page, f"rivals.py --past {options.past}")
+
+
+def publish(lines: list[str], page: Path | None, mark: str) -> None:
+    """Print a table, and put it on the page between its marks, or at the end of a page without these."""
+    from lvr_lite.bundle import write_atomically
+
+    text = "\n".join(lines).strip()
+    print(text)
+    if page is None:
+        return
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    old = page.read_text() if page.is_file() else ""
+    head, _, rest = old.partition(begin) if begin in old else (old.rstrip("\n") + "\n\n", "", end + "\n")
+    if end not in rest:
+        raise SystemExit(f"{page}: {begin.strip()} has no {end} after it")
+    write_atomically(page, head + begin + text + "\n" + end + rest.partition(end)[2])
 
 
 def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace, known: dict[str, tuple[str, Any]]) -> list[str]:
-    """The names in --only, or all in `known` (name -> its package, …) that are installed."""
-    if options.only:
-        names = options.only.split("|")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            parser.error(f"--only {'|'.join(unknown)}: not known; choose from {'|'.join(known)}")
-        return list(names)
+    """The names in --only, or all in `known` (name -> its package, …) that are installed, but those in --without."""
+    only, without = ((given or "").split("|") if given else [] for given in (options.only, options.without))
+    if unknown := [name for name in (*only, *without) if name not in known]:
+        parser.error(f"{'|'.join(unknown)}: not known; choose from {'|'.join(known)}")
     makes_openvino = OPTIMUM.is_file() or (options.out / "openvino").is_dir()
-    return [n for n, (package, _) in known.items() if installed(package) and (makes_openvino or "optimum-intel" not in n)]
+    here = [n for n, (package, _) in known.items() if installed(package) and (makes_openvino or "optimum-intel" not in n)]
+    return [name for name in only or here if name not in without]
 
 
 def installed(package: str) -> str | None:

@@ -4,13 +4,12 @@
     .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm --only "llama.cpp Q4_0"
 
 Takes what quant_lm.py left in OUT (its checkpoint, its bundles), or makes it. Every runtime reads the text as prompts, a window at once;
-the table says how often the next token that it holds for the most likely is fp32's, and its perplexity. Prints the table of rivals.md and
-writes OUT/agreement.json.
+the table says how often the next token that it holds for the most likely is fp32's, and its perplexity. Writes OUT/agreement.json, and its
+table into the page that --page names.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from quant_lm import PROMPTS, WINDOW, Scorer, bundle_of, held_out_ids, make_checkpoint, texts_to_go_on_with
-from rivals import OPTIMUM, chosen, installed
+from rivals import OPTIMUM, arguments, chosen, installed, publish
 
 Reader = Callable[[np.ndarray], np.ndarray]  # ids (S,) -> logits (S, V) float32
 FIRST = 64  # tokens of each window that are not scored
@@ -209,9 +208,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Reader]]] = {  # name -> (its pac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", help="names with | between; all whose package is installed by default")
+    parser = arguments()
     options = parser.parse_args()
     from tokenizers import Tokenizer
 
@@ -238,9 +235,11 @@ def main() -> None:
         written.write_text(json.dumps(rows, indent=1))
         print(json.dumps({name: rows[name]}), flush=True)
     first = rows["torch fp32"]["perplexity"]
-    print("| | the same next token as fp32, % | perplexity | against fp32 |\n|---|---|---|---|")
+    lines = ["| | version | the same next token as fp32, % | perplexity | against fp32 |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        print(f"| {name} | {100 * row['agreement']:.1f} | {row['perplexity']:.2f} | {100 * (row['perplexity'] / first - 1):+.1f} % |")
+        numbers = f"{100 * row['agreement']:.1f} | {row['perplexity']:.2f} | {100 * (row['perplexity'] / first - 1):+.1f} %"
+        lines.append(f"| {name} | {row['version']} | {numbers} |")
+    publish(lines, options.page, "rivals_agree.py")
 
 
 if __name__ == "__main__":
