@@ -68,13 +68,17 @@ def frames(picture: Image.Image, spec: dict[str, Any]) -> tuple[list[Image.Image
     return [picture.resize((width, height), Image.Resampling.BICUBIC)], grid_of(picture.height, picture.width, spec)
 
 
-def patches(pixels: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
-    """Normalized pixels (H, W, 3) float32, H and W multiples of patch * merge -> (N, 3 * temporal * patch**2) float32."""
+def patches(pixels: np.ndarray, values: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
+    """Pixels (H, W, 3) uint8, H and W multiples of patch * merge -> (N, 3 * temporal * patch**2) float32; values (3, 256) float32: what
+    each pixel becomes, by channel."""
     p, m, t = spec["patch"], spec["merge"], spec["temporal_patch"]
     gh, gw = pixels.shape[0] // p, pixels.shape[1] // p
-    x = pixels.reshape(gh // m, m, p, gw // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # (bh, bw, m, m, 3, p, p)
-    x = np.repeat(x[:, :, :, :, :, None], t, axis=5)  # a still picture fills every temporal slot
-    return np.ascontiguousarray(x.reshape(gh * gw, 3 * t * p * p), dtype=np.float32)
+    blocks = pixels.reshape(gh // m, m, p, gw // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # (bh, bw, m, m, 3, p, p)
+    blocks = np.ascontiguousarray(blocks)  # while they are bytes: as floats it takes three times as long
+    out = np.empty((*blocks.shape[:5], t, p, p), np.float32)
+    for c in range(3):
+        out[:, :, :, :, c] = values[c].take(blocks[:, :, :, :, c])[:, :, :, :, None]  # a still picture fills every temporal slot
+    return out.reshape(gh * gw, 3 * t * p * p)
 
 
 def rows_columns(grid: tuple[int, int], merge: int) -> np.ndarray:

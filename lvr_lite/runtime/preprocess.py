@@ -122,15 +122,14 @@ def prepare(pictures: list[Image.Image], family: Any, spec: dict[str, Any]) -> t
     family: a module of lvr_lite.families, which says what a grid counts; spec: the manifest's `image` block.
     Raises DataError for a picture whose sides differ more than MAX_ASPECT times, as transformers does.
     """
-    table = _normalized(spec)
+    values = _normalized(spec)
     patches, grids = [], []
     for number, picture in enumerate(pictures, 1):
         _refuse_extreme(picture, number)
         frames, grid = family.frames(picture, spec)
-        seen = (np.asarray(frame) for frame in frames)
-        patches += [family.patches(np.stack([table[c][pixels[..., c]] for c in range(3)], -1), spec) for pixels in seen]
+        patches += [family.patches(np.asarray(frame), values, spec) for frame in frames]
         grids.append(grid)
-    return np.concatenate(patches), grids
+    return patches[0] if len(patches) == 1 else np.concatenate(patches), grids  # one is not copied once more
 
 
 def _refuse_extreme(picture: Image.Image, number: int) -> None:
