@@ -161,8 +161,13 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         tokenizer=tokenizer,
         tokens=TokenIds(ids[family.IMAGE_TOKEN], _end_ids(base, config, tokenizer), ids[latent.START], ids[latent.LATENT], ids[latent.END]),
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
-        trained_over=(tuned or {}).get("base_sha256"),
+        trained_over=trained_over(folder) if tuned is not None else None,
     )
+
+
+def trained_over(folder: Path) -> str | None:
+    """The `base_sha256` of the base that a tuned checkpoint was trained over; None where none was recorded."""
+    return _json(folder / LVR_CONFIG).get("base_sha256")
 
 
 def vision_of(model: str) -> tuple[Any, dict[str, Any]]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lvr_lite.bundle import write_atomically
-from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint
+from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint, trained_over
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Picked, Samples, read_samples
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
@@ -187,7 +187,7 @@ def finetune(
     started = time.time()
     device = training_device()
     dtype = training_dtype(settings, device)
-    begin_from = begin(out, resume)
+    begin_from = begin(out, resume, checkpoint)
     if settings.max_pixels is not None:
         checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
     train, held_out = load_examples(data, settings)
@@ -263,12 +263,14 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def begin(out: Path, resume: bool) -> Path | None:
-    """Where to go on from: None for a new run. A folder that holds a run is not overwritten unasked."""
+def begin(out: Path, resume: bool, checkpoint: Checkpoint) -> Path | None:
+    """Where to go on from: None for a new run. A folder that holds a run is not overwritten unasked, nor gone on with over another base."""
     last = last_whole_checkpoint(out) if out.is_dir() else None
     if resume:
         if last is None:
             raise UsageError(f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume")
+        if trained_over(last) not in (None, checkpoint.base_sha256):
+            raise UsageError(f"{out}: was begun over another base than {checkpoint.base}, whose weights have another sha256; give that one")
         return last
     first = os.environ.get("RANK", "0") == "0"  # another process may come here after the first has begun to write
     if first and out.exists() and (not out.is_dir() or any(out.iterdir())):

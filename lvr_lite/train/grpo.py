@@ -352,7 +352,7 @@ def grpo(
     scoring = read_rewards(settings.grpo.rewards)
     device = training_device()
     dtype = training_dtype(settings, device)
-    begin_from = begin(out, resume)
+    begin_from = begin(out, resume, checkpoint)
     # pictures stay as large as the checkpoint was tuned on, unless said otherwise
     settings = replace(settings, max_pixels=settings.max_pixels or checkpoint.image_spec["max_pixels"])
     checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})

@@ -182,6 +182,17 @@ def test_resuming_a_finished_run_trains_no_further(run: Run, small_checkpoint: P
     assert all(torch.equal(mine[name], first[name]) for name in first)
 
 
+def test_a_run_is_not_resumed_over_another_base(run: Run, small_checkpoint: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+    out, other = copied(run[0]), tmp_path / "other"
+    shutil.copytree(small_checkpoint, other)
+    weights = next(other.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    before = (out / "lvr_config.json").read_bytes()
+    with pytest.raises(UsageError, match=r"was begun over another base than .*other, whose weights have another sha256; give that one$"):
+        tune(other, out, resume=True)
+    assert (out / "lvr_config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(small_checkpoint: Path, tmp_path: Path, there: bool) -> None:
     out = tmp_path / "out"
@@ -387,10 +398,13 @@ def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path,
     nf4.load_trained(read_checkpoint(out), torch.float32)
 
 
-def test_a_process_that_comes_late_does_not_take_the_run_for_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_comes_late_does_not_take_the_run_for_an_earlier_one(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
     (tmp_path / "settings.yaml").write_text("what the first process has begun to write")
     monkeypatch.setenv("RANK", "1")
-    assert module.begin(tmp_path, resume=False) is None
+    assert module.begin(tmp_path, False, checkpoint) is None
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="exists"):
-        module.begin(tmp_path, resume=False)
+        module.begin(tmp_path, False, checkpoint)
