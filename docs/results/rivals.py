@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIMUM = ROOT / ".venv-optimum" / "bin" / "optimum-cli"
 SHAPE = "qwen2-vl-2b"
 PAST, STEPS = 300, 24
+ROOM = 128  # tokens after a prompt that caches are made for
 H, LAYERS, HEADS, KV, HEAD_DIM, FFN, VOCABULARY = 1536, 28, 12, 2, 128, 8960, 151936
 
 
@@ -52,7 +53,7 @@ class LvrLite:
         self.computes = "int8 products of fp32 activations, K/V fp32"
 
     def prefill(self, ids: list[int]) -> None:
-        self.runtime.start(1, len(ids) + STEPS + 8)
+        self.runtime.start(1, len(ids) + ROOM)
         embeds = self.runtime.embed(np.array([ids]) % 1000)
         self.at = len(ids)
         positions = np.broadcast_to(np.arange(len(ids)), (3, 1, len(ids)))
@@ -186,7 +187,7 @@ class GenAI:
 
     def prefill(self, ids: list[int]) -> None:
         parameters = self.og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=len(ids) + STEPS + 8, min_length=len(ids) + STEPS + 8, do_sample=False)
+        parameters.set_search_options(max_length=len(ids) + ROOM, min_length=len(ids) + ROOM, do_sample=False)
         self.generator = self.og.Generator(self.model, parameters)
         self.generator.append_tokens(np.array([i % 1000 for i in ids], np.int32))
         self.generator.generate_next_token()
@@ -428,6 +429,8 @@ def main() -> None:
         return
     from lvr_lite.bench import machine
 
+    if not 0 < options.steps <= ROOM - 8:
+        parser.error(f"--steps {options.steps}: give 1 to {ROOM - 8}")
     names = chosen(parser, options, RIVALS)
     out.mkdir(parents=True, exist_ok=True)
     make_all(out, names)
