@@ -172,6 +172,8 @@ class Search:
         progress(f"calibration: {len(desk.prompts)} prompts; {choices} choices and {latents} latents to keep")
         self._four, self._products = replace(FOUR, block=block or FOUR.block), desk.products()
         self.tuning = desk.tuning(self._products)
+        self._rounded = self._scratch / "rounded"
+        self._rounded.mkdir(exist_ok=True)
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()
@@ -181,7 +183,7 @@ class Search:
     def _write(self, bits: int) -> dict[str, onnx.ModelProto]:
         """All graphs but vision in one precision, into the scratch folder."""
         scheme = self._four if bits == 4 else COMPACT
-        plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {})
+        plan = Plan(dict.fromkeys((*SMALL_GRAPHS, "decoder"), scheme), {}, self._products if bits == 4 else {}, self._rounded)
         made, shared, at = {}, Shared(), self._source / "onnx"
         for name in ("decoder", *SMALL_GRAPHS):  # in the order of layers, as products come
             model = onnxfile.load(self._source / self._manifest.graphs[name].path)
@@ -281,7 +283,7 @@ class Search:
         by_weight = {f"decoder/{name}.weight": COMPACT for name in wide}
         small = COMPACT if HEAD in eight else self._four
         schemes = {"vision_encoder": COMPACT, "embed_tokens": small, "lm_head": small, "decoder": self._four}
-        return Plan(schemes, by_weight, self._products)
+        return Plan(schemes, by_weight, self._products, self._rounded)
 
 
 def draw(search: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ about a tenth less error than the quantizer that ships with ONNX Runtime, and si
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -66,11 +67,13 @@ PRECISIONS = ("int8", "int4", "mixed", "fp16")
 @dataclass(frozen=True)
 class Plan:
     """How each weight of a bundle is rounded. by_graph: the scheme of a graph; by_weight: {graph/weight: scheme} where it is another;
-    products: {graph/weight: sum of x xᵀ over its inputs}, for GPTQ."""
+    products: {graph/weight: sum of x xᵀ over its inputs}, for GPTQ. kept: a folder where what GPTQ makes of these products stays, so that
+    a second bundle takes it from there."""
 
     by_graph: dict[str, Scheme]
     by_weight: dict[str, Scheme] = field(default_factory=dict)
     products: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept: Path | None = None
 
     def scheme(self, graph: str, weight: str, columns: int) -> Scheme:
         return self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph]).of(columns)
@@ -323,7 +326,16 @@ class _Rewriting:
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
         if scheme.bits == 8 or key not in self.plan.products:
             return quantize(matrix, scheme.bits, scheme.block, scheme.symmetric)
-        return gptq(matrix, self.plan.products[key], scheme.bits, scheme.block, scheme.symmetric)
+        name = hashlib.sha256(f"{key} {scheme}".encode()).hexdigest()
+        file = self.plan.kept / f"{name}.npz" if self.plan.kept else None
+        if file and file.is_file():
+            with np.load(file) as parts:
+                return Blocks(parts["values"], parts["scales"], parts.get("zeros"), scheme.bits, matrix.shape[1])
+        made = gptq(matrix, self.plan.products[key], scheme.bits, scheme.block, scheme.symmetric)
+        if file:
+            arrays: dict[str, Any] = {} if made.zeros is None else {"zeros": made.zeros}
+            np.savez(file, values=made.values, scales=made.scales, **arrays)
+        return made
 
     def _count(self, made: Blocks, matrix: np.ndarray) -> float:
         step, gap, norm = max(1, (1 << 22) // matrix.shape[1]), 0.0, 0.0

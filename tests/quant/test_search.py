@@ -17,7 +17,8 @@ from lvr_lite.data.make import write_scenes
 from lvr_lite.decode import Options, decode
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.export.parity import StartsWithLatents
-from lvr_lite.quant import calibrate, drift, search
+from lvr_lite.quant import calibrate, drift, search, weights
+from lvr_lite.quant.blocks import gptq
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.weights import quantize_bundle
 from lvr_lite.runtime.onnx import OnnxRuntime
@@ -70,6 +71,22 @@ def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[s
     assert wide == eight - {search.HEAD}
     assert 0 < len(eight) < report["search"]["units"]
     assert "4 bits, block 32, zero points" in report["graphs"]["decoder"]["schemes"]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_what_is_written_is_rounded_as_it_would_be_anew(small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(weights, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given))
+    desk = search.Desk(small_fp32, tmp_path, "scenes", [].append, steps=0)
+    plan = search.Search(small_fp32, desk, [].append)._plan(frozenset())
+    once = len(calls)
+    assert once > 2 * 7
+    quantize_bundle(small_fp32, tmp_path / "kept", "mixed", [].append, plan=plan)
+    assert len(calls) == once
+    quantize_bundle(small_fp32, tmp_path / "anew", "mixed", [].append, plan=replace(plan, kept=None))
+    assert len(calls) == 2 * once
+    digests = [[graph.files for graph in bundle.read_manifest(tmp_path / name).graphs.values()] for name in ("kept", "anew")]
+    assert digests[0] == digests[1]
 
 
 def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(mixed: tuple[Path, dict[str, Any]]) -> None:
