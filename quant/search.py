@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -173,7 +174,9 @@ class Search:
         self._four, self._products = replace(FOUR, block=block or FOUR.block), desk.products()
         self.tuning = desk.tuning(self._products)
         self._rounded = self._scratch / "rounded"
-        self._rounded.mkdir(exist_ok=True)
+        if self._rounded.exists():  # of an earlier search, on other prompts perhaps
+            shutil.rmtree(self._rounded)
+        self._rounded.mkdir()
         self._sizes: dict[tuple[str, int], tuple[int, int]] = {}  # bytes and weights of a graph in so many bits
         self._variants = {bits: self._write(bits) for bits in (4, 8)}
         self._units = self._group()
