@@ -65,9 +65,9 @@ readme: setup
 
 check: lint types test readme
 
-# How the embedded model was made (see lvr_lite/tiny/model/README.md); about an hour on two cores.
+# How the embedded model was made (see lvr_lite/toy/model/README.md); about an hour on two cores.
 tiny: setup
-	$(BIN)/python -m lvr_lite.tiny.pretrain --out build/tiny
+	$(BIN)/python -m lvr_lite.toy.pretrain --out build/tiny
 
 clean:
 	rm -rf .venv .venv-rivals build demo-out *.egg-info

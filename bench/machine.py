@@ -1,4 +1,5 @@
-"""The machine: the card of what a number was measured on; how fast it reads memory, how busy it is and what energy it takes.
+"""The machine: the card of what a number was measured on; how fast it reads memory, how busy it is
+and what energy it takes.
 
 May import: the standard library, numpy and the core; onnxruntime only for its providers.
 
@@ -21,7 +22,9 @@ from typing import Any
 import numpy as np
 
 import lvr_lite
-from lvr_lite import bundle, doctor
+from lvr_lite import files
+from lvr_lite.commands import doctor
+from lvr_lite.model import bundle
 
 PACKAGES = ("lvr-lite", "onnxruntime", "numpy", "tokenizers", "pillow", "torch", "transformers")
 BUFFER_MB = 512  # larger than any last-level cache that a desktop has
@@ -30,8 +33,8 @@ BUFFER_MB = 512  # larger than any last-level cache that a desktop has
 def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> dict[str, Any]:
     """Everything about machine and software that a time depends on, ready for JSON.
 
-    threads: that the runtimes were told to use. bundles: {system: bundle folder}, each identified by the sha256 of its manifest, which
-    itself holds the sha256 of every file.
+    threads: that the runtimes were told to use. bundles: {system: bundle folder}, each identified
+    by the sha256 of its manifest, which itself holds the sha256 of every file.
     """
     model, flags = doctor.cpu()
     total, available = doctor.memory_gib()
@@ -49,7 +52,9 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := doctor.version(name))},
         "providers": doctor.providers(),
-        "tunables": os.environ.get("GLIBC_TUNABLES"),  # huge pages seem to choose between the two speeds of a machine
+        "tunables": os.environ.get(
+            "GLIBC_TUNABLES"
+        ),  # huge pages seem to choose between the two speeds of a machine
         "commit": commit(),
         "bundles": {name: manifest_hash(folder) for name, folder in (bundles or {}).items()},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -59,22 +64,30 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
 def manifest_hash(folder: Path) -> str | None:
     """sha256 of a bundle's lvr.json; None for a folder without one (a checkpoint)."""
     path = folder / bundle.MANIFEST
-    return bundle.sha256(path) if path.is_file() else None
+    return files.sha256(path) if path.is_file() else None
 
 
 def commit(package: Path | None = None) -> str | None:
-    """The commit that this code was run from, "+changed" where tracked files differ; outside a checkout "v" and the installed version.
+    """The commit that this code was run from, "+changed" where tracked files differ; outside a
+    checkout "v" and the installed version.
 
-    package: the folder of lvr_lite, whose parent is the checkout. A package installed into some other project's checkout does not count.
+    package: the folder of lvr_lite, whose parent is the checkout. A package installed into some
+    other project's checkout does not count.
     """
     root = (package or Path(lvr_lite.__file__).parent).resolve().parent
-    head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() and (root / "pyproject.toml").is_file() else None
+    head = (
+        _git(root, "rev-parse", "HEAD")
+        if (root / ".git").exists() and (root / "pyproject.toml").is_file()
+        else None
+    )
     if head is None:
         try:
             return "v" + metadata.version("lvr-lite")
         except metadata.PackageNotFoundError:
             return None
-    return head + ("+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    return head + (
+        "+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+    )
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -82,7 +95,13 @@ def _git(root: Path, *arguments: str) -> str | None:
     if git is None:
         return None
     try:
-        done = subprocess.run([git, "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            [git, "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -103,12 +122,16 @@ def _system() -> str:
 
 
 def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -> float:
-    """GB/s (1e9) at which `threads` threads together read memory: the best of `repeats` passes over a buffer of `megabytes` MiB.
+    """GB/s (1e9) at which `threads` threads together read memory: the best of `repeats` passes over
+    a buffer of `megabytes` MiB.
 
-    Each thread takes the maximum of its share of an int32 buffer: the cheapest reduction that numpy vectorises everywhere, without BLAS
-    (whose own threads would interfere) and without the interpreter lock. One thread does not saturate most machines.
+    Each thread takes the maximum of its share of an int32 buffer: the cheapest reduction that numpy
+    vectorises everywhere, without BLAS (whose own threads would interfere) and without the
+    interpreter lock. One thread does not saturate most machines.
     """
-    buffer = np.ones(megabytes * 2**18, np.int32)  # ones, not zeros: every page must be backed by memory of its own
+    buffer = np.ones(
+        megabytes * 2**18, np.int32
+    )  # ones, not zeros: every page must be backed by memory of its own
     shares = np.array_split(buffer, threads)
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
@@ -120,11 +143,14 @@ def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -
 
 
 def read_compute(repeats: int = 3) -> float:
-    """Milliseconds that a fixed computation within a core's caches takes, the best of `repeats`: how fast the cores are just now, with
-    their clock and what else runs on them (in a virtual machine also others' work, which no load shows).
+    """Milliseconds that a fixed computation within a core's caches takes, the best of `repeats`:
+    how fast the cores are just now, with their clock and what else runs on them (in a virtual
+    machine also others' work, which no load shows).
 
-    One thread, and after a rest: two wait for each other and for Python's lock, and ONNX Runtime's threads spin for a while after a
-    call; either hides what is asked for (docs/results/runtime.md)."""
+    One thread, and after a rest: two wait for each other and for Python's lock, and ONNX Runtime's
+    threads spin for a while after a call; either hides what is asked for
+    (docs/results/runtime.md).
+    """
     values, taken = np.ones(1 << 15, np.float32), []  # 128 KiB
     time.sleep(0.02)
     for _ in range(repeats):
@@ -136,9 +162,12 @@ def read_compute(repeats: int = 3) -> float:
 
 
 def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
-    """Energy that the processor packages took since some time in the past (RAPL), in J; None where the machine or its rights do not say.
+    """Energy that the processor packages took since some time in the past (RAPL), in J; None where
+    the machine or its rights do not say.
 
-    A counter starts again at 0 now and then (after an hour or more); a difference is then negative, and no measurement."""
+    A counter starts again at 0 now and then (after an hour or more); a difference is then negative,
+    and no measurement.
+    """
     found = []
     for zone in sorted(counters.glob("intel-rapl:*")):
         if zone.name.count(":") != 1:  # parts of a package

@@ -1,7 +1,9 @@
-"""Bundles of the shapes that people use, with random weights: latency and memory of a model before one has it. May import: the core.
+"""Bundles of the shapes that people use, with random weights: latency and memory of a model before
+one has it. May import: the core.
 
-Sizes are those of the models' published config.json. Vocabulary and template are the embedded model's, whose few hundred ids are among
-the many; answers mean nothing, and cost what a real model's cost.
+Sizes are those of the models' published config.json. Vocabulary and template are the embedded
+model's, whose few hundred ids are among the many; answers mean nothing, and cost what a real
+model's cost.
 """
 
 from __future__ import annotations
@@ -14,15 +16,23 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lvr_lite import families
-from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.errors import UsageError
-from lvr_lite.latent import LatentSpec
-from lvr_lite.weights import empty_model
+from lvr_lite.export.weights import empty_model
+from lvr_lite.model import families
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.spec import LatentSpec
 
-_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_QWEN = {"vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+_QWEN = {
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
 _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
@@ -85,7 +95,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_of(name: str) -> Checkpoint:
-    """A checkpoint of this shape that exists nowhere. Raises UsageError for a name that is not known."""
+    """A checkpoint of this shape that exists nowhere. Raises UsageError for a name that is not
+    known.
+    """
     if name not in SHAPES:
         raise UsageError(f"--synthetic {name}: not known; choose one of {', '.join(SHAPES)}")
     config, tiny = SHAPES[name], read_checkpoint("tiny")
@@ -93,7 +105,11 @@ def shape_of(name: str) -> Checkpoint:
     tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
     tokenizer.add_special_tokens([family.IMAGE_TOKEN, *family.PICTURE_TOKENS])
     smol = config["model_type"] == "smolvlm"
-    preprocessor = {**(_HALF if smol or config["model_type"] == "qwen3_vl" else _CLIP), "min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
+    preprocessor = {
+        **(_HALF if smol or config["model_type"] == "qwen3_vl" else _CLIP),
+        "min_pixels": 56 * 56,
+        "max_pixels": 1280 * 28 * 28,
+    }
     if smol:
         side = config["vision_config"]["image_size"]
         preprocessor |= {
@@ -112,11 +128,15 @@ def shape_of(name: str) -> Checkpoint:
 
 
 class SyntheticWeights:
-    """Random parameters by name, the same each time: normal of standard deviation 0.02, norms 1, biases 0."""
+    """Random parameters by name, the same each time: normal of standard deviation 0.02, norms 1,
+    biases 0.
+    """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         self.model = empty_model(checkpoint.config, checkpoint.family)
-        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        self._shapes = {
+            name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
         self._numbers = {name: i for i, name in enumerate(self._shapes)}
         self._seed = seed
 

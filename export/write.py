@@ -1,7 +1,8 @@
-"""From a checkpoint to a bundle that has passed the parity gate, one weight at a time. May import: torch, onnx and the core.
+"""From a checkpoint to a bundle that has passed the parity gate, one weight at a time. May import:
+torch, onnx and the core.
 
-weights = TrainedWeights(checkpoint)
-write_bundle(checkpoint, weights, Path("bundles/first-fp32"), print, reference=lambda: load_merged(checkpoint))
+weights = TrainedWeights(checkpoint) write_bundle(checkpoint, weights, Path("bundles/first-fp32"),
+print, reference=lambda: load_merged(checkpoint))
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ import numpy as np
 import onnx
 from torch import Tensor
 
-from lvr_lite import bundle, onnxfile
-from lvr_lite.bundle import Graph, Manifest
-from lvr_lite.checkpoint import Checkpoint
-from lvr_lite.export import graphs, parity
+from lvr_lite import files, terminal
+from lvr_lite.export import graphs, onnxfile, parity
 from lvr_lite.export.graphs import Origin
-from lvr_lite.runtime.torch import language_model
-from lvr_lite.weights import origins
+from lvr_lite.export.weights import origins
+from lvr_lite.generate.torch import language_model
+from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Graph, Manifest
+from lvr_lite.model.checkpoint import Checkpoint
 
 PACKAGES = ("lvr-lite", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-SMALL = 1 << 30  # bytes of weights in float32 up to which torch's model and the graphs are compared whole, both in memory
+SMALL = (
+    1 << 30
+    # bytes of weights in float32 up to which torch's model and the graphs are compared whole, both in
+    # memory
+)
 
 
 class Weights(Protocol):
-    """A model's parameters in float32 by transformers' names, made when asked for; model: its `lvr_lite.weights.empty_model`."""
+    """A model's parameters in float32 by transformers' names, made when asked for; model: its
+    `lvr_lite.export.weights.empty_model`.
+    """
 
     model: Any
 
@@ -43,9 +51,11 @@ class Weights(Protocol):
 
 
 class Convert(Protocol):
-    """Writes one graph's weights in another precision: rewrites `model` in place, reading weights with `read`, adding them to `data`.
+    """Writes one graph's weights in another precision: rewrites `model` in place, reading weights
+    with `read`, adding them to `data`.
 
-    origins: which parameter an initializer is. Returns what report.json says of it, "precision" among it.
+    origins: which parameter an initializer is. Returns what report.json says of it, "precision"
+    among it.
     """
 
     def __call__(
@@ -70,18 +80,20 @@ def write_bundle(
 ) -> Manifest:
     """Write a checkpoint as a bundle at `target`; returns its manifest.
 
-    progress: is told one line per stage. reference: loads torch's model, which a small bundle must equal in every graph and token by
-    token; a larger one (SMALL) must equal `weights` graph by graph and layer by layer. None: nothing is compared.
-    precision, convert: how weights are written, float32 as they are by default. source: what the manifest says of the origin beyond that.
-    Raises LvrError where the model cannot be exported or a graph fails the parity gate, BundleError where `target` cannot be
-    written or a weight is not finite; either way nothing is left and an earlier bundle at `target` stays as it was.
+    progress: is told one line per stage. reference: loads torch's model, which a small bundle must
+    equal in every graph and token by token; a larger one (SMALL) must equal `weights` graph by
+    graph and layer by layer. None: nothing is compared. precision, convert: how weights are
+    written, float32 as they are by default. source: what the manifest says of the origin beyond
+    that. Raises LvrError where the model cannot be exported or a graph fails the parity gate,
+    BundleError where `target` cannot be written or a weight is not finite; either way nothing is
+    left and an earlier bundle at `target` stays as it was.
     """
     model = weights.model
     total = 4 * sum(p.numel() for p in model.parameters())
-    onnxfile.check_free_space(target, int(total * 1.05) if convert is None else total // 4)
+    files.check_free_space(target, int(total * 1.05) if convert is None else total // 4)
     codes, config = origins(model), model.config.text_config
     head_dim = language_model(model).layers[0].self_attn.head_dim
-    with bundle.fresh_folder(target) as folder:
+    with files.fresh_folder(target) as folder:
         (folder / "onnx").mkdir()
         written, report = {}, {}
         for name, spec in graphs.specs(model, checkpoint.family, checkpoint.image_spec).items():
@@ -96,7 +108,10 @@ def write_bundle(
                 report[name] = (convert or _as_they_are)(name, proto, read, data, found)
             path.write_bytes(proto.SerializeToString())
             written[name] = describe(folder, f"onnx/{name}.onnx", report[name].pop("precision"))
-            report[name] |= {"bytes": written[name].bytes, "seconds": round(time.perf_counter() - began, 2)}
+            report[name] |= {
+                "bytes": written[name].bytes,
+                "seconds": round(time.perf_counter() - began, 2),
+            }
             progress(f"{name}: {written[name].bytes / 1e6:.1f} MB, {report[name]['seconds']:.1f} s")
         checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
         decoder = {
@@ -104,14 +119,30 @@ def write_bundle(
             "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
         }  # fmt: skip
         origin = source if source is not None else _origin(checkpoint)
-        origin |= {"tokenizer_sha256": bundle.sha256(folder / "tokenizer.json"), "versions": {p: version(p) for p in PACKAGES}}
-        manifest = _manifest(checkpoint, written, precision, decoder, dict(config.rope_parameters), origin)
+        origin |= {
+            "tokenizer_sha256": files.sha256(folder / "tokenizer.json"),
+            "versions": {p: version(p) for p in PACKAGES},
+        }
+        manifest = _manifest(
+            checkpoint, written, precision, decoder, dict(config.rope_parameters), origin
+        )
         bundle.write_manifest(folder, manifest)
         if reference is not None:
-            found_parity = _gate(folder, manifest, checkpoint, weights.merged(), reference if total <= SMALL else None, progress)
+            found_parity = _gate(
+                folder,
+                manifest,
+                checkpoint,
+                weights.merged(),
+                reference if total <= SMALL else None,
+                progress,
+            )
             manifest = replace(manifest, parity=found_parity)
             bundle.write_manifest(folder, manifest)
-        (folder / "report.json").write_text(json.dumps({"precision": precision, "graphs": report, "parity": manifest.parity}, indent=1))
+        (folder / "report.json").write_text(
+            json.dumps(
+                {"precision": precision, "graphs": report, "parity": manifest.parity}, indent=1
+            )
+        )
     return manifest
 
 
@@ -127,12 +158,17 @@ def _values(tensor: onnx.TensorProto, weights: Weights, found: dict[str, Origin]
 
 
 def _as_they_are(
-    graph: str, model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: onnxfile.DataFile, origins: dict[str, Origin]
+    graph: str,
+    model: onnx.ModelProto,
+    read: Callable[[onnx.TensorProto], np.ndarray],
+    data: onnxfile.DataFile,
+    origins: dict[str, Origin],
 ) -> dict[str, Any]:
     tensors: Iterable[onnx.TensorProto] = list(model.graph.initializer)
     del model.graph.initializer[:]
     model.graph.initializer.extend(
-        data.add(tensor.name, read(tensor)) if tensor.name in origins else tensor for tensor in onnxfile.bar(tensors, graph)
+        data.add(tensor.name, read(tensor)) if tensor.name in origins else tensor
+        for tensor in terminal.bar(tensors, graph)
     )
     return {"precision": "fp32"}
 
@@ -147,26 +183,41 @@ def _gate(
 ) -> dict[str, Any]:
     """load: of torch's model, to compare it whole; None for one that is too large for that."""
     layers = parity.check_layers(folder, manifest, checkpoint, weights)
-    progress(f"parity of the decoder's layers, one by one: relative difference {max(layers):.1e} at most")
+    progress(
+        f"parity of the decoder's layers, one by one: relative difference {max(layers):.1e} at most"
+    )
     if load is None:
         by_graph, decoding = parity.check_graphs_apart(folder, manifest, checkpoint, weights), None
     else:
-        from lvr_lite.runtime.onnx import OnnxRuntime
-        from lvr_lite.runtime.torch import TorchRuntime
+        from lvr_lite.generate.onnx import OnnxRuntime
+        from lvr_lite.generate.torch import TorchRuntime
 
         got, want = OnnxRuntime(folder), TorchRuntime(load(), checkpoint)
         by_graph, decoding = parity.check_graphs(got, want), parity.check_decoding(got, want)
     for name, found in by_graph.items():
-        progress(f"parity of {name}: relative difference {found['relative']:.1e} over {found['cases']} cases")
+        progress(
+            f"parity of {name}: relative difference {found['relative']:.1e} over {found['cases']} cases"
+        )
     if decoding is None:
-        progress("parity of decoding: not compared, for torch's model and the graphs do not fit into memory side by side")
+        progress(
+            "parity of decoding: not compared, for torch's model and the graphs do not fit into memory side by side"
+        )
     else:
-        progress(f"parity of decoding: same tokens, hidden states within {decoding['relative']:.1e}, {decoding['prompts']} prompts")
-    return {"tolerance": parity.TOLERANCE, "graphs": by_graph, "layers": layers, "decoding": decoding}
+        progress(
+            f"parity of decoding: same tokens, hidden states within {decoding['relative']:.1e}, {decoding['prompts']} prompts"
+        )
+    return {
+        "tolerance": parity.TOLERANCE,
+        "graphs": by_graph,
+        "layers": layers,
+        "decoding": decoding,
+    }
 
 
 def describe(folder: Path, path: str, precision: str) -> Graph:
-    """The manifest's entry for the graph at `path` in a bundle, its inputs and outputs read off the file."""
+    """The manifest's entry for the graph at `path` in a bundle, its inputs and outputs read off the
+    file.
+    """
     proto = onnxfile.load(folder / path).graph
     return Graph(
         precision=precision,
@@ -183,11 +234,20 @@ def _tensor(value: Any) -> dict[str, Any]:
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"checkpoint_sha256": checkpoint.digest(), "base": checkpoint.base.name, "adapter": checkpoint.adapter}
+    return {
+        "checkpoint_sha256": checkpoint.digest(),
+        "base": checkpoint.base.name,
+        "adapter": checkpoint.adapter,
+    }
 
 
 def _manifest(
-    checkpoint: Checkpoint, written: dict[str, Graph], precision: str, decoder: dict[str, int], rope: dict[str, Any], source: dict[str, Any]
+    checkpoint: Checkpoint,
+    written: dict[str, Graph],
+    precision: str,
+    decoder: dict[str, int],
+    rope: dict[str, Any],
+    source: dict[str, Any],
 ) -> Manifest:
     return Manifest(
         family=checkpoint.family.MODEL_TYPE,

@@ -1,6 +1,8 @@
-"""Settings of a fine-tuning run: frozen dataclasses, filled from a YAML recipe and `--set section.key=value`. May import: the core, yaml.
+"""Settings of a fine-tuning run: frozen dataclasses, filled from a YAML recipe and `--set
+section.key=value`. May import: the core, yaml.
 
-Unknown keys, wrong types and contradictions are errors that name the key; the resolved settings are written beside each checkpoint.
+Unknown keys, wrong types and contradictions are errors that name the key; the resolved settings are
+written beside each checkpoint.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from lvr_lite.errors import UsageError
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """method: what is trained (lvr_lite/train/methods.py): "sft" (no latents), "dummy" (K times <|lvr|>), "lvr" (the paper: fed the
-    targets), "lvr-free" (fed their own hidden states, as when running), "lvr-bottleneck" (the same, and text sees the latents alone).
+    """method: what is trained (lvr_lite/train/methods.py): "sft" (no latents), "dummy" (K times
+    <|lvr|>), "lvr" (the paper: fed the targets), "lvr-free" (fed their own hidden states, as when
+    running), "lvr-bottleneck" (the same, and text sees the latents alone).
 
-    samples: which are answered through latents: "boxed", those with boxes, the others at once; or "all".
-    steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled" (K means over the visual tokens of the boxes)
-    or "all" (the paper: each of them, `max_targets` at most; method lvr alone).
-    loss: of the latents: "mse" to the targets (the paper), "contrastive" (the tokens of the box against all others of the batch's
-    pictures, cosine over `temperature`), or "none". weight: its λ (paper: 0.1), of the mean over the latents of
-    one batch of a device. relax: the last share of the steps, in which λ falls
-    to 0.
-    feedback: what is fed back, as in lvr_lite/latent.py. warmup: share of the steps in which those that run freely are fed the targets.
+    samples: which are answered through latents: "boxed", those with boxes, the others at once; or
+    "all". steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled"
+    (K means over the visual tokens of the boxes) or "all" (the paper: each of them, `max_targets`
+    at most; method lvr alone). loss: of the latents: "mse" to the targets (the paper),
+    "contrastive" (the tokens of the box against all others of the batch's pictures, cosine over
+    `temperature`), or "none". weight: its λ (paper: 0.1), of the mean over the latents of one batch
+    of a device. relax: the last share of the steps, in which λ falls to 0. feedback: what is fed
+    back, as in lvr_lite/model/spec.py. warmup: share of the steps in which those that run freely
+    are fed the targets.
     """
 
     method: Literal["sft", "dummy", "lvr", "lvr-free", "lvr-bottleneck"] = "lvr"
@@ -50,7 +54,9 @@ class LatentSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """rank and alpha of the adapters on every linear layer of the language model; dropout in [0, 1)."""
+    """rank and alpha of the adapters on every linear layer of the language model; dropout in [0,
+    1).
+    """
 
     rank: int = 16
     alpha: int = 32
@@ -59,11 +65,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples (JSONL); without it the last
-    `eval_count` samples of a file, by picture, are held out. eval_count: samples that evaluation during training answers.
-    group_by_length: batches of samples of about one length, those of a file (scenes are all of about one, and come as they are drawn).
-    replay: samples of what the base can do already, mixed in so that it keeps it: a file, or "skills", those of the embedded model
-    (drawn); replay_share: their share of all training samples."""
+    """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples
+    (JSONL); without it the last `eval_count` samples of a file, by picture, are held out.
+    eval_count: samples that evaluation during training answers. group_by_length: batches of samples
+    of about one length, those of a file (scenes are all of about one, and come as they are drawn).
+    replay: samples of what the base can do already, mixed in so that it keeps it: a file, or
+    "skills", those of the embedded model (drawn); replay_share: their share of all training
+    samples.
+    """
 
     count: int = 8000
     seed: int = 0
@@ -76,9 +85,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimizer steps. batch: samples a device and step; accumulation: such batches a step. lr: peak, cosine to zero after
-    `warmup` (share of steps). precision: "auto" takes bf16 where the machine computes in it, else fp32. dequantize: "auto" holds the NF4
-    values of a small base (below 1e9 parameters) unpacked on a CPU: the same numbers, a faster step. eval_every, save_every: steps."""
+    """steps: optimizer steps. batch: samples a device and step; accumulation: such batches a step.
+    lr: peak, cosine to zero after `warmup` (share of steps). precision: "auto" takes bf16 where the
+    machine computes in it, else fp32. dequantize: "auto" holds the NF4 values of a small base
+    (below 1e9 parameters) unpacked on a CPU: the same numbers, a faster step. eval_every,
+    save_every: steps.
+    """
 
     steps: int = 2500
     batch: int = 1
@@ -87,9 +99,14 @@ class TrainSettings:
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"] = (
-        "paged_adamw_8bit"
-    )
+    optimizer: Literal[
+        "paged_adamw_8bit",
+        "adamw_8bit",
+        "paged_adamw_32bit",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "sgd",
+    ] = "paged_adamw_8bit"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     dequantize: Literal["auto", "never"] = "auto"
     gradient_checkpointing: bool = True
@@ -103,13 +120,15 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """Of stage 2 alone (lvr_lite/train/grpo.py). There `train.batch` is questions a device and step, and `latent`, `lora` are those of the
-    checkpoint that it begins from.
+    """Of stage 2 alone (lvr_lite/train/grpo.py). There `train.batch` is questions a device and
+    step, and `latent`, `lora` are those of the checkpoint that it begins from.
 
-    group: answers to each question. temperature: at which they are drawn. max_tokens: of an answer. updates: optimizer steps with each
-    batch of answers. clip: the ratio of a choice's probabilities now and when it was drawn counts up to 1 ± clip. beta: weight of the KL
-    divergence from the policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored, at once. latents:
-    whether those of an answer are constants when it is scored ("recorded") or trained with it ("recomputed").
+    group: answers to each question. temperature: at which they are drawn. max_tokens: of an answer.
+    updates: optimizer steps with each batch of answers. clip: the ratio of a choice's probabilities
+    now and when it was drawn counts up to 1 ± clip. beta: weight of the KL divergence from the
+    policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored,
+    at once. latents: whether those of an answer are constants when it is scored ("recorded") or
+    trained with it ("recomputed").
     """
 
     group: int = 8
@@ -125,7 +144,9 @@ class GrpoSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a run. max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None takes the model's own."""
+    """All of a run. max_pixels: pictures are shrunk to this area (pixels) before they are cut into
+    patches; None takes the model's own.
+    """
 
     latent: LatentSettings = field(default_factory=LatentSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -136,11 +157,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.latent.targets == "all" and self.latent.method != "lvr":
-            raise UsageError(f"latent.targets=all is for latent.method=lvr; {self.latent.method} has K places: set latent.targets=pooled")
+            raise UsageError(
+                f"latent.targets=all is for latent.method=lvr; {self.latent.method} has K places: set latent.targets=pooled"
+            )
         if self.latent.warmup and not self.latent.runs_freely:
-            raise UsageError(f"latent.warmup is for lvr-free and lvr-bottleneck; leave it out with latent.method={self.latent.method}")
+            raise UsageError(
+                f"latent.warmup is for lvr-free and lvr-bottleneck; leave it out with latent.method={self.latent.method}"
+            )
         if self.latent.loss == "none" and self.latent.method == "lvr":
-            raise UsageError("latent.method=lvr learns nothing about its latents with latent.loss=none: use mse or contrastive")
+            raise UsageError(
+                "latent.method=lvr learns nothing about its latents with latent.loss=none: use mse or contrastive"
+            )
         limits: list[tuple[str, float, float, float]] = [
             ("latent.steps", self.latent.steps, 1, 1024),
             ("latent.weight", self.latent.weight, 0, 1000),
@@ -153,7 +180,12 @@ class Settings:
             ("lora.dropout", self.lora.dropout, 0, 0.99),
             ("data.count", self.data.count, 1, 10**9),
             ("data.replay_share", self.data.replay_share, 0.01, 0.9),
-            ("data.seed", self.data.seed, 0, 499_999),  # evaluation takes the seeds above (train/finetune.py)
+            (
+                "data.seed",
+                self.data.seed,
+                0,
+                499_999,
+            ),  # evaluation takes the seeds above (train/finetune.py)
             ("data.eval_count", self.data.eval_count, 1, 10**6),
             ("train.steps", self.train.steps, 1, 10**9),
             ("train.batch", self.train.batch, 1, 65536),
@@ -187,7 +219,9 @@ class Settings:
 
 
 def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Settings:
-    """Settings from a YAML recipe (or the defaults) with `section.key=value` overrides. Raises UsageError naming file, key and value."""
+    """Settings from a YAML recipe (or the defaults) with `section.key=value` overrides. Raises
+    UsageError naming file, key and value.
+    """
     data: dict[str, Any] = {}
     if recipe is not None:
         data = _read_recipe(recipe)
@@ -197,7 +231,11 @@ def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Se
 
     def where(name: str) -> str:
         """What the user must look at to mend the key `name`."""
-        return "--set" if recipe is None or any(name == key or key.startswith(f"{name}.") for key in set_here) else str(recipe)
+        return (
+            "--set"
+            if recipe is None or any(name == key or key.startswith(f"{name}.") for key in set_here)
+            else str(recipe)
+        )
 
     made = _fill(Settings, data, "", where)
     assert isinstance(made, Settings)
@@ -234,7 +272,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: must hold sections such as `train:`, not a {type(data).__name__}")
+        raise UsageError(
+            f"{path}: must hold sections such as `train:`, not a {type(data).__name__}"
+        )
     return data
 
 
@@ -243,7 +283,9 @@ def _override(data: dict[str, Any], override: str) -> None:
 
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {override}: write it as section.key=value, for example --set train.lr=2e-4")
+        raise UsageError(
+            f"--set {override}: write it as section.key=value, for example --set train.lr=2e-4"
+        )
     *sections, last = key.strip().split(".")
     at = data
     for section in sections:
@@ -263,7 +305,9 @@ def _fill(kind: Any, data: dict[str, Any], prefix: str, where: Callable[[str], s
     for key, value in data.items():
         name = f"{prefix}{key}"
         if key not in known:
-            raise UsageError(f"{where(name)}: unknown key {name}; known here: {', '.join(sorted(known))}")
+            raise UsageError(
+                f"{where(name)}: unknown key {name}; known here: {', '.join(sorted(known))}"
+            )
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):
@@ -277,7 +321,9 @@ def _fill(kind: Any, data: dict[str, Any], prefix: str, where: Callable[[str], s
 def _checked(hint: Any, value: Any, name: str, where: Callable[[str], str]) -> Any:
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
-            raise UsageError(f"{where(name)}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}")
+            raise UsageError(
+                f"{where(name)}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}"
+            )
         return value
     allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if float in allowed and not isinstance(value, bool):

@@ -21,3 +21,9 @@ class DataError(LvrError):
 
 class BundleError(LvrError):
     """A bundle or a checkpoint is missing, incomplete, changed, or of another version."""
+
+
+class OutputError(LvrError):
+    """A file or folder cannot be written: a full disk, a missing permission, or something else in
+    its place.
+    """

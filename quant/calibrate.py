@@ -1,4 +1,5 @@
-"""What quantization costs on a calibration set: answers and latents against the fp32 bundle's; and what flows into each weight.
+"""What quantization costs on a calibration set: answers and latents against the fp32 bundle's; and
+what flows into each weight.
 
 May import: numpy, the core.
 """
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from lvr_lite import bundle, onnxfile
-from lvr_lite.ask import prepare_prompt
-from lvr_lite.data.make import scene_samples
 from lvr_lite.data.samples import read_samples
-from lvr_lite.decode import Decoding, Options, Prompt, Result
 from lvr_lite.errors import DataError
-from lvr_lite.onnxfile import DecoderLayers, LayerCall
-from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.preprocess import open_picture
+from lvr_lite.export import onnxfile
+from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.generate.ask import prepare_prompt
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
+from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model import bundle
+from lvr_lite.model.images import open_picture
+from lvr_lite.toy.make import scene_samples
 
 SEED = 90_001  # of the scenes, of the training split
 BATCH = 16  # prompts decoded together
@@ -30,18 +32,28 @@ ROWS = 2048  # inputs of a weight multiplied with themselves at once
 
 
 def load_prompts(runtime: OnnxRuntime, data: str, count: int) -> list[Prompt]:
-    """`count` prompts: "scenes" (drawn, of the training split), or a file of samples. Raises DataError for a file without samples."""
+    """`count` prompts: "scenes" (drawn, of the training split), or a file of samples. Raises
+    DataError for a file without samples.
+    """
     if data == "scenes":
-        return [prepare_prompt(runtime, [picture], sample.question)[0] for sample, picture in scene_samples(count, SEED, "train")]
+        return [
+            prepare_prompt(runtime, [picture], sample.question)[0]
+            for sample, picture in scene_samples(count, SEED, "train")
+        ]
     samples = read_samples(Path(data))[:count]
     if not samples:
         raise DataError(f"{data}: holds no samples; --calibration needs some")
-    return [prepare_prompt(runtime, [open_picture(path) for path in sample.images], sample.question)[0] for sample in samples]
+    return [
+        prepare_prompt(runtime, [open_picture(path) for path in sample.images], sample.question)[0]
+        for sample in samples
+    ]
 
 
 @dataclass(frozen=True)
 class Said:
-    """What the fp32 bundle answered: the choices that lead there, the log-probabilities (V,) at each, and the states at each step."""
+    """What the fp32 bundle answered: the choices that lead there, the log-probabilities (V,) at
+    each, and the states at each step.
+    """
 
     choices: list[int]
     log_probabilities: list[np.ndarray]
@@ -50,7 +62,9 @@ class Said:
 
 
 class _Scripted:
-    """A runtime whose head keeps the logits of each row, and, given a script, makes each row choose by it."""
+    """A runtime whose head keeps the logits of each row, and, given a script, makes each row choose
+    by it.
+    """
 
     def __init__(self, runtime: Any, scripts: Sequence[Sequence[int]] | None) -> None:
         self._runtime, self._scripts = runtime, scripts
@@ -73,12 +87,19 @@ class _Scripted:
         return logits
 
 
-def _decode(runtime: Any, prompts: list[Prompt], scripts: Sequence[Sequence[int]] | None) -> list[tuple[Result, list[np.ndarray]]]:
+def _decode(
+    runtime: Any, prompts: list[Prompt], scripts: Sequence[Sequence[int]] | None
+) -> list[tuple[Result, list[np.ndarray]]]:
     scripted = _Scripted(runtime, scripts)
-    decoding = scripted.decoding = Decoding(scripted, prompts, Options(max_tokens=TOKENS, keep_hidden=True))
+    decoding = scripted.decoding = Decoding(
+        scripted, prompts, Options(max_tokens=TOKENS, keep_hidden=True)
+    )
     for _ in decoding:
         pass
-    return [(result, [_log_softmax(x) for x in scripted.logits[i]]) for i, result in enumerate(decoding.results)]
+    return [
+        (result, [_log_softmax(x) for x in scripted.logits[i]])
+        for i, result in enumerate(decoding.results)
+    ]
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -98,34 +119,44 @@ def listen(runtime: OnnxRuntime, prompts: list[Prompt]) -> list[Said]:
         for result, scores in _decode(runtime, prompts[part], None):
             start = [runtime.tokens.lvr_start] if result.latents else []
             end = [runtime.tokens.end[0]] if result.reason == "stop" else []
-            found.append(Said([*start, *result.tokens, *end], scores, result.hidden, len(result.latents)))
+            found.append(
+                Said([*start, *result.tokens, *end], scores, result.hidden, len(result.latents))
+            )
     return found
 
 
 def loss(runtime: OnnxRuntime, prompts: list[Prompt], reference: list[Said]) -> dict[str, float]:
-    """How far a bundle is from what the fp32 one said, made to choose the same tokens, but fed with its own latents.
+    """How far a bundle is from what the fp32 one said, made to choose the same tokens, but fed with
+    its own latents.
 
-    kl: mean KL divergence of its distributions from fp32's, in nats, over all choices. drift: mean of 1 - cosine of its latents to
-    fp32's, over all steps. loss: their sum.
+    kl: mean KL divergence of its distributions from fp32's, in nats, over all choices. drift: mean
+    of 1 - cosine of its latents to fp32's, over all steps. loss: their sum.
     """
     divergences, gaps = [], []
     for part in _batches(prompts):
         wanted = reference[part]
-        for (result, scores), said in zip(_decode(runtime, prompts[part], [s.choices for s in wanted]), wanted, strict=True):
+        for (result, scores), said in zip(
+            _decode(runtime, prompts[part], [s.choices for s in wanted]), wanted, strict=True
+        ):
             for mine, theirs in zip(scores, said.log_probabilities, strict=True):
                 divergences.append(float((np.exp(theirs) * (theirs - mine)).sum()))
-            first = 1  # the state after the prompt chose <|lvr_start|>; those of the latent steps come next
+            # the state after the prompt chose <|lvr_start|>; those of the latent steps come next
+            first = 1
             for step in range(first, first + said.latents):
                 a, b = said.hidden[step], result.hidden[step]
-                gaps.append(1 - float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
+                gaps.append(
+                    1 - float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30)
+                )
     kl, drift = float(np.mean(divergences)), float(np.mean(gaps)) if gaps else 0.0
     return {"kl": kl, "drift": drift, "loss": kl + drift}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a decoder reads in one go, and what fp32 makes of it. prompt: which one it belongs to (a bottleneck reads each twice). ids (S,),
-    those of a picture and of latents their placeholders; a call without K/V; states (S, H) after the last norm."""
+    """What a decoder reads in one go, and what fp32 makes of it. prompt: which one it belongs to (a
+    bottleneck reads each twice). ids (S,), those of a picture and of latents their placeholders; a
+    call without K/V; states (S, H) after the last norm.
+    """
 
     prompt: int
     ids: np.ndarray
@@ -134,15 +165,21 @@ class Reading:
 
 
 class Products(Mapping[str, np.ndarray]):
-    """{"decoder/" + weight: sum of x xᵀ over all inputs x of a weight of an fp32 decoder, float64 (K, K)}, on calibration prompts; for
-    "lm_head/…" and "embed_tokens/…" that of the states which the head reads.
+    """{"decoder/" + weight: sum of x xᵀ over all inputs x of a weight of an fp32 decoder, float64
+    (K, K)}, on calibration prompts; for "lm_head/…" and "embed_tokens/…" that of the states which
+    the head reads.
 
-    Prompts, the model's own latents and its answers are all read, layer by layer: one layer is in memory, and its products are there
-    until those of another are asked for. Asking in the order of layers costs one pass.
+    Prompts, the model's own latents and its answers are all read, layer by layer: one layer is in
+    memory, and its products are there until those of another are asked for. Asking in the order of
+    layers costs one pass.
     """
 
-    def __init__(self, runtime: OnnxRuntime, prompts: list[Prompt], source: Path | None = None) -> None:
-        """runtime: what reasons and answers; source: the fp32 bundle, `runtime`'s own where it is that."""
+    def __init__(
+        self, runtime: OnnxRuntime, prompts: list[Prompt], source: Path | None = None
+    ) -> None:
+        """runtime: what reasons and answers; source: the fp32 bundle, `runtime`'s own where it is
+        that.
+        """
         source = source or runtime.folder
         recorder = _Recorder(runtime)
         self._prompts: list[int] = []  # of each sequence
@@ -164,7 +201,9 @@ class Products(Mapping[str, np.ndarray]):
     def _restart(self) -> None:
         self._next, self._calls = 0, self._begin
         self._held: dict[str, np.ndarray] = {}
-        self._waiting: dict[tuple[str, ...], list[np.ndarray]] = {}  # inputs that several weights read, until there are enough
+        self._waiting: dict[
+            tuple[str, ...], list[np.ndarray]
+        ] = {}  # inputs that several weights read, until there are enough
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layer)
@@ -195,14 +234,20 @@ class Products(Mapping[str, np.ndarray]):
             after = self._layers.run_all(self._next, calls, self._add)
             for readers in list(self._waiting):
                 self._multiply(readers)
-            self._calls = [replace(call, hidden=hidden) for call, (hidden,) in zip(self._calls, after, strict=True)]
+            self._calls = [
+                replace(call, hidden=hidden)
+                for call, (hidden,) in zip(self._calls, after, strict=True)
+            ]
         self._next += 1
 
     def readings(self) -> list[Reading]:
         """All that was read, and what came of it. A whole pass, unless one has just been made."""
         if self._next < self._last:
             self["lm_head/"]
-        return [Reading(*kept) for kept in zip(self._prompts, self._ids, self._begin, self._last_states(), strict=True)]
+        return [
+            Reading(*kept)
+            for kept in zip(self._prompts, self._ids, self._begin, self._last_states(), strict=True)
+        ]
 
     def _last_states(self) -> list[np.ndarray]:
         return [self._normed(call.hidden[0]) for call in self._calls]
@@ -211,7 +256,9 @@ class Products(Mapping[str, np.ndarray]):
         """What is added after this layer, of what is added after any (deepstack)."""
         width = self._begin[0].hidden.shape[-1]
         first = self._next * width
-        return None if added is None or first >= added.shape[-1] else added[..., first : first + width]
+        return (
+            None if added is None or first >= added.shape[-1] else added[..., first : first + width]
+        )
 
     def _normed(self, states: np.ndarray) -> np.ndarray:
         node = next(n for n in self._model.graph.node if "last_hidden_state" in n.output)
@@ -236,9 +283,11 @@ class Products(Mapping[str, np.ndarray]):
 
 
 class _Recorder:
-    """A runtime that keeps what its decoder is fed, one prompt at a time: each sequence as one call, as if all of it had been known.
+    """A runtime that keeps what its decoder is fed, one prompt at a time: each sequence as one
+    call, as if all of it had been known.
 
-    A new sequence begins where K/V is dropped."""
+    A new sequence begins where K/V is dropped.
+    """
 
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
@@ -262,15 +311,26 @@ class _Recorder:
     def sequences(self) -> list[LayerCall]:
         calls, width = [], self._runtime.hidden_size
         for fed in self._fed:
-            widest = max(embeds.shape[-1] for embeds, _ in fed)  # of visual tokens that have a part for later layers
-            embeds = np.concatenate([np.pad(e, ((0, 0), (0, 0), (0, widest - e.shape[-1]))) for e, _ in fed], 1)
+            widest = max(
+                embeds.shape[-1] for embeds, _ in fed
+            )  # of visual tokens that have a part for later layers
+            embeds = np.concatenate(
+                [np.pad(e, ((0, 0), (0, 0), (0, widest - e.shape[-1]))) for e, _ in fed], 1
+            )
             positions = np.concatenate([p for _, p in fed], 2)
             added = embeds[..., width:] if widest > width else None
-            calls.append(LayerCall(embeds[..., :width].copy(), positions, np.array([embeds.shape[1]]), added))
+            calls.append(
+                LayerCall(embeds[..., :width].copy(), positions, np.array([embeds.shape[1]]), added)
+            )
         return calls
 
     def prefill(
-        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None, past: int = 0
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int] | None = None,
+        past: int = 0,
     ) -> np.ndarray:
         assert not past, "calibration reads every prompt from its beginning"
         self._fed.append([(np.array(embeds), np.array(positions))])
@@ -278,6 +338,8 @@ class _Recorder:
         return self._runtime.prefill(embeds, positions, lengths, rows)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        self._fed[-1].append((np.array(embeds)[:, None], np.broadcast_to(positions, (3, 1))[..., None].copy()))
+        self._fed[-1].append(
+            (np.array(embeds)[:, None], np.broadcast_to(positions, (3, 1))[..., None].copy())
+        )
         self.ids[-1].append(self._taken())
         return self._runtime.step(np.array(embeds), positions)

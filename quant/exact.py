@@ -1,7 +1,8 @@
-"""Bundles that run what was trained: the 4-bit base as bitsandbytes packed it, its adapters beside it. May import: onnx, the core.
+"""Bundles that run what was trained: the 4-bit base as bitsandbytes packed it, its adapters beside
+it. May import: onnx, the core.
 
-MatMulBnb4 reads bitsandbytes' NF4 bytes as they are. It is slow (21 times int4's kernel, FACTS): the oracle that other precisions are
-measured against.
+MatMulBnb4 reads bitsandbytes' NF4 bytes as they are. It is slow (21 times int4's kernel, FACTS):
+the oracle that other precisions are measured against.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from lvr_lite import onnxfile
-from lvr_lite.onnxfile import DataFile
-from lvr_lite.quant.nf4 import TrainedWeights
-from lvr_lite.quant.weights import MICROSOFT, become
+from lvr_lite import terminal
+from lvr_lite.export.onnxfile import DataFile
+from lvr_lite.quant.quantize import MICROSOFT, become
+from lvr_lite.train.load import TrainedWeights
 
 NF4 = 1  # MatMulBnb4's quant_type
 
@@ -27,20 +28,35 @@ class ExactConvert:
         self._weights = weights
 
     def __call__(
-        self, graph: str, model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: DataFile, origins: dict[str, Any]
+        self,
+        graph: str,
+        model: onnx.ModelProto,
+        read: Callable[[onnx.TensorProto], np.ndarray],
+        data: DataFile,
+        origins: dict[str, Any],
     ) -> dict[str, Any]:
-        """Linears of the 4-bit base become MatMulBnb4; everything else stays in float32. `model` is changed in place."""
+        """Linears of the 4-bit base become MatMulBnb4; everything else stays in float32. `model` is
+        changed in place.
+        """
         initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         made: list[onnx.TensorProto] = []
-        for node in onnxfile.bar(list(model.graph.node), graph):
+        for node in terminal.bar(list(model.graph.node), graph):
             origin = origins.get(node.input[1]) if node.op_type == "MatMul" else None
             if origin is None or origin.parameter not in self._weights.in_nf4:
                 continue
             weight = initializers.pop(node.input[1])
             packed, scales = self._weights.nf4(origin.parameter)
-            parts = [data.add(f"{weight.name}_nf4", packed), data.add(f"{weight.name}_scales", scales)]
+            parts = [
+                data.add(f"{weight.name}_nf4", packed),
+                data.add(f"{weight.name}_scales", scales),
+            ]
             made += parts
-            attributes = {"K": weight.dims[0], "N": weight.dims[1], "block_size": 64, "quant_type": NF4}
+            attributes = {
+                "K": weight.dims[0],
+                "N": weight.dims[1],
+                "block_size": 64,
+                "quant_type": NF4,
+            }
             become(node, "MatMulBnb4", [node.input[0], *(part.name for part in parts)], attributes)
         kept = [data.add(tensor.name, read(tensor)) for tensor in initializers.values()]
         del model.graph.initializer[:]
@@ -48,4 +64,8 @@ class ExactConvert:
         if made and not any(opset.domain == MICROSOFT for opset in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
         adapters = sum(name.endswith((".lora_A", ".lora_B")) for name in initializers) // 2
-        return {"precision": "nf4" if made else "fp32", "replaced": len(made) // 2, "adapters": adapters}
+        return {
+            "precision": "nf4" if made else "fp32",
+            "replaced": len(made) // 2,
+            "adapters": adapters,
+        }

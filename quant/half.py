@@ -1,7 +1,9 @@
-"""fp16 bundles, for GPU providers: graphs that compute in 16-bit floats. May import: onnx, onnxruntime, numpy and the core.
+"""fp16 bundles, for GPU providers: graphs that compute in 16-bit floats. May import: onnx,
+onnxruntime, numpy and the core.
 
-ONNX Runtime's own converter turns the graph; weights pass one at a time. Positions become angles in float32, since 16 bits do not hold
-them beyond 2,048. Keys and values are in fp16 too; embeddings, hidden states and logits keep float32 at the graphs' borders.
+ONNX Runtime's own converter turns the graph; weights pass one at a time. Positions become angles in
+float32, since 16 bits do not hold them beyond 2,048. Keys and values are in fp16 too; embeddings,
+hidden states and logits keep float32 at the graphs' borders.
 """
 
 from __future__ import annotations
@@ -12,16 +14,20 @@ from typing import Any
 import numpy as np
 import onnx
 
-from lvr_lite.bundle import Graph
 from lvr_lite.errors import BundleError
-from lvr_lite.onnxfile import DataFile, check_finite, size
+from lvr_lite.export.onnxfile import DataFile, check_finite, size
+from lvr_lite.model.bundle import Graph
 
 LARGEST = float(np.finfo(np.float16).max)
 IN_FLOAT32 = ("Cos", "Sin")
 
 
-def convert(model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: DataFile) -> dict[str, Any]:
-    """Turn a float32 graph into a float16 one, in place; returns what was done. Raises BundleError for a weight beyond float16."""
+def convert(
+    model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarray], data: DataFile
+) -> dict[str, Any]:
+    """Turn a float32 graph into a float16 one, in place; returns what was done. Raises BundleError
+    for a weight beyond float16.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     angles = _angles(model)
@@ -31,9 +37,15 @@ def convert(model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarra
     apart = [t for t in floats if t.name in exact]
     _declare_as_inputs(model, [*weights, *apart])
     names = {t.name for t in (*weights, *apart)}
-    ports = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in names]
+    ports = [
+        value.name for value in (*model.graph.input, *model.graph.output) if value.name not in names
+    ]
     keep = [name for name in ports if not name.startswith(("past_key", "present"))]
-    model.CopyFrom(convert_float_to_float16(model, keep_io_types=keep, disable_shape_infer=True, node_block_list=angles))
+    model.CopyFrom(
+        convert_float_to_float16(
+            model, keep_io_types=keep, disable_shape_infer=True, node_block_list=angles
+        )
+    )
     _shorten(model)
     inputs = [value for value in model.graph.input if value.name not in names]
     del model.graph.input[:]
@@ -44,7 +56,9 @@ def convert(model: onnx.ModelProto, read: Callable[[onnx.TensorProto], np.ndarra
         array = read(tensor)
         check_finite(tensor.name, array)
         if float(np.abs(array).max()) > LARGEST:
-            raise BundleError(f"weight {tensor.name} has values beyond {LARGEST:.0f}, which fp16 cannot hold; use int8")
+            raise BundleError(
+                f"weight {tensor.name} has values beyond {LARGEST:.0f}, which fp16 cannot hold; use int8"
+            )
         half = array.astype(np.float16)
         gap, norm = gap + float(np.square(half - array).sum()), norm + float(np.square(array).sum())
         model.graph.initializer.append(data.add(tensor.name, half))
@@ -61,12 +75,20 @@ def _declare_as_inputs(model: onnx.ModelProto, weights: list[onnx.TensorProto]) 
     left = [t for t in model.graph.initializer if t.name not in names]
     del model.graph.initializer[:]
     model.graph.initializer.extend(left)
-    model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights
+    )
 
 
 def _shorten(model: onnx.ModelProto) -> None:
-    """What is cast to float16 and straight back is read as it was: the converter puts such casts between nodes that stay in float32."""
-    casts = {node.output[0]: (node.input[0], node.attribute[0].i) for node in model.graph.node if node.op_type == "Cast"}
+    """What is cast to float16 and straight back is read as it was: the converter puts such casts
+    between nodes that stay in float32.
+    """
+    casts = {
+        node.output[0]: (node.input[0], node.attribute[0].i)
+        for node in model.graph.node
+        if node.op_type == "Cast"
+    }
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             source, kind = casts.get(name, ("", 0))
@@ -92,6 +114,9 @@ def ports(model: onnx.ModelProto, graph: Graph) -> dict[str, Any]:
     now = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
 
     def typed(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {name: port | {"dtype": str(onnx.helper.tensor_dtype_to_np_dtype(now[name]))} for name, port in given.items()}
+        return {
+            name: port | {"dtype": str(onnx.helper.tensor_dtype_to_np_dtype(now[name]))}
+            for name, port in given.items()
+        }
 
     return {"inputs": typed(graph.inputs), "outputs": typed(graph.outputs)}

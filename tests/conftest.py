@@ -1,4 +1,6 @@
-"""Small random models and bundles that many tests share; nothing here or in any test reaches the network."""
+"""Small random models and bundles that many tests share; nothing here or in any test reaches the
+network.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start processes of their own
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    _cores = sorted(os.sched_getaffinity(0))  # a core each, before any library counts them: threads of several workers would spin in turns
+    _cores = sorted(
+        os.sched_getaffinity(0)
+    )  # a core each, before any library counts them: threads of several workers would spin in turns
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
 import shutil
@@ -23,8 +27,9 @@ LATENT_STEPS = 3  # of the small bundles
 
 @pytest.fixture(scope="session")
 def noticeable() -> Callable[[Any], Any]:
-    """Makes a fresh model's weights large, and its biases and norms uneven, and freezes it: as initialized, activations are so small that
-    a mistake hardly shows."""
+    """Makes a fresh model's weights large, and its biases and norms uneven, and freezes it: as
+    initialized, activations are so small that a mistake hardly shows.
+    """
     import torch
 
     def change(model: Any) -> Any:
@@ -45,7 +50,7 @@ def small_model(noticeable: Callable[[Any], Any]) -> Any:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from lvr_lite.tiny import build
+    from lvr_lite.toy import build
 
     config = build.make_config(build.make_tokenizer())
     config.text_config.num_hidden_layers = 2
@@ -60,7 +65,7 @@ def small_checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory)
     """The folder of a small base checkpoint in float32."""
     import torch
 
-    from lvr_lite.tiny import build
+    from lvr_lite.toy import build
 
     folder = tmp_path_factory.mktemp("small") / "base"
     build.save(small_model, build.make_tokenizer(), folder, torch.float32)
@@ -69,31 +74,45 @@ def small_checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def export() -> Callable[[Any, Path], Any]:
-    """Writes a checkpoint as an fp32 bundle that has passed the gate against torch; returns its manifest."""
+    """Writes a checkpoint as an fp32 bundle that has passed the gate against torch; returns its
+    manifest.
+    """
     from lvr_lite.export.write import write_bundle
-    from lvr_lite.quant import nf4
+    from lvr_lite.train import load as nf4
 
     def write(checkpoint: Any, target: Path) -> Any:
-        return write_bundle(checkpoint, nf4.TrainedWeights(checkpoint), target, [].append, lambda: nf4.load_merged(checkpoint))
+        return write_bundle(
+            checkpoint,
+            nf4.TrainedWeights(checkpoint),
+            target,
+            [].append,
+            lambda: nf4.load_merged(checkpoint),
+        )
 
     return write
 
 
 @pytest.fixture(scope="session")
-def small_fp32(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
+def small_fp32(
+    small_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    export: Callable[[Any, Path], Any],
+) -> Path:
     """The small model as an fp32 bundle of LATENT_STEPS latent steps."""
-    from lvr_lite.checkpoint import read_checkpoint
-    from lvr_lite.latent import LatentSpec
+    from lvr_lite.model.checkpoint import read_checkpoint
+    from lvr_lite.model.spec import LatentSpec
 
     target = tmp_path_factory.mktemp("small-bundles") / "fp32"
-    export(replace(read_checkpoint(small_checkpoint), latent=LatentSpec(steps=LATENT_STEPS)), target)
+    export(
+        replace(read_checkpoint(small_checkpoint), latent=LatentSpec(steps=LATENT_STEPS)), target
+    )
     return target
 
 
 @pytest.fixture(scope="session")
 def small_int8(small_fp32: Path) -> Path:
     """`small_fp32` with its weights in 8 bits."""
-    from lvr_lite.quant.weights import quantize_bundle
+    from lvr_lite.quant.quantize import quantize_bundle
 
     quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", [].append)
     return small_fp32.parent / "int8"
@@ -101,14 +120,23 @@ def small_int8(small_fp32: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint tuned for two steps, so fast that its adapters and marker tokens have moved far: 8 latent steps."""
-    from lvr_lite.checkpoint import read_checkpoint
+    """The small checkpoint tuned for two steps, so fast that its adapters and marker tokens have
+    moved far: 8 latent steps.
+    """
     from lvr_lite.config import load_settings
-    from lvr_lite.quant import nf4
+    from lvr_lite.model.checkpoint import read_checkpoint
+    from lvr_lite.train import load as nf4
     from lvr_lite.train.finetune import finetune
 
     out = tmp_path_factory.mktemp("small-tuned") / "tuned"
-    overrides = ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.lr=1e-2", "train.save_every=2"]
+    overrides = [
+        "train.steps=2",
+        "train.batch=2",
+        "train.accumulation=1",
+        "train.precision=fp32",
+        "train.lr=1e-2",
+        "train.save_every=2",
+    ]
     overrides += [
         "train.eval_every=2",
         "data.count=4",
@@ -117,7 +145,14 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
         "latent.steps=8",
         "latent.feedback=norm-matched",
     ]
-    finetune(read_checkpoint(small_checkpoint), nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=[].append)
+    finetune(
+        read_checkpoint(small_checkpoint),
+        nf4.load_nf4,
+        "scenes",
+        out,
+        load_settings(None, overrides),
+        say=[].append,
+    )
     return out
 
 

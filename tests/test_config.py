@@ -14,7 +14,7 @@ from lvr_lite.config import LatentSettings, Settings, load_settings
 from lvr_lite.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = Path(str(resources.files("lvr_lite") / "tiny" / "recipe.yaml"))
+TINY = Path(str(resources.files("lvr_lite") / "toy" / "recipe.yaml"))
 RECIPES = [*sorted((ROOT / "configs").glob("**/*.y*ml")), TINY]
 METHODS = typing.get_args(typing.get_type_hints(LatentSettings)["method"])
 
@@ -40,8 +40,13 @@ def test_every_recipe_that_ships_parses(path: Path) -> None:
 
 
 def test_the_recipes_of_the_methods_differ_in_their_latents_alone() -> None:
-    found = {path.stem: load_settings(path).to_json() for path in (ROOT / "configs" / "methods").iterdir()}
-    assert {latent["method"] for latent in (settings.pop("latent") for settings in found.values())} == set(METHODS)
+    found = {
+        path.stem: load_settings(path).to_json()
+        for path in (ROOT / "configs" / "methods").iterdir()
+    }
+    assert {
+        latent["method"] for latent in (settings.pop("latent") for settings in found.values())
+    } == set(METHODS)
     others = {k: v for k, v in load_settings(TINY).to_json().items() if k != "latent"}
     assert all(settings == others for settings in found.values())
 
@@ -67,14 +72,23 @@ def test_a_recipe_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
-    settings = load_settings(None, ["train.lr=3e-4", "data.eval_file=held-out.jsonl", "latent.targets=all"])
+    settings = load_settings(
+        None, ["train.lr=3e-4", "data.eval_file=held-out.jsonl", "latent.targets=all"]
+    )
     assert load_settings(recipe(tmp_path, yaml.safe_dump(settings.to_json()))) == settings
 
 
 @pytest.mark.parametrize(
-    ("text", "key"), [("train:\n  stepz: 3\n", "train.stepz"), ("trane:\n  steps: 3\n", "trane"), ("steps: 3\n", "steps")]
+    ("text", "key"),
+    [
+        ("train:\n  stepz: 3\n", "train.stepz"),
+        ("trane:\n  steps: 3\n", "trane"),
+        ("steps: 3\n", "steps"),
+    ],
 )
-def test_an_unknown_key_is_named_with_its_file_and_what_is_known(tmp_path: Path, text: str, key: str) -> None:
+def test_an_unknown_key_is_named_with_its_file_and_what_is_known(
+    tmp_path: Path, text: str, key: str
+) -> None:
     said = refusal(recipe(tmp_path, text))
     assert said.startswith(f"{tmp_path / 'recipe.yaml'}: unknown key {key}; known here: ")
     assert ("steps" if "." in key else "train") in said.split("known here: ")[1]
@@ -93,10 +107,19 @@ def test_an_unknown_key_is_named_with_its_file_and_what_is_known(tmp_path: Path,
         ("data.eval_file=3", "data.eval_file must be str or nothing, not 3"),
         ("max_pixels=big", "max_pixels must be int or nothing, not 'big'"),
         ("latent.targets=some", "latent.targets must be one of pooled, all, not 'some'"),
-        ("latent.method=free", "latent.method must be one of sft, dummy, lvr, lvr-free, lvr-bottleneck, not 'free'"),
+        (
+            "latent.method=free",
+            "latent.method must be one of sft, dummy, lvr, lvr-free, lvr-bottleneck, not 'free'",
+        ),
         ("latent.loss=cosine", "latent.loss must be one of mse, contrastive, none, not 'cosine'"),
-        ("latent.loss=null", "latent.loss must be one of mse, contrastive, none, not None"),  # in YAML, none is a word
-        ("latent.feedback=token", "latent.feedback must be one of identity, norm-matched, not 'token'"),
+        (
+            "latent.loss=null",
+            "latent.loss must be one of mse, contrastive, none, not None",
+        ),  # in YAML, none is a word
+        (
+            "latent.feedback=token",
+            "latent.feedback must be one of identity, norm-matched, not 'token'",
+        ),
         ("latent.warmup=half", "latent.warmup must be float, not 'half'"),
         ("train.dequantize=true", "train.dequantize must be one of auto, never, not True"),
         ("data.eval_file=[a]", "data.eval_file must be str or nothing, not ['a']"),
@@ -145,7 +168,9 @@ def test_a_value_out_of_range_is_named(override: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_taken_as_it_stands_and_with_gradient_checkpointing(method: str) -> None:
     for on in ("true", "false"):
-        settings = load_settings(None, [f"latent.method={method}", f"train.gradient_checkpointing={on}"])
+        settings = load_settings(
+            None, [f"latent.method={method}", f"train.gradient_checkpointing={on}"]
+        )
         assert settings.latent.method == method
 
 
@@ -171,14 +196,19 @@ def test_a_warm_up_is_for_methods_that_run_freely(method: str) -> None:
 @pytest.mark.parametrize("method", ["lvr-free", "lvr-bottleneck"])
 @pytest.mark.parametrize("value", ["-0.1", "1.5", ".nan"])
 def test_a_warm_up_is_a_share(method: str, value: str) -> None:
-    assert refusal(None, f"latent.method={method}", f"latent.warmup={value}").startswith("latent.warmup must lie between 0 and 1, not ")
+    assert refusal(None, f"latent.method={method}", f"latent.warmup={value}").startswith(
+        "latent.warmup must lie between 0 and 1, not "
+    )
 
 
 def test_lvr_without_a_loss_of_its_latents_is_refused_by_both_keys() -> None:
     said = refusal(None, "latent.method=lvr", "latent.loss=none")
     assert "latent.method=lvr" in said
     assert "latent.loss=none" in said
-    assert load_settings(None, ["latent.method=lvr-bottleneck", "latent.loss=none"]).latent.loss == "none"
+    assert (
+        load_settings(None, ["latent.method=lvr-bottleneck", "latent.loss=none"]).latent.loss
+        == "none"
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam_of_mine", "", "3"])
@@ -186,9 +216,16 @@ def test_an_optimizer_that_is_not_supported_is_named(optimizer: str) -> None:
     assert "train.optimizer" in refusal(None, f"train.optimizer='{optimizer}'")
 
 
-@pytest.mark.parametrize(("written", "read"), [("1e-4", 1e-4), ("2.5e-05", 2.5e-5), ("0.001", 1e-3), ("1", 1.0)])
-def test_a_learning_rate_may_be_written_in_every_usual_way(tmp_path: Path, written: str, read: float) -> None:
-    for settings in (load_settings(None, [f"train.lr={written}"]), load_settings(recipe(tmp_path, f"train:\n  lr: {written}\n"))):
+@pytest.mark.parametrize(
+    ("written", "read"), [("1e-4", 1e-4), ("2.5e-05", 2.5e-5), ("0.001", 1e-3), ("1", 1.0)]
+)
+def test_a_learning_rate_may_be_written_in_every_usual_way(
+    tmp_path: Path, written: str, read: float
+) -> None:
+    for settings in (
+        load_settings(None, [f"train.lr={written}"]),
+        load_settings(recipe(tmp_path, f"train:\n  lr: {written}\n")),
+    ):
         assert settings.train.lr == pytest.approx(read)
         assert type(settings.train.lr) is float
 
@@ -202,7 +239,9 @@ def test_a_learning_rate_may_be_written_in_every_usual_way(tmp_path: Path, writt
         ("latent.targets=all", "latent", "targets", "all"),
     ],
 )
-def test_an_override_reads_its_value_as_yaml(override: str, section: str, key: str, value: Any) -> None:
+def test_an_override_reads_its_value_as_yaml(
+    override: str, section: str, key: str, value: Any
+) -> None:
     assert getattr(getattr(load_settings(None, [override]), section), key) == value
 
 
@@ -231,7 +270,9 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["train: [\n", "a: b: c\n", "\ttrain: 1\n"])
 def test_malformed_yaml_is_refused_by_file(tmp_path: Path, text: str) -> None:
-    assert refusal(recipe(tmp_path, text)).startswith(f"{tmp_path / 'recipe.yaml'}: not valid YAML (")
+    assert refusal(recipe(tmp_path, text)).startswith(
+        f"{tmp_path / 'recipe.yaml'}: not valid YAML ("
+    )
 
 
 def test_bytes_that_are_no_text_are_refused_by_file(tmp_path: Path) -> None:
@@ -248,12 +289,21 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.yaml").startswith(f"{tmp_path / 'none.yaml'}: cannot be read")
 
 
-# -------------------------------------------------------------------------------------------------------------- extends
+# --------------------------------------------------------------------------------------------------------------
+# extends
 
 
-def test_a_recipe_over_another_changes_what_it_names_in_its_sections_and_nothing_else(tmp_path: Path) -> None:
-    recipe(tmp_path, "train:\n  steps: 7\n  batch: 2\nlora:\n  rank: 8\nmax_pixels: 50176\n", "under.yaml")
-    path = recipe(tmp_path, "extends: under.yaml\ntrain:\n  steps: 9\n  keep: 5\ndata:\n  seed: 3\n")
+def test_a_recipe_over_another_changes_what_it_names_in_its_sections_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    recipe(
+        tmp_path,
+        "train:\n  steps: 7\n  batch: 2\nlora:\n  rank: 8\nmax_pixels: 50176\n",
+        "under.yaml",
+    )
+    path = recipe(
+        tmp_path, "extends: under.yaml\ntrain:\n  steps: 9\n  keep: 5\ndata:\n  seed: 3\n"
+    )
     expected = Settings().to_json()
     expected["train"] |= {"steps": 9, "batch": 2, "keep": 5}
     expected["lora"]["rank"], expected["data"]["seed"], expected["max_pixels"] = 8, 3, 50176
@@ -263,10 +313,15 @@ def test_a_recipe_over_another_changes_what_it_names_in_its_sections_and_nothing
 
 def test_a_recipe_may_undo_a_value_of_the_one_below(tmp_path: Path) -> None:
     recipe(tmp_path, "max_pixels: 50176\n", "under.yaml")
-    assert load_settings(recipe(tmp_path, "extends: under.yaml\nmax_pixels: null\n")).max_pixels is None
+    assert (
+        load_settings(recipe(tmp_path, "extends: under.yaml\nmax_pixels: null\n")).max_pixels
+        is None
+    )
 
 
-def test_a_path_in_extends_counts_from_the_recipes_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_extends_counts_from_the_recipes_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe(tmp_path, "train:\n  steps: 1\n", "a/bottom.yaml")
     recipe(tmp_path, "extends: ../a/bottom.yaml\ntrain:\n  batch: 3\n", "b/middle.yaml")
     recipe(tmp_path, "extends: b/middle.yaml\ntrain:\n  keep: 4\n", "top.yaml")
@@ -274,18 +329,25 @@ def test_a_path_in_extends_counts_from_the_recipes_own_folder(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path / "elsewhere")
     train = load_settings(Path("..") / "top.yaml").train
     assert (train.steps, train.batch, train.keep) == (1, 3, 4)
-    absolute = recipe(tmp_path, f"extends: {tmp_path / 'b' / 'middle.yaml'}\n", "elsewhere/deep/absolute.yaml")
+    absolute = recipe(
+        tmp_path, f"extends: {tmp_path / 'b' / 'middle.yaml'}\n", "elsewhere/deep/absolute.yaml"
+    )
     assert load_settings(absolute).train.batch == 3
 
 
 def test_two_recipes_may_stand_on_one(tmp_path: Path) -> None:
     recipe(tmp_path, "train:\n  steps: 1\n", "under.yaml")
     for name in ("one", "two"):
-        assert load_settings(recipe(tmp_path, "extends: under.yaml\n", f"{name}.yaml")).train.steps == 1
+        assert (
+            load_settings(recipe(tmp_path, "extends: under.yaml\n", f"{name}.yaml")).train.steps
+            == 1
+        )
 
 
 @pytest.mark.parametrize("ring", [["a"], ["a", "b"], ["a", "b", "c"]], ids=len)
-def test_recipes_that_extend_each_other_in_a_ring_are_refused(tmp_path: Path, ring: list[str]) -> None:
+def test_recipes_that_extend_each_other_in_a_ring_are_refused(
+    tmp_path: Path, ring: list[str]
+) -> None:
     for name, other in zip(ring, ring[1:] + ring[:1], strict=True):
         recipe(tmp_path, f"extends: ./{other}.yaml\n", f"{name}.yaml")
     said = refusal(tmp_path / "a.yaml")
@@ -295,7 +357,9 @@ def test_recipes_that_extend_each_other_in_a_ring_are_refused(tmp_path: Path, ri
 def test_a_ring_that_does_not_hold_the_first_recipe_is_refused(tmp_path: Path) -> None:
     recipe(tmp_path, "extends: a.yaml\n", "b.yaml")
     recipe(tmp_path, "extends: b.yaml\n", "a.yaml")
-    assert "extends a.yaml, which extends it again" in refusal(recipe(tmp_path, "extends: a.yaml\n"))
+    assert "extends a.yaml, which extends it again" in refusal(
+        recipe(tmp_path, "extends: a.yaml\n")
+    )
 
 
 def test_a_missing_recipe_below_is_named(tmp_path: Path) -> None:
@@ -305,16 +369,23 @@ def test_a_missing_recipe_below_is_named(tmp_path: Path) -> None:
 
 def test_a_malformed_recipe_below_is_named(tmp_path: Path) -> None:
     recipe(tmp_path, "train: [\n", "under.yaml")
-    assert refusal(recipe(tmp_path, "extends: under.yaml\n")).startswith(f"{tmp_path / 'under.yaml'}: not valid YAML (")
+    assert refusal(recipe(tmp_path, "extends: under.yaml\n")).startswith(
+        f"{tmp_path / 'under.yaml'}: not valid YAML ("
+    )
 
 
-@pytest.mark.parametrize(("written", "read"), [("3", "3"), ("[a.yaml]", "['a.yaml']"), ("null", "None"), ("{a: b}", "{'a': 'b'}")])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("3", "3"), ("[a.yaml]", "['a.yaml']"), ("null", "None"), ("{a: b}", "{'a': 'b'}")],
+)
 def test_extends_must_be_a_path(tmp_path: Path, written: str, read: str) -> None:
     path = recipe(tmp_path, f"extends: {written}\n")
     assert refusal(path) == f"{path}: extends must be the path of another recipe, not {read}"
 
 
-def test_a_key_from_below_that_is_unknown_is_named_with_the_recipe_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_key_from_below_that_is_unknown_is_named_with_the_recipe_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
     recipe(tmp_path, "train:\n  stepz: 3\n", "under.yaml")
     path = recipe(tmp_path, "extends: under.yaml\n")
     assert refusal(path).startswith(f"{path}: unknown key train.stepz")

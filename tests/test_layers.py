@@ -1,4 +1,6 @@
-"""Who may import whom (docs/design.md), read off the source; and that the device world works where the workshop is not installed."""
+"""Who may import whom (docs/design.md), read off the source; and that the device world works where
+the workshop is not installed.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,38 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite.data.make import scene_samples
+from lvr_lite.toy.make import scene_samples
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "quant", "bench")
-WORKSHOP = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxscript", "optimum")
+WORKSHOP = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "optimum",
+)
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: the whole dotted path, and whether it is imported as soon as the module is."""
+    """One imported name: the whole dotted path, and whether it is imported as soon as the module
+    is.
+    """
 
     name: str
     at_once: bool
 
 
 def imports_of(source: str) -> list[Import]:
-    """Every import of a module; `from a import b` gives both `a` and `a.b`. Blocks under TYPE_CHECKING never run and do not count."""
+    """Every import of a module; `from a import b` gives both `a` and `a.b`. Blocks under
+    TYPE_CHECKING never run and do not count.
+    """
     found: list[Import] = []
 
     def visit(node: ast.AST, at_once: bool) -> None:
@@ -50,7 +67,9 @@ def imports_of(source: str) -> list[Import]:
 
 
 def files(*folders: str) -> Iterator[tuple[str, list[Import]]]:
-    """(path, imports) of every source file under these folders of the repository, or of a file itself."""
+    """(path, imports) of every source file under these folders of the repository, or of a file
+    itself.
+    """
     for folder in folders:
         path = ROOT / folder
         found = [path] if path.is_file() else sorted(path.rglob("*.py"))
@@ -63,11 +82,15 @@ def within(name: str, *packages: str) -> bool:
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
-WORKSHOP_CORE = ("lvr_lite/runtime/torch.py", "lvr_lite/weights.py", "lvr_lite/onnxfile.py")  # of the core, and not for devices
+WORKSHOP_CORE = (
+    "lvr_lite/generate/torch.py",
+    "export/weights.py",
+    "export/onnxfile.py",
+)  # of the core, and not for devices
 
 
 def is_device_world(path: str) -> bool:
-    return not path.startswith(("lvr_lite/train/", "lvr_lite/tiny/")) and path not in WORKSHOP_CORE
+    return not path.startswith(("lvr_lite/train/", "lvr_lite/toy/")) and path not in WORKSHOP_CORE
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
@@ -83,7 +106,9 @@ def test_the_reader_of_imports_sees_every_form() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_imports_the_core_and_no_other_stage(stage: str) -> None:
     others = [f"lvr_lite.{s}" for s in STAGES if s != stage]
-    wrong = [(path, i.name) for path, found in files(stage) for i in found if within(i.name, *others)]
+    wrong = [
+        (path, i.name) for path, found in files(stage) for i in found if within(i.name, *others)
+    ]
     assert wrong == []
 
 
@@ -99,8 +124,19 @@ def test_the_core_imports_no_stage_but_in_commands() -> None:
 
 
 def test_the_loop_and_the_bench_see_only_the_protocol() -> None:
-    hidden = (*WORKSHOP, "onnxruntime", "tokenizers", "lvr_lite.runtime.onnx", "lvr_lite.runtime.torch")
-    wrong = [(path, i.name) for path, found in files("lvr_lite/decode.py", "bench") for i in found if within(i.name, *hidden)]
+    hidden = (
+        *WORKSHOP,
+        "onnxruntime",
+        "tokenizers",
+        "lvr_lite.generate.onnx",
+        "lvr_lite.generate.torch",
+    )
+    wrong = [
+        (path, i.name)
+        for path, found in files("lvr_lite/generate/decode.py", "bench")
+        for i in found
+        if within(i.name, *hidden)
+    ]
     assert wrong == []
 
 
@@ -110,10 +146,10 @@ def test_the_device_world_imports_nothing_of_the_workshop_when_it_is_imported() 
         "yaml",
         "huggingface_hub",
         "lvr_lite.train",
-        "lvr_lite.tiny",
-        "lvr_lite.runtime.torch",
-        "lvr_lite.weights",
-        "lvr_lite.onnxfile",
+        "lvr_lite.toy",
+        "lvr_lite.generate.torch",
+        "lvr_lite.export.weights",
+        "lvr_lite.export.onnxfile",
     )
     wrong = [
         (path, i.name)
@@ -132,11 +168,17 @@ def test_the_command_line_imports_only_typer_and_the_standard_library_at_once() 
 
 
 def test_no_stage_is_imported_by_its_bare_name() -> None:
-    wrong = [(path, i.name) for path, found in files("lvr_lite", *STAGES, "tests") for i in found if within(i.name, *STAGES)]
+    wrong = [
+        (path, i.name)
+        for path, found in files("lvr_lite", *STAGES, "tests")
+        for i in found
+        if within(i.name, *STAGES)
+    ]
     assert wrong == []
 
 
-# ---------------------------------------------------------------------------------------- a machine without the workshop
+# ---------------------------------------------------------------------------------------- a machine
+# without the workshop
 
 BLOCKER = f"""
 import sys
@@ -152,14 +194,18 @@ sys.meta_path.insert(0, Blocker())
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which every Python process, children too, is without the workshop's packages."""
+    """An environment in which every Python process, children too, is without the workshop's
+    packages.
+    """
     folder = tmp_path_factory.mktemp("blocker")
     (folder / "sitecustomize.py").write_text(BLOCKER)
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 def python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def lvr_lite(environment: dict[str, str], *arguments: str) -> str:
@@ -177,29 +223,49 @@ def test_the_blocker_blocks(device: dict[str, str], package: str) -> None:
 
 def test_importing_the_command_line_is_cheap(device: dict[str, str]) -> None:
     done = python(
-        device, "-c", "import sys, lvr_lite.cli; print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))"
+        device,
+        "-c",
+        "import sys, lvr_lite.cli; print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))",
     )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
-def test_a_question_is_answered_without_the_workshop(device: dict[str, str], small_int8: Path, tmp_path: Path) -> None:
+def test_a_question_is_answered_without_the_workshop(
+    device: dict[str, str], small_int8: Path, tmp_path: Path
+) -> None:
     sample, picture = next(iter(scene_samples(1, 0, "test")))
     picture.save(tmp_path / "picture.png")
-    lvr_lite(device, "run", str(small_int8), str(tmp_path / "picture.png"), sample.question, "--json", str(tmp_path / "run.json"))
+    lvr_lite(
+        device,
+        "run",
+        str(small_int8),
+        str(tmp_path / "picture.png"),
+        sample.question,
+        "--json",
+        str(tmp_path / "run.json"),
+    )
     assert json.loads((tmp_path / "run.json").read_text())["schema"] == "lvr-lite/run"
 
 
-def test_scenes_are_scored_without_the_workshop(device: dict[str, str], small_int8: Path, tmp_path: Path) -> None:
+def test_scenes_are_scored_without_the_workshop(
+    device: dict[str, str], small_int8: Path, tmp_path: Path
+) -> None:
     lvr_lite(device, "eval", str(small_int8), "--limit", "2", "--json", str(tmp_path / "eval.json"))
     assert json.loads((tmp_path / "eval.json").read_text())["n"] == 2
 
 
-def test_a_bundle_is_inspected_without_the_workshop(device: dict[str, str], small_int8: Path) -> None:
+def test_a_bundle_is_inspected_without_the_workshop(
+    device: dict[str, str], small_int8: Path
+) -> None:
     assert "int8" in lvr_lite(device, "inspect", str(small_int8))
 
 
-def test_a_bundle_is_measured_without_the_workshop(device: dict[str, str], small_int8: Path) -> None:
-    out = lvr_lite(device, "bench", str(small_int8), "--runs", "1", "--warmup", "0", "--tokens", "2")
+def test_a_bundle_is_measured_without_the_workshop(
+    device: dict[str, str], small_int8: Path
+) -> None:
+    out = lvr_lite(
+        device, "bench", str(small_int8), "--runs", "1", "--warmup", "0", "--tokens", "2"
+    )
     assert json.loads(out.splitlines()[-1])["schema"] == "lvr-lite/bench"
 
 

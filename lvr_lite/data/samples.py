@@ -1,10 +1,12 @@
-"""Samples: what they hold, the two file formats they are read from, and every check of them. May import: the standard library and the core.
+"""Samples: what they hold, the two file formats they are read from, and every check of them. May
+import: the standard library and the core.
 
     project JSONL     one object a line: {"id", "image": path or [paths], "question", "answer", "choices", "boxes", "type", "pair"}
     official LVR      one JSON list of {"dataset", "split", "question_id", "image", "conversations", "bboxes"} (arXiv 2509.24251)
 
-Which one a file is, its first character says: "[" is the list. Paths of pictures are relative to the file. Other fields may be there
-and are left alone, unless their names look like a field that is meant (`bboxes` in the JSONL).
+Which one a file is, its first character says: "[" is the list. Paths of pictures are relative to
+the file. Other fields may be there and are left alone, unless their names look like a field that is
+meant (`bboxes` in the JSONL).
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ REMEMBERED = 1 << 14  # pictures of which it is known whether they are there
 class Sample:
     """One question with its pictures.
 
-    images: paths; empty where the picture is kept in memory. choices: all answers there are, or None. boxes: the regions of the first
-    picture that the question is about, normalized xyxy. type: kind of question, for accuracy by type. pair: a name that two samples
-    share which differ in a detail.
+    images: paths; empty where the picture is kept in memory. choices: all answers there are, or
+    None. boxes: the regions of the first picture that the question is about, normalized xyxy. type:
+    kind of question, for accuracy by type. pair: a name that two samples share which differ in a
+    detail.
     """
 
     id: str
@@ -46,8 +49,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a data file. line: counted from 1, or None; item: place in an official list, counted from 1, or None.
-    note: worth knowing, but nothing that training would get wrong."""
+    """One thing wrong with a data file. line: counted from 1, or None; item: place in an official
+    list, counted from 1, or None. note: worth knowing, but nothing that training would get
+    wrong.
+    """
 
     file: Path
     field: str
@@ -57,15 +62,22 @@ class Problem:
     note: bool = False
 
     def __str__(self) -> str:
-        where = f"{self.file}" + (f":{self.line}" if self.line else "") + (f": item {self.item}" if self.item else "")
+        where = (
+            f"{self.file}"
+            + (f":{self.line}" if self.line else "")
+            + (f": item {self.item}" if self.item else "")
+        )
         where += ": note" if self.note else ""
-        return f"{where}: {self.field}: {self.message}" if self.field else f"{where}: {self.message}"
+        return (
+            f"{where}: {self.field}: {self.message}" if self.field else f"{where}: {self.message}"
+        )
 
 
 def read_samples(path: Path | str, need_boxes: bool = False) -> list[Sample]:
     """All samples of a file in either format. need_boxes: a sample without boxes is a problem.
 
-    Raises DataError with the first problem: file, line or item, field, what is wrong and what to do.
+    Raises DataError with the first problem: file, line or item, field, what is wrong and what to
+    do.
     """
     samples, problems = check_samples(path, need_boxes)
     _refuse(path, problems)
@@ -97,11 +109,11 @@ class Picked(Sequence[Sample]):
 
 
 class Samples(Picked):
-    """All samples of a file, each read from it again when it is asked for: in memory a million take some 25 MB. Those of an official
-    list, which is one JSON value, are kept.
+    """All samples of a file, each read from it again when it is asked for: in memory a million take
+    some 25 MB. Those of an official list, which is one JSON value, are kept.
 
-    pictures: a number of each sample's pictures, the same for the same paths. boxed: whether each has boxes. Raises DataError as
-    `read_samples` does, and where the file is changed meanwhile.
+    pictures: a number of each sample's pictures, the same for the same paths. boxed: whether each
+    has boxes. Raises DataError as `read_samples` does, and where the file is changed meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,10 +123,14 @@ class Samples(Picked):
         _refuse(path, index.problems)
         self._starts, self._ends = index.starts, index.ends
         self.pictures, self.boxed = index.pictures, index.boxed
-        super().__init__(index.samples.__getitem__ if index.samples else self._read, len(self.boxed))
+        super().__init__(
+            index.samples.__getitem__ if index.samples else self._read, len(self.boxed)
+        )
 
     def _read(self, index: int) -> Sample:
-        with self._path.open("rb") as file:  # opened each time: workers that share a file share its position, too
+        with self._path.open(
+            "rb"
+        ) as file:  # opened each time: workers that share a file share its position, too
             file.seek(self._starts[index])
             line = file.read(self._ends[index] - self._starts[index])
         try:
@@ -128,20 +144,32 @@ class Samples(Picked):
 
 def _refuse(path: Path | str, problems: list[Problem]) -> None:
     if problems:
-        more = f" ({len(problems) - 1} more: lvr-lite data validate {path} lists all)" if len(problems) > 1 else ""
+        more = (
+            f" ({len(problems) - 1} more: lvr-lite data validate {path} lists all)"
+            if len(problems) > 1
+            else ""
+        )
         raise DataError(f"{problems[0]}{more}")
 
 
 def check_samples(path: Path | str, need_boxes: bool = False) -> tuple[list[Sample], list[Problem]]:
-    """The good samples of a file and all problems that show without opening pictures, in the order of the file."""
+    """The good samples of a file and all problems that show without opening pictures, in the order
+    of the file.
+    """
     checks = _checked(Path(path), need_boxes)
     return checks.samples, checks.problems
 
 
-def placed_samples(path: Path, images: Path | None = None) -> tuple[list[tuple[Sample, int | None, int | None]], list[Problem]]:
-    """As `check_samples`, each good sample with its line or item. images: the folder that paths are relative to, if not the file's."""
+def placed_samples(
+    path: Path, images: Path | None = None
+) -> tuple[list[tuple[Sample, int | None, int | None]], list[Problem]]:
+    """As `check_samples`, each good sample with its line or item. images: the folder that paths are
+    relative to, if not the file's.
+    """
     checks = _checked(path, images=images)
-    return [(sample, *place) for sample, place in zip(checks.samples, checks.places, strict=True)], checks.problems
+    return [
+        (sample, *place) for sample, place in zip(checks.samples, checks.places, strict=True)
+    ], checks.problems
 
 
 def _checked(path: Path, need_boxes: bool = False, images: Path | None = None) -> _Checks:
@@ -151,7 +179,9 @@ def _checked(path: Path, need_boxes: bool = False, images: Path | None = None) -
 
 
 def sample_json(sample: Sample, folder: Path) -> dict[str, Any]:
-    """A sample as an object of the project's JSONL, its pictures relative to `folder`, the file's."""
+    """A sample as an object of the project's JSONL, its pictures relative to `folder`, the
+    file's.
+    """
     paths = [Path(os.path.relpath(p, folder)).as_posix() for p in sample.images]
     return {
         "id": sample.id,
@@ -176,7 +206,9 @@ _LOOKALIKES = {
 }
 _SPECIAL = re.compile(
     r"<\|\w+\|>"
-)  # the image token, the latent markers, the chat's own: as text they would be read as what they stand for
+    # the image token, the latent markers, the chat's own: as text they would be read as what they stand
+    # for
+)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -200,7 +232,9 @@ class _Checks:
         self.firsts: dict[str, str] = {}  # id -> where it is first, once an id came twice
         self.exists: dict[Path, bool] = {}  # of pictures that were met lately
 
-    def problem(self, field: str, message: str, line: int | None = None, item: int | None = None) -> None:
+    def problem(
+        self, field: str, message: str, line: int | None = None, item: int | None = None
+    ) -> None:
         self.problems.append(Problem(self.path, field, message, line, item))
 
     def run(self) -> None:
@@ -210,7 +244,9 @@ class _Checks:
                 file.seek(0)
                 self.official(file.read()) if first == b"[" else self.lines(file)
         except OSError as error:
-            self.problem("", f"cannot be read ({error.strerror or error}); name a JSONL file of samples")
+            self.problem(
+                "", f"cannot be read ({error.strerror or error}); name a JSONL file of samples"
+            )
 
     def decoded(self, data: bytes, line: int) -> str | None:
         """Text of bytes that begin at `line`, or None with a problem noted."""
@@ -218,7 +254,9 @@ class _Checks:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             here = line + data[: error.start].count(b"\n")
-            self.problem("", f"not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8", line=here)
+            self.problem(
+                "", f"not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8", line=here
+            )
             return None
 
     def lines(self, file: BinaryIO) -> None:
@@ -235,7 +273,11 @@ class _Checks:
             try:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
-                self.problem("", f"not valid JSON ({_json_reason(error)}); every line must be one whole object", line=number)
+                self.problem(
+                    "",
+                    f"not valid JSON ({_json_reason(error)}); every line must be one whole object",
+                    line=number,
+                )
                 continue
             self.take(item, _from_line, line=number, extent=(begin, end))
         if blank:
@@ -248,17 +290,30 @@ class _Checks:
         try:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
-            self.problem("", f"not a valid JSON list ({_json_reason(error)}); mend or write it again", line=getattr(error, "lineno", None))
+            self.problem(
+                "",
+                f"not a valid JSON list ({_json_reason(error)}); mend or write it again",
+                line=getattr(error, "lineno", None),
+            )
             return
         if not items:
             self.problem("", "an empty list; it must hold samples")
         for number, item in enumerate(items, 1):
             self.take(item, _from_official, item=number)
 
-    def take(self, data: Any, convert: Any, line: int | None = None, item: int | None = None, extent: tuple[int, int] = (0, 0)) -> None:
+    def take(
+        self,
+        data: Any,
+        convert: Any,
+        line: int | None = None,
+        item: int | None = None,
+        extent: tuple[int, int] = (0, 0),
+    ) -> None:
         """One object of the file, bytes `extent` of it: a sample more, or its problems."""
         if not isinstance(data, dict):
-            self.problem("", f"must be an object with the fields of a sample, not {_kind(data)}", line, item)
+            self.problem(
+                "", f"must be an object with the fields of a sample, not {_kind(data)}", line, item
+            )
             return
         sample, flaws = convert(data, self.images, line or item)
         flaws += self.surroundings(sample) if sample is not None else []
@@ -267,7 +322,9 @@ class _Checks:
         if sample is not None and not flaws:
             self.keep(sample, line, item, extent)
 
-    def keep(self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]) -> None:  # noqa: ARG002
+    def keep(
+        self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]
+    ) -> None:
         self.samples.append(sample)
         self.places.append((line, item))
 
@@ -275,7 +332,12 @@ class _Checks:
         """What can only be checked beside the other samples and the disk."""
         flaws = []
         if hash(sample.id) in self.seen:
-            flaws.append(Flaw("id", f"{sample.id!r} is already taken by {self.first_with(sample.id)}; give every sample its own"))
+            flaws.append(
+                Flaw(
+                    "id",
+                    f"{sample.id!r} is already taken by {self.first_with(sample.id)}; give every sample its own",
+                )
+            )
         self.seen.add(hash(sample.id))
         for path in sample.images:
             if path not in self.exists:
@@ -283,34 +345,59 @@ class _Checks:
                     self.exists.clear()
                 self.exists[path] = path.is_file()
             if not self.exists[path]:
-                flaws.append(Flaw("image", f"{path} does not exist; paths are relative to the data file's folder"))
+                flaws.append(
+                    Flaw(
+                        "image",
+                        f"{path} does not exist; paths are relative to the data file's folder",
+                    )
+                )
         if self.need_boxes and not sample.boxes:
             flaws.append(
-                Flaw("boxes", f"sample {sample.id!r} has none, and they are needed here; add the regions that its question is about")
+                Flaw(
+                    "boxes",
+                    f"sample {sample.id!r} has none, and they are needed here; add the regions that its question is about",
+                )
             )
         return flaws
 
     def first_with(self, name: str) -> str:
-        """Where the first sample of this id is. The file is read once more for all: ids that come twice are rare."""
+        """Where the first sample of this id is. The file is read once more for all: ids that come
+        twice are rare.
+        """
         if not self.firsts:
             text = self.path.read_bytes().decode("utf-8-sig", errors="replace")
             official = text.lstrip().startswith("[")
-            for number, item in enumerate(json.loads(text) if official else map(_loaded, text.split("\n")), 1):
+            for number, item in enumerate(
+                json.loads(text) if official else map(_loaded, text.split("\n")), 1
+            ):
                 if isinstance(item, dict):
-                    found = (_from_official if official else _from_line)(item, self.images, number)[0]
+                    found = (_from_official if official else _from_line)(item, self.images, number)[
+                        0
+                    ]
                     if found is not None:
-                        self.firsts.setdefault(found.id, f"{'item' if official else 'line'} {number}")
+                        self.firsts.setdefault(
+                            found.id, f"{'item' if official else 'line'} {number}"
+                        )
         return self.firsts[name]
 
 
 class _Index(_Checks):
-    """A pass that keeps of each line where it is, what pictures it names, and whether it has boxes."""
+    """A pass that keeps of each line where it is, what pictures it names, and whether it has
+    boxes.
+    """
 
     def __init__(self, path: Path, need_boxes: bool, images: Path) -> None:
         super().__init__(path, need_boxes, images)
-        self.starts, self.ends, self.pictures, self.boxed = array("q"), array("q"), array("q"), bytearray()
+        self.starts, self.ends, self.pictures, self.boxed = (
+            array("q"),
+            array("q"),
+            array("q"),
+            bytearray(),
+        )
 
-    def keep(self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]) -> None:
+    def keep(
+        self, sample: Sample, line: int | None, item: int | None, extent: tuple[int, int]
+    ) -> None:
         if item is not None:
             super().keep(sample, line, item, extent)
         else:
@@ -328,11 +415,23 @@ def _loaded(line: str) -> Any:
 
 
 def _json_reason(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else f"{error}"
+    return (
+        f"{error.msg} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else f"{error}"
+    )
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names[type(value)]
 
 
@@ -349,7 +448,12 @@ class Reader:
     def get(self, field: str, needed: bool) -> Any:
         value = self.data.get(field)
         if value is None and needed:
-            self.flaw(field, "is null; it must be given" if field in self.data else "is missing; every sample needs it")
+            self.flaw(
+                field,
+                "is null; it must be given"
+                if field in self.data
+                else "is missing; every sample needs it",
+            )
         return value
 
     def text(self, field: str, needed: bool = True) -> str:
@@ -362,7 +466,10 @@ class Reader:
         elif not value.strip():
             self.flaw(field, "is empty; write its text or remove the sample")
         elif not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-            self.flaw(field, "holds half of a surrogate pair, which is no character; write the file again as UTF-8")
+            self.flaw(
+                field,
+                "holds half of a surrogate pair, which is no character; write the file again as UTF-8",
+            )
         else:
             return value
         return ""
@@ -371,7 +478,10 @@ class Reader:
         """Text that a model reads as text: nothing in it may stand for something else."""
         text = self.checked_text(field, value)
         if special := _SPECIAL.search(text):
-            self.flaw(field, f"contains {special.group()}, which a model reads as a control token: leave it out")
+            self.flaw(
+                field,
+                f"contains {special.group()}, which a model reads as a control token: leave it out",
+            )
         return text
 
     def images(self, folder: Path) -> tuple[Path, ...]:
@@ -381,7 +491,10 @@ class Reader:
         paths = value if isinstance(value, list) else [value]
         if not paths:
             self.flaw("image", "is an empty list; name at least one picture")
-        names = [self.checked_text(f"image[{i}]" if isinstance(value, list) else "image", p) for i, p in enumerate(paths)]
+        names = [
+            self.checked_text(f"image[{i}]" if isinstance(value, list) else "image", p)
+            for i, p in enumerate(paths)
+        ]
         if any("\0" in name for name in names):
             self.flaw("image", "holds a zero byte, which no path can; write the path again")
             return ()
@@ -392,7 +505,10 @@ class Reader:
         if value is None:
             return None
         if not isinstance(value, list) or not value:
-            self.flaw("choices", f"must be a list of at least one answer, or null, not {'an empty list' if value == [] else _kind(value)}")
+            self.flaw(
+                "choices",
+                f"must be a list of at least one answer, or null, not {'an empty list' if value == [] else _kind(value)}",
+            )
             return None
         found = tuple(self.checked_text(f"choices[{i}]", c) for i, c in enumerate(value))
         doubled = next((c for c in found if c and found.count(c) > 1), None)
@@ -411,7 +527,11 @@ class Reader:
         return tuple(b for b in boxes if b is not None)
 
     def box(self, field: str, box: Any) -> Box | None:
-        if not isinstance(box, list) or len(box) != 4 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in box):
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or any(isinstance(v, bool) or not isinstance(v, int | float) for v in box)
+        ):
             self.flaw(field, f"must be four numbers [x0, y0, x1, y1], not {json.dumps(box)[:60]}")
             return None
         shown = f"[{', '.join(str(v)[:12] for v in box)}]"
@@ -419,11 +539,18 @@ class Reader:
         if any(v != v for v in box):
             self.flaw(field, f"{shown} holds NaN; write the box again")
         elif max(box) > 1.5:
-            self.flaw(field, f"{shown} looks like pixels; divide x by the picture's width and y by its height (as shown upright)")
+            self.flaw(
+                field,
+                f"{shown} looks like pixels; divide x by the picture's width and y by its height (as shown upright)",
+            )
         elif min(box) < 0 or max(box) > 1:
-            self.flaw(field, f"{shown} lies outside the picture; coordinates must be between 0 and 1")
+            self.flaw(
+                field, f"{shown} lies outside the picture; coordinates must be between 0 and 1"
+            )
         elif x0 > x1 or y0 > y1:
-            self.flaw(field, f"{shown} is inverted; write x0, y0 (upper left) before x1, y1 (lower right)")
+            self.flaw(
+                field, f"{shown} is inverted; write x0, y0 (upper left) before x1, y1 (lower right)"
+            )
         elif x0 == x1 or y0 == y1:
             self.flaw(field, f"{shown} is empty; width and height must be more than 0")
         else:
@@ -439,26 +566,52 @@ def _from_line(data: dict[str, Any], folder: Path, _: int) -> Converted:
     read = Reader(data)
     for wrong, right in _LOOKALIKES.items():
         if wrong in data:
-            read.flaw(wrong, f"is not a field here; {right!r} is meant, so rename it{' (normalized xyxy)' if right == 'boxes' else ''}")
+            read.flaw(
+                wrong,
+                f"is not a field here; {right!r} is meant, so rename it{' (normalized xyxy)' if right == 'boxes' else ''}",
+            )
     sample_id, images = read.text("id"), read.images(folder)
-    question, answer = (read.plain_text(f, v) if (v := read.get(f, needed=True)) is not None else "" for f in ("question", "answer"))
+    question, answer = (
+        read.plain_text(f, v) if (v := read.get(f, needed=True)) is not None else ""
+        for f in ("question", "answer")
+    )
     choices, boxes = read.choices(), read.boxes("boxes")
     if choices is not None and answer and answer not in choices:
-        read.flaw("answer", f"{answer!r} is not among the choices ({', '.join(choices)[:80]}); write it as it stands there")
+        read.flaw(
+            "answer",
+            f"{answer!r} is not among the choices ({', '.join(choices)[:80]}); write it as it stands there",
+        )
     kind, pair = read.text("type", needed=False) or None, read.text("pair", needed=False) or None
-    return (None if read.flaws else Sample(sample_id, images, question, answer, choices, boxes, kind, pair)), read.flaws
+    return (
+        None
+        if read.flaws
+        else Sample(sample_id, images, question, answer, choices, boxes, kind, pair)
+    ), read.flaws
 
 
 def _from_official(data: dict[str, Any], folder: Path, number: int) -> Converted:
-    """An item of the official LVR list. Its id is dataset-split-question_id, of what there is; its type is the dataset."""
+    """An item of the official LVR list. Its id is dataset-split-question_id, of what there is; its
+    type is the dataset.
+    """
     read = Reader(data)
-    names = [str(data[f]) for f in ("dataset", "split", "question_id") if data.get(f) not in (None, "")]
-    sample_id = "-".join(names) if data.get("question_id") not in (None, "") else "-".join([*names, f"item{number}"])
+    names = [
+        str(data[f]) for f in ("dataset", "split", "question_id") if data.get(f) not in (None, "")
+    ]
+    sample_id = (
+        "-".join(names)
+        if data.get("question_id") not in (None, "")
+        else "-".join([*names, f"item{number}"])
+    )
     images, boxes = read.images(folder), read.boxes("bboxes")
     human, gpt = _turns(read)
-    question, answer = _official_question(read, human, len(images)), _official_answer(read, gpt, data.get("bboxes") or [])
+    question, answer = (
+        _official_question(read, human, len(images)),
+        _official_answer(read, gpt, data.get("bboxes") or []),
+    )
     kind = str(data["dataset"]) if data.get("dataset") else None
-    return (None if read.flaws else Sample(sample_id, images, question, answer, None, boxes, kind)), read.flaws
+    return (
+        None if read.flaws else Sample(sample_id, images, question, answer, None, boxes, kind)
+    ), read.flaws
 
 
 def _turns(read: Reader) -> tuple[str, str]:
@@ -466,10 +619,18 @@ def _turns(read: Reader) -> tuple[str, str]:
     turns = read.get("conversations", needed=True)
     if turns is None:
         return "", ""
-    if not isinstance(turns, list) or [t.get("from") if isinstance(t, dict) else None for t in turns] != ["human", "gpt"]:
-        read.flaw("conversations", "must be two turns, from human and then from gpt; split longer conversations into several items")
+    if not isinstance(turns, list) or [
+        t.get("from") if isinstance(t, dict) else None for t in turns
+    ] != ["human", "gpt"]:
+        read.flaw(
+            "conversations",
+            "must be two turns, from human and then from gpt; split longer conversations into several items",
+        )
         return "", ""
-    human, gpt = (read.checked_text(f"conversations[{i}].value", turn.get("value")) for i, turn in enumerate(turns))
+    human, gpt = (
+        read.checked_text(f"conversations[{i}].value", turn.get("value"))
+        for i, turn in enumerate(turns)
+    )
     return human, gpt
 
 

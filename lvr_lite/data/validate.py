@@ -1,8 +1,10 @@
-"""Every check of a data file, pictures included: what `lvr-lite data validate` reports. May import: the standard library and the core.
+"""Every check of a data file, pictures included: what `lvr-lite data validate` reports. May import:
+the standard library and the core.
 
-Problems are what training would get wrong or stop at; notes are worth knowing and no mistake (a box that is smaller than what a visual
-token must be covered by still selects one). Files that are given together are kept apart, as training and test set are: a picture in two
-of them is a problem, whatever its name or file format (the hash is of the upright pixels).
+Problems are what training would get wrong or stop at; notes are worth knowing and no mistake (a box
+that is smaller than what a visual token must be covered by still selects one). Files that are given
+together are kept apart, as training and test set are: a picture in two of them is a problem,
+whatever its name or file format (the hash is of the upright pixels).
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from typing import Any
 from lvr_lite.data.boxes import COVERED, Box
 from lvr_lite.data.samples import Problem, Sample, placed_samples
 from lvr_lite.errors import DataError
-from lvr_lite.runtime.preprocess import MAX_ASPECT, open_picture
+from lvr_lite.model.images import MAX_ASPECT, open_picture
 
 
 @dataclass(frozen=True)
 class Look:
-    """A picture that was decoded whole. size: width and height, upright, in pixels; digest: of the pixels."""
+    """A picture that was decoded whole. size: width and height, upright, in pixels; digest: of the
+    pixels.
+    """
 
     size: tuple[int, int]
     digest: str
@@ -36,7 +40,9 @@ def look_at(paths: Iterable[Path]) -> dict[Path, Look | str]:
     waiting = iter(dict.fromkeys(paths))
     found: dict[Path, Look | str] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        warnings.simplefilter("ignore")  # here too: what the threads do to the filters inside `open_picture` is not told apart
+        warnings.simplefilter(
+            "ignore"
+        )  # here too: what the threads do to the filters inside `open_picture` is not told apart
         while group := list(islice(waiting, 256)):
             found.update(zip(group, threads.map(_look, group), strict=True))
     return found
@@ -47,14 +53,19 @@ def _look(path: Path) -> Look | str:
         picture = open_picture(path)
     except DataError as error:
         return str(error).removeprefix(f"{path}: ")
-    return Look(picture.size, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest())
+    return Look(
+        picture.size, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    )
 
 
-def validate(files: Sequence[Path], family: Any, spec: dict[str, Any], test: Path | None = None) -> Iterator[tuple[int, list[Problem]]]:
-    """For each file, in turn: the number of samples without a problem, and all problems and notes in the order of the file.
+def validate(
+    files: Sequence[Path], family: Any, spec: dict[str, Any], test: Path | None = None
+) -> Iterator[tuple[int, list[Problem]]]:
+    """For each file, in turn: the number of samples without a problem, and all problems and notes
+    in the order of the file.
 
-    family and spec: of the model whose visual tokens boxes are measured by. test: another file none of whose pictures may be in these.
-    Raises DataError where `test` itself is wrong.
+    family and spec: of the model whose visual tokens boxes are measured by. test: another file none
+    of whose pictures may be in these. Raises DataError where `test` itself is wrong.
     """
     read = [_File(path, family, spec) for path in files]
     sides = [(file.path, file.pictures()) for file in read]
@@ -78,9 +89,14 @@ class _File:
         self.path, self.family, self.spec = path, family, spec
         self.placed, self.problems = placed_samples(path)
         self.looks = look_at(p for sample, _, _ in self.placed for p in sample.images)
-        self.asked: dict[tuple[str, ...], tuple[str, str]] = {}  # digests and question -> answer, and where
+        self.asked: dict[
+            tuple[str, ...], tuple[str, str]
+        ] = {}  # digests and question -> answer, and where
         for sample, line, item in self.placed:
-            self.problems += [replace(p, line=line, item=item) for p in self._beyond(sample, f"line {line}" if line else f"item {item}")]
+            self.problems += [
+                replace(p, line=line, item=item)
+                for p in self._beyond(sample, f"line {line}" if line else f"item {item}")
+            ]
 
     def pictures(self) -> dict[str, str]:
         """Where each picture is first, by its digest."""
@@ -107,14 +123,20 @@ class _File:
                 yield Problem(self.path, "image", f"{path}: {look}")
             elif max(look.size) > MAX_ASPECT * min(look.size):
                 size = f"{look.size[0]} x {look.size[1]} pixels"
-                yield Problem(self.path, "image", f"{path}: {size}, one side more than {MAX_ASPECT} times the other; crop it")
+                yield Problem(
+                    self.path,
+                    "image",
+                    f"{path}: {size}, one side more than {MAX_ASPECT} times the other; crop it",
+                )
             else:
                 continue
             return
         whole = [look for look in looks if isinstance(look, Look)]
         yield from self._doubled(sample, where, whole)
         width, height = whole[0].size
-        rows, columns = self.family.token_grid(self.family.grid_of(height, width, self.spec), self.spec)
+        rows, columns = self.family.token_grid(
+            self.family.grid_of(height, width, self.spec), self.spec
+        )
         for i, box in enumerate(sample.boxes):
             if said := _box_note(box, rows, columns, sample.boxes[:i]):
                 yield Problem(self.path, f"boxes[{i}]", said, note=True)
@@ -128,7 +150,12 @@ class _File:
             said = f"{sample.answer!r}, and {first} answers {answer!r} to the same question about the same picture; keep the right one"
             yield Problem(self.path, "answer", said)
         else:
-            yield Problem(self.path, "question", f"asked and answered in {first} about the same picture", note=True)
+            yield Problem(
+                self.path,
+                "question",
+                f"asked and answered in {first} about the same picture",
+                note=True,
+            )
 
 
 def _box_note(box: Box, rows: int, columns: int, before: Sequence[Box]) -> str | None:

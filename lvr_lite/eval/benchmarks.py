@@ -1,4 +1,5 @@
-"""Public benchmarks as they are published: folders of pictures with CSV, JSONL, TSV or parquet. May import: the core.
+"""Public benchmarks as they are published: folders of pictures with CSV, JSONL, TSV or parquet. May
+import: the core.
 
     mmvp      Questions.csv (Index, Question, Options, Correct Answer), "MMVP Images/1.jpg" …; items 1 and 2, 3 and 4, … are pairs
     vstar     test_questions.jsonl (image, text, label, category, question_id), pictures beside it
@@ -6,8 +7,8 @@
     hrbench   hr_bench_4k and hr_bench_8k, .tsv or .parquet (index, question, answer, category, A, B, C, D, image, cycle_category): every
               question four times, its options turned on by one
 
-A row that cannot be asked is kept as `Broken`. Prompts are those of the paper's evaluation (arXiv 2509.24251), and so are the options'
-capital letters.
+A row that cannot be asked is kept as `Broken`. Prompts are those of the paper's evaluation (arXiv
+2509.24251), and so are the options' capital letters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.eval import score
 from lvr_lite.eval.tables import Delimited, Fields, Lines, Parquet, Place, Source
-from lvr_lite.runtime.preprocess import open_picture, read_picture
+from lvr_lite.model.images import open_picture, read_picture
 
 BENCHMARKS = ("mmvp", "vstar", "blink", "hrbench")
 MAX_TOKENS = 64  # of an answer: a letter in a sentence
@@ -46,8 +47,10 @@ HOLDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One question. sample: its answer is the letter, its choices the options' words, its pair what is asked together (a pair of MMVP, the
-    four rotations of HRBench), its images paths, or for pictures inside a data file where they stand. where: "file:line"."""
+    """One question. sample: its answer is the letter, its choices the options' words, its pair what
+    is asked together (a pair of MMVP, the four rotations of HRBench), its images paths, or for
+    pictures inside a data file where they stand. where: "file:line".
+    """
 
     sample: Sample
     where: str
@@ -79,28 +82,45 @@ class Benchmark:
     broken: list[Broken]
 
     def items(self) -> Iterator[tuple[Sample, Callable[[], tuple[Image.Image, ...]]]]:
-        """Samples, and what opens their pictures: DataError, naming row and field, where that cannot be done."""
+        """Samples, and what opens their pictures: DataError, naming row and field, where that
+        cannot be done.
+        """
         return ((row.sample, row.pictures) for row in self.rows)
 
     def unopened(self, opened: Sequence[tuple[str, str]]) -> list[Broken]:
-        """All that was not asked, given the rows whose pictures turned out not to open: (id, problem)."""
+        """All that was not asked, given the rows whose pictures turned out not to open: (id,
+        problem).
+        """
         where = {row.sample.id: row.where for row in self.rows}
-        return [*self.broken, *(Broken(sample, where[sample], problem) for sample, problem in opened)]
+        return [
+            *self.broken,
+            *(Broken(sample, where[sample], problem) for sample, problem in opened),
+        ]
 
 
 def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
-    """A benchmark's first `limit` rows, or all. Raises DataError, one line, where the folder lacks a file or no row can be asked."""
+    """A benchmark's first `limit` rows, or all. Raises DataError, one line, where the folder lacks
+    a file or no row can be asked.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"--path {folder}: no such folder; it must hold {HOLDS[name]}")
-    found = list({"mmvp": _mmvp, "vstar": _vstar, "blink": _blink, "hrbench": _hrbench}[name](folder))[:limit]
+    found = list(
+        {"mmvp": _mmvp, "vstar": _vstar, "blink": _blink, "hrbench": _hrbench}[name](folder)
+    )[:limit]
     rows: dict[str, Row] = {}
     broken: list[Broken] = []
     for row in found:
         if isinstance(row, Broken):
             broken.append(row)
         elif row.sample.id in rows:
-            broken.append(Broken(None, row.where, f"the id {row.sample.id} is already taken by {rows[row.sample.id].where}"))
+            broken.append(
+                Broken(
+                    None,
+                    row.where,
+                    f"the id {row.sample.id} is already taken by {rows[row.sample.id].where}",
+                )
+            )
         else:
             rows[row.sample.id] = row
     benchmark = Benchmark(name, folder, list(rows.values()), broken)
@@ -110,7 +130,11 @@ def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
 
 
 def none_readable(benchmark: Benchmark, broken: Sequence[Broken]) -> DataError:
-    first = f"none of {len(broken)} rows can be asked; the first: {broken[0]}" if broken else "the files hold no rows"
+    first = (
+        f"none of {len(broken)} rows can be asked; the first: {broken[0]}"
+        if broken
+        else "the files hold no rows"
+    )
     return DataError(f"--path {benchmark.folder}: {first}")
 
 
@@ -119,35 +143,55 @@ def grade(sample: Sample, answer: str) -> float:
     return float(score.chosen_letter(answer, sample.choices or ()) == sample.answer)
 
 
-# ----------------------------------------------------------------------------------------------------------------- scores
+# -----------------------------------------------------------------------------------------------------------------
+# scores
 
 
 def scores(name: str, answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}; `answers` as the `eval` JSON has them, with "pair"."""
+    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}; `answers` as
+    the `eval` JSON has them, with "pair".
+    """
     if name == "mmvp":
         return [_share("single items", answers), _all_right("pairs, both right", answers, 2)]
     if name == "vstar":
         return [_share("all questions", answers)]
     if name == "blink":
         kinds = by_type(name, answers)
-        mean, low, high = score.mean_of_shares([(sum(a["score"] for a in answers if a["type"] == k), kinds[k]["n"]) for k in kinds])
-        return [_told("mean over subtasks", len(kinds), mean, low, high), _share("all questions", answers)]
+        mean, low, high = score.mean_of_shares(
+            [(sum(a["score"] for a in answers if a["type"] == k), kinds[k]["n"]) for k in kinds]
+        )
+        return [
+            _told("mean over subtasks", len(kinds), mean, low, high),
+            _share("all questions", answers),
+        ]
     found = []
     for size in sorted({a["type"].split()[0] for a in answers}):
         rows = [a for a in answers if a["type"].split()[0] == size]
-        found += [_share(f"{size}, all rows", rows, turned=True), _all_right(f"{size}, all four rotations right", rows, 4)]
+        found += [
+            _share(f"{size}, all rows", rows, turned=True),
+            _all_right(f"{size}, all four rotations right", rows, 4),
+        ]
     return found
 
 
 def by_type(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each category or subtask {"n", "accuracy", "interval"}."""
-    kinds = {kind: [a for a in answers if a["type"] == kind] for kind in sorted({a["type"] for a in answers})}
-    shares = {kind: _share("", of_kind, turned=name == "hrbench") for kind, of_kind in kinds.items()}
-    return {kind: {k: share[k] for k in ("n", "accuracy", "interval")} for kind, share in shares.items()}
+    kinds = {
+        kind: [a for a in answers if a["type"] == kind]
+        for kind in sorted({a["type"] for a in answers})
+    }
+    shares = {
+        kind: _share("", of_kind, turned=name == "hrbench") for kind, of_kind in kinds.items()
+    }
+    return {
+        kind: {k: share[k] for k in ("n", "accuracy", "interval")} for kind, share in shares.items()
+    }
 
 
 def _share(name: str, answers: Sequence[dict[str, Any]], turned: bool = False) -> dict[str, Any]:
-    """turned: rows are turns of the same questions, which make the interval no narrower than one row a question would."""
+    """turned: rows are turns of the same questions, which make the interval no narrower than one
+    row a question would.
+    """
     right, n = sum(a["score"] for a in answers), len(answers)
     mean, questions = right / max(1, n), len({a["pair"] for a in answers}) if turned else n
     return _told(name, n, mean, *score.wilson(mean * questions, questions))
@@ -155,22 +199,33 @@ def _share(name: str, answers: Sequence[dict[str, Any]], turned: bool = False) -
 
 def _all_right(name: str, answers: Sequence[dict[str, Any]], size: int) -> dict[str, Any]:
     whole = score.together(((a["pair"], a["score"] == 1) for a in answers), size)
-    return _told(name, len(whole), sum(whole) / max(1, len(whole)), *score.wilson(sum(whole), len(whole)))
+    return _told(
+        name, len(whole), sum(whole) / max(1, len(whole)), *score.wilson(sum(whole), len(whole))
+    )
 
 
 def _told(name: str, n: int, mean: float, low: float, high: float) -> dict[str, Any]:
-    return {"name": name, "n": n, "accuracy": round(mean, 4), "interval": [round(low, 4), round(high, 4)]}
+    return {
+        "name": name,
+        "n": n,
+        "accuracy": round(mean, 4),
+        "interval": [round(low, 4), round(high, 4)],
+    }
 
 
 def _lvr(model: str, name: str, *by_steps: float) -> list[tuple[str, dict[str, float]]]:
-    return [(f"{model}, {steps} steps", {name: share}) for steps, share in zip((4, 8, 16), by_steps, strict=True)]
+    return [
+        (f"{model}, {steps} steps", {name: share})
+        for steps, share in zip((4, 8, 16), by_steps, strict=True)
+    ]
 
 
 _VSTAR, _BLINK = (
     ("all questions", "direct_attributes", "relative_position"),
     ("Counting", "IQ_Test", "Jigsaw", "Relative_Reflectance", "Spatial_Relation"),
 )
-# Of arXiv 2509.24251, in percent, by the names of scores and types here. MMVP is scored there by single items, V* over 191 questions.
+# Of arXiv 2509.24251, in percent, by the names of scores and types here. MMVP is scored there by
+# single items, V* over 191 questions.
 PUBLISHED: dict[str, list[tuple[str, dict[str, float]]]] = {
     "mmvp": [
         ("Qwen2.5-VL-7B", {"single items": 66.7}),
@@ -198,7 +253,8 @@ PUBLISHED: dict[str, list[tuple[str, dict[str, float]]]] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ the four benchmarks
+# ------------------------------------------------------------------------------------------------------
+# the four benchmarks
 
 
 class _Flaw(Exception):
@@ -210,7 +266,10 @@ Stored = tuple[Source, Place]
 
 def _mmvp(folder: Path) -> Iterator[Row | Broken]:
     path = folder / "Questions.csv"
-    images = next((folder / n for n in ("MMVP Images", "MMVP_Images", "images") if (folder / n).is_dir()), None)
+    images = next(
+        (folder / n for n in ("MMVP Images", "MMVP_Images", "images") if (folder / n).is_dir()),
+        None,
+    )
     if not path.is_file() or images is None:
         raise _lacks("mmvp", folder)
 
@@ -222,14 +281,25 @@ def _mmvp(folder: Path) -> Iterator[Row | Broken]:
         if not options:
             raise _Flaw(f"Options: {fields['Options']!r} shows no options (a) and (b)")
         answer = _answer(fields, "Correct Answer", options)
-        shown = re.sub(r"\(([a-z])\)", lambda m: f"{m.group(1).upper()}.", fields["Options"].strip())
+        shown = re.sub(
+            r"\(([a-z])\)", lambda m: f"{m.group(1).upper()}.", fields["Options"].strip()
+        )
         question = f"{_text(fields, 'Question')}\nOptions:\n{shown}\n{INSTRUCTION}"
         names = (images / f"{int(index)}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG"))
         picture = next((p for p in names if p.is_file()), images / f"{int(index)}.jpg")
-        sample = Sample(str(int(index)), (picture,), question, answer, tuple(options), pair=f"pair-{(int(index) + 1) // 2}")
+        sample = Sample(
+            str(int(index)),
+            (picture,),
+            question,
+            answer,
+            tuple(options),
+            pair=f"pair-{(int(index) + 1) // 2}",
+        )
         return Row(sample, place.where, partial(_open_files, sample.images))
 
-    return _rows(Delimited(path, ",", ("Index", "Question", "Options", "Correct Answer")), row, "Index")
+    return _rows(
+        Delimited(path, ",", ("Index", "Question", "Options", "Correct Answer")), row, "Index"
+    )
 
 
 def _vstar(folder: Path) -> Iterator[Row | Broken]:
@@ -245,7 +315,14 @@ def _vstar(folder: Path) -> Iterator[Row | Broken]:
         question = text if INSTRUCTION in text else f"{text}\n{INSTRUCTION}"
         kind = _text(fields, "category")
         answer = _answer(fields, "label", options)
-        sample = Sample(f"{kind}-{_text(fields, 'question_id')}", (picture,), question, answer, tuple(options), type=kind)
+        sample = Sample(
+            f"{kind}-{_text(fields, 'question_id')}",
+            (picture,),
+            question,
+            answer,
+            tuple(options),
+            type=kind,
+        )
         return Row(sample, place.where, partial(_open_files, sample.images))
 
     return _rows(Lines(path), row, "question_id")
@@ -253,30 +330,56 @@ def _vstar(folder: Path) -> Iterator[Row | Broken]:
 
 def _blink(folder: Path) -> Iterator[Row | Broken]:
     def data_files(place: Path) -> list[Path]:
-        return sorted(place.glob("val*.parquet")) or sorted(p for p in place.glob("*.jsonl") if not p.name.startswith("test"))
+        return sorted(place.glob("val*.parquet")) or sorted(
+            p for p in place.glob("*.jsonl") if not p.name.startswith("test")
+        )
 
-    found = [(place.name, path) for place in sorted(p for p in folder.iterdir() if p.is_dir()) for path in data_files(place)]
-    found = found or [(path.stem if path.suffix == ".jsonl" else folder.name, path) for path in data_files(folder)]
+    found = [
+        (place.name, path)
+        for place in sorted(p for p in folder.iterdir() if p.is_dir())
+        for path in data_files(place)
+    ]
+    found = found or [
+        (path.stem if path.suffix == ".jsonl" else folder.name, path) for path in data_files(folder)
+    ]
     if not found:
         raise _lacks("blink", folder)
     return chain.from_iterable(_blink_file(subtask, path) for subtask, path in found)
 
 
 def _blink_file(subtask: str, path: Path) -> Iterator[Row | Broken]:
-    source: Source = Parquet(path, ("question", "choices", "answer", "image_1")) if path.suffix == ".parquet" else Lines(path)
+    source: Source = (
+        Parquet(path, ("question", "choices", "answer", "image_1"))
+        if path.suffix == ".parquet"
+        else Lines(path)
+    )
 
     def row(fields: Fields, place: Place) -> Row:
         kind = str(fields.get("sub_task") or subtask)
         options = fields.get("choices")
-        if not isinstance(options, list) or len(options) < 2 or not all(str(o).strip() for o in options):
-            raise _Flaw("choices: is missing" if options is None else "choices: must be a list of two answers or more")
+        if (
+            not isinstance(options, list)
+            or len(options) < 2
+            or not all(str(o).strip() for o in options)
+        ):
+            raise _Flaw(
+                "choices: is missing"
+                if options is None
+                else "choices: must be a list of two answers or more"
+            )
         options = [_plain("choices", str(o)) for o in options]
         names = [f"image_{i}" for i in range(1, 5) if i == 1 or fields.get(f"image_{i}")]
-        shown = "".join(f"{letter}. {option}\n" for letter, option in zip(score.LETTERS, options, strict=False))
+        shown = "".join(
+            f"{letter}. {option}\n" for letter, option in zip(score.LETTERS, options, strict=False)
+        )
         question = f"{_text(fields, 'question')}\nOptions:\n{shown}\n{INSTRUCTION}"
-        images = tuple(_shown_path(fields.get(name), path, f"{place.where}:{name}") for name in names)
+        images = tuple(
+            _shown_path(fields.get(name), path, f"{place.where}:{name}") for name in names
+        )
         key = str(fields.get("idx") or f"{kind}-{place.number}")
-        sample = Sample(key, images, question, _answer(fields, "answer", options), tuple(options), type=kind)
+        sample = Sample(
+            key, images, question, _answer(fields, "answer", options), tuple(options), type=kind
+        )
         return Row(sample, place.where, partial(_open_values, source, place, tuple(names)))
 
     return _rows(source, row, "idx")
@@ -286,11 +389,18 @@ HR_COLUMNS = ("index", "question", "answer", "category", "A", "B", "C", "D", "im
 
 
 def _hrbench(folder: Path) -> Iterator[Row | Broken]:
-    files = [p for pattern in ("*", "*/*") for p in sorted(folder.glob(pattern)) if p.suffix in (".tsv", ".parquet")]
+    files = [
+        p
+        for pattern in ("*", "*/*")
+        for p in sorted(folder.glob(pattern))
+        if p.suffix in (".tsv", ".parquet")
+    ]
     found: list[Row | Broken] = []
     for size in ("4K", "8K"):
         of_size = [p for p in files if size.lower() in p.name.lower()]
-        found += _hrbench_set(size, [p for p in of_size if p.suffix == ".tsv"] or of_size)  # published as both; a TSV needs no pyarrow
+        found += _hrbench_set(
+            size, [p for p in of_size if p.suffix == ".tsv"] or of_size
+        )  # published as both; a TSV needs no pyarrow
     if not found:
         raise _lacks("hrbench", folder)
     return iter(found)
@@ -305,27 +415,40 @@ def _hrbench_set(size: str, paths: Sequence[Path]) -> Iterator[Row | Broken]:
     def row(source: Source, fields: Fields, place: Place) -> Row:
         index, kind = _text(fields, "index"), _text(fields, "category")
         options, question = [_text(fields, letter) for letter in "ABCD"], _text(fields, "question")
-        # Questions with the same words and options, about other pictures, are told apart by counting: the n-th one in each turn.
+        # Questions with the same words and options, about other pictures, are told apart by
+        # counting: the n-th one in each turn.
         turn = (question, *options, str(fields.get("cycle_category", "")))
-        group = groups.setdefault((question, *sorted(options), str(turns[turn])), f"{size} {len(groups)}")
+        group = groups.setdefault(
+            (question, *sorted(options), str(turns[turn])), f"{size} {len(groups)}"
+        )
         turns[turn] += 1
         mates.setdefault(group, []).append((source, place))
         by_index.setdefault(index, (source, place))
-        shown = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
+        shown = "".join(
+            f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True)
+        )
         answer = _answer(fields, "answer", options)
         sample = Sample(
             f"{size}-{index}", (Path(f"{place.where}:image"),), f"{question}\nOptions:\n{shown}{INSTRUCTION}", answer, tuple(options),
             type=f"{size} {kind}", pair=group,
         )  # fmt: skip
-        return Row(sample, place.where, partial(_open_shared, (source, place), mates[group], by_index))
+        return Row(
+            sample, place.where, partial(_open_shared, (source, place), mates[group], by_index)
+        )
 
     for path in paths:
-        source: Source = Delimited(path, "\t", HR_COLUMNS) if path.suffix == ".tsv" else Parquet(path, HR_COLUMNS)
+        source: Source = (
+            Delimited(path, "\t", HR_COLUMNS)
+            if path.suffix == ".tsv"
+            else Parquet(path, HR_COLUMNS)
+        )
         yield from _rows(source, partial(row, source), "index")
 
 
 def _lacks(name: str, folder: Path) -> DataError:
-    return DataError(f"--path {folder}: is not {name} as it is published; the folder must hold {HOLDS[name]}")
+    return DataError(
+        f"--path {folder}: is not {name} as it is published; the folder must hold {HOLDS[name]}"
+    )
 
 
 def _rows(source: Source, row: Callable[[Fields, Place], Row], key: str) -> Iterator[Row | Broken]:
@@ -370,19 +493,32 @@ def _answer(fields: Fields, name: str, options: Sequence[str]) -> str:
     return letter
 
 
-# ----------------------------------------------------------------------------------------------------------------- pictures
+# -----------------------------------------------------------------------------------------------------------------
+# pictures
 
 
 def _shown_path(value: Any, file: Path, place: str) -> Path:
-    """What an answer's record names a picture by: its own path, or where it stands in a data file."""
+    """What an answer's record names a picture by: its own path, or where it stands in a data
+    file.
+    """
     path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
-    return _beside(file, path) if isinstance(path, str) and PICTURE.search(path) and file.suffix == ".jsonl" else Path(place)
+    return (
+        _beside(file, path)
+        if isinstance(path, str) and PICTURE.search(path) and file.suffix == ".jsonl"
+        else Path(place)
+    )
 
 
 def _beside(file: Path, picture: str) -> Path:
-    """A picture's path relative to a data file, or to the folder above it: a subtask's file may tell paths from the benchmark's folder."""
+    """A picture's path relative to a data file, or to the folder above it: a subtask's file may
+    tell paths from the benchmark's folder.
+    """
     above = file.parent.parent / picture
-    return above if above.is_file() and not (file.parent / picture).is_file() else file.parent / picture
+    return (
+        above
+        if above.is_file() and not (file.parent / picture).is_file()
+        else file.parent / picture
+    )
 
 
 def _open_files(paths: Sequence[Path]) -> tuple[Image.Image, ...]:
@@ -393,14 +529,20 @@ def _open_files(paths: Sequence[Path]) -> tuple[Image.Image, ...]:
 
 
 def _open_values(source: Source, place: Place, names: Sequence[str]) -> tuple[Image.Image, ...]:
-    """The pictures of some fields of a row; of fields after the first, those that are null are none."""
+    """The pictures of some fields of a row; of fields after the first, those that are null are
+    none.
+    """
     fields = source.again(place)
     given = [name for name in names if name == names[0] or fields.get(name) not in (None, "")]
     return tuple(_picture(fields.get(name), name, source.path) for name in given)
 
 
-def _open_shared(own: Stored, mates: Sequence[Stored], by_index: dict[str, Stored]) -> tuple[Image.Image, ...]:
-    """The picture of a row of HRBench: its own, that of the row whose index stands in its place, or of another turn of the question."""
+def _open_shared(
+    own: Stored, mates: Sequence[Stored], by_index: dict[str, Stored]
+) -> tuple[Image.Image, ...]:
+    """The picture of a row of HRBench: its own, that of the row whose index stands in its place, or
+    of another turn of the question.
+    """
 
     def stored(row: Stored) -> Any:
         source, place = row
@@ -416,7 +558,9 @@ def _open_shared(own: Stored, mates: Sequence[Stored], by_index: dict[str, Store
 
 
 def _picture(value: Any, name: str, file: Path) -> Image.Image:
-    """The picture of a field of a data file: bytes, base64, a path (`_beside`), or {"bytes", "path"} of these."""
+    """The picture of a field of a data file: bytes, base64, a path (`_beside`), or {"bytes",
+    "path"} of these.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value in (None, "", b""):

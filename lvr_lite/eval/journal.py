@@ -1,4 +1,5 @@
-"""A model's answers as they are given, in a file of JSONL that a later run goes on from. May import: the standard library and the core.
+"""A model's answers as they are given, in a file of JSONL that a later run goes on from. May
+import: the standard library and the core.
 
 {"schema": "lvr-lite/answers", "version": 1, "model": hash, "suite", "data", "seed", "max_tokens"}      the first line: under which settings
 {"id", "steps", "type", "answer", "expected", "correct", "score", "tokens", "images": [paths], "question"}    one line an answer
@@ -25,10 +26,11 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any]) -> Journal:
-        """The answers of a file, to which new ones are added; the file begins with `settings` where it is new.
+        """The answers of a file, to which new ones are added; the file begins with `settings` where
+        it is new.
 
-        What a stopped run left half-written at its end is cut off. Raises UsageError where the file is about other settings, DataError
-        where it is no file of answers.
+        What a stopped run left half-written at its end is cut off. Raises UsageError where the file
+        is about other settings, DataError where it is no file of answers.
         """
         journal, head = cls(), HEAD | settings
         journal._path = path
@@ -42,14 +44,29 @@ class Journal:
                 told = json.loads(line)
                 if number > 1:
                     journal._answers[told["id"], told["steps"]] = told
-                    told["question"], told["expected"], float(told["score"]), told["answer"], told["type"], told["tokens"]
+                    (
+                        told["question"],
+                        told["expected"],
+                        float(told["score"]),
+                        told["answer"],
+                        told["type"],
+                        told["tokens"],
+                    )
                 elif any(told[key] != value for key, value in HEAD.items()):
                     raise ValueError("another schema")
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"--answers {path}:{number}: not what `lvr-lite eval --answers` writes; name another file") from error
-            if number == 1 and (other := [key for key in settings if told.get(key) != settings[key]]):
+                raise DataError(
+                    f"--answers {path}:{number}: not what `lvr-lite eval --answers` writes; name another file"
+                ) from error
+            if number == 1 and (
+                other := [key for key in settings if told.get(key) != settings[key]]
+            ):
                 there, here = (x.get(other[0]) for x in (told, settings))
-                what = "of another model" if other[0] == "model" else f"about {other[0]} {there}, not {here}"
+                what = (
+                    "of another model"
+                    if other[0] == "model"
+                    else f"about {other[0]} {there}, not {here}"
+                )
                 raise UsageError(f"--answers {path}: is {what}; name another file, or remove it")
         if torn and lines:
             with path.open("r+b") as file:
@@ -62,8 +79,14 @@ class Journal:
     def knows(self, sample: Sample, steps: int) -> bool:
         """Raises UsageError where the answer that is there is to another question."""
         told = self._answers.get((sample.id, steps))
-        if told is not None and "question" in told and (told["question"], told["expected"]) != (sample.question, sample.answer):
-            raise UsageError(f"--answers {self._path}: the question {sample.id} has changed since; name another file, or remove it")
+        if (
+            told is not None
+            and "question" in told
+            and (told["question"], told["expected"]) != (sample.question, sample.answer)
+        ):
+            raise UsageError(
+                f"--answers {self._path}: the question {sample.id} has changed since; name another file, or remove it"
+            )
         return told is not None
 
     def add(self, sample: Sample, steps: int, answer: dict[str, Any]) -> None:
@@ -76,4 +99,8 @@ class Journal:
 
     def answer(self, sample: Sample, steps: int) -> dict[str, Any]:
         """What was added, as the `eval` JSON has it."""
-        return {k: v for k, v in self._answers[sample.id, steps].items() if k not in ("steps", "images", "question")}
+        return {
+            k: v
+            for k, v in self._answers[sample.id, steps].items()
+            if k not in ("steps", "images", "question")
+        }

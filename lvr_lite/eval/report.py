@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lvr_lite.bundle import write_atomically
 from lvr_lite.eval.benchmarks import PUBLISHED
-from lvr_lite.page import NONE, interval_bars, number, percent, render_page
+from lvr_lite.files import write_atomically
+from lvr_lite.views.page import NONE, interval_bars, number, percent, render_page
 
 SHOWN_BROKEN = 20  # rows that could not be asked
 UNSEEN = 0.02  # a skill that falls by more than this is told in words
@@ -39,10 +39,11 @@ WHAT = {
 
 
 def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the differences to other models; the skills.
+    """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the
+    differences to other models; the skills.
 
-    A benchmark has its own scores instead, beside what the paper published, and the rows that could not be asked. Several numbers of
-    latent steps have a column each.
+    A benchmark has its own scores instead, beside what the paper published, and the rows that could
+    not be asked. Several numbers of latent steps have a column each.
     """
     console = console or Console()
     runs = result.get("by_steps", [result])
@@ -59,11 +60,18 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
         if "skills" in run:
             console.print(_skills(run["skills"], run.get("against", []), title))
     if broken := result.get("broken"):
-        console.print(f"[bold]{result['n']} of {result['of']} rows were asked[/]; not asked, and in no score:", highlight=False)
+        console.print(
+            f"[bold]{result['n']} of {result['of']} rows were asked[/]; not asked, and in no score:",
+            highlight=False,
+        )
         for row in broken[:SHOWN_BROKEN]:
-            console.print(escape(f"  {row['where']}: {row['problem']}"), highlight=False, soft_wrap=True)
+            console.print(
+                escape(f"  {row['where']}: {row['problem']}"), highlight=False, soft_wrap=True
+            )
         if len(broken) > SHOWN_BROKEN:
-            console.print(f"  … and {len(broken) - SHOWN_BROKEN} more; --json lists all", highlight=False)
+            console.print(
+                f"  … and {len(broken) - SHOWN_BROKEN} more; --json lists all", highlight=False
+            )
 
 
 def _score(result: dict[str, Any]) -> Table:
@@ -77,7 +85,9 @@ def _score(result: dict[str, Any]) -> Table:
     for kind, score in result["by_type"].items():
         table.add_row(kind, str(score["n"]), f"{score['accuracy']:.1%}", "")
     table.add_section()
-    table.add_row("all", str(result["n"]), f"[bold]{result['accuracy']:.1%}[/]", f"{low:.1%} – {high:.1%}")
+    table.add_row(
+        "all", str(result["n"]), f"[bold]{result['accuracy']:.1%}[/]", f"{low:.1%} – {high:.1%}"
+    )
     if result["pair_accuracy"] is not None:
         table.add_row("pairs, both right", "", f"{result['pair_accuracy']:.1%}", "")
     return table
@@ -86,7 +96,11 @@ def _score(result: dict[str, Any]) -> Table:
 def _columns(runs: list[dict[str, Any]]) -> Table:
     """A benchmark, or several numbers of latent steps: scores and types down, the runs across."""
     first = runs[0]
-    table = Table("in %, with 95 % intervals", title=f"{first['model']} on {first['suite']}", title_justify="left")
+    table = Table(
+        "in %, with 95 % intervals",
+        title=f"{first['model']} on {first['suite']}",
+        title_justify="left",
+    )
     table.add_column("n", justify="right")
     for run in runs:
         table.add_column(f"K = {run['steps']}", justify="right", no_wrap=True)
@@ -94,24 +108,37 @@ def _columns(runs: list[dict[str, Any]]) -> Table:
     for name, one in scores[0].items():
         if name in first["by_type"] and name == next(iter(first["by_type"])):
             table.add_section()
-        cells = [NONE if run[name]["n"] == 0 else _with_interval(run[name]["accuracy"], run[name].get("interval")) for run in scores]
+        cells = [
+            NONE
+            if run[name]["n"] == 0
+            else _with_interval(run[name]["accuracy"], run[name].get("interval"))
+            for run in scores
+        ]
         table.add_row(escape(name), "" if one["n"] is None else str(one["n"]), *cells)
     return table
 
 
 def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all questions and pairs; then its types."""
+    """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all
+    questions and pairs; then its types.
+    """
     scores: list[dict[str, Any]] = run.get("scores", [])
     if not scores:
-        scores = [{"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}]
+        scores = [
+            {"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}
+        ]
         if run["pair_accuracy"] is not None:
-            scores.append({"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]})
+            scores.append(
+                {"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]}
+            )
     found = {one["name"]: one for one in scores}
     found.update(run["by_type"])
     return found
 
 
-def _beside_published(runs: list[dict[str, Any]], published: list[tuple[str, dict[str, float]]]) -> Table:
+def _beside_published(
+    runs: list[dict[str, Any]], published: list[tuple[str, dict[str, float]]]
+) -> Table:
     """Ours above, and marked as theirs what the paper published for the same scores."""
     names = list(published[0][1])
     title = "beside the published rows, which are the numbers of arXiv 2509.24251 and were not measured here; in %"
@@ -122,22 +149,39 @@ def _beside_published(runs: list[dict[str, Any]], published: list[tuple[str, dic
     for run in runs:
         scores = _named_scores(run)
         ours = f"{run['model']}, {run['steps']} steps, n = {run['n']}"
-        table.add_row(f"[bold]{escape(ours)}[/]", *(points(scores[n]["accuracy"]) if n in scores else NONE for n in names))
+        table.add_row(
+            f"[bold]{escape(ours)}[/]",
+            *(points(scores[n]["accuracy"]) if n in scores else NONE for n in names),
+        )
     for system, row in published:
-        table.add_row(f"{system}, published", *(f"{row[name]:.1f}" if name in row else NONE for name in names))
+        table.add_row(
+            f"{system}, published", *(f"{row[name]:.1f}" if name in row else NONE for name in names)
+        )
     return table
 
 
 def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
     """One row for each model that was compared."""
-    table = Table("less that of", title=f"difference on the same questions{what}, in points", title_justify="left")
+    table = Table(
+        "less that of",
+        title=f"difference on the same questions{what}, in points",
+        title_justify="left",
+    )
     for title in ("n", "all", "p"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("by type")
     for other in against:
-        kinds = ", ".join(f"{kind} {points(of_kind['difference'])}" for kind, of_kind in other["by_type"].items())
+        kinds = ", ".join(
+            f"{kind} {points(of_kind['difference'])}" for kind, of_kind in other["by_type"].items()
+        )
         difference = _with_interval(other["difference"], other["interval"])
-        table.add_row(escape(other["source"]), str(other["n"]), f"[bold]{difference}[/]", _p(other["p"]), escape(kinds))
+        table.add_row(
+            escape(other["source"]),
+            str(other["n"]),
+            f"[bold]{difference}[/]",
+            _p(other["p"]),
+            escape(kinds),
+        )
     return table
 
 
@@ -149,7 +193,10 @@ def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "
     for other in against:
         table.add_column(f"against {escape(other['source'])}")
     for kind, score in skills["by_type"].items():
-        changes = [_change(other["skills"]["by_type"][kind] if "skills" in other else None) for other in against]
+        changes = [
+            _change(other["skills"]["by_type"][kind] if "skills" in other else None)
+            for other in against
+        ]
         table.add_row(kind, str(score["n"]), f"{score['accuracy']:.1%}", *changes)
     table.add_section()
     changes = [_change(other.get("skills")) for other in against]
@@ -162,21 +209,35 @@ def _change(other: dict[str, Any] | None) -> str:
     if other is None:
         return "not in that file"
     told = _with_interval(other["difference"], other["interval"])
-    return f"[bold red]falls by {points(-other['difference'])} points[/]: {told}" if other["difference"] < -UNSEEN else told
+    return (
+        f"[bold red]falls by {points(-other['difference'])} points[/]: {told}"
+        if other["difference"] < -UNSEEN
+        else told
+    )
 
 
 def _p(p: float | None) -> str:
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# --------------------------------------------------------------------------------------------------------------- the probe
+# ---------------------------------------------------------------------------------------------------------------
+# the probe
 
 
 def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
-    """Print the JSON of `lvr_lite.eval.probe.probe`: every intervention against the baseline, retrieval, and the verdict."""
+    """Print the JSON of `lvr_lite.eval.probe.probe`: every intervention against the baseline,
+    retrieval, and the verdict.
+    """
     console = console or Console()
     title = f"{data['model']} on {data['data']}: accuracy in %, difference to its own latents in points, on the same items"
-    table = Table("latents fed", title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        "latents fed",
+        title=title,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column in ("n", "accuracy", "difference", "p", "changed"):
         table.add_column(column, justify="right")
     for name, one in data["interventions"].items():
@@ -188,7 +249,9 @@ def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
 
 
 def notes(data: dict[str, Any]) -> list[str]:
-    """What else the probe found, a sentence a line: which model and items, retrieval, the shape of the latents."""
+    """What else the probe found, a sentence a line: which model and items, retrieval, the shape of
+    the latents.
+    """
     latent, found, shape = data["latent"], data["retrieval"], data["geometry"]
     lines = [
         f"{latent['steps']} latent steps, mode {latent['mode']}, feedback {latent['feedback']}; the loop was opened in {data['opened']} of "
@@ -197,7 +260,11 @@ def notes(data: dict[str, Any]) -> list[str]:
     for name, one in donors(data).items():
         lines.append(
             f"{name}: the donor's answer in {percent(one['flips_to_donor'])} of {one['pairs']} pairs, lift {points(one['lift'])} points"
-            + (f"; under noise in {percent(one['flips_by_noise'])}." if one["flips_by_noise"] is not None else ".")
+            + (
+                f"; under noise in {percent(one['flips_by_noise'])}."
+                if one["flips_by_noise"] is not None
+                else "."
+            )
         )
     if latent["mode"] == "bottleneck":
         lines.append(BOTTLENECK)
@@ -231,7 +298,9 @@ def _cells(one: dict[str, Any]) -> tuple[str, ...]:
 
 def _with_interval(share: float | None, interval: list[float] | None) -> str:
     """Percent or points with their interval: -1.0 [-7.3, 6.2]."""
-    return points(share) + ("" if interval is None else f" [{points(interval[0])}, {points(interval[1])}]")
+    return points(share) + (
+        "" if interval is None else f" [{points(interval[0])}, {points(interval[1])}]"
+    )
 
 
 def points(share: float | None) -> str:
@@ -240,19 +309,28 @@ def points(share: float | None) -> str:
 
 
 def write_probe_page(data: dict[str, Any], out: Path) -> None:
-    """Write the probe's JSON as one self-contained HTML page. Raises BundleError where the file cannot be written."""
+    """Write the probe's JSON as one self-contained HTML page. Raises BundleError where the file
+    cannot be written.
+    """
     interventions = data["interventions"]
     kinds = sorted({kind for one in interventions.values() for kind in one["by_type"]})
-    bars = interval_bars([(name, one["accuracy"], one["interval"], f"n = {one['n']}") for name, one in interventions.items()])
+    bars = interval_bars(
+        [
+            (name, one["accuracy"], one["interval"], f"n = {one['n']}")
+            for name, one in interventions.items()
+        ]
+    )
     html = render_page(
         "probe.html.j2",
-        "lvr_lite.eval",
         data=data,
         bars=bars,
         baseline=f"{100 * interventions['none']['accuracy']:.2f}%",
         notes=notes(data),
         rows=[(name, WHAT[name], *_cells(one)) for name, one in interventions.items()],
-        flips=[(name, one, _with_interval(one["flips_to_donor"], one["flips_interval"])) for name, one in donors(data).items()],
+        flips=[
+            (name, one, _with_interval(one["flips_to_donor"], one["flips_interval"]))
+            for name, one in donors(data).items()
+        ],
         kinds=kinds,
         points=points,
         bottleneck=BOTTLENECK if data["latent"]["mode"] == "bottleneck" else "",

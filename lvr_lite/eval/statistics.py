@@ -1,4 +1,6 @@
-"""Statistics of the probe: paired comparisons of right and wrong answers, and the shape of sets of vectors. May import: numpy."""
+"""Statistics of the probe: paired comparisons of right and wrong answers, and the shape of sets of
+vectors. May import: numpy.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,30 @@ RESAMPLES = 2000
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Exact two-sided p-value of McNemar's test: how likely so uneven a split of `lost + gained` discordant pairs is by a fair coin.
+    """Exact two-sided p-value of McNemar's test: how likely so uneven a split of `lost + gained`
+    discordant pairs is by a fair coin.
 
-    lost: items right before and wrong after; gained: the other way round. 1.0 where there are none (Fay 2010, "exact McNemar").
+    lost: items right before and wrong after; gained: the other way round. 1.0 where there are none
+    (Fay 2010, "exact McNemar").
     """
     n = lost + gained
-    ways = tail = 1  # of choosing k from n, and their sum so far: whole numbers, whatever their size
+    ways = tail = (
+        1  # of choosing k from n, and their sum so far: whole numbers, whatever their size
+    )
     for k in range(min(lost, gained)):
         ways = ways * (n - k) // (k + 1)
         tail += ways
     return float(min(1.0, 2 * tail / 2**n))
 
 
-def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1: of paired differences, it is the paired bootstrap.
+def bootstrap_mean(
+    values: np.ndarray, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1: of paired differences,
+    it is the paired bootstrap.
 
-    Drawing n items with replacement is drawing how often each distinct value comes: one multinomial a resample, exact and small.
+    Drawing n items with replacement is drawing how often each distinct value comes: one multinomial
+    a resample, exact and small.
     """
     distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     n = int(counts.sum())
@@ -33,15 +43,22 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = RESAMPLES) ->
 
 
 def grouped(values: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of values (n,) over each group (G,), and the groups' sizes (G,); groups: a name for each value."""
+    """Sums of values (n,) over each group (G,), and the groups' sizes (G,); groups: a name for each
+    value.
+    """
     _, places = np.unique(groups, return_inverse=True)
     return np.bincount(places, weights=values), np.bincount(places)
 
 
-def bootstrap_ratio(sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over items that come in G groups, of which whole ones are drawn: sums and sizes (G,)
-    as `grouped` gives them."""
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+def bootstrap_ratio(
+    sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over items that come in G groups, of which
+    whole ones are drawn: sums and sizes (G,) as `grouped` gives them.
+    """
+    drawn = np.random.default_rng(seed).multinomial(
+        len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
+    )
     low, high = np.percentile((drawn @ sums) / (drawn @ sizes), [2.5, 97.5])
     return float(low), float(high)
 
@@ -53,20 +70,26 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def participation_ratio(vectors: np.ndarray) -> float | None:
-    """Number of directions that vectors (N, H) use: (Σλ)² / Σλ² over the eigenvalues λ of their covariance, 1 to min(N - 1, H).
+    """Number of directions that vectors (N, H) use: (Σλ)² / Σλ² over the eigenvalues λ of their
+    covariance, 1 to min(N - 1, H).
 
-    From the trace of the covariance and of its square, without the eigenvalues. None where the vectors do not vary.
+    From the trace of the covariance and of its square, without the eigenvalues. None where the
+    vectors do not vary.
     """
     centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
     trace = float((centred**2).sum())
     if trace <= (1e-5 * np.linalg.norm(vectors)) ** 2:
         return None
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred  # the same eigenvalues, the smaller matrix
+    gram = (
+        centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    )  # the same eigenvalues, the smaller matrix
     return trace**2 / float((gram**2).sum())
 
 
 def mean_cosine(vectors: np.ndarray) -> float | None:
-    """Mean cosine between different ones of N vectors (N, H); vectors of zeros count as 0. None for fewer than two."""
+    """Mean cosine between different ones of N vectors (N, H); vectors of zeros count as 0. None for
+    fewer than two.
+    """
     n = len(vectors)
     if n < 2:
         return None

@@ -1,7 +1,9 @@
-"""Data files read row by row: JSONL, CSV and TSV, parquet. May import: the core; pyarrow where needed.
+"""Data files read row by row: JSONL, CSV and TSV, parquet. May import: the core; pyarrow where
+needed.
 
-A file is read through once for its texts, and again, one row at a time, for the pictures that lie in it, so that few of them are in memory.
-What is wrong with a row is told in one line in its place; what is wrong with a whole file is a DataError.
+A file is read through once for its texts, and again, one row at a time, for the pictures that lie
+in it, so that few of them are in memory. What is wrong with a row is told in one line in its place;
+what is wrong with a whole file is a DataError.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Place:
 
 
 class Source(Protocol):
-    """A data file: its rows as fields, or in one line what is wrong with the row; and one row again, for its pictures."""
+    """A data file: its rows as fields, or in one line what is wrong with the row; and one row
+    again, for its pictures.
+    """
 
     path: Path
 
@@ -61,7 +65,11 @@ class Lines:
             return "is not UTF-8"
         except (ValueError, RecursionError) as error:
             return f"not valid JSON ({error})"
-        return fields if isinstance(fields, dict) else "must be an object with the fields of a question"
+        return (
+            fields
+            if isinstance(fields, dict)
+            else "must be an object with the fields of a question"
+        )
 
     def again(self, place: Place) -> Fields:
         with self.path.open("rb") as file:
@@ -84,10 +92,14 @@ class Delimited:
         with self.path.open("rb") as file:
             reader = self._reader(file)
             self.columns = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
-            self.columns = ["Index" if name == "lndex" else name for name in self.columns]  # so is MMVP's misspelt in some copies
+            self.columns = [
+                "Index" if name == "lndex" else name for name in self.columns
+            ]  # so is MMVP's misspelt in some copies
             _need_columns(self.path, self.columns, self.needed)
             while True:
-                place = Place(f"{self.path}:{reader.line_num + 1}", reader.line_num + 1, file.tell())
+                place = Place(
+                    f"{self.path}:{reader.line_num + 1}", reader.line_num + 1, file.tell()
+                )
                 try:
                     cells = next(reader)
                 except StopIteration:
@@ -99,7 +111,9 @@ class Delimited:
                     yield place, self._fields(cells)
 
     def _reader(self, file: Any) -> Any:
-        lines = (line.decode("utf-8", "surrogateescape") for line in iter(file.readline, b""))  # readline, so that tell() tells where
+        lines = (
+            line.decode("utf-8", "surrogateescape") for line in iter(file.readline, b"")
+        )  # readline, so that tell() tells where
         return csv.reader(lines, delimiter=self.delimiter)
 
     def _fields(self, cells: list[str]) -> Fields | str:
@@ -117,8 +131,9 @@ class Delimited:
 
 
 class Parquet:
-    """Parquet. Of pictures (columns "image…") only their paths are read at first, and their bytes again and in order, so that few of them
-    are in memory."""
+    """Parquet. Of pictures (columns "image…") only their paths are read at first, and their bytes
+    again and in order, so that few of them are in memory.
+    """
 
     BATCH = 8
 
@@ -129,37 +144,59 @@ class Parquet:
         try:
             self._file = parquet.ParquetFile(path)
         except self._errors as error:
-            raise DataError(f"{path}: not a whole parquet file ({_first_line(error)}); copy it again") from error
+            raise DataError(
+                f"{path}: not a whole parquet file ({_first_line(error)}); copy it again"
+            ) from error
         schema = self._file.schema_arrow
         _need_columns(path, schema.names, needed)
         self._images = [name for name in schema.names if name.startswith("image")]
         self._unread = [
-            n for n in self._images if not (types.is_struct(schema.field(n).type) and schema.field(n).type.get_field_index("path") >= 0)
+            n
+            for n in self._images
+            if not (
+                types.is_struct(schema.field(n).type)
+                and schema.field(n).type.get_field_index("path") >= 0
+            )
         ]
         self._batches: Iterator[Any] = iter(())
         self._first = 0
         self._rows: list[Fields] = []
 
     def rows(self) -> Iterator[tuple[Place, Fields | str]]:
-        columns = [f"{n}.path" if n in self._images else n for n in self._file.schema_arrow.names if n not in self._unread]
+        columns = [
+            f"{n}.path" if n in self._images else n
+            for n in self._file.schema_arrow.names
+            if n not in self._unread
+        ]
         number = 0
         try:
             for batch in self._file.iter_batches(columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Place(f"{self.path}: row {number}", number, number - 1), fields | dict.fromkeys(self._unread, UNREAD)
+                    yield (
+                        Place(f"{self.path}: row {number}", number, number - 1),
+                        fields | dict.fromkeys(self._unread, UNREAD),
+                    )
         except self._errors as error:
-            raise DataError(f"{self.path}: cannot be read beyond row {number} ({_first_line(error)}); copy it again") from error
+            raise DataError(
+                f"{self.path}: cannot be read beyond row {number} ({_first_line(error)}); copy it again"
+            ) from error
 
     def again(self, place: Place) -> Fields:
         try:
             if place.at < self._first or not self._rows:
-                self._batches, self._first, self._rows = self._file.iter_batches(self.BATCH, columns=self._images), 0, []
+                self._batches, self._first, self._rows = (
+                    self._file.iter_batches(self.BATCH, columns=self._images),
+                    0,
+                    [],
+                )
             while place.at >= self._first + len(self._rows):
                 self._first += len(self._rows)
                 self._rows = next(self._batches).to_pylist()
         except self._errors as error:
-            raise DataError(f"image: cannot be read ({_first_line(error)}); copy the file again") from error
+            raise DataError(
+                f"image: cannot be read ({_first_line(error)}); copy the file again"
+            ) from error
         return self._rows[place.at - self._first]
 
 
@@ -169,4 +206,6 @@ def _first_line(error: Exception) -> str:
 
 def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
     if missing := [name for name in needed if name not in columns]:
-        raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)[:120] or 'none'}); use the published file")
+        raise DataError(
+            f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)[:120] or 'none'}); use the published file"
+        )

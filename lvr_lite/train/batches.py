@@ -1,4 +1,6 @@
-"""From samples to training batches: one collator, for drawn scenes and for files. May import: torch, numpy, Pillow and the core."""
+"""From samples to training batches: one collator, for drawn scenes and for files. May import:
+torch, numpy, Pillow and the core.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvr_lite import latent
-from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
-from lvr_lite.data import scenes
-from lvr_lite.data.make import scene_sample, skill_sample
 from lvr_lite.data.samples import Picked, Sample
 from lvr_lite.errors import DataError
-from lvr_lite.prompt import prompt_ids
-from lvr_lite.runtime.preprocess import open_picture, picture_size, prepare
+from lvr_lite.model import spec as latent
+from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.images import open_picture, picture_size, prepare
+from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.toy import scenes
+from lvr_lite.toy.make import scene_sample, skill_sample
 from lvr_lite.train.methods import METHODS
 
 Item = tuple[Sample, tuple[Image.Image, ...]]
@@ -31,13 +33,20 @@ POOL = 64  # batches whose samples are sorted by length together
 class Examples(torch.utils.data.Dataset[Item]):
     """Samples with a way to their pictures, which are opened or drawn when they are asked for.
 
-    sizes: those of a sample's pictures, without opening them; drawn ones without it are looked at."""
+    sizes: those of a sample's pictures, without opening them; drawn ones without it are looked
+    at.
+    """
 
     def __init__(
-        self, samples: Sequence[Sample], pictures: Callable[[int], tuple[Image.Image, ...]], sizes: Callable[[int], Sizes] | None = None
+        self,
+        samples: Sequence[Sample],
+        pictures: Callable[[int], tuple[Image.Image, ...]],
+        sizes: Callable[[int], Sizes] | None = None,
     ) -> None:
         self.samples, self.pictures = samples, pictures
-        self.sizes: Callable[[int], Sizes] = sizes or (lambda i: tuple((p.height, p.width) for p in pictures(i)))
+        self.sizes: Callable[[int], Sizes] = sizes or (
+            lambda i: tuple((p.height, p.width) for p in pictures(i))
+        )
 
     @classmethod
     def of_samples(cls, samples: Sequence[Sample]) -> Examples:
@@ -49,19 +58,28 @@ class Examples(torch.utils.data.Dataset[Item]):
 
     @classmethod
     def of_scenes(cls, seed: int, split: str, count: int) -> Examples:
-        """Drawn scenes, planned at once (`lvr_lite.data.scenes.items`)."""
+        """Drawn scenes, planned at once (`lvr_lite.toy.scenes.items`)."""
         planned = list(scenes.items(seed, split, count))
-        samples = [scene_sample(name, scene, question, pair) for name, scene, question, pair in planned]
+        samples = [
+            scene_sample(name, scene, question, pair) for name, scene, question, pair in planned
+        ]
         return cls(samples, lambda i: (scenes.draw(planned[i][1]),))
 
     @classmethod
     def of_skills(cls, seed: int, count: int) -> Examples:
-        """Drawn questions of what the embedded model was pre-trained in, to scenes of the train split (`lvr_lite.data.scenes.skills`)."""
+        """Drawn questions of what the embedded model was pre-trained in, to scenes of the train
+        split (`lvr_lite.toy.scenes.skills`).
+        """
         planned = list(scenes.skills(seed, count, "train", REPLAYED))
-        return cls([skill_sample(name, question) for name, _, question in planned], lambda i: (scenes.draw(planned[i][1]),))
+        return cls(
+            [skill_sample(name, question) for name, _, question in planned],
+            lambda i: (scenes.draw(planned[i][1]),),
+        )
 
     def and_also(self, others: Examples, count: int) -> Examples:
-        """These and `count` of `others`, from the first on and over again where they are too few."""
+        """These and `count` of `others`, from the first on and over again where they are too
+        few.
+        """
         own = len(self)
 
         def at(i: int) -> tuple[Examples, int]:
@@ -89,8 +107,9 @@ class Examples(torch.utils.data.Dataset[Item]):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the prompt's; targets: of its latents;
-    looks: whether it has latent places."""
+    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the
+    prompt's; targets: of its latents; looks: whether it has latent places.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
@@ -102,16 +121,19 @@ class _Row:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that these begin in one column.
+    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that
+    these begin in one column.
 
-    Samples that are answered through latents (`looks`) come first, whatever the order of the items, then the others, the longest first;
-    pictures likewise. Of the B that look:
-    ids, labels (B, S) int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); target_at (B, S) bool, the latent
-    places that have a target; pool (L, T) float32, which turns the batch's T visual tokens into its L targets in reading order of
-    target_at; response (), the column where responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3).
-    In a bottleneck also the second reading: reader_ids, reader_labels, reader_mask (B, R), reader_positions (3, B, R), padded on the right.
-    direct: the samples that are answered at once, in one or two parts (the long ones apart, where that saves padding), each with the
-    ids, labels, positions and mask of its own. A kind of which the batch has no sample is not there.
+    Samples that are answered through latents (`looks`) come first, whatever the order of the items,
+    then the others, the longest first; pictures likewise. Of the B that look: ids, labels (B, S)
+    int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); target_at (B,
+    S) bool, the latent places that have a target; pool (L, T) float32, which turns the batch's T
+    visual tokens into its L targets in reading order of target_at; response (), the column where
+    responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3). In a bottleneck also the
+    second reading: reader_ids, reader_labels, reader_mask (B, R), reader_positions (3, B, R),
+    padded on the right. direct: the samples that are answered at once, in one or two parts (the
+    long ones apart, where that saves padding), each with the ids, labels, positions and mask of its
+    own. A kind of which the batch has no sample is not there.
     """
 
     checkpoint: Checkpoint
@@ -135,7 +157,11 @@ class Collator:
         pool = np.zeros((len(groups), first_token), np.float32)
         for i, group in enumerate(groups):
             pool[i, group] = 1 / len(group)
-        batch: dict[str, Any] = {"pool": pool, "pixel_values": pixels, "grid_thw": np.array([[1, *g] for g in grids])}
+        batch: dict[str, Any] = {
+            "pool": pool,
+            "pixel_values": pixels,
+            "grid_thw": np.array([[1, *g] for g in grids]),
+        }
         if looking := [row for row in rows if row.looks]:
             batch |= self._aligned(looking)
             if METHODS[self.settings.method].mode == "bottleneck":
@@ -146,26 +172,47 @@ class Collator:
         return tensors
 
     def length(self, sample: Sample, sizes: Sizes) -> int:
-        """Positions that a sample takes, visual tokens and latents included. sizes: of its pictures."""
-        grids = [self.checkpoint.family.grid_of(*size, self.checkpoint.image_spec) for size in sizes]
+        """Positions that a sample takes, visual tokens and latents included. sizes: of its
+        pictures.
+        """
+        grids = [
+            self.checkpoint.family.grid_of(*size, self.checkpoint.image_spec) for size in sizes
+        ]
         return len(self._row(sample, grids, len(self._targets(sample, grids))).ids)
 
     def _aligned(self, rows: list[_Row]) -> dict[str, Any]:
         """Rows as arrays, padded so that responses begin in one column."""
         before = max(row.prompt for row in rows)
         longest = before + max(len(row.ids) - row.prompt for row in rows)
-        ids, labels = np.full((len(rows), longest), self.checkpoint.tokens.end[0]), np.full((len(rows), longest), -100)
+        ids, labels = (
+            np.full((len(rows), longest), self.checkpoint.tokens.end[0]),
+            np.full((len(rows), longest), -100),
+        )
         positions, mask = np.zeros((3, *ids.shape), np.int64), np.zeros(ids.shape, np.int64)
         target_at = np.zeros(ids.shape, bool)
         for i, row in enumerate(rows):
             there = slice(before - row.prompt, before - row.prompt + len(row.ids))
-            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = row.ids, row.labels, 1, row.positions
+            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = (
+                row.ids,
+                row.labels,
+                1,
+                row.positions,
+            )
             target_at[i, before + 1 : before + 1 + row.targets] = True
-        return {"ids": ids, "labels": labels, "positions": positions, "mask": mask, "target_at": target_at, "response": np.array(before)}
+        return {
+            "ids": ids,
+            "labels": labels,
+            "positions": positions,
+            "mask": mask,
+            "target_at": target_at,
+            "response": np.array(before),
+        }
 
     def _reader(self, rows: list[_Row]) -> dict[str, np.ndarray]:
-        """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose positions come in the forward pass, and the
-        answer, as in `lvr_lite.decode.second_reading`."""
+        """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose
+        positions come in the forward pass, and the answer, as in
+        `lvr_lite.generate.decode.second_reading`.
+        """
         tokens, steps = self.checkpoint.tokens, self.settings.steps
         read = []
         for row in rows:
@@ -177,21 +224,48 @@ class Collator:
             positions[:, row.prompt + steps + 2 :] -= steps + 2  # the answer follows the prompt
             ids = np.concatenate([row.ids[before], np.full(steps, tokens.lvr), row.ids[after]])
             labels = np.concatenate([row.labels[before], np.full(steps, -100), row.labels[after]])
-            read.append((ids, labels, np.concatenate([positions[:, before], np.zeros((3, steps), np.int64), positions[:, after]], 1)))
+            read.append(
+                (
+                    ids,
+                    labels,
+                    np.concatenate(
+                        [positions[:, before], np.zeros((3, steps), np.int64), positions[:, after]],
+                        1,
+                    ),
+                )
+            )
         shape = (len(rows), max(len(ids) for ids, _, _ in read))
-        ids, labels, mask = np.full(shape, tokens.end[0]), np.full(shape, -100), np.zeros(shape, np.int64)
+        ids, labels, mask = (
+            np.full(shape, tokens.end[0]),
+            np.full(shape, -100),
+            np.zeros(shape, np.int64),
+        )
         positions = np.zeros((3, *shape), np.int64)
         for i, (row_ids, row_labels, row_positions) in enumerate(read):
             there = slice(0, len(row_ids))
-            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = row_ids, row_labels, 1, row_positions
-        return {"reader_ids": ids, "reader_labels": labels, "reader_mask": mask, "reader_positions": positions}
+            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = (
+                row_ids,
+                row_labels,
+                1,
+                row_positions,
+            )
+        return {
+            "reader_ids": ids,
+            "reader_labels": labels,
+            "reader_mask": mask,
+            "reader_positions": positions,
+        }
 
     def _targets(self, sample: Sample, grids: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without boxes: its whole picture."""
+        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without
+        boxes: its whole picture.
+        """
         if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
-        in_boxes = box_rule.visual_tokens_in_boxes(found, grids[0], self.checkpoint.family, self.checkpoint.image_spec)
+        in_boxes = box_rule.visual_tokens_in_boxes(
+            found, grids[0], self.checkpoint.family, self.checkpoint.image_spec
+        )
         if self.settings.targets == "pooled":
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
@@ -202,23 +276,42 @@ class Collator:
         shown = [c.family.picture_text(g, c.image_spec) for g in grids]
         asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, shown)
         end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
-        said = c.tokenizer.encode(latent.response(latents, sample.answer, end), add_special_tokens=False).ids
+        said = c.tokenizer.encode(
+            latent.response(latents, sample.answer, end), add_special_tokens=False
+        ).ids
         ids = np.array(asked + said, np.int64)
-        labels = np.array([-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64)
+        labels = np.array(
+            [-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64
+        )
         positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
         following = positions.max() + 1 + np.arange(len(said))
-        return _Row(ids, labels, np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1), len(asked), targets, look)
+        return _Row(
+            ids,
+            labels,
+            np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1),
+            len(asked),
+            targets,
+            look,
+        )
 
 
 class LengthGrouped(torch.utils.data.Sampler[int]):
-    """Every index once an epoch, in an order in which `batch` in a row are about equally long, so that little of a batch is padding.
+    """Every index once an epoch, in an order in which `batch` in a row are about equally long, so
+    that little of a batch is padding.
 
-    A shuffled run of POOL batches is sorted by length and cut into batches, which are shuffled: batches stay random, and no length is
-    asked for long before it is needed. The order hangs on seed and epoch alone, so a resumed run goes on in the same one.
+    A shuffled run of POOL batches is sorted by length and cut into batches, which are shuffled:
+    batches stay random, and no length is asked for long before it is needed. The order hangs on
+    seed and epoch alone, so a resumed run goes on in the same one.
     """
 
     def __init__(self, count: int, length: Callable[[int], int], batch: int, seed: int) -> None:
-        self._count, self._length, self._batch, self._seed, self._epoch = count, length, batch, seed, 0
+        self._count, self._length, self._batch, self._seed, self._epoch = (
+            count,
+            length,
+            batch,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -230,17 +323,30 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
         rng = np.random.default_rng([self._seed, self._epoch])
         order = rng.permutation(self._count)
         for first in range(0, self._count, POOL * self._batch):
-            pool = sorted((int(i) for i in order[first : first + POOL * self._batch]), key=self._length)
+            pool = sorted(
+                (int(i) for i in order[first : first + POOL * self._batch]), key=self._length
+            )
             batches = [pool[i : i + self._batch] for i in range(0, len(pool), self._batch)]
-            short = batches.pop() if len(batches[-1]) < self._batch else []  # ends the epoch, or batches after it would straddle two
+            short = (
+                batches.pop() if len(batches[-1]) < self._batch else []
+            )  # ends the epoch, or batches after it would straddle two
             for place in rng.permutation(len(batches)):
                 yield from batches[place]
             yield from short
 
 
 def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:
-    """Those that look first, then the others, the longest first (by letters, which is near enough)."""
-    return sorted(items, key=lambda item: (0, 0) if looks(item[0], settings) else (1, -len(item[0].question) - len(item[0].answer)))
+    """Those that look first, then the others, the longest first (by letters, which is near
+    enough).
+    """
+    return sorted(
+        items,
+        key=lambda item: (
+            (0, 0)
+            if looks(item[0], settings)
+            else (1, -len(item[0].question) - len(item[0].answer))
+        ),
+    )
 
 
 def _tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -248,7 +354,9 @@ def _tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _long_and_short(rows: list[_Row]) -> list[list[_Row]]:
-    """Rows cut in two where that saves a quarter of their padded size at least: one caption among words should not make all rows long."""
+    """Rows cut in two where that saves a quarter of their padded size at least: one caption among
+    words should not make all rows long.
+    """
 
     def size(part: list[_Row]) -> int:
         return len(part) * max((len(row.ids) for row in part), default=0)
@@ -264,9 +372,17 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
 
 
 def check_samples(examples: Examples, checkpoint: Checkpoint) -> None:
-    """Raises DataError for a sample whose question or answer holds a token that stands for a picture or for a step of the loop."""
+    """Raises DataError for a sample whose question or answer holds a token that stands for a
+    picture or for a step of the loop.
+    """
     for sample in examples.samples:
         for part, text in (("question", sample.question), ("answer", sample.answer)):
-            found = [t for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN) if t in text]
+            found = [
+                t
+                for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN)
+                if t in text
+            ]
             if found:
-                raise DataError(f"sample {sample.id}: its {part} contains {found[0]}, which stands for something else here: leave it out")
+                raise DataError(
+                    f"sample {sample.id}: its {part} contains {found[0]}, which stands for something else here: leave it out"
+                )

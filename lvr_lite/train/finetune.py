@@ -1,7 +1,9 @@
-"""`lvr-lite finetune`: QLoRA over a 4-bit base with transformers' Trainer. May import: torch, transformers, peft and the core.
+"""`lvr-lite finetune`: QLoRA over a 4-bit base with transformers' Trainer. May import: torch,
+transformers, peft and the core.
 
-OUT holds the adapter (adapter_model.safetensors), lvr_config.json, the resolved settings, metrics.json, TensorBoard logs and
-checkpoint-N folders; a checkpoint counts as whole when its marker file, written last, is there, so a killed run loses one interval at most.
+OUT holds the adapter (adapter_model.safetensors), lvr_config.json, the resolved settings,
+metrics.json, TensorBoard logs and checkpoint-N folders; a checkpoint counts as whole when its
+marker file, written last, is there, so a killed run loses one interval at most.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvr_lite.bundle import write_atomically
-from lvr_lite.checkpoint import LVR_CONFIG, Checkpoint, trained_over
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Picked, Samples, read_samples
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
-from lvr_lite.latent import LatentSpec
-from lvr_lite.memory import peak_rss_mb
-from lvr_lite.prompt import prompt_ids
-from lvr_lite.runtime.base import Runtime
-from lvr_lite.runtime.torch import TorchRuntime, visual_tokens
+from lvr_lite.files import write_atomically
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.generate.torch import TorchRuntime, visual_tokens
+from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint, trained_over
+from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.system import peak_rss_mb
 from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
@@ -53,13 +55,17 @@ def training_device() -> str:
 
 
 def training_dtype(settings: Settings, device: str) -> torch.dtype:
-    """What the base is held in and computed with; "auto" takes bf16 where it is the machine's fast type."""
+    """What the base is held in and computed with; "auto" takes bf16 where it is the machine's fast
+    type.
+    """
     bf16 = {"auto": computes_in_bf16(device), "bf16": True, "fp32": False}[settings.train.precision]
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
-    """The 4-bit model with LoRA on every linear of the language model and the three marker rows trainable; all else is frozen (checked)."""
+    """The 4-bit model with LoRA on every linear of the language model and the three marker rows
+    trainable; all else is frozen (checked).
+    """
     from peft import LoraConfig, get_peft_model
 
     for parameter in model.parameters():
@@ -80,10 +86,14 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     wrong = [
         n
         for n, p in tuned.named_parameters()
-        if p.requires_grad and not ("lora_" in n and f".{text}." in n) and "trainable_tokens" not in n
+        if p.requires_grad
+        and not ("lora_" in n and f".{text}." in n)
+        and "trainable_tokens" not in n
     ]
     if wrong:
-        raise LvrError(f"{wrong[0]} would be trained, but only adapters and the three token rows may be")
+        raise LvrError(
+            f"{wrong[0]} would be trained, but only adapters and the three token rows may be"
+        )
     if settings.train.gradient_checkpointing:
         keep_less(tuned)
     return tuned
@@ -91,55 +101,90 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 
 def keep_less(model: Any) -> None:
     """Gradient checkpointing for a model with adapters: layers are read again instead of kept."""
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.get_base_model().gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
 
 
 @torch.no_grad()
 def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
-    """Start the marker rows where the base model understands them: both markers as the prompt's last token, after which the model says
-    what it found, the place of a latent as that of a visual token. Their spare rows were never trained."""
-    prompt = prompt_ids(checkpoint.tokenizer, checkpoint.template, "", checkpoint.family.IMAGE_TOKEN, [checkpoint.family.IMAGE_TOKEN])
+    """Start the marker rows where the base model understands them: both markers as the prompt's
+    last token, after which the model says what it found, the place of a latent as that of a visual
+    token. Their spare rows were never trained.
+    """
+    prompt = prompt_ids(
+        checkpoint.tokenizer,
+        checkpoint.template,
+        "",
+        checkpoint.family.IMAGE_TOKEN,
+        [checkpoint.family.IMAGE_TOKEN],
+    )
     picture = prompt.index(checkpoint.tokens.image)
     rows = model.get_input_embeddings().weight
     tokens = checkpoint.tokens
-    rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = rows[prompt[-1]], rows[prompt[picture]], rows[prompt[-1]]
+    rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = (
+        rows[prompt[-1]],
+        rows[prompt[picture]],
+        rows[prompt[-1]],
+    )
 
 
 @torch.no_grad()
-def norm_of_visual_tokens(core: Any, collator: Collator, examples: Examples, samples: int = 32) -> float:
+def norm_of_visual_tokens(
+    core: Any, collator: Collator, examples: Examples, samples: int = 32
+) -> float:
     """Mean L2 norm of the visual tokens of the first samples."""
     width = core.config.text_config.hidden_size
     seen = (collator([examples[i]]) for i in range(min(samples, len(examples))))
-    norms = [visual_tokens(core, batch["pixel_values"], batch["grid_thw"])[:, :width].float().norm(dim=-1) for batch in seen]
+    norms = [
+        visual_tokens(core, batch["pixel_values"], batch["grid_thw"])[:, :width]
+        .float()
+        .norm(dim=-1)
+        for batch in seen
+    ]
     return float(torch.cat(norms).mean())
 
 
 def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
-    """Training examples, replayed ones among them, and held-out ones, for `--data scenes` or a file of samples with boxes."""
+    """Training examples, replayed ones among them, and held-out ones, for `--data scenes` or a file
+    of samples with boxes.
+    """
     train, held_out = _load_own(data, settings)
     replay, share = settings.data.replay, settings.data.replay_share
     if replay is None:
         return train, held_out
     count = round(len(train) * share / (1 - share))
     if replay == "skills":
-        return train.and_also(Examples.of_skills(settings.data.seed, max(1, count)), count), held_out
+        return train.and_also(
+            Examples.of_skills(settings.data.seed, max(1, count)), count
+        ), held_out
     if not Path(replay).is_file():
         raise UsageError(f"data.replay={replay}: neither skills nor a file of samples")
     held = {picture.resolve() for sample in held_out.samples for picture in sample.images}
     others = Samples(Path(replay))
-    free = [i for i in range(len(others)) if not held & {picture.resolve() for picture in others[i].images}]
+    free = [
+        i
+        for i in range(len(others))
+        if not held & {picture.resolve() for picture in others[i].images}
+    ]
     if not free:
-        raise DataError(f"{replay}: all of its pictures are held out, so none can be replayed; give samples of other pictures")
+        raise DataError(
+            f"{replay}: all of its pictures are held out, so none can be replayed; give samples of other pictures"
+        )
     return train.and_also(Examples.of_samples(Picked.of(others, free)), count), held_out
 
 
 def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
     if data == "scenes":
-        return Examples.of_scenes(settings.data.seed, "train", settings.data.count), Examples.of_scenes(
-            settings.data.seed + EVAL_SEED, "test", settings.data.eval_count
-        )
+        return Examples.of_scenes(
+            settings.data.seed, "train", settings.data.count
+        ), Examples.of_scenes(settings.data.seed + EVAL_SEED, "test", settings.data.eval_count)
     samples = Samples(Path(data))
-    if METHODS[settings.latent.method].latents and settings.latent.samples == "boxed" and not any(samples.boxed):
+    if (
+        METHODS[settings.latent.method].latents
+        and settings.latent.samples == "boxed"
+        and not any(samples.boxed)
+    ):
         free = settings.latent.runs_freely and settings.latent.loss != "none"
         untargeted = "latent.samples=all" + (" and latent.loss=none" if free else "")
         raise DataError(
@@ -149,17 +194,28 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
         held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
         return Examples.of_samples(samples), Examples.of_samples(held_out)
     numbers, first = np.unique(np.array(samples.pictures), return_index=True)
-    last = np.argsort(first)[-max(1, min(settings.data.eval_count, len(first) // 10)) :]  # in the order in which pictures come first
+    last = np.argsort(first)[
+        -max(1, min(settings.data.eval_count, len(first) // 10)) :
+    ]  # in the order in which pictures come first
     held = np.isin(np.array(samples.pictures), numbers[last])
     if held.all():
-        raise DataError(f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file")
-    train, last_ones = (Examples.of_samples(Picked.of(samples, array("q", np.flatnonzero(which)))) for which in (~held, held))
+        raise DataError(
+            f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file"
+        )
+    train, last_ones = (
+        Examples.of_samples(Picked.of(samples, array("q", np.flatnonzero(which))))
+        for which in (~held, held)
+    )
     return train, last_ones
 
 
 def last_whole_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint-N in `out` that was written to its end."""
-    found = [p for p in out.glob("checkpoint-*") if (p / COMPLETE).is_file() and p.name.split("-")[1].isdigit()]
+    found = [
+        p
+        for p in out.glob("checkpoint-*")
+        if (p / COMPLETE).is_file() and p.name.split("-")[1].isdigit()
+    ]
     return max(found, key=_steps_of, default=None)
 
 
@@ -179,8 +235,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Tune `checkpoint`'s base on `data` into `out`; returns the metrics that metrics.json holds.
 
-    load_base: loads the 4-bit model (checkpoint, dtype, device). accuracy: free-running accuracy on held-out examples, run at every
-    evaluation. Raises UsageError where `out` holds another run, LvrError where the loss is no longer finite.
+    load_base: loads the 4-bit model (checkpoint, dtype, device). accuracy: free-running accuracy on
+    held-out examples, run at every evaluation. Raises UsageError where `out` holds another run,
+    LvrError where the loss is no longer finite.
     """
     import transformers
 
@@ -189,13 +246,17 @@ def finetune(
     dtype = training_dtype(settings, device)
     begin_from = begin(out, resume, checkpoint)
     if settings.max_pixels is not None:
-        checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
+        checkpoint = replace(
+            checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels}
+        )
     train, held_out = load_examples(data, settings)
     for examples in (train, held_out):
         check_samples(examples, checkpoint)
     base = load_base(checkpoint, dtype, device)
     if device == "cpu" and settings.train.dequantize == "auto" and base.num_parameters() < SMALL:
-        base = base.dequantize()  # the same NF4 values, held in `dtype`: without a GPU taking them apart costs a quarter of a step
+        # the same NF4 values, held in `dtype`: without a GPU taking them apart costs a quarter of a
+        # step
+        base = base.dequantize()
     model = adapted(base, checkpoint, settings)
     collator = Collator(checkpoint, settings.latent)
     matched = settings.latent.feedback == "norm-matched"
@@ -213,21 +274,34 @@ def finetune(
     )
     if settings.data.group_by_length and data != "scenes":
         grouped = LengthGrouped(
-            len(train), lambda i: collator.length(train.samples[i], train.sizes(i)), settings.train.batch, settings.train.seed
+            len(train),
+            lambda i: collator.length(train.samples[i], train.sizes(i)),
+            settings.train.batch,
+            settings.train.seed,
         )
         trainer.sampler = grouped
     if accuracy is not None:
         runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
     trainable, total = model.get_nb_trainable_parameters()
-    say(f"{trainable:,} of {total:,} parameters are trained; {len(train):,} samples, {len(held_out):,} held out; {dtype} on {device}")
+    say(
+        f"{trainable:,} of {total:,} parameters are trained; {len(train):,} samples, {len(held_out):,} held out; {dtype} on {device}"
+    )
     return train_to_end(trainer, out, settings, begin_from, device, started, say)
 
 
 def train_to_end(
-    trainer: Any, out: Path, settings: Settings, begin_from: Path | None, device: str, started: float, say: Callable[[str], None]
+    trainer: Any,
+    out: Path,
+    settings: Settings,
+    begin_from: Path | None,
+    device: str,
+    started: float,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a trainer of `trainer_class`, or go on from a checkpoint-N of its own; write the adapter and the metrics, which are returned."""
+    """Run a trainer of `trainer_class`, or go on from a checkpoint-N of its own; write the adapter
+    and the metrics, which are returned.
+    """
     import transformers
 
     model = trainer.model.model
@@ -238,7 +312,9 @@ def train_to_end(
     if begin_from is not None and _steps_of(begin_from) >= settings.train.steps:
         # Trainer looks at max_steps after a step only: it would train one more
         trainer._load_from_checkpoint(str(begin_from))
-        trainer.state = transformers.TrainerState.load_from_json(str(begin_from / "trainer_state.json"))
+        trainer.state = transformers.TrainerState.load_from_json(
+            str(begin_from / "trainer_state.json")
+        )
     else:
         trainer.train(resume_from_checkpoint=str(begin_from) if begin_from else None)
     if trainer.is_world_process_zero():
@@ -264,34 +340,50 @@ def _local_rank() -> int:
 
 
 def begin(out: Path, resume: bool, checkpoint: Checkpoint) -> Path | None:
-    """Where to go on from: None for a new run. A folder that holds a run is not overwritten unasked, nor gone on with over another base."""
+    """Where to go on from: None for a new run. A folder that holds a run is not overwritten
+    unasked, nor gone on with over another base.
+    """
     last = last_whole_checkpoint(out) if out.is_dir() else None
     if resume:
         if last is None:
-            raise UsageError(f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume")
+            raise UsageError(
+                f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume"
+            )
         if trained_over(last) not in (None, checkpoint.base_sha256):
-            raise UsageError(f"{out}: was begun over another base than {checkpoint.base}, whose weights have another sha256; give that one")
+            raise UsageError(
+                f"{out}: was begun over another base than {checkpoint.base}, whose weights have another sha256; give that one"
+            )
         return last
-    first = os.environ.get("RANK", "0") == "0"  # another process may come here after the first has begun to write
+    first = (
+        os.environ.get("RANK", "0") == "0"
+    )  # another process may come here after the first has begun to write
     if first and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists; continue it with --resume, or choose another --out")
     return None
 
 
-def write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> None:
-    """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the adapter."""
+def write_side_files(
+    out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings
+) -> None:
+    """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the
+    adapter.
+    """
     import yaml
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.tokenizer.save(str(out / "tokenizer.json"))
         (out / "chat_template.jinja").write_text(checkpoint.template)
-        shutil.copyfile(checkpoint.base / "preprocessor_config.json", out / "preprocessor_config.json")
+        shutil.copyfile(
+            checkpoint.base / "preprocessor_config.json", out / "preprocessor_config.json"
+        )
     except OSError as error:
-        raise BundleError(f"{out}: cannot be written ({error.strerror or error}); free some space or choose another --out") from error
+        raise BundleError(
+            f"{out}: cannot be written ({error.strerror or error}); free some space or choose another --out"
+        ) from error
     from importlib import resources
 
-    embedded = Path(str(resources.files("lvr_lite") / "tiny" / "model"))
+    embedded = Path(str(resources.files("lvr_lite") / "toy" / "model"))
     base = "tiny" if checkpoint.base == embedded else str(checkpoint.base.resolve())
     image = {} if settings.max_pixels is None else {"max_pixels": settings.max_pixels}
     content = {
@@ -306,7 +398,9 @@ def write_side_files(out: Path, checkpoint: Checkpoint, spec: LatentSpec, settin
     write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
-def arguments(transformers: Any, out: Path, settings: Settings, dtype: torch.dtype, device: str) -> Any:
+def arguments(
+    transformers: Any, out: Path, settings: Settings, dtype: torch.dtype, device: str
+) -> Any:
     t = settings.train
     return transformers.TrainingArguments(
         output_dir=str(out),
@@ -345,7 +439,9 @@ def arguments(transformers: Any, out: Path, settings: Settings, dtype: torch.dty
 
 def trainer_class(transformers: Any) -> Any:
     class SftTrainer(transformers.Trainer):
-        """transformers' Trainer over LatentSFT: logs the parts of the loss, saves the adapter alone, stops at a loss that is not finite."""
+        """transformers' Trainer over LatentSFT: logs the parts of the loss, saves the adapter
+        alone, stops at a loss that is not finite.
+        """
 
         answer_accuracy: Callable[[], float] | None = None
         sampler: Any = None  # Trainer's own order without one
@@ -355,13 +451,21 @@ def trainer_class(transformers: Any) -> Any:
             self.model_accepts_loss_kwargs = False
             self.parts: dict[str, list[float]] = {}
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+        ) -> Any:
             self.model.progress = self.state.global_step / self.state.max_steps
             out = model(**inputs)
             if not torch.isfinite(out["loss"]):
-                raise LvrError(f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the samples")
-            for name in ("ce", "latent", "right", "found") if len(inputs["pool"]) else ("ce", "right"):
-                self.parts.setdefault(name if model.training else f"eval_{name}", []).append(float(out[name]))
+                raise LvrError(
+                    f"step {self.state.global_step}: the loss is {out['loss'].item()}; lower train.lr, or look at the samples"
+                )
+            for name in (
+                ("ce", "latent", "right", "found") if len(inputs["pool"]) else ("ce", "right")
+            ):
+                self.parts.setdefault(name if model.training else f"eval_{name}", []).append(
+                    float(out[name])
+                )
             return (out["loss"], out) if return_outputs else out["loss"]
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -373,7 +477,11 @@ def trainer_class(transformers: Any) -> Any:
             return loss.detach(), None, None
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            for name in [n for n in self.parts if n.startswith("eval_") == any(k.startswith("eval_") for k in logs)]:
+            for name in [
+                n
+                for n in self.parts
+                if n.startswith("eval_") == any(k.startswith("eval_") for k in logs)
+            ]:
                 logs[name] = round(float(np.mean(self.parts.pop(name))), 5)
             super().log(logs, *args, **kwargs)
 
@@ -386,14 +494,19 @@ def trainer_class(transformers: Any) -> Any:
                 self.model.train()
             return metrics
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-            self.model.model.save_pretrained(output_dir or self.args.output_dir, safe_serialization=True)
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            self.model.model.save_pretrained(
+                output_dir or self.args.output_dir, safe_serialization=True
+            )
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
-            set_peft_model_state_dict(self.model.model, load_file(str(Path(resume_from_checkpoint) / "adapter_model.safetensors")))
+            set_peft_model_state_dict(
+                self.model.model,
+                load_file(str(Path(resume_from_checkpoint) / "adapter_model.safetensors")),
+            )
 
     return SftTrainer
 
@@ -402,20 +515,35 @@ def _progress_class(transformers: Any) -> Any:
     class Progress(transformers.trainer_callback.ProgressCallback):
         """The progress bar, with one short line a log instead of a dictionary."""
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:  # noqa: ARG002
-            quiet = re.compile(r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)")
-            said = "  ".join(f"{name} {float(value):.3f}" for name, value in (logs or {}).items() if not quiet.fullmatch(name))
+        def on_log(
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            logs: dict[str, float] | None = None,
+            **_: Any,
+        ) -> None:
+            quiet = re.compile(
+                r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)"
+            )
+            said = "  ".join(
+                f"{name} {float(value):.3f}"
+                for name, value in (logs or {}).items()
+                if not quiet.fullmatch(name)
+            )
             if said and self.training_bar is not None:
                 self.training_bar.write(f"step {state.global_step}: {said}")
 
     return Progress
 
 
-def marker(transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings) -> Any:
+def marker(
+    transformers: Any, out: Path, checkpoint: Checkpoint, spec: LatentSpec, settings: Settings
+) -> Any:
     class Marker(transformers.TrainerCallback):
         """Makes each checkpoint-N a checkpoint of its own, and marks it whole, last of all."""
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 folder = out / f"checkpoint-{state.global_step}"
                 write_side_files(folder, checkpoint, spec, settings)

@@ -1,11 +1,13 @@
-"""`lvr-lite grpo`: reinforcement learning on a tuned model (arXiv 2509.24251, stage 2; GRPO: arXiv 2402.03300). No boxes are needed, only
-answers that can be checked. May import: torch, transformers, peft and the core.
+"""`lvr-lite grpo`: reinforcement learning on a tuned model (arXiv 2509.24251, stage 2; GRPO: arXiv
+2402.03300). No boxes are needed, only answers that can be checked. May import: torch, transformers,
+peft and the core.
 
-A step: several answers to each question are drawn by the one decode loop, with the latents that the model finds; each is rewarded, and
-its advantage is how far that lies above the mean of its question's answers, in standard deviations. Each answer is then read once more
-in one teacher-forced pass, and the choices of the head become more or less likely. The choice to reason is one of them; latents have no
-probabilities. With `grpo.latents=recorded` they are constants, those of the drawing (the paper); with `recomputed` they are found anew
-on the way, and the gradient goes through them.
+A step: several answers to each question are drawn by the one decode loop, with the latents that the
+model finds; each is rewarded, and its advantage is how far that lies above the mean of its
+question's answers, in standard deviations. Each answer is then read once more in one teacher-forced
+pass, and the choices of the head become more or less likely. The choice to reason is one of them;
+latents have no probabilities. With `grpo.latents=recorded` they are constants, those of the drawing
+(the paper); with `recomputed` they are found anew on the way, and the gradient goes through them.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvr_lite.ask import prepare_prompt, text_of
-from lvr_lite.checkpoint import Checkpoint
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
-from lvr_lite.decode import Decoding, Options, Prompt, Result, decode, second_reading
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.latent import LatentSpec
-from lvr_lite.runtime.base import Runtime, TokenIds
-from lvr_lite.runtime.torch import TorchRuntime, distinct
+from lvr_lite.generate.ask import prepare_prompt, text_of
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode, second_reading
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.generate.torch import TorchRuntime, distinct
+from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.spec import LatentSpec, TokenIds
 from lvr_lite.train.batches import Examples, Item, check_samples
 from lvr_lite.train.finetune import (
     SMALL,
@@ -51,8 +53,9 @@ FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
 
 @dataclass
 class Rollout:
-    """One answer that was drawn. prompt, result: what was asked, and what came. rewards: what each reward gave. advantage: over the other
-    answers to its question."""
+    """One answer that was drawn. prompt, result: what was asked, and what came. rewards: what each
+    reward gave. advantage: over the other answers to its question.
+    """
 
     sample: Sample
     prompt: Prompt
@@ -63,9 +66,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Reading:
-    """One row of the teacher-forced pass. ids (S,), <|lvr|> in the places of latents (n, H); positions (3, S); features (T, H or wider), in
-    the places of pictures. lead: how many ids come before <|lvr_start|>. at: from which places something was chosen; chosen: the ids;
-    may_start: whether <|lvr_start|> could be. shares (n, K): of a second reading, which latents of the first its own are the means of."""
+    """One row of the teacher-forced pass. ids (S,), <|lvr|> in the places of latents (n, H);
+    positions (3, S); features (T, H or wider), in the places of pictures. lead: how many ids come
+    before <|lvr_start|>. at: from which places something was chosen; chosen: the ids; may_start:
+    whether <|lvr_start|> could be. shares (n, K): of a second reading, which latents of the first
+    its own are the means of.
+    """
 
     ids: np.ndarray
     positions: np.ndarray
@@ -79,21 +85,40 @@ class Reading:
 
 
 def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> list[Reading]:
-    """What the decode loop read for an answer, as rows: one, or two where a bottleneck was handed over."""
-    latents = np.stack(result.latents).astype(np.float32) if result.latents else np.zeros((0, prompt.features.shape[1]), np.float32)
+    """What the decode loop read for an answer, as rows: one, or two where a bottleneck was handed
+    over.
+    """
+    latents = (
+        np.stack(result.latents).astype(np.float32)
+        if result.latents
+        else np.zeros((0, prompt.features.shape[1]), np.float32)
+    )
     start = result.choices.index(tokens.lvr_start) if tokens.lvr_start in result.choices else None
     if start is None or mode == "open":
-        return [_reading(prompt.ids, prompt.positions, latents, prompt.features, result.choices, tokens, True)]
+        return [
+            _reading(
+                prompt.ids, prompt.positions, latents, prompt.features, result.choices, tokens, True
+            )
+        ]
     ids, positions, shares = second_reading(prompt, latents, tokens)
     before, after = result.choices[: start + 1], result.choices[start + 1 :]
     return [
         _reading(prompt.ids, prompt.positions, latents[:-1], prompt.features, before, tokens, True),
-        replace(_reading(ids, positions, shares @ latents, prompt.features[:0], after, tokens, False), shares=shares),
+        replace(
+            _reading(ids, positions, shares @ latents, prompt.features[:0], after, tokens, False),
+            shares=shares,
+        ),
     ]
 
 
 def _reading(
-    ids: np.ndarray, positions: np.ndarray, latents: np.ndarray, features: np.ndarray, choices: list[int], tokens: TokenIds, may_start: bool
+    ids: np.ndarray,
+    positions: np.ndarray,
+    latents: np.ndarray,
+    features: np.ndarray,
+    choices: list[int],
+    tokens: TokenIds,
+    may_start: bool,
 ) -> Reading:
     said: list[int] = []
     at, could = [], []
@@ -106,16 +131,25 @@ def _reading(
             said += [*[tokens.lvr] * len(latents), tokens.lvr_end]
     said.pop()  # the last choice was not fed; nor is the end of latents that are handed over
     following = positions.max() + 1 + np.broadcast_to(np.arange(len(said)), (3, len(said)))
-    every, where = np.concatenate([ids, said]).astype(np.int64), np.concatenate([positions, following], 1).astype(np.int64)
+    every, where = (
+        np.concatenate([ids, said]).astype(np.int64),
+        np.concatenate([positions, following], 1).astype(np.int64),
+    )
     lead = len(ids) + (said.index(tokens.lvr_start) if tokens.lvr_start in said else len(said))
     return Reading(every, where, latents, features, lead, np.array(at), list(choices), could)
 
 
 def batches_of(made: Sequence[Sequence[Reading]]) -> list[dict[str, Any]]:
-    """The `readings` of several answers as batches of `batch_of`: the first readings, and the second ones, which are much shorter. mix
-    (L, B * K) of the latter: its latents are mix @ those of the rows of the former."""
+    """The `readings` of several answers as batches of `batch_of`: the first readings, and the
+    second ones, which are much shorter. mix (L, B * K) of the latter: its latents are mix @ those
+    of the rows of the former.
+    """
     first = batch_of([rows[0] for rows in made])
-    again = [(place, rows[1]) for place, rows in zip(first["place"].tolist(), made, strict=True) if len(rows) > 1]
+    again = [
+        (place, rows[1])
+        for place, rows in zip(first["place"].tolist(), made, strict=True)
+        if len(rows) > 1
+    ]
     if not again:
         return [first]
     second = batch_of([row for _, row in again])
@@ -126,15 +160,23 @@ def batches_of(made: Sequence[Sequence[Reading]]) -> list[dict[str, Any]]:
         mix = np.zeros((n, len(first["ids"]), steps), np.float32)
         mix[:, place] = row.shares
         shares.setdefault(to, mix.reshape(n, -1))
-    return [first, second | {"mix": torch.from_numpy(np.concatenate([shares[i] for i in range(len(shares))]))}]
+    return [
+        first,
+        second | {"mix": torch.from_numpy(np.concatenate([shares[i] for i in range(len(shares))]))},
+    ]
 
 
 def batch_of(rows: Sequence[Reading]) -> dict[str, Any]:
-    """Rows as one batch: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H), in reading order; row, column, chosen,
-    may_start (n,) of the choices, in the order of the rows; first: the column of the first latent, the same in every row that has some:
-    what comes before <|lvr_start|> and what comes from there on are padded on the right. Rows that read the same are there once, for of
-    short answers to one question many are alike; place: which one each of `rows` is."""
-    kept, place = distinct(tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows)
+    """Rows as one batch: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H),
+    in reading order; row, column, chosen, may_start (n,) of the choices, in the order of the rows;
+    first: the column of the first latent, the same in every row that has some: what comes before
+    <|lvr_start|> and what comes from there on are padded on the right. Rows that read the same are
+    there once, for of short answers to one question many are alike; place: which one each of `rows`
+    is.
+    """
+    kept, place = distinct(
+        tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows
+    )
     different = [rows[i] for i in kept]
     lead = max(r.lead for r in rows)
     count, longest = len(kept), lead + max(len(r.ids) - r.lead for r in rows)
@@ -153,23 +195,39 @@ def batch_of(rows: Sequence[Reading]) -> dict[str, Any]:
         "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
         "place": np.array(place),
     }  # fmt: skip
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()} | {"first": lead + 1}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+    } | {"first": lead + 1}
 
 
 class Policy(Reader):
-    """A tuned model as a distribution over the choices of its head, at a temperature. model: with its adapter. latents: as
-    `grpo.latents`. keep_start: keep a copy of what is trained, for `at_start`."""
+    """A tuned model as a distribution over the choices of its head, at a temperature. model: with
+    its adapter. latents: as `grpo.latents`. keep_start: keep a copy of what is trained, for
+    `at_start`.
+    """
 
     def __init__(
-        self, model: Any, tokens: TokenIds, spec: LatentSpec, temperature: float, latents: str = "recorded", keep_start: bool = False
+        self,
+        model: Any,
+        tokens: TokenIds,
+        spec: LatentSpec,
+        temperature: float,
+        latents: str = "recorded",
+        keep_start: bool = False,
     ) -> None:
         super().__init__(model, tokens, spec)
         self.temperature, self.recomputed = temperature, latents == "recomputed"
-        self._start = [(p, p.detach().clone()) for p in model.parameters() if keep_start and p.requires_grad]
+        self._start = [
+            (p, p.detach().clone()) for p in model.parameters() if keep_start and p.requires_grad
+        ]
 
     def forward(self, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
-        """Log-probabilities (n,) of the choices in batches of `batches_of`, one after another, as the decode loop drew them."""
-        chosen, may_start = (torch.cat([batch[name] for batch in batches]) for name in ("chosen", "may_start"))
+        """Log-probabilities (n,) of the choices in batches of `batches_of`, one after another, as
+        the decode loop drew them.
+        """
+        chosen, may_start = (
+            torch.cat([batch[name] for batch in batches]) for name in ("chosen", "may_start")
+        )
         states, latents = [], None
         for batch in batches:
             found, latents = self._read(batch, latents)
@@ -180,13 +238,20 @@ class Policy(Reader):
         never = torch.zeros_like(logits, dtype=torch.bool)
         never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
         never[:, tokens.lvr_start] = ~may_start
-        scores: torch.Tensor = (logits.masked_fill(never, -torch.inf) / self.temperature).log_softmax(-1)
+        scores: torch.Tensor = (
+            logits.masked_fill(never, -torch.inf) / self.temperature
+        ).log_softmax(-1)
         return scores.gather(1, chosen[:, None])[:, 0]
 
-    def _read(self, batch: dict[str, Any], before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(hidden states (B, S, H) of a batch, the latents (B, K, H) that its rows came to where they are recomputed).
+    def _read(
+        self, batch: dict[str, Any], before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden states (B, S, H) of a batch, the latents (B, K, H) that its rows came to where
+        they are recomputed).
 
-        before: the latents of the batch before, which those of a second reading are the means of."""
+        before: the latents of the batch before, which those of a second reading are the means
+        of.
+        """
         ids, features, tokens = batch["ids"], batch["features"], self.tokens
         embeds = as_wide(self.core.get_input_embeddings()(ids), features)
         embeds = embeds.masked_scatter((ids == tokens.image)[..., None], features.to(embeds.dtype))
@@ -203,7 +268,9 @@ class Policy(Reader):
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """The policy that the run began with: what is trained has its first values meanwhile, so no second model is needed."""
+        """The policy that the run began with: what is trained has its first values meanwhile, so no
+        second model is needed.
+        """
         now = [p.data for p, _ in self._start]
         for p, first in self._start:
             p.data = first
@@ -215,30 +282,49 @@ class Policy(Reader):
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """How far each reward of a group lies above their mean, in standard deviations; all 0 where they are equal."""
+    """How far each reward of a group lies above their mean, in standard deviations; all 0 where
+    they are equal.
+    """
     values = np.array(rewards, np.float64)
     spread = float(values.std())
-    return [0.0] * len(values) if spread < FLAT else [float(v) for v in (values - values.mean()) / spread]
+    return (
+        [0.0] * len(values)
+        if spread < FLAT
+        else [float(v) for v in (values - values.mean()) / spread]
+    )
 
 
-def objective(new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
-    """The clipped objective (n,) of choices, to be made large; new, old: log-probabilities now and when they were drawn (PPO, arXiv
-    1707.06347)."""
+def objective(
+    new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """The clipped objective (n,) of choices, to be made large; new, old: log-probabilities now and
+    when they were drawn (PPO, arXiv 1707.06347).
+    """
     ratio = (new - old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def divergence(now: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Of each choice (n,), an estimate of KL(now, start) that is never negative, from their log-probabilities (Schulman's k3)."""
+    """Of each choice (n,), an estimate of KL(now, start) that is never negative, from their
+    log-probabilities (Schulman's k3).
+    """
     gap = start - now
     return gap.exp() - gap - 1
 
 
 class Repeated(torch.utils.data.Sampler[int]):
-    """Indices in random order, in blocks of one step each, every block `updates` times. What no whole block is left for ends the epoch."""
+    """Indices in random order, in blocks of one step each, every block `updates` times. What no
+    whole block is left for ends the epoch.
+    """
 
     def __init__(self, count: int, block: int, updates: int, seed: int) -> None:
-        self._count, self._block, self._updates, self._seed, self._epoch = count, block, updates, seed, 0
+        self._count, self._block, self._updates, self._seed, self._epoch = (
+            count,
+            block,
+            updates,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -254,17 +340,35 @@ class Repeated(torch.utils.data.Sampler[int]):
 
 
 class Roller:
-    """Draws answers with a runtime and rewards them. donors: of a sample with a `pair`, the other one (`donors_of`)."""
+    """Draws answers with a runtime and rewards them. donors: of a sample with a `pair`, the other
+    one (`donors_of`).
+    """
 
-    def __init__(self, runtime: Runtime, settings: Settings, scoring: Scoring, donors: Callable[[Sample], Item | None]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        settings: Settings,
+        scoring: Scoring,
+        donors: Callable[[Sample], Item | None],
+    ) -> None:
         self.runtime, self.settings, self.scoring, self.donors = runtime, settings, scoring, donors
 
     def __call__(self, items: Sequence[Item], first: int) -> list[Rollout]:
-        """`grpo.group` rollouts of each item, those of one after another. first: the number of the first one in all of the run, which its
-        random numbers hang on, whatever it is drawn beside."""
+        """`grpo.group` rollouts of each item, those of one after another. first: the number of the
+        first one in all of the run, which its random numbers hang on, whatever it is drawn
+        beside.
+        """
         g = self.settings.grpo
-        options = Options(max_tokens=g.max_tokens, temperature=g.temperature, seed=self.settings.train.seed, keep_scores=True)
-        asked = [(sample, prepare_prompt(self.runtime, pictures, sample.question)[0]) for sample, pictures in items]
+        options = Options(
+            max_tokens=g.max_tokens,
+            temperature=g.temperature,
+            seed=self.settings.train.seed,
+            keep_scores=True,
+        )
+        asked = [
+            (sample, prepare_prompt(self.runtime, pictures, sample.question)[0])
+            for sample, pictures in items
+        ]
         rows = [(sample, prompt) for sample, prompt in asked for _ in range(g.group)]
         found: list[Rollout] = []
         for place in range(0, len(rows), g.rows):
@@ -273,22 +377,40 @@ class Roller:
             decoding = Decoding(self.runtime, [prompt for _, prompt in part], options, draws=draws)
             for _ in decoding:
                 pass
-            found += [Rollout(*row, result) for row, result in zip(part, decoding.results, strict=True)]
-        said = [self._with_donor(sample, prompt) if self.scoring.needs_donor else (None, None) for sample, prompt in asked]
+            found += [
+                Rollout(*row, result) for row, result in zip(part, decoding.results, strict=True)
+            ]
+        said = [
+            self._with_donor(sample, prompt) if self.scoring.needs_donor else (None, None)
+            for sample, prompt in asked
+        ]
         for i, group in enumerate(found[k : k + g.group] for k in range(0, len(found), g.group)):
             for rollout in group:
-                rollout.rewards = self.scoring(rollout.sample, self._answer(rollout.result, *said[i]))
-            for rollout, advantage in zip(group, advantages([r.rewards["reward"] for r in group]), strict=True):
+                rollout.rewards = self.scoring(
+                    rollout.sample, self._answer(rollout.result, *said[i])
+                )
+            for rollout, advantage in zip(
+                group, advantages([r.rewards["reward"] for r in group]), strict=True
+            ):
                 rollout.advantage = advantage
         return found
 
     def _answer(self, result: Result, own: str | None, donor: str | None) -> Answer:
         start = self.runtime.tokens.lvr_start
         before = result.choices.index(start) if start in result.choices else 0
-        return Answer(text_of(self.runtime, result), len(result.latents), before, result.reason == "stop", donor, own)
+        return Answer(
+            text_of(self.runtime, result),
+            len(result.latents),
+            before,
+            result.reason == "stop",
+            donor,
+            own,
+        )
 
     def _with_donor(self, sample: Sample, prompt: Prompt) -> tuple[str | None, str | None]:
-        """What is said with a prompt's own latents and with those of its donor, without drawing by lot."""
+        """What is said with a prompt's own latents and with those of its donor, without drawing by
+        lot.
+        """
         item = self.donors(sample)
         if item is None:
             return None, None
@@ -302,7 +424,9 @@ class Roller:
 
 
 def donors_of(examples: Examples) -> Callable[[Sample], Item | None]:
-    """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise. Raises DataError where no pair is one."""
+    """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise.
+    Raises DataError where no pair is one.
+    """
     pairs: dict[str, list[int]] = {}
     for i, sample in enumerate(examples.samples):
         if sample.pair is not None:
@@ -332,19 +456,26 @@ def grpo(
     accuracy: Callable[[Runtime, Iterable[Item]], float] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Go on with the adapter of a tuned `checkpoint` on `data` into `out`; returns the metrics that metrics.json holds.
+    """Go on with the adapter of a tuned `checkpoint` on `data` into `out`; returns the metrics that
+    metrics.json holds.
 
-    load_trained: loads the 4-bit model with its adapter (checkpoint, dtype, device, parameters below which it is unpacked); the other
-    arguments and the files as in `lvr_lite.train.finetune.finetune`. Raises UsageError for a checkpoint without latents, for a step that
-    takes more questions than there are, or where `out` holds another run; LvrError for a reward that fails.
+    load_trained: loads the 4-bit model with its adapter (checkpoint, dtype, device, parameters
+    below which it is unpacked); the other arguments and the files as in
+    `lvr_lite.train.finetune.finetune`. Raises UsageError for a checkpoint without latents, for a
+    step that takes more questions than there are, or where `out` holds another run; LvrError for a
+    reward that fails.
     """
     import transformers
 
     started = time.time()
     if not (checkpoint.adapter and checkpoint.latent.steps):
-        raise UsageError(f"{checkpoint.folder}: was not tuned with latents; tune it with `lvr-lite finetune` first")
+        raise UsageError(
+            f"{checkpoint.folder}: was not tuned with latents; tune it with `lvr-lite finetune` first"
+        )
     if settings.data.replay is not None:
-        raise UsageError("data.replay is for finetune: stage 2 has no labels to replay; leave it out")
+        raise UsageError(
+            "data.replay is for finetune: stage 2 has no labels to replay; leave it out"
+        )
     if settings.train.save_every % settings.grpo.updates:
         raise UsageError(
             f"train.save_every must be a multiple of grpo.updates ({settings.grpo.updates}), so that a run can go on from there"
@@ -354,9 +485,15 @@ def grpo(
     dtype = training_dtype(settings, device)
     begin_from = begin(out, resume, checkpoint)
     # pictures stay as large as the checkpoint was tuned on, unless said otherwise
-    settings = replace(settings, max_pixels=settings.max_pixels or checkpoint.image_spec["max_pixels"])
-    checkpoint = replace(checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels})
-    train, held_out = load_examples(data, replace(settings, latent=replace(settings.latent, samples="all")))
+    settings = replace(
+        settings, max_pixels=settings.max_pixels or checkpoint.image_spec["max_pixels"]
+    )
+    checkpoint = replace(
+        checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels}
+    )
+    train, held_out = load_examples(
+        data, replace(settings, latent=replace(settings.latent, samples="all"))
+    )
     for examples in (train, held_out):
         check_samples(examples, checkpoint)
     donors = donors_of(train) if scoring.needs_donor else lambda _: None
@@ -365,7 +502,9 @@ def grpo(
     if settings.train.gradient_checkpointing:
         keep_less(model)
     g = settings.grpo
-    policy = Policy(model, checkpoint.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0)
+    policy = Policy(
+        model, checkpoint.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0
+    )
     write_side_files(out, checkpoint, checkpoint.latent, settings)
     runtime = TorchRuntime(model, checkpoint)
     trainer = _trainer(transformers)(
@@ -385,12 +524,16 @@ def grpo(
     trainer.sampler = Repeated(len(train), block, settings.grpo.updates, settings.train.seed)
     if accuracy is not None:
         trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
-    say(f"{g.group} answers to each of {block} questions a step, {g.updates} updates with them; rewards {g.rewards}")
+    say(
+        f"{g.group} answers to each of {block} questions a step, {g.updates} updates with them; rewards {g.rewards}"
+    )
     return train_to_end(trainer, out, settings, begin_from, device, started, say)
 
 
 def _trainable(model: Any) -> Any:
-    """The adapter of a loaded checkpoint made trainable again, without dropout: what is scored must be what was drawn."""
+    """The adapter of a loaded checkpoint made trainable again, without dropout: what is scored must
+    be what was drawn.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
     for module in model.modules():
@@ -401,7 +544,9 @@ def _trainable(model: Any) -> Any:
 
 def _trainer(transformers: Any) -> Any:
     class GrpoTrainer(trainer_class(transformers)):  # type: ignore[misc]
-        """A step draws answers, or takes those drawn before, and learns from them; the rest is as in fine-tuning."""
+        """A step draws answers, or takes those drawn before, and learns from them; the rest is as
+        in fine-tuning.
+        """
 
         roller: Roller
         settings: Settings
@@ -423,7 +568,10 @@ def _trainer(transformers: Any) -> Any:
             if step % updates == 0:
                 self.drawn = self.drawn[:slot]
                 self.old = {place: scores for place, scores in self.old.items() if place[0] < slot}
-                number = ((step // updates * args.gradient_accumulation_steps + slot) * args.world_size + args.process_index) * len(inputs)
+                number = (
+                    (step // updates * args.gradient_accumulation_steps + slot) * args.world_size
+                    + args.process_index
+                ) * len(inputs)
                 model.eval()
                 with self.compute_loss_context_manager():
                     self.drawn.append(self.roller(inputs, number * self.settings.grpo.group))
@@ -432,18 +580,34 @@ def _trainer(transformers: Any) -> Any:
             return self.learn(model, slot)
 
         def learn(self, model: Any, slot: int) -> torch.Tensor:
-            """Gradients of the loss of the rollouts of one batch, which is returned; a few of them at once."""
+            """Gradients of the loss of the rollouts of one batch, which is returned; a few of them
+            at once.
+            """
             rollouts = self.drawn[slot]
             g, policy = self.settings.grpo, self.model
-            learning = [r for r in rollouts if r.advantage or g.beta] or rollouts[:1]  # equal rewards teach nothing
+            learning = [r for r in rollouts if r.advantage or g.beta] or rollouts[
+                :1
+            ]  # equal rewards teach nothing
             learning.sort(key=lambda r: len(r.prompt.ids) + len(r.result.choices))
             parts = [learning[i : i + g.rows] for i in range(0, len(learning), g.rows)]
             total = torch.zeros((), device=self.args.device)
             for number, part in enumerate(parts):
-                made = [(r, readings(r.prompt, r.result, policy.tokens, policy.spec.mode)) for r in part]
-                batches = [self._prepare_inputs(batch) for batch in batches_of([rows for _, rows in made])]
-                owners = [r for i in (0, 1) for r, rows in made for row in rows[i : i + 1] for _ in row.chosen]
-                each = torch.tensor([1 / len(r.result.choices) for r in owners], device=self.args.device)
+                made = [
+                    (r, readings(r.prompt, r.result, policy.tokens, policy.spec.mode)) for r in part
+                ]
+                batches = [
+                    self._prepare_inputs(batch) for batch in batches_of([rows for _, rows in made])
+                ]
+                owners = [
+                    r
+                    for i in (0, 1)
+                    for r, rows in made
+                    for row in rows[i : i + 1]
+                    for _ in row.chosen
+                ]
+                each = torch.tensor(
+                    [1 / len(r.result.choices) for r in owners], device=self.args.device
+                )
                 advantage = torch.tensor([r.advantage for r in owners], device=self.args.device)
                 with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
@@ -459,7 +623,10 @@ def _trainer(transformers: Any) -> Any:
                     loss = -(gain * each).sum() / len(rollouts)
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
                 total += loss.detach()
-                self.note("clipped", float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()))
+                self.note(
+                    "clipped",
+                    float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()),
+                )
             total /= self.current_gradient_accumulation_steps
             return total
 
@@ -469,15 +636,24 @@ def _trainer(transformers: Any) -> Any:
         def note_drawn(self, rollouts: list[Rollout]) -> None:
             for name in rollouts[0].rewards:
                 self.note(name, float(np.mean([r.rewards[name] for r in rollouts])))
-            groups = [rollouts[i : i + self.settings.grpo.group] for i in range(0, len(rollouts), self.settings.grpo.group)]
-            self.note("flat", float(np.mean([not any(r.advantage for r in group) for group in groups])))
+            groups = [
+                rollouts[i : i + self.settings.grpo.group]
+                for i in range(0, len(rollouts), self.settings.grpo.group)
+            ]
+            self.note(
+                "flat", float(np.mean([not any(r.advantage for r in group) for group in groups]))
+            )
             self.note("latents", float(np.mean([bool(r.result.latents) for r in rollouts])))
             self.note("tokens", float(np.mean([len(r.result.tokens) for r in rollouts])))
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """Free-running accuracy on held-out samples; there is no other loss to look at."""
             self.model.eval()
-            found = {} if self.answer_accuracy is None or not self.is_world_process_zero() else {"eval_accuracy": self.answer_accuracy()}
+            found = (
+                {}
+                if self.answer_accuracy is None or not self.is_world_process_zero()
+                else {"eval_accuracy": self.answer_accuracy()}
+            )
             if found:
                 self.log(dict(found))
             self.model.train()

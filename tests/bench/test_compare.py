@@ -1,4 +1,6 @@
-"""Two runs beside each other: noise is no change, a change is seen, and what is not comparable is said."""
+"""Two runs beside each other: noise is no change, a change is seen, and what is not comparable is
+said.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from lvr_lite.errors import DataError
 ROUNDS, TOKENS = 20, 16
 
 
-def a_run(seed: int, factor: float = 1.0, bandwidth: float = 40.0, md5: str = "a", noise: float = 0.1) -> dict[str, Any]:
-    """A run whose times are noisy by sample and by round; of a system `factor` times as slow as usual in all it does."""
+def a_run(
+    seed: int, factor: float = 1.0, bandwidth: float = 40.0, md5: str = "a", noise: float = 0.1
+) -> dict[str, Any]:
+    """A run whose times are noisy by sample and by round; of a system `factor` times as slow as
+    usual in all it does.
+    """
     rng = np.random.default_rng(seed)
 
     def samples(ms: float, each: int) -> dict[str, Any]:
@@ -48,7 +54,9 @@ def test_noise_is_no_change_in_19_of_20_tries() -> None:
 
 
 def test_the_rounds_of_one_moment_are_no_more_than_one_observation() -> None:
-    """Speed that moves every five seconds or so: rounds within each are alike, and 200 of them are not 200 observations."""
+    """Speed that moves every five seconds or so: rounds within each are alike, and 200 of them are
+    not 200 observations.
+    """
 
     def drifting(seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
@@ -58,7 +66,9 @@ def test_the_rounds_of_one_moment_are_no_more_than_one_observation() -> None:
         data["systems"][0]["stages"] = {}
         return data
 
-    tries = [compare.compare(drifting(2 * i), drifting(2 * i + 1), tolerance=0.01) for i in range(20)]
+    tries = [
+        compare.compare(drifting(2 * i), drifting(2 * i + 1), tolerance=0.01) for i in range(20)
+    ]
     assert sum(any(row["verdict"] != "same" for row in data["rows"]) for data in tries) <= 1
 
 
@@ -72,7 +82,10 @@ def test_a_change_is_seen_in_every_measure(factor: float, verdict: str) -> None:
 
 def test_a_small_change_is_within_the_tolerance_however_sure_it_is() -> None:
     assert not changed(a_run(0, noise=1e-4), a_run(1, 1.03, noise=1e-4))
-    assert {r["verdict"] for r in compare.compare(a_run(0, noise=1e-4), a_run(1, 1.03, noise=1e-4), 0.01)["rows"]} == {"slower"}
+    assert {
+        r["verdict"]
+        for r in compare.compare(a_run(0, noise=1e-4), a_run(1, 1.03, noise=1e-4), 0.01)["rows"]
+    } == {"slower"}
 
 
 def test_what_the_machine_itself_moved_is_no_change_of_the_system() -> None:
@@ -96,7 +109,9 @@ def test_what_only_one_run_has_is_left_out_and_nothing_in_common_is_an_error() -
     more["systems"].append(copy.deepcopy(more["systems"][0]) | {"name": "int4"})
     assert {row["system"] for row in compare.compare(a_run(0), more)["rows"]} == {"int8"}
     none["systems"][0]["name"] = "int4"
-    with pytest.raises(DataError, match="no system is in both runs: int8 in one, int4 in the other"):
+    with pytest.raises(
+        DataError, match="no system is in both runs: int8 in one, int4 in the other"
+    ):
         compare.compare(a_run(0), none)
 
 
@@ -118,4 +133,6 @@ def test_people_see_what_changed(tmp_path: Path) -> None:
     data = compare.compare(report.read(tmp_path / "a.json"), a_run(1, 1.5))
     out = io.StringIO()
     compare.show(data, Console(file=out, width=160))
-    assert all(word in out.getvalue() for word in ("int8", "TPOT", "slower", "GB/s", "14 of 14 changed"))
+    assert all(
+        word in out.getvalue() for word in ("int8", "TPOT", "slower", "GB/s", "14 of 14 changed")
+    )

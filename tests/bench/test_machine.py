@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite import bundle, doctor
+from lvr_lite import files
 from lvr_lite.bench import machine
+from lvr_lite.commands import doctor
+from lvr_lite.model import bundle
 
 X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n\nprocessor\t: 1\nmodel name\t: Some CPU\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd aes asimddp\nCPU part\t: 0xd0b\n\nModel\t\t: Raspberry Pi 5 Model B\n"
@@ -37,11 +39,18 @@ def test_the_card_is_json_and_has_every_fact() -> None:
     assert {"numpy", "onnxruntime", "lvr-lite"} <= set(card["packages"])
 
 
-def test_the_card_needs_neither_proc_nor_sys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_card_needs_neither_proc_nor_sys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
     monkeypatch.setattr(doctor, "SYS", tmp_path / "sys")
     card = machine.card()
-    assert (card["flags"], card["governor"], card["memory_gib"], card["threads"]) == (None, None, None, None)
+    assert (card["flags"], card["governor"], card["memory_gib"], card["threads"]) == (
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_an_x86_cpu_is_known_by_its_name_and_relevant_flags() -> None:
@@ -52,7 +61,9 @@ def test_an_arm_board_is_known_by_its_model_and_features() -> None:
     assert doctor.parse_cpuinfo(ARM) == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
 
 
-def test_memory_governor_and_model_are_read_where_the_kernel_puts_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_governor_and_model_are_read_where_the_kernel_puts_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(doctor, "PROC", tmp_path)
     monkeypatch.setattr(doctor, "SYS", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal:       8388608 kB\nMemAvailable:   4194304 kB\n")
@@ -65,10 +76,12 @@ def test_memory_governor_and_model_are_read_where_the_kernel_puts_them(monkeypat
     assert doctor.cpu() == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
 
 
-def test_a_bundle_is_known_by_the_hash_of_its_manifest_and_a_checkpoint_has_none(tmp_path: Path) -> None:
+def test_a_bundle_is_known_by_the_hash_of_its_manifest_and_a_checkpoint_has_none(
+    tmp_path: Path,
+) -> None:
     (tmp_path / bundle.MANIFEST).write_text("{}")
     bundles = machine.card(bundles={"int4": tmp_path, "torch": tmp_path / "none"})["bundles"]
-    assert bundles == {"int4": bundle.sha256(tmp_path / bundle.MANIFEST), "torch": None}
+    assert bundles == {"int4": files.sha256(tmp_path / bundle.MANIFEST), "torch": None}
 
 
 def test_outside_a_checkout_the_version_stands_for_the_commit(tmp_path: Path) -> None:
@@ -78,7 +91,9 @@ def test_outside_a_checkout_the_version_stands_for_the_commit(tmp_path: Path) ->
 def test_in_a_checkout_the_commit_is_told_and_whether_files_differ(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         subprocess.run(
-            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments], check=True, capture_output=True
+            ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+            check=True,
+            capture_output=True,
         )
 
     (tmp_path / "pyproject.toml").write_text("")

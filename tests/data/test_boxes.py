@@ -29,7 +29,9 @@ def plain(groups: list[np.ndarray]) -> list[list[int]]:
         ((0.2, 0.3, 0.3, 0.38), [5]),  # over a corner of four cells: the one of the box's centre
     ],
 )
-def test_a_box_selects_cells_whose_centre_or_quarter_it_covers(box: tuple[float, float, float, float], tokens: list[int]) -> None:
+def test_a_box_selects_cells_whose_centre_or_quarter_it_covers(
+    box: tuple[float, float, float, float], tokens: list[int]
+) -> None:
     found = tokens_in_box(box, rows=3, columns=4)
     assert found.tolist() == tokens
     assert found.dtype == np.int64
@@ -49,7 +51,10 @@ def test_every_box_selects_at_least_one_token_of_the_grid_in_ascending_order() -
 
 def test_a_larger_box_never_selects_fewer_tokens() -> None:
     for half in np.arange(0.1, 0.5, 0.01):
-        inner, outer = (set(tokens_in_box((0.5 - h, 0.5 - h, 0.5 + h, 0.5 + h), 7, 5).tolist()) for h in (half, half + 0.01))
+        inner, outer = (
+            set(tokens_in_box((0.5 - h, 0.5 - h, 0.5 + h, 0.5 + h), 7, 5).tolist())
+            for h in (half, half + 0.01)
+        )
         assert inner <= outer
 
 
@@ -69,7 +74,9 @@ def test_boxes_keep_their_order() -> None:
         (3, 4, [[0], [0], [1], [2]]),
     ],
 )
-def test_tokens_are_cut_into_exactly_as_many_runs_as_steps(n: int, steps: int, groups: list[list[int]]) -> None:
+def test_tokens_are_cut_into_exactly_as_many_runs_as_steps(
+    n: int, steps: int, groups: list[list[int]]
+) -> None:
     assert plain(pool_groups(np.arange(n), steps)) == groups
 
 
@@ -108,7 +115,10 @@ def test_boxes_over_the_same_tokens_each_keep_them() -> None:
 
 
 def test_with_fewer_steps_than_boxes_the_union_is_cut() -> None:
-    assert plain(pool_groups_of_boxes([np.array([5]), np.array([1, 5]), np.array([2])], 2)) == [[5], [1, 2]]
+    assert plain(pool_groups_of_boxes([np.array([5]), np.array([1, 5]), np.array([2])], 2)) == [
+        [5],
+        [1, 2],
+    ]
 
 
 def test_one_box_is_grouped_as_its_tokens_alone() -> None:
@@ -116,6 +126,10 @@ def test_one_box_is_grouped_as_its_tokens_alone() -> None:
 
 
 def test_nothing_cannot_be_pooled() -> None:
-    for call in (lambda: pool_groups(np.array([], np.int64), 2), lambda: pool_groups_of_boxes([], 2), lambda: pool_groups(np.arange(3), 0)):
+    for call in (
+        lambda: pool_groups(np.array([], np.int64), 2),
+        lambda: pool_groups_of_boxes([], 2),
+        lambda: pool_groups(np.arange(3), 0),
+    ):
         with pytest.raises(ValueError, match=r"cannot be cut|nothing to pool"):
             call()

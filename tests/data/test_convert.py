@@ -1,4 +1,6 @@
-"""Other formats become samples: boxes on their objects to the pixel, whatever EXIF says, and broken rows are named."""
+"""Other formats become samples: boxes on their objects to the pixel, whatever EXIF says, and broken
+rows are named.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from lvr_lite.data import scenes
-from lvr_lite.data.convert import Options, convert
-from lvr_lite.data.make import write_scenes
+from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.samples import Sample, read_samples
 from lvr_lite.errors import DataError, LvrError, UsageError
-from lvr_lite.runtime.preprocess import open_picture
+from lvr_lite.model.images import open_picture
+from lvr_lite.toy import scenes
+from lvr_lite.toy.make import write_scenes
 
 WIDTH, HEIGHT = 48, 80  # upright
 BOX = (6, 20, 26, 33)  # of the red rectangle, in upright pixels
@@ -24,9 +26,14 @@ COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20)}
 
 
 def turned(
-    path: Path, orientation: int, boxes: dict[str, tuple[int, int, int, int]], size: tuple[int, int] = (WIDTH, HEIGHT)
+    path: Path,
+    orientation: int,
+    boxes: dict[str, tuple[int, int, int, int]],
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Image.Image:
-    """Writes a picture that shows `boxes` once its EXIF orientation is applied; gives the stored one."""
+    """Writes a picture that shows `boxes` once its EXIF orientation is applied; gives the stored
+    one.
+    """
     upright = Image.new("RGB", size, (128, 128, 128))
     for name, box in boxes.items():
         upright.paste(COLOURS[name], box)
@@ -53,11 +60,15 @@ def assert_on(sample: Sample, colour: str) -> None:
     """The first box is the rectangle of this colour to the pixel."""
     picture = open_picture(sample.images[0])
     x0, y0, x1, y1 = sample.boxes[0]
-    at = np.array([x0 * picture.width, y0 * picture.height, x1 * picture.width, y1 * picture.height])
+    at = np.array(
+        [x0 * picture.width, y0 * picture.height, x1 * picture.width, y1 * picture.height]
+    )
     np.testing.assert_allclose(at, found_at(picture, colour), atol=1e-3)
 
 
-def run(source: Path, form: str, target: Path | None = None, skip_broken: bool = False, **options: Any) -> list[Sample]:
+def run(
+    source: Path, form: str, target: Path | None = None, skip_broken: bool = False, **options: Any
+) -> list[Sample]:
     target = target or source.parent / "out.jsonl"
     written, problems = convert(source, target, form, Options(**options), skip_broken)
     assert written is not None, "\n".join(map(str, problems))
@@ -77,34 +88,60 @@ def as_xywh(box: tuple[int, int, int, int]) -> list[int]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def coco(folder: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], names: tuple[str, ...] = tuple(COLOURS)) -> Path:
+def coco(
+    folder: Path,
+    images: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    names: tuple[str, ...] = tuple(COLOURS),
+) -> Path:
     path = folder / "instances.json"
-    categories = [{"id": i, "name": name, "supercategory": "thing"} for i, name in enumerate(names, 1)]
-    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories}))
+    categories = [
+        {"id": i, "name": name, "supercategory": "thing"} for i, name in enumerate(names, 1)
+    ]
+    path.write_text(
+        json.dumps(
+            {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+        )
+    )
     return path
 
 
 def image(number: int, name: str, size: tuple[int, int] | None = (WIDTH, HEIGHT)) -> dict[str, Any]:
-    return {"id": number, "file_name": name} | ({} if size is None else {"width": size[0], "height": size[1]})
+    return {"id": number, "file_name": name} | (
+        {} if size is None else {"width": size[0], "height": size[1]}
+    )
 
 
 def annotation(number: int, of: int, category: int, box: Any, **more: Any) -> dict[str, Any]:
-    return {"id": number, "image_id": of, "category_id": category, "bbox": box, "area": 1, "iscrowd": 0, **more}
+    return {
+        "id": number,
+        "image_id": of,
+        "category_id": category,
+        "bbox": box,
+        "area": 1,
+        "iscrowd": 0,
+        **more,
+    }
 
 
-# ------------------------------------------------------------------------------------------------------ boxes on their pixels
+# ------------------------------------------------------------------------------------------------------
+# boxes on their pixels
 
 
 @pytest.mark.parametrize("frame", ["stored", "upright"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_coco_boxes_lie_on_their_objects_for_every_orientation_and_either_convention(tmp_path: Path, frame: str, suffix: str) -> None:
+def test_coco_boxes_lie_on_their_objects_for_every_orientation_and_either_convention(
+    tmp_path: Path, frame: str, suffix: str
+) -> None:
     images, annotations = [], []
     for orientation in range(1, 9):
         name = f"{orientation}.{suffix}"
         stored = turned(tmp_path / name, orientation, {"red": BOX})
         of = stored if frame == "stored" else open_picture(tmp_path / name)
         images.append(image(orientation, name, of.size))
-        annotations.append(annotation(100 + orientation, orientation, 1, as_xywh(found_at(of, "red"))))
+        annotations.append(
+            annotation(100 + orientation, orientation, 1, as_xywh(found_at(of, "red")))
+        )
     samples = run(coco(tmp_path, images, annotations), "coco")
     assert {s.images[0].name for s in samples if s.boxes} == {i["file_name"] for i in images}
     for sample in samples:
@@ -116,9 +153,13 @@ def test_coco_boxes_lie_on_their_objects_for_every_orientation_and_either_conven
 def test_what_coco_boxes_are_of_can_be_said_where_no_size_tells(tmp_path: Path, frame: str) -> None:
     images, annotations = [], []
     for orientation in range(1, 9):
-        stored = turned(tmp_path / f"{orientation}.png", orientation, {"red": (3, 5, 9, 30)}, (40, 40))
+        stored = turned(
+            tmp_path / f"{orientation}.png", orientation, {"red": (3, 5, 9, 30)}, (40, 40)
+        )
         of = stored if frame == "stored" else open_picture(tmp_path / f"{orientation}.png")
-        images.append(image(orientation, f"{orientation}.png", None if orientation % 2 else (40, 40)))
+        images.append(
+            image(orientation, f"{orientation}.png", None if orientation % 2 else (40, 40))
+        )
         annotations.append(annotation(orientation, orientation, 1, as_xywh(found_at(of, "red"))))
     source = coco(tmp_path, images, annotations)
     for sample in run(source, "coco", boxes_are=frame):
@@ -132,12 +173,21 @@ def test_what_coco_boxes_are_of_can_be_said_where_no_size_tells(tmp_path: Path, 
 
 def test_what_is_said_overrules_a_size_that_tells_otherwise(tmp_path: Path) -> None:
     stored = turned(tmp_path / "a.png", 6, {"red": BOX})
-    source = coco(tmp_path, [image(1, "a.png", (WIDTH, HEIGHT))], [annotation(1, 1, 1, as_xywh(found_at(stored, "red")))])
+    source = coco(
+        tmp_path,
+        [image(1, "a.png", (WIDTH, HEIGHT))],
+        [annotation(1, 1, 1, as_xywh(found_at(stored, "red")))],
+    )
     for sample in run(source, "coco", boxes_are="stored"):
         assert_on(sample, "red")
 
 
-def yolo(folder: Path, labels: dict[str, str], names: Any = tuple(COLOURS), box: tuple[int, int, int, int] = BOX) -> Path:
+def yolo(
+    folder: Path,
+    labels: dict[str, str],
+    names: Any = tuple(COLOURS),
+    box: tuple[int, int, int, int] = BOX,
+) -> Path:
     """images/NAME and labels/NAME for each name, and data.yaml."""
     import yaml
 
@@ -146,7 +196,9 @@ def yolo(folder: Path, labels: dict[str, str], names: Any = tuple(COLOURS), box:
         label = (folder / "labels" / name).with_suffix(".txt")
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text(text)
-    (folder / "data.yaml").write_text(yaml.safe_dump({"names": list(names) if isinstance(names, tuple) else names}))
+    (folder / "data.yaml").write_text(
+        yaml.safe_dump({"names": list(names) if isinstance(names, tuple) else names})
+    )
     return folder
 
 
@@ -160,10 +212,23 @@ def test_yolo_boxes_lie_on_their_objects_for_every_orientation(tmp_path: Path, f
     yolo(tmp_path, {})
     (tmp_path / "labels" / "train").mkdir(parents=True)
     for orientation in range(1, 9):
-        stored = turned(tmp_path / "images" / "train" / f"{orientation}.jpg.png", orientation, {"red": BOX})
-        of = stored if frame == "stored" else open_picture(tmp_path / "images" / "train" / f"{orientation}.jpg.png")
-        (tmp_path / "labels" / "train" / f"{orientation}.jpg.txt").write_text(yolo_line(0, found_at(of, "red"), of.size))
-    samples = run(tmp_path, "yolo", tmp_path / "out.jsonl", **({"boxes_are": "stored"} if frame == "stored" else {}))
+        stored = turned(
+            tmp_path / "images" / "train" / f"{orientation}.jpg.png", orientation, {"red": BOX}
+        )
+        of = (
+            stored
+            if frame == "stored"
+            else open_picture(tmp_path / "images" / "train" / f"{orientation}.jpg.png")
+        )
+        (tmp_path / "labels" / "train" / f"{orientation}.jpg.txt").write_text(
+            yolo_line(0, found_at(of, "red"), of.size)
+        )
+    samples = run(
+        tmp_path,
+        "yolo",
+        tmp_path / "out.jsonl",
+        **({"boxes_are": "stored"} if frame == "stored" else {}),
+    )
     assert len({s.images[0] for s in samples}) == 8
     for sample in samples:
         assert_on(sample, "red")
@@ -176,27 +241,53 @@ def studio(folder: Path, *tasks: dict[str, Any]) -> Path:
 
 
 def rectangle(
-    box: tuple[float, float, float, float], label: str | None, size: tuple[int, int] = (WIDTH, HEIGHT), **more: Any
+    box: tuple[float, float, float, float],
+    label: str | None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    **more: Any,
 ) -> dict[str, Any]:
     w, h = size
-    value = {"x": 100 * box[0] / w, "y": 100 * box[1] / h, "width": 100 * (box[2] - box[0]) / w, "height": 100 * (box[3] - box[1]) / h}
+    value = {
+        "x": 100 * box[0] / w,
+        "y": 100 * box[1] / h,
+        "width": 100 * (box[2] - box[0]) / w,
+        "height": 100 * (box[3] - box[1]) / h,
+    }
     return {
         "id": more.pop("id", "r1"), "type": "rectanglelabels", "from_name": "label", "to_name": "image", "original_width": w,
         "original_height": h, "image_rotation": 0, "value": {**value, "rotation": 0, "rectanglelabels": [label] if label else [], **more},
     }  # fmt: skip
 
 
-def task(number: int, name: str, *results: dict[str, Any], **annotation_fields: Any) -> dict[str, Any]:
-    return {"id": number, "data": {"image": name}, "annotations": [{"id": 70 + number, "result": list(results), **annotation_fields}]}
+def task(
+    number: int, name: str, *results: dict[str, Any], **annotation_fields: Any
+) -> dict[str, Any]:
+    return {
+        "id": number,
+        "data": {"image": name},
+        "annotations": [{"id": 70 + number, "result": list(results), **annotation_fields}],
+    }
 
 
 @pytest.mark.parametrize("frame", ["stored", "upright"])
-def test_label_studio_boxes_lie_on_their_objects_for_every_orientation(tmp_path: Path, frame: str) -> None:
+def test_label_studio_boxes_lie_on_their_objects_for_every_orientation(
+    tmp_path: Path, frame: str
+) -> None:
     tasks = []
     for orientation in range(1, 9):
         stored = turned(tmp_path / "pictures" / f"{orientation}.png", orientation, {"red": BOX})
-        of = stored if frame == "stored" else open_picture(tmp_path / "pictures" / f"{orientation}.png")
-        tasks.append(task(orientation, f"/data/local-files/?d=pictures/{orientation}.png", rectangle(found_at(of, "red"), "red", of.size)))
+        of = (
+            stored
+            if frame == "stored"
+            else open_picture(tmp_path / "pictures" / f"{orientation}.png")
+        )
+        tasks.append(
+            task(
+                orientation,
+                f"/data/local-files/?d=pictures/{orientation}.png",
+                rectangle(found_at(of, "red"), "red", of.size),
+            )
+        )
     samples = run(studio(tmp_path, *tasks), "labelstudio")
     assert len({s.images[0] for s in samples}) == 8
     for sample in samples:
@@ -204,48 +295,100 @@ def test_label_studio_boxes_lie_on_their_objects_for_every_orientation(tmp_path:
 
 
 @pytest.mark.parametrize("frame", ["stored", "upright"])
-def test_visual_cot_boxes_lie_on_their_objects_for_every_orientation(tmp_path: Path, frame: str) -> None:
+def test_visual_cot_boxes_lie_on_their_objects_for_every_orientation(
+    tmp_path: Path, frame: str
+) -> None:
     rows = []
     for orientation in range(1, 9):
         stored = turned(tmp_path / "flickr" / f"{orientation}.png", orientation, {"red": BOX})
-        of = stored if frame == "stored" else open_picture(tmp_path / "flickr" / f"{orientation}.png")
-        row = {"question": "What is red?", "answer": "A box.", "full_answer": "no", "image": f"{orientation}.png", "width": of.width}
-        rows.append({**row, "height": of.height, "bboxs": [found_at(of, "red")], "dataset": "flickr", "split": "train"})
+        of = (
+            stored
+            if frame == "stored"
+            else open_picture(tmp_path / "flickr" / f"{orientation}.png")
+        )
+        row = {
+            "question": "What is red?",
+            "answer": "A box.",
+            "full_answer": "no",
+            "image": f"{orientation}.png",
+            "width": of.width,
+        }
+        rows.append(
+            {
+                **row,
+                "height": of.height,
+                "bboxs": [found_at(of, "red")],
+                "dataset": "flickr",
+                "split": "train",
+            }
+        )
     source = tmp_path / "viscot.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = run(source, "viscot")
     assert [s.id for s in samples] == [f"flickr-train-{i}-{i}" for i in range(1, 9)]
-    assert {(s.question, s.answer, s.type, s.choices) for s in samples} == {("What is red?", "A box.", "flickr", None)}
+    assert {(s.question, s.answer, s.type, s.choices) for s in samples} == {
+        ("What is red?", "A box.", "flickr", None)
+    }
     for sample in samples:
         assert_on(sample, "red")
 
 
 def official(number: int, name: str, box: list[float]) -> dict[str, Any]:
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "<lvr>\n<answer> A box. </answer>"}]
-    return {"dataset": "flickr", "split": "train", "question_id": number, "image": [name], "conversations": turns, "bboxes": [box]}
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "<lvr>\n<answer> A box. </answer>"},
+    ]
+    return {
+        "dataset": "flickr",
+        "split": "train",
+        "question_id": number,
+        "image": [name],
+        "conversations": turns,
+        "bboxes": [box],
+    }
 
 
 @pytest.mark.parametrize("frame", ["stored", "upright"])
-def test_the_official_list_is_rewritten_with_its_boxes_on_their_objects(tmp_path: Path, frame: str) -> None:
+def test_the_official_list_is_rewritten_with_its_boxes_on_their_objects(
+    tmp_path: Path, frame: str
+) -> None:
     items = []
     for orientation in range(1, 9):
-        stored = turned(tmp_path / "pictures" / "flickr" / f"{orientation}.png", orientation, {"red": BOX})
-        of = stored if frame == "stored" else open_picture(tmp_path / "pictures" / "flickr" / f"{orientation}.png")
+        stored = turned(
+            tmp_path / "pictures" / "flickr" / f"{orientation}.png", orientation, {"red": BOX}
+        )
+        of = (
+            stored
+            if frame == "stored"
+            else open_picture(tmp_path / "pictures" / "flickr" / f"{orientation}.png")
+        )
         box = np.array(found_at(of, "red")) / [of.width, of.height, of.width, of.height]
         items.append(official(orientation, f"flickr/{orientation}.png", box.tolist()))
     source = tmp_path / "lvr.json"
     source.write_text(json.dumps(items))
     boxes_are = "stored" if frame == "stored" else None
-    samples = run(source, "lvr", tmp_path / "new" / "out.jsonl", images=tmp_path / "pictures", boxes_are=boxes_are)
-    assert [(s.id, s.question, s.answer) for s in samples] == [(f"flickr-train-{i}", "What is it?", "A box.") for i in range(1, 9)]
+    samples = run(
+        source,
+        "lvr",
+        tmp_path / "new" / "out.jsonl",
+        images=tmp_path / "pictures",
+        boxes_are=boxes_are,
+    )
+    assert [(s.id, s.question, s.answer) for s in samples] == [
+        (f"flickr-train-{i}", "What is it?", "A box.") for i in range(1, 9)
+    ]
     for sample in samples:
         assert_on(sample, "red")
 
 
-def test_several_classes_each_keep_their_box_and_ids_tell_image_and_annotation(tmp_path: Path) -> None:
+def test_several_classes_each_keep_their_box_and_ids_tell_image_and_annotation(
+    tmp_path: Path,
+) -> None:
     boxes = {"red": BOX, "blue": (30, 40, 44, 78), "green": (2, 60, 12, 70)}
     turned(tmp_path / "a.png", 6, boxes)
-    annotations = [annotation(500 + i, 77, i, as_xywh(box)) for i, box in enumerate(boxes.values(), 1)]
+    annotations = [
+        annotation(500 + i, 77, i, as_xywh(box)) for i, box in enumerate(boxes.values(), 1)
+    ]
     samples = run(coco(tmp_path, [image(77, "a.png")], annotations), "coco", per_image=50)
     numbers = dict(zip(boxes, range(501, 504), strict=True))
     for sample in samples:
@@ -255,21 +398,35 @@ def test_several_classes_each_keep_their_box_and_ids_tell_image_and_annotation(t
         assert len(shown) == len(sample.boxes)
         for number, box in zip(shown, sample.boxes, strict=True):
             (colour,) = [c for c, n in numbers.items() if str(n) == number]
-            np.testing.assert_allclose(np.array(box) * [WIDTH, HEIGHT, WIDTH, HEIGHT], boxes[colour], atol=1e-3)
+            np.testing.assert_allclose(
+                np.array(box) * [WIDTH, HEIGHT, WIDTH, HEIGHT], boxes[colour], atol=1e-3
+            )
     assert {n for s in samples for n in s.id.split("-")[-1].split("+")} >= {"501", "502", "503"}
 
 
-# ------------------------------------------------------------------------------------------------------------------- COCO
+# -------------------------------------------------------------------------------------------------------------------
+# COCO
 
 
-def test_crowds_are_skipped_counted_and_their_class_is_neither_counted_nor_absent(tmp_path: Path) -> None:
+def test_crowds_are_skipped_counted_and_their_class_is_neither_counted_nor_absent(
+    tmp_path: Path,
+) -> None:
     images, annotations = [], []
     for i in range(8):
         turned(tmp_path / f"{i}.png", 1, {"red": (i, 20, i + 10, 33)})
         images.append(image(i, f"{i}.png"))
         annotations.append(annotation(10 + i, i, 1, [i, 20, 10, 13]))
         if i % 2:
-            annotations.append(annotation(20 + i, i, 2, [0, 0, 40, 40], iscrowd=1, segmentation={"counts": [], "size": [80, 48]}))
+            annotations.append(
+                annotation(
+                    20 + i,
+                    i,
+                    2,
+                    [0, 0, 40, 40],
+                    iscrowd=1,
+                    segmentation={"counts": [], "size": [80, 48]},
+                )
+            )
             annotations.append(annotation(30 + i, i, 1, [0, 50, 40, 20], iscrowd=1))
         else:
             annotations.append(annotation(40 + i, i, 2, [30, 40, 10, 10]))
@@ -277,8 +434,14 @@ def test_crowds_are_skipped_counted_and_their_class_is_neither_counted_nor_absen
     written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options(per_image=20))
     assert "left out: 8 crowd regions" in str(written)
     odd = [s for s in read_samples(tmp_path / "out.jsonl") if int(s.id.split("-")[0]) % 2]
-    assert not [s for s in odd if s.type in ("count", "exactly", "place", "left-right", "above-below", "largest")]
-    assert not [s for s in odd if s.type == "exists" and s.answer == "no" and "green" not in s.question]
+    assert not [
+        s
+        for s in odd
+        if s.type in ("count", "exactly", "place", "left-right", "above-below", "largest")
+    ]
+    assert not [
+        s for s in odd if s.type == "exists" and s.answer == "no" and "green" not in s.question
+    ]
 
 
 def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> None:
@@ -295,37 +458,92 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
                 **(told if i < 3 else {"neg_category_ids": []}),
             }
         )
-        annotations += [annotation(10 + i, i, 1 if i < 3 else 2, as_xywh(BOX)), annotation(20 + i, i, 3, [30, 60, 10, 10])]
+        annotations += [
+            annotation(10 + i, i, 1 if i < 3 else 2, as_xywh(BOX)),
+            annotation(20 + i, i, 3, [30, 60, 10, 10]),
+        ]
     samples = run(coco(tmp_path, images, annotations), "coco", per_image=20)
-    assert {s.question for s in samples if s.answer == "no" and s.type == "exists"} == {"Is there any blue in the picture?"}
+    assert {s.question for s in samples if s.answer == "no" and s.type == "exists"} == {
+        "Is there any blue in the picture?"
+    }
     assert not [s for s in samples if s.type in ("count", "exactly") and "red" in s.question]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1] (id 12): must be 4 numbers, not [1, 2, 3]"),
-        (lambda d: d["annotations"][1].update(bbox=None), "annotations[1] (id 12): must be 4 numbers, not null"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 0, 3]), "annotations[1] (id 12): bbox: [1, 2, 1, 5] is empty or inverted"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, float("nan"), 3]), "annotations[1] (id 12): bbox: [1, 2, nan, 5] holds a value"),
-        (lambda d: d["annotations"][1].update(bbox=[10**400, 2, 1, 3]), "annotations[1] (id 12): bbox: [inf, 2, inf, 5] holds a value"),
-        (lambda d: d["annotations"][1].update(bbox=[30, 2, 40, 3]), "[30, 2, 70, 5] lies outside the picture of 48 x 80"),
-        (lambda d: d["annotations"][1].update(category_id=9), "annotations[1] (id 12): category_id 9 is not among the categories"),
-        (lambda d: d["annotations"][1].update(category_id=[1]), "annotations[1] (id 12): category_id [1] is not among the categories"),
-        (lambda d: d["annotations"][1].update(image_id=9), "annotations[1] (id 12): image_id 9 is not among the images"),
-        (lambda d: d["annotations"][1].update(id=11, image_id=1), "annotations[1] (id 11): id 11 is there twice"),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
+            "annotations[1] (id 12): must be 4 numbers, not [1, 2, 3]",
+        ),
+        (
+            lambda d: d["annotations"][1].update(bbox=None),
+            "annotations[1] (id 12): must be 4 numbers, not null",
+        ),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, 0, 3]),
+            "annotations[1] (id 12): bbox: [1, 2, 1, 5] is empty or inverted",
+        ),
+        (
+            lambda d: d["annotations"][1].update(bbox=[1, 2, float("nan"), 3]),
+            "annotations[1] (id 12): bbox: [1, 2, nan, 5] holds a value",
+        ),
+        (
+            lambda d: d["annotations"][1].update(bbox=[10**400, 2, 1, 3]),
+            "annotations[1] (id 12): bbox: [inf, 2, inf, 5] holds a value",
+        ),
+        (
+            lambda d: d["annotations"][1].update(bbox=[30, 2, 40, 3]),
+            "[30, 2, 70, 5] lies outside the picture of 48 x 80",
+        ),
+        (
+            lambda d: d["annotations"][1].update(category_id=9),
+            "annotations[1] (id 12): category_id 9 is not among the categories",
+        ),
+        (
+            lambda d: d["annotations"][1].update(category_id=[1]),
+            "annotations[1] (id 12): category_id [1] is not among the categories",
+        ),
+        (
+            lambda d: d["annotations"][1].update(image_id=9),
+            "annotations[1] (id 12): image_id 9 is not among the images",
+        ),
+        (
+            lambda d: d["annotations"][1].update(id=11, image_id=1),
+            "annotations[1] (id 11): id 11 is there twice",
+        ),
         (lambda d: d["annotations"].insert(1, "no"), "annotations[1]: must be an object"),
-        (lambda d: d["images"][1].update(file_name="gone.png"), "images[1]: gone.png is not in {folder}; name the folder of the pictures"),
-        (lambda d: d["images"][1].update(file_name="text.png"), "images[1]: {folder}/text.png is not a picture"),
+        (
+            lambda d: d["images"][1].update(file_name="gone.png"),
+            "images[1]: gone.png is not in {folder}; name the folder of the pictures",
+        ),
+        (
+            lambda d: d["images"][1].update(file_name="text.png"),
+            "images[1]: {folder}/text.png is not a picture",
+        ),
         (lambda d: d["images"][1].pop("file_name"), "images[1]: file_name is missing"),
-        (lambda d: d["images"][1].update(width=100), "2.png has 48 x 80 pixels, and its boxes are of a picture of 100 x 80"),
-        (lambda d: d["images"][1].update(width=0), "images[1]: width and height must be more than 0"),
+        (
+            lambda d: d["images"][1].update(width=100),
+            "2.png has 48 x 80 pixels, and its boxes are of a picture of 100 x 80",
+        ),
+        (
+            lambda d: d["images"][1].update(width=0),
+            "images[1]: width and height must be more than 0",
+        ),
         (lambda d: d["images"].insert(2, dict(d["images"][0])), "images[2]: id 1 is there twice"),
-        (lambda d: d["categories"][2].update(name="<|lvr|>"), "categories[2]: the name of a class contains <|lvr|>"),
-        (lambda d: d["categories"].append({"id": 7}), "categories[3]: the name of a class must be text, not null"),
+        (
+            lambda d: d["categories"][2].update(name="<|lvr|>"),
+            "categories[2]: the name of a class contains <|lvr|>",
+        ),
+        (
+            lambda d: d["categories"].append({"id": 7}),
+            "categories[3]: the name of a class must be text, not null",
+        ),
     ],
 )
-def test_a_broken_coco_row_is_named_and_left_out_only_when_that_is_said(tmp_path: Path, change: Callable[[Any], Any], said: str) -> None:
+def test_a_broken_coco_row_is_named_and_left_out_only_when_that_is_said(
+    tmp_path: Path, change: Callable[[Any], Any], said: str
+) -> None:
     for i in (1, 2, 3):
         turned(tmp_path / f"{i}.png", 1, {"red": BOX, "blue": (30, 40, 40, 50)})
     (tmp_path / "text.png").write_text("no picture")
@@ -348,7 +566,11 @@ def test_a_broken_coco_row_is_named_and_left_out_only_when_that_is_said(tmp_path
 
 def test_after_a_broken_box_its_class_is_not_counted_in_that_picture(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
-    annotations = [annotation(1, 1, 1, as_xywh(BOX)), annotation(2, 1, 1, [-30, 5, 10, 10]), annotation(3, 1, 2, [30, 40, 10, 10])]
+    annotations = [
+        annotation(1, 1, 1, as_xywh(BOX)),
+        annotation(2, 1, 1, [-30, 5, 10, 10]),
+        annotation(3, 1, 2, [30, 40, 10, 10]),
+    ]
     samples = run(coco(tmp_path, [image(1, "a.png")], annotations), "coco", skip_broken=True)
     assert samples
     assert not [s for s in samples if s.type in ("count", "exactly") and "red" in s.question]
@@ -357,7 +579,9 @@ def test_after_a_broken_box_its_class_is_not_counted_in_that_picture(tmp_path: P
 def test_boxes_a_little_over_the_edge_are_cut_and_doubled_ones_count_once(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": (28, 60, WIDTH, HEIGHT)})
     box = [28, 60, WIDTH - 28 + 0.3, HEIGHT - 60 + 0.4]
-    source = coco(tmp_path, [image(1, "a.png")], [annotation(1, 1, 1, box), annotation(2, 1, 1, box)])
+    source = coco(
+        tmp_path, [image(1, "a.png")], [annotation(1, 1, 1, box), annotation(2, 1, 1, box)]
+    )
     written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options())
     assert "1 boxes that are there twice" in str(written)
     assert "2 boxes cut at the edge" in str(written)
@@ -366,10 +590,14 @@ def test_boxes_a_little_over_the_edge_are_cut_and_doubled_ones_count_once(tmp_pa
         assert_on(sample, "red")
 
 
-def test_coco_pictures_are_found_in_the_usual_places_unless_two_may_be_meant(tmp_path: Path) -> None:
+def test_coco_pictures_are_found_in_the_usual_places_unless_two_may_be_meant(
+    tmp_path: Path,
+) -> None:
     turned(tmp_path / "train2017" / "a.png", 1, {"red": BOX})
     (tmp_path / "annotations").mkdir()
-    source = coco(tmp_path / "annotations", [image(1, "a.png")], [annotation(1, 1, 1, as_xywh(BOX))])
+    source = coco(
+        tmp_path / "annotations", [image(1, "a.png")], [annotation(1, 1, 1, as_xywh(BOX))]
+    )
     assert run(source, "coco")[0].images[0].resolve() == tmp_path / "train2017" / "a.png"
     turned(tmp_path / "val2017" / "a.png", 1, {"blue": BOX})
     (source.parent / "out.jsonl").unlink()
@@ -382,23 +610,38 @@ def test_coco_pictures_are_found_in_the_usual_places_unless_two_may_be_meant(tmp
 def test_a_scaled_copy_of_a_picture_keeps_its_boxes(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 6, {"red": BOX})
     double = tuple(2 * v for v in BOX)
-    for sample in run(coco(tmp_path, [image(1, "a.png", (2 * WIDTH, 2 * HEIGHT))], [annotation(1, 1, 1, as_xywh(double))]), "coco"):
+    for sample in run(
+        coco(
+            tmp_path,
+            [image(1, "a.png", (2 * WIDTH, 2 * HEIGHT))],
+            [annotation(1, 1, 1, as_xywh(double))],
+        ),
+        "coco",
+    ):
         assert_on(sample, "red")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": {}, "annotations": [], "categories": []}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"images": []}', '{"images": {}, "annotations": [], "categories": []}', "\udcff"],
+)
 def test_what_is_no_coco_file_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     source = tmp_path / "c.json"
     source.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=r"c\.json: (not valid JSON|not a COCO instances file|not UTF-8)") as caught:
+    with pytest.raises(
+        DataError, match=r"c\.json: (not valid JSON|not a COCO instances file|not UTF-8)"
+    ) as caught:
         convert(source, tmp_path / "out.jsonl", "coco", Options())
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------- YOLO
+# -------------------------------------------------------------------------------------------------------------------
+# YOLO
 
 
-def test_yolo_outlines_become_boxes_and_pictures_without_labels_have_no_objects(tmp_path: Path) -> None:
+def test_yolo_outlines_become_boxes_and_pictures_without_labels_have_no_objects(
+    tmp_path: Path,
+) -> None:
     x0, y0, x1, y1 = BOX
     corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, (y0 + y1) / 2)]
     outline = "2 " + " ".join(f"{x / WIDTH:.7f} {y / HEIGHT:.7f}" for x, y in corners) + "\n"
@@ -406,7 +649,9 @@ def test_yolo_outlines_become_boxes_and_pictures_without_labels_have_no_objects(
     turned(tmp_path / "images" / "val" / "b.png", 1, {})
     turned(tmp_path / "images" / "val" / "d.png", 1, {})
     samples = run(tmp_path, "yolo", tmp_path / "out.jsonl")
-    assert {s.question for s in samples if s.type == "exists"} == {"Is there any red box in the picture?"}
+    assert {s.question for s in samples if s.type == "exists"} == {
+        "Is there any red box in the picture?"
+    }
     assert {(s.id.split("-")[0], s.answer) for s in samples if s.type == "exists"} <= {
         ("images/train/a.png", "yes"), ("images/train/c.png", "yes"), ("images/val/b.png", "no"), ("images/val/d.png", "no"),
     }  # fmt: skip
@@ -421,7 +666,9 @@ def test_a_yolo_set_is_read_from_its_yaml_with_paths_lists_and_splits(tmp_path: 
     yolo(root, {"a/1.png": line, "b/2.png": line, "c/3.png": line})
     (root / "val.txt").write_text("./images/b/2.png\nimages/c/3.png\n")
     source = tmp_path / "my.yaml"
-    source.write_text("path: set\ntrain: [images/a]\nval: val.txt\ntest: images/gone\nnames:\n  0: red\n")
+    source.write_text(
+        "path: set\ntrain: [images/a]\nval: val.txt\ntest: images/gone\nnames:\n  0: red\n"
+    )
     written, _ = convert(source, tmp_path / "all.jsonl", "yolo", Options())
     assert "splits written together (train, val; --split takes one)" in str(written)
     assert "1 splits that are not there (test: images/gone)" in str(written)
@@ -445,12 +692,16 @@ def test_keypoints_after_a_yolo_box_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["roboflow", "flat"])
 def test_other_yolo_layouts_and_classes_txt(tmp_path: Path, layout: str) -> None:
     line = yolo_line(1, BOX, (WIDTH, HEIGHT))
-    places = {"roboflow": ("train/images/a.png", "train/labels/a.txt"), "flat": ("a.png", "a.txt")}[layout]
+    places = {"roboflow": ("train/images/a.png", "train/labels/a.txt"), "flat": ("a.png", "a.txt")}[
+        layout
+    ]
     turned(tmp_path / places[0], 1, {"red": BOX})
     (tmp_path / places[1]).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / places[1]).write_text(line + "\n")
     if layout == "roboflow":
-        (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['x', 'red']\n")
+        (tmp_path / "data.yaml").write_text(
+            "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['x', 'red']\n"
+        )
     else:
         (tmp_path / "classes.txt").write_text("x\nred\n\n")
     samples = run(tmp_path, "yolo", tmp_path / "out.jsonl")
@@ -473,7 +724,9 @@ def test_other_yolo_layouts_and_classes_txt(tmp_path: Path, layout: str) -> None
         ("0 0.9 0.5 0.5 0.1", "lies outside the picture"),
     ],
 )
-def test_a_broken_yolo_line_is_named_with_its_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+def test_a_broken_yolo_line_is_named_with_its_file_and_line(
+    tmp_path: Path, line: str, said: str
+) -> None:
     good = yolo_line(0, BOX, (WIDTH, HEIGHT))
     yolo(tmp_path, {"a.png": f"{good}\n{line}\n"})
     written, problems = convert(tmp_path, tmp_path / "out.jsonl", "yolo", Options())
@@ -483,15 +736,21 @@ def test_a_broken_yolo_line_is_named_with_its_file_and_line(tmp_path: Path, line
     assert said in str(problem)
 
 
-def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_told(tmp_path: Path) -> None:
+def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_told(
+    tmp_path: Path,
+) -> None:
     yolo(tmp_path / "a", {"1.png": yolo_line(0, BOX, (WIDTH, HEIGHT))})
     (tmp_path / "a" / "labels" / "2.txt").write_text("")
     _, problems = convert(tmp_path / "a", tmp_path / "out.jsonl", "yolo", Options())
-    assert [str(p) for p in problems] == [f"{tmp_path / 'a/labels/2.txt'}: labels without a picture; add the picture, or remove the labels"]
+    assert [str(p) for p in problems] == [
+        f"{tmp_path / 'a/labels/2.txt'}: labels without a picture; add the picture, or remove the labels"
+    ]
     (tmp_path / "a" / "labels" / "2.txt").unlink()
     (tmp_path / "a" / "images" / "2.png").write_text("no picture")
     _, problems = convert(tmp_path / "a", tmp_path / "out.jsonl", "yolo", Options())
-    assert [str(p) for p in problems] == [f"{tmp_path / 'a/images/2.png'}: is not a picture that Pillow can read; save it as PNG or JPEG"]
+    assert [str(p) for p in problems] == [
+        f"{tmp_path / 'a/images/2.png'}: is not a picture that Pillow can read; save it as PNG or JPEG"
+    ]
     (tmp_path / "a" / "data.yaml").unlink()
     with pytest.raises(DataError, match="its classes have no names"):
         convert(tmp_path / "a", tmp_path / "out.jsonl", "yolo", Options())
@@ -505,12 +764,14 @@ def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_
         convert(tmp_path / "c", tmp_path / "out.jsonl", "yolo", Options())
 
 
-# ----------------------------------------------------------------------------------------------------------- Label Studio
+# -----------------------------------------------------------------------------------------------------------
+# Label Studio
 
 
 def test_a_turned_rectangle_becomes_the_box_around_it(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": (10, 20, 30, 30)})
-    # 10 wide and 20 high, turned by 90 degrees about its upper left corner at (30, 20): it lies left of and below that corner
+    # 10 wide and 20 high, turned by 90 degrees about its upper left corner at (30, 20): it lies
+    # left of and below that corner
     turned_by_90 = rectangle((30, 20, 40, 40), "red", rotation=90)
     for sample in run(studio(tmp_path, task(1, "a.png", turned_by_90)), "labelstudio"):
         assert_on(sample, "red")
@@ -528,15 +789,21 @@ def test_a_turned_rectangle_becomes_the_box_around_it(tmp_path: Path) -> None:
         "https://host/pics/a%20b.png?token=1", "C:\\data\\pics\\a b.png",
     ],
 )  # fmt: skip
-def test_label_studio_pictures_are_found_by_the_end_of_their_path(tmp_path: Path, name: str) -> None:
+def test_label_studio_pictures_are_found_by_the_end_of_their_path(
+    tmp_path: Path, name: str
+) -> None:
     turned(tmp_path / "x" / "pics" / "a b.png", 1, {"red": BOX})
     if name != "a b.png" and "upload" not in name:
         turned(tmp_path / "x" / "others" / "a b.png", 1, {"blue": BOX})
-    (sample, *_) = run(studio(tmp_path, task(1, name, rectangle(BOX, "red"))), "labelstudio", images=tmp_path / "x")
+    (sample, *_) = run(
+        studio(tmp_path, task(1, name, rectangle(BOX, "red"))), "labelstudio", images=tmp_path / "x"
+    )
     assert_on(sample, "red")
 
 
-def test_cancelled_and_missing_annotations_are_left_out_and_the_ground_truth_is_taken(tmp_path: Path) -> None:
+def test_cancelled_and_missing_annotations_are_left_out_and_the_ground_truth_is_taken(
+    tmp_path: Path,
+) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     good, bad = rectangle(BOX, "red"), rectangle((0, 0, 5, 5), "blue")
     several = {
@@ -545,9 +812,17 @@ def test_cancelled_and_missing_annotations_are_left_out_and_the_ground_truth_is_
             {"id": 3, "ground_truth": True, "result": [good]},
         ],
     }  # fmt: skip
-    source = studio(tmp_path, several, task(5, "a.png", bad, was_cancelled=True), {"id": 6, "data": {"image": "a.png"}, "annotations": []})
+    source = studio(
+        tmp_path,
+        several,
+        task(5, "a.png", bad, was_cancelled=True),
+        {"id": 6, "data": {"image": "a.png"}, "annotations": []},
+    )
     written, _ = convert(source, tmp_path / "out.jsonl", "labelstudio", Options())
-    assert "2 cancelled annotations, 1 other annotations of a task, 2 tasks without an annotation" in str(written)
+    assert (
+        "2 cancelled annotations, 1 other annotations of a task, 2 tasks without an annotation"
+        in str(written)
+    )
     samples = read_samples(tmp_path / "out.jsonl")
     assert {s.id.split("-")[0] for s in samples} == {"4"}
     for sample in samples:
@@ -568,13 +843,26 @@ def text(name: str, said: Any, kind: str = "textarea", **more: Any) -> dict[str,
 def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     first, second = rectangle(BOX, "red", id="r1"), rectangle((30, 40, 40, 50), None, id="r2")
-    asked, answered = text("question", ["What is it?", "Is it red?"]), text("answer", ["A box", "yes"])
+    asked, answered = (
+        text("question", ["What is it?", "Is it red?"]),
+        text("answer", ["A box", "yes"]),
+    )
     by_choice = text("colour", ["red"], "choices")
     tasks = [
         task(1, "a.png", first, second, asked, answered),
         task(2, "a.png", first, second, text("my_question", "Which colour?"), by_choice),
-        task(3, "a.png", first, second, text("question", ["Here?"]), text("answer", ["there"], id="r2")),
-        {**task(4, "a.png", first), "data": {"image": "a.png", "question": "What?", "answer": "this"}},
+        task(
+            3,
+            "a.png",
+            first,
+            second,
+            text("question", ["Here?"]),
+            text("answer", ["there"], id="r2"),
+        ),
+        {
+            **task(4, "a.png", first),
+            "data": {"image": "a.png", "question": "What?", "answer": "this"},
+        },
         task(5, "a.png", second, by_choice),
     ]
     written, _ = convert(studio(tmp_path, *tasks), tmp_path / "out.jsonl", "labelstudio", Options())
@@ -583,7 +871,9 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
         ("1-71-q0", "What is it?", "A box", 2), ("1-71-q1", "Is it red?", "yes", 2), ("2-72-q0", "Which colour?", "red", 2),
         ("3-73-r2-q0", "Here?", "there", 1), ("4-74-q0", "What?", "this", 1),
     ]  # fmt: skip
-    np.testing.assert_allclose(np.array(own[3].boxes[0]) * [WIDTH, HEIGHT, WIDTH, HEIGHT], (30, 40, 40, 50), atol=1e-3)
+    np.testing.assert_allclose(
+        np.array(own[3].boxes[0]) * [WIDTH, HEIGHT, WIDTH, HEIGHT], (30, 40, 40, 50), atol=1e-3
+    )
     assert_on(own[0], "red")
     assert "1 rectangles without a class, 1 texts and choices without a question" in str(written)
 
@@ -591,36 +881,79 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
 @pytest.mark.parametrize(
     ("broken_task", "said"),
     [
-        ({"id": 2, "image": "a.png", "label": []}, "item 2: must be a task with data and annotations; export as JSON, not as JSON-MIN"),
+        (
+            {"id": 2, "image": "a.png", "label": []},
+            "item 2: must be a task with data and annotations; export as JSON, not as JSON-MIN",
+        ),
         (task(2, "gone.png", rectangle(BOX, "red")), "item 2: gone.png is not in "),
         (task(2, "a.png", rectangle(BOX, "red", width=-3)), "item 2: result[0] (id r1): "),
-        (task(2, "a.png", rectangle(BOX, "red", x=None)), "item 2: result[0] (id r1): must be 4 numbers, not [null"),
-        (task(2, "a.png", rectangle(BOX, "red", rectanglelabels=[3])), "item 2: result[0] (id r1): the name of a class must be text"),
-        (task(2, "a.png", rectangle(BOX, "red") | {"image_rotation": 90}), "item 2: image_rotation: was turned in Label Studio"),
-        (task(2, "a.png", rectangle(BOX, "red", (100, 60))), "item 2: {folder}/a.png has 48 x 80 pixels, and its boxes are of"),
         (
-            task(2, "a.png", rectangle(BOX, "red"), text("question", ["a", "b"]), text("answer", ["c"])),
+            task(2, "a.png", rectangle(BOX, "red", x=None)),
+            "item 2: result[0] (id r1): must be 4 numbers, not [null",
+        ),
+        (
+            task(2, "a.png", rectangle(BOX, "red", rectanglelabels=[3])),
+            "item 2: result[0] (id r1): the name of a class must be text",
+        ),
+        (
+            task(2, "a.png", rectangle(BOX, "red") | {"image_rotation": 90}),
+            "item 2: image_rotation: was turned in Label Studio",
+        ),
+        (
+            task(2, "a.png", rectangle(BOX, "red", (100, 60))),
+            "item 2: {folder}/a.png has 48 x 80 pixels, and its boxes are of",
+        ),
+        (
+            task(
+                2,
+                "a.png",
+                rectangle(BOX, "red"),
+                text("question", ["a", "b"]),
+                text("answer", ["c"]),
+            ),
             "item 2: result: has 2 questions for 1",
         ),
         (
-            task(2, "a.png", rectangle(BOX, "red"), text("question", ["<|lvr|>"]), text("answer", ["c"])),
+            task(
+                2,
+                "a.png",
+                rectangle(BOX, "red"),
+                text("question", ["<|lvr|>"]),
+                text("answer", ["c"]),
+            ),
             "item 2: question: contains <|lvr|>",
         ),
-        (task(2, "data:image/png;base64," + "A" * 9000, rectangle(BOX, "red")), "item 2: data.image holds the picture itself"),
+        (
+            task(2, "data:image/png;base64," + "A" * 9000, rectangle(BOX, "red")),
+            "item 2: data.image holds the picture itself",
+        ),
         (task(2, "a" * 9000, rectangle(BOX, "red")), f"item 2: {'a' * 40}… names no picture"),
         ("task", "item 2: must be a task"),
     ],
 )
 def test_a_broken_task_is_named_with_its_item(tmp_path: Path, broken_task: Any, said: str) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
-    (line,) = broken(studio(tmp_path, task(1, "a.png", rectangle(BOX, "red")), broken_task), "labelstudio")
+    (line,) = broken(
+        studio(tmp_path, task(1, "a.png", rectangle(BOX, "red")), broken_task), "labelstudio"
+    )
     assert line.startswith(said.replace("{folder}", str(tmp_path)))
 
 
-def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_questions(tmp_path: Path) -> None:
+def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_questions(
+    tmp_path: Path,
+) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
-    outline = {"id": "p", "type": "polygonlabels", "value": {"points": [[1, 1], [2, 2], [3, 1]], "polygonlabels": ["red"]}}
-    source = studio(tmp_path, task(1, "a.png", rectangle(BOX, "red"), rectangle((30, 40, 40, 50), "blue", id="r2"), outline))
+    outline = {
+        "id": "p",
+        "type": "polygonlabels",
+        "value": {"points": [[1, 1], [2, 2], [3, 1]], "polygonlabels": ["red"]},
+    }
+    source = studio(
+        tmp_path,
+        task(
+            1, "a.png", rectangle(BOX, "red"), rectangle((30, 40, 40, 50), "blue", id="r2"), outline
+        ),
+    )
     written, _ = convert(source, tmp_path / "out.jsonl", "labelstudio", Options(per_image=20))
     assert "1 results of type polygonlabels" in str(written)
     samples = read_samples(tmp_path / "out.jsonl")
@@ -628,7 +961,8 @@ def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_qu
     assert not [s for s in samples if s.type in ("count", "exactly") and "red" in s.question]
 
 
-# ------------------------------------------------------------------------------------------------- Visual-CoT and official
+# -------------------------------------------------------------------------------------------------
+# Visual-CoT and official
 
 
 @pytest.mark.parametrize(
@@ -641,13 +975,26 @@ def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_qu
         ({"bboxs": [[1, 2, 3]]}, ":2: bboxs: must be 4 numbers"),
         ({"bboxs": [[40, 2, 30, 5]]}, ":2: bboxs: [40, 2, 30, 5] is empty or inverted"),
         ({"bboxs": "1 2 3 4"}, ":2: bboxs: must be a list"),
-        ({"bboxs": [[0.1, 0.2, 90, 0.5]]}, ":2: bboxs: [0.1, 0.2, 90, 0.5] lies outside the picture of 48 x 80"),
+        (
+            {"bboxs": [[0.1, 0.2, 90, 0.5]]},
+            ":2: bboxs: [0.1, 0.2, 90, 0.5] lies outside the picture of 48 x 80",
+        ),
         ({"height": 30}, ":2: {folder}/a.png has 48 x 80 pixels"),
     ],
 )
-def test_a_broken_visual_cot_row_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_broken_visual_cot_row_is_named_with_its_line(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
-    row = {"question": "q", "answer": "a", "image": "a.png", "width": WIDTH, "height": HEIGHT, "bboxs": [list(BOX)], "dataset": "flickr"}
+    row = {
+        "question": "q",
+        "answer": "a",
+        "image": "a.png",
+        "width": WIDTH,
+        "height": HEIGHT,
+        "bboxs": [list(BOX)],
+        "dataset": "flickr",
+    }
     source = tmp_path / "v.jsonl"
     source.write_text(json.dumps(row) + "\n" + json.dumps({**row, **change}) + "\n\n" + "{\n")
     first, last = broken(source, "viscot")
@@ -658,7 +1005,15 @@ def test_a_broken_visual_cot_row_is_named_with_its_line(tmp_path: Path, change: 
 
 def test_visual_cot_may_be_one_list_and_of_one_split(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
-    row = {"question": "q", "answer": "a", "image": "a.png", "width": WIDTH, "height": HEIGHT, "bboxs": [list(BOX)], "dataset": "flickr"}
+    row = {
+        "question": "q",
+        "answer": "a",
+        "image": "a.png",
+        "width": WIDTH,
+        "height": HEIGHT,
+        "bboxs": [list(BOX)],
+        "dataset": "flickr",
+    }
     source = tmp_path / "v.json"
     source.write_text(json.dumps([{**row, "split": s} for s in ("train", "val")], indent=1))
     assert [s.id for s in run(source, "viscot", split="val")] == ["flickr-val-a-2"]
@@ -669,20 +1024,31 @@ def test_visual_cot_may_be_one_list_and_of_one_split(tmp_path: Path) -> None:
 def test_a_broken_official_item_is_named_with_its_place(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     source = tmp_path / "lvr.json"
-    source.write_text(json.dumps([official(1, "a.png", [0.1, 0.1, 0.2, 0.2]), official(2, "a.png", [0.3, 0.1, 0.2, 0.2])]))
+    source.write_text(
+        json.dumps(
+            [official(1, "a.png", [0.1, 0.1, 0.2, 0.2]), official(2, "a.png", [0.3, 0.1, 0.2, 0.2])]
+        )
+    )
     (line,) = broken(source, "lvr")
     assert line.startswith("item 2: bboxes[0]: [0.3, 0.1, 0.2, 0.2] is inverted")
 
 
-# -------------------------------------------------------------------------------------------------------- split and writing
+# --------------------------------------------------------------------------------------------------------
+# split and writing
 
 
 def many(folder: Path, count: int, same: int = 0) -> Path:
-    """`count` COCO pictures that differ, and after them `same` copies of the first ones under other names and in another format."""
+    """`count` COCO pictures that differ, and after them `same` copies of the first ones under other
+    names and in another format.
+    """
     images, annotations = [], []
     for i in range(count + same):
         of = i % count
-        turned(folder / f"{i}.{'png' if i < count else 'bmp'}", 1, {"red": (of % 30, 10 + of, of % 30 + 12, 30 + of)})
+        turned(
+            folder / f"{i}.{'png' if i < count else 'bmp'}",
+            1,
+            {"red": (of % 30, 10 + of, of % 30 + 12, 30 + of)},
+        )
         images.append(image(i, f"{i}.{'png' if i < count else 'bmp'}"))
         annotations.append(annotation(i, i, 1, [of % 30, 10 + of, 12, 20]))
     return coco(folder, images, annotations)
@@ -698,7 +1064,9 @@ def test_the_test_share_is_of_pictures_and_copies_stay_on_one_side(tmp_path: Pat
     contents = [{open_picture(s.images[0]).tobytes() for s in side} for side in (train, test)]
     assert [len(c) for c in contents] == [15, 5]
     assert not contents[0] & contents[1]
-    assert {s.images[0].name for s in train + test} == {f"{i}.{'png' if i < 20 else 'bmp'}" for i in range(40)}
+    assert {s.images[0].name for s in train + test} == {
+        f"{i}.{'png' if i < 20 else 'bmp'}" for i in range(40)
+    }
 
 
 def test_the_split_depends_on_seed_and_content_alone(tmp_path: Path) -> None:
@@ -732,7 +1100,13 @@ def test_pictures_of_one_sample_stay_together(tmp_path: Path) -> None:
     for i in range(9):  # a chain: each sample has a picture of the one before
         item = official(i, f"{i}.png", [0.1, 0.1, 0.2, 0.2])
         human = {"from": "human", "value": "<image>\n<image>\nSame?"}
-        items.append({**item, "image": [f"{i}.png", f"{i + 1}.png"], "conversations": [human, item["conversations"][1]]})
+        items.append(
+            {
+                **item,
+                "image": [f"{i}.png", f"{i + 1}.png"],
+                "conversations": [human, item["conversations"][1]],
+            }
+        )
     source = tmp_path / "lvr.json"
     source.write_text(json.dumps(items))
     with pytest.raises(DataError, match="has 1 pictures that differ"):
@@ -749,16 +1123,23 @@ def test_a_damaged_picture_is_a_broken_row_where_contents_are_compared(tmp_path:
     written, problems = convert(source, tmp_path / "out.jsonl", "coco", Options(test_share=0.3))
     assert written is None
     assert str(problems[0]).startswith(f"{tmp_path / '2.png'}: image: a damaged picture")
-    written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options(test_share=0.3), skip_broken=True)
+    written, _ = convert(
+        source, tmp_path / "out.jsonl", "coco", Options(test_share=0.3), skip_broken=True
+    )
     assert "1 broken rows" in str(written)
 
 
-def test_pictures_are_named_relative_to_the_file_that_is_written_through_links_too(tmp_path: Path) -> None:
+def test_pictures_are_named_relative_to_the_file_that_is_written_through_links_too(
+    tmp_path: Path,
+) -> None:
     source = many(tmp_path / "set", 3)
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
     samples = run(source, "coco", tmp_path / "link" / "out.jsonl")
-    assert all(json.loads(line)["image"].startswith("../../set/") for line in (tmp_path / "link" / "out.jsonl").read_text().splitlines())
+    assert all(
+        json.loads(line)["image"].startswith("../../set/")
+        for line in (tmp_path / "link" / "out.jsonl").read_text().splitlines()
+    )
     for sample in samples:
         assert sample.images[0].is_file()
 
@@ -775,7 +1156,9 @@ def test_pictures_are_named_relative_to_the_file_that_is_written_through_links_t
         ("coco", {"per_image": 0}, "--per-image 0: must be 1 or more"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(tmp_path: Path, form: str, options: dict[str, Any], said: str) -> None:
+def test_options_that_do_not_fit_are_refused(
+    tmp_path: Path, form: str, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         convert(many(tmp_path, 2), tmp_path / "out.jsonl", form, Options(**options))
 

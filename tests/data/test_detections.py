@@ -1,4 +1,6 @@
-"""Questions made of boxes with classes: each answer follows from the boxes, none can be guessed by saying always the same."""
+"""Questions made of boxes with classes: each answer follows from the boxes, none can be guessed by
+saying always the same.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite.data.detections import LARGER, MOST, Picture, Thing, not_there, questions
+from lvr_lite.data.convert.detections import LARGER, MOST, Picture, Thing, not_there, questions
 from lvr_lite.data.samples import Sample
 
-NAMES = {"person": 60, "dog": 12, "cat": 10, "car": 15, "traffic light": 5, "cup": 6}  # how common each is
+NAMES = {
+    "person": 60,
+    "dog": 12,
+    "cat": 10,
+    "car": 15,
+    "traffic light": 5,
+    "cup": 6,
+}  # how common each is
 
 
 def drawn(count: int, seed: int = 0, unsure: bool = False) -> list[Picture]:
@@ -52,12 +61,22 @@ def right(sample: Sample, picture: Picture) -> bool:
         case "exists":
             name = text.removeprefix("Is there any ").removesuffix(" in the picture?")
             found = [t.box for t in of(picture, name)]
-            return boxes == found and answer == ("yes" if found else "no") and (bool(found) or name not in picture.unsure)
+            return (
+                boxes == found
+                and answer == ("yes" if found else "no")
+                and (bool(found) or name not in picture.unsure)
+            )
         case "count" | "exactly":
             (name,) = listed(sample)
             found = [t.box for t in of(picture, name)]
-            number = len(found) if sample.type == "count" else int(re.sub("one", "1", text).split()[3])
-            told = answer == str(number) if sample.type == "count" else answer == ("yes" if number == len(found) else "no")
+            number = (
+                len(found) if sample.type == "count" else int(re.sub("one", "1", text).split()[3])
+            )
+            told = (
+                answer == str(number)
+                if sample.type == "count"
+                else answer == ("yes" if number == len(found) else "no")
+            )
             return told and boxes == found and name not in picture.unsure and number > 0
         case "which":
             others = set(listed(sample)) - {answer}
@@ -72,16 +91,34 @@ def right(sample: Sample, picture: Picture) -> bool:
                 set(best) & picture.unsure
             )  # fmt: skip
         case "place" | "part":
-            quarter = answer if sample.type == "place" else re.findall("(top left|top right|bottom left|bottom right) part", text)[0]
+            quarter = (
+                answer
+                if sample.type == "place"
+                else re.findall("(top left|top right|bottom left|bottom right) part", text)[0]
+            )
             (box,) = boxes
             centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            there = f"{'top' if centre[1] < 0.5 else 'bottom'} {'left' if centre[0] < 0.5 else 'right'}"
+            there = (
+                f"{'top' if centre[1] < 0.5 else 'bottom'} {'left' if centre[0] < 0.5 else 'right'}"
+            )
             whole = not (box[0] < 0.5 < box[2] or box[1] < 0.5 < box[3])
             if sample.type == "place":
                 name = text.removeprefix("In which part of the picture is the ").rstrip("?")
-                return quarter == there and whole and [t.box for t in of(picture, name)] == boxes and name not in picture.unsure
+                return (
+                    quarter == there
+                    and whole
+                    and [t.box for t in of(picture, name)] == boxes
+                    and name not in picture.unsure
+                )
             left, top = (0.5 if "right" in quarter else 0), (0.5 if "bottom" in quarter else 0)
-            reaching = [t for t in picture.things if t.box[0] < left + 0.5 and t.box[2] > left and t.box[1] < top + 0.5 and t.box[3] > top]
+            reaching = [
+                t
+                for t in picture.things
+                if t.box[0] < left + 0.5
+                and t.box[2] > left
+                and t.box[1] < top + 0.5
+                and t.box[3] > top
+            ]
             return (
                 quarter == there
                 and whole
@@ -99,9 +136,16 @@ def right(sample: Sample, picture: Picture) -> bool:
             axis = 0 if sample.type == "left-right" else 1
             before = a.box[axis + 2] < b.box[axis]
             apart = before or b.box[axis + 2] < a.box[axis]
-            word = {("left-right", True): "left", ("left-right", False): "right", ("above-below", True): "above"}
+            word = {
+                ("left-right", True): "left",
+                ("left-right", False): "right",
+                ("above-below", True): "above",
+            }
             return (
-                apart and boxes == [a.box, b.box] and answer == word.get((sample.type, before), "below") and not set(pair) & picture.unsure
+                apart
+                and boxes == [a.box, b.box]
+                and answer == word.get((sample.type, before), "below")
+                and not set(pair) & picture.unsure
             )
     return False
 
@@ -120,9 +164,24 @@ def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: lis
     by_path = {p.path: p for p in pictures}
     wrong = [s for s in asked if not right(s, by_path[s.images[0]])]
     assert wrong == []
-    kinds = {"exists", "count", "exactly", "which", "largest", "place", "part", "left-right", "above-below"}
+    kinds = {
+        "exists",
+        "count",
+        "exactly",
+        "which",
+        "largest",
+        "place",
+        "part",
+        "left-right",
+        "above-below",
+    }
     assert {s.type for s in asked} == kinds
-    assert {s.answer for s in asked if s.type in ("left-right", "above-below")} == {"left", "right", "above", "below"}
+    assert {s.answer for s in asked if s.type in ("left-right", "above-below")} == {
+        "left",
+        "right",
+        "above",
+        "below",
+    }
 
 
 def test_no_type_is_answered_by_saying_always_the_same(asked: list[Sample]) -> None:
@@ -146,7 +205,11 @@ def test_of_each_class_as_many_are_there_as_are_not(asked: list[Sample]) -> None
 
 def test_the_place_of_the_answer_among_the_choices_tells_nothing(asked: list[Sample]) -> None:
     for kind in ("which", "largest", "part"):
-        firsts = [s.choices.index(s.answer) == 0 for s in asked if s.type == kind and s.choices and len(s.choices) > 2]
+        firsts = [
+            s.choices.index(s.answer) == 0
+            for s in asked
+            if s.type == kind and s.choices and len(s.choices) > 2
+        ]
         assert 0.1 < sum(firsts) / len(firsts) < 0.6
 
 
@@ -157,14 +220,25 @@ def test_things_whose_number_is_known_all_have_a_question() -> None:
 
 
 def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
-    pictures = [Picture(str(i), Path(f"{i}.png"), (Thing("bird", (0.1, 0.1, 0.2, 0.2), str(i)),), frozenset(), ()) for i in range(10)]
+    pictures = [
+        Picture(
+            str(i),
+            Path(f"{i}.png"),
+            (Thing("bird", (0.1, 0.1, 0.2, 0.2), str(i)),),
+            frozenset(),
+            (),
+        )
+        for i in range(10)
+    ]
     samples = questions(pictures, 3, 0)
     assert {s.images[0] for s in samples} == {p.path for p in pictures}
     answers = Counter(s.answer for s in samples if s.type == "exactly")
     assert abs(answers["yes"] - answers["no"]) <= 1
 
 
-def test_ids_are_unique_and_pictures_have_no_more_than_asked_for(pictures: list[Picture], asked: list[Sample]) -> None:
+def test_ids_are_unique_and_pictures_have_no_more_than_asked_for(
+    pictures: list[Picture], asked: list[Sample]
+) -> None:
     assert len({s.id for s in asked}) == len(asked)
     for limit in (1, 2, 6):
         of_each = Counter(s.images[0] for s in questions(pictures, limit, 0))
@@ -186,11 +260,19 @@ def test_absent_classes_can_be_left_out(pictures: list[Picture]) -> None:
 def test_more_things_than_can_be_looked_at_are_not_counted() -> None:
     def crowd(n: int) -> Picture:
         boxes = [(0.05 * i, 0.1, 0.05 * i + 0.04, 0.2) for i in range(n)]
-        return Picture(str(n), Path(f"{n}.png"), tuple(Thing("ant", box, str(i)) for i, box in enumerate(boxes)), frozenset(), ())
+        return Picture(
+            str(n),
+            Path(f"{n}.png"),
+            tuple(Thing("ant", box, str(i)) for i, box in enumerate(boxes)),
+            frozenset(),
+            (),
+        )
 
     assert questions([crowd(MOST + 1)], 6, 0) == []
     assert {len(s.boxes) for s in questions([crowd(MOST)], 6, 0)} == {MOST}
 
 
 def test_a_class_is_not_absent_where_its_name_is_part_of_one_that_is_there() -> None:
-    assert not_there(["light", "cup", "dog", "hot dog", "Traffic Light"], {"traffic light", "dog"}) == ("cup",)
+    assert not_there(
+        ["light", "cup", "dog", "hot dog", "Traffic Light"], {"traffic light", "dog"}
+    ) == ("cup",)

@@ -1,4 +1,6 @@
-"""Both sample formats are read; every mistake is named with file, line or item, field, and what to do."""
+"""Both sample formats are read; every mistake is named with file, line or item, field, and what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,16 @@ def official(folder: Path, *items: Any) -> Path:
     return path
 
 
-def official_with(human: str | None = None, gpt: str | None = None, **fields: Any) -> dict[str, Any]:
+def official_with(
+    human: str | None = None, gpt: str | None = None, **fields: Any
+) -> dict[str, Any]:
     human = OFFICIAL["conversations"][0]["value"] if human is None else human
     gpt = OFFICIAL["conversations"][1]["value"] if gpt is None else gpt
-    item = {**OFFICIAL, "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}], **fields}
+    item = {
+        **OFFICIAL,
+        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}],
+        **fields,
+    }
     return {k: v for k, v in item.items() if v is not ...}
 
 
@@ -61,18 +69,38 @@ def refusal(path: Path, need_boxes: bool = False) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- the project's JSONL
+# -------------------------------------------------------------------------------------------------------
+# the project's JSONL
 
 
 def test_a_line_becomes_a_sample_with_its_picture_beside_the_file(folder: Path) -> None:
     assert read_samples(jsonl(folder, GOOD)) == [
-        Sample("a", (folder / "images/a.png",), GOOD["question"], "red", ("red", "blue"), ((0.1, 0.2, 0.5, 0.6),), "attribute", None)
+        Sample(
+            "a",
+            (folder / "images/a.png",),
+            GOOD["question"],
+            "red",
+            ("red", "blue"),
+            ((0.1, 0.2, 0.5, 0.6),),
+            "attribute",
+            None,
+        )
     ]
 
 
-def test_choices_boxes_type_and_pair_may_be_null_or_missing_and_pictures_several(folder: Path) -> None:
+def test_choices_boxes_type_and_pair_may_be_null_or_missing_and_pictures_several(
+    folder: Path,
+) -> None:
     bare = {"id": "b", "image": ["images/a.png", "images/b.png"], "question": "q", "answer": "x"}
-    nulls = {**bare, "id": "c", "choices": None, "boxes": None, "type": None, "pair": None, "note": "other fields are left alone"}
+    nulls = {
+        **bare,
+        "id": "c",
+        "choices": None,
+        "boxes": None,
+        "type": None,
+        "pair": None,
+        "note": "other fields are left alone",
+    }
     one, two = read_samples(jsonl(folder, bare, nulls))
     assert one == Sample("b", (folder / "images/a.png", folder / "images/b.png"), "q", "x")
     assert (two.choices, two.boxes, two.type, two.pair) == (None, (), None, None)
@@ -80,19 +108,36 @@ def test_choices_boxes_type_and_pair_may_be_null_or_missing_and_pictures_several
 
 def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_problem(folder: Path) -> None:
     path = folder / "w.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(changed(id="b")).encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + json.dumps(GOOD).encode()
+        + b"\r\n\r\n"
+        + json.dumps(changed(id="b")).encode()
+    )
     assert [s.id for s in read_samples(path)] == ["a", "b"]
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(folder: Path) -> None:
     path = folder / "u.jsonl"
-    path.write_text(json.dumps(changed(question="one\u2028two"), ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps(changed(question="one\u2028two"), ensure_ascii=False), encoding="utf-8"
+    )
     assert read_samples(path)[0].question == "one\u2028two"
 
 
 def test_a_written_sample_reads_back_as_itself(folder: Path) -> None:
     samples = read_samples(
-        jsonl(folder, GOOD, {**GOOD, "id": "b", "image": ["images/a.png", "images/b.png"], "choices": None, "boxes": []})
+        jsonl(
+            folder,
+            GOOD,
+            {
+                **GOOD,
+                "id": "b",
+                "image": ["images/a.png", "images/b.png"],
+                "choices": None,
+                "boxes": [],
+            },
+        )
     )
     (folder / "deeper").mkdir()
     path = folder / "deeper" / "again.jsonl"
@@ -122,7 +167,10 @@ MISTAKES = [
     (changed(answer=3), "answer: must be text, not a number"),
     (changed(answer="red<|lvr_end|>", choices=None), "answer: contains <|lvr_end|>"),
     (changed(answer="Red"), "answer: 'Red' is not among the choices (red, blue)"),
-    (changed(choices=[]), "choices: must be a list of at least one answer, or null, not an empty list"),
+    (
+        changed(choices=[]),
+        "choices: must be a list of at least one answer, or null, not an empty list",
+    ),
     (changed(choices="red"), "choices: must be a list of at least one answer, or null, not text"),
     (changed(choices=["red", None]), "choices[1]: must be text, not null"),
     (changed(choices=["red", "red"]), "choices: 'red' is there twice"),
@@ -133,7 +181,10 @@ MISTAKES = [
     (changed(boxes=[[0, 0, 1]]), "boxes[0]: must be four numbers"),
     (changed(boxes=[[0, 0, 1, "1"]]), "boxes[0]: must be four numbers"),
     (changed(boxes=[[0, 0, 1, True]]), "boxes[0]: must be four numbers"),
-    (changed(boxes=[[0, 0, 1, 1], [10, 20, 110, 220]]), "boxes[1]: [10, 20, 110, 220] looks like pixels; divide x by the picture's width"),
+    (
+        changed(boxes=[[0, 0, 1, 1], [10, 20, 110, 220]]),
+        "boxes[1]: [10, 20, 110, 220] looks like pixels; divide x by the picture's width",
+    ),
     (changed(boxes=[[0, 0, 10**400, 1]]), "looks like pixels"),
     (changed(boxes=[[-0.1, 0, 0.5, 1]]), "boxes[0]: [-0.1, 0, 0.5, 1] lies outside the picture"),
     (changed(boxes=[[0, 0, 1.01, 1]]), "lies outside the picture"),
@@ -146,8 +197,12 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("mistake", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else "")
-def test_a_mistake_is_named_with_file_line_and_field(folder: Path, mistake: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_mistake_is_named_with_file_line_and_field(
+    folder: Path, mistake: Any, message: str
+) -> None:
     path = jsonl(folder, changed(id="first"), mistake)
     said = refusal(path)
     assert said.startswith(f"{path}:2: ")
@@ -166,20 +221,31 @@ def test_a_line_that_is_no_json_is_named_with_its_number(folder: Path) -> None:
 
 def test_an_id_that_comes_twice_is_named_with_both_lines(folder: Path) -> None:
     path = jsonl(folder, GOOD, changed(id="b"), GOOD)
-    assert refusal(path) == f"{path}:3: id: 'a' is already taken by line 1; give every sample its own"
+    assert (
+        refusal(path) == f"{path}:3: id: 'a' is already taken by line 1; give every sample its own"
+    )
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", ": empty"), (b" \n\n", ": empty"), (b'{"id": "a"}\n{"id": "\xff"}', ":2: not UTF-8 (byte 0xff)")]
+    ("content", "message"),
+    [
+        (b"", ": empty"),
+        (b" \n\n", ": empty"),
+        (b'{"id": "a"}\n{"id": "\xff"}', ":2: not UTF-8 (byte 0xff)"),
+    ],
 )
-def test_an_empty_file_and_one_that_is_not_utf8_are_refused(folder: Path, content: bytes, message: str) -> None:
+def test_an_empty_file_and_one_that_is_not_utf8_are_refused(
+    folder: Path, content: bytes, message: str
+) -> None:
     path = folder / "e.jsonl"
     path.write_bytes(content)
     assert any(str(problem).startswith(f"{path}{message}") for problem in check_samples(path)[1])
 
 
 def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
-    assert refusal(folder / "no.jsonl").startswith(f"{folder / 'no.jsonl'}: cannot be read (No such file")
+    assert refusal(folder / "no.jsonl").startswith(
+        f"{folder / 'no.jsonl'}: cannot be read (No such file"
+    )
     assert refusal(folder).startswith(f"{folder}: cannot be read (Is a directory")
 
 
@@ -190,26 +256,52 @@ def test_a_sample_without_boxes_is_named_where_boxes_are_needed(folder: Path) ->
 
 
 def test_all_problems_are_collected_beside_the_good_samples(folder: Path) -> None:
-    path = jsonl(folder, changed(answer="", boxes=[[3, 3, 9, 9]]), changed(id="good"), changed(id="good"), 5)
+    path = jsonl(
+        folder, changed(answer="", boxes=[[3, 3, 9, 9]]), changed(id="good"), changed(id="good"), 5
+    )
     samples, problems = check_samples(path)
     assert [s.id for s in samples] == ["good"]
-    assert [(p.line, p.field) for p in problems] == [(1, "answer"), (1, "boxes[0]"), (3, "id"), (4, "")]
-    assert all(isinstance(p, Problem) and str(p).startswith(f"{path}:{p.line}: {p.field}") for p in problems)
+    assert [(p.line, p.field) for p in problems] == [
+        (1, "answer"),
+        (1, "boxes[0]"),
+        (3, "id"),
+        (4, ""),
+    ]
+    assert all(
+        isinstance(p, Problem) and str(p).startswith(f"{path}:{p.line}: {p.field}")
+        for p in problems
+    )
     assert refusal(path) == f"{problems[0]} (3 more: lvr-lite data validate {path} lists all)"
 
 
-# -------------------------------------------------------------------------------------------------------- the official JSON
+# --------------------------------------------------------------------------------------------------------
+# the official JSON
 
 
 def test_an_official_item_becomes_a_sample(folder: Path) -> None:
     assert read_samples(official(folder, OFFICIAL)) == [
-        Sample("flickr-train-7", (folder / "images/a.png",), "What is it?", "A star.", None, ((0.1, 0.2, 0.5, 0.6),), "flickr")
+        Sample(
+            "flickr-train-7",
+            (folder / "images/a.png",),
+            "What is it?",
+            "A star.",
+            None,
+            ((0.1, 0.2, 0.5, 0.6),),
+            "flickr",
+        )
     ]
 
 
 def test_stage_2_items_have_neither_image_mark_nor_boxes(folder: Path) -> None:
-    (sample,) = read_samples(official(folder, official_with(human="What is it?", gpt="42", bboxes=..., question_id=...)))
-    assert (sample.id, sample.question, sample.answer, sample.boxes) == ("flickr-train-item1", "What is it?", "42", ())
+    (sample,) = read_samples(
+        official(folder, official_with(human="What is it?", gpt="42", bboxes=..., question_id=...))
+    )
+    assert (sample.id, sample.question, sample.answer, sample.boxes) == (
+        "flickr-train-item1",
+        "What is it?",
+        "42",
+        (),
+    )
 
 
 def test_several_pictures_and_boxes_are_read(folder: Path) -> None:
@@ -218,7 +310,12 @@ def test_several_pictures_and_boxes_are_read(folder: Path) -> None:
         bboxes=[[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]],
     )  # fmt: skip
     (sample,) = read_samples(official(folder, item))
-    assert (len(sample.images), len(sample.boxes), sample.question, sample.answer) == (2, 2, "Same?", "no")
+    assert (len(sample.images), len(sample.boxes), sample.question, sample.answer) == (
+        2,
+        2,
+        "Same?",
+        "no",
+    )
 
 
 OFFICIAL_MISTAKES = [
@@ -228,20 +325,39 @@ OFFICIAL_MISTAKES = [
     (official_with(gpt="<lvr><answer> </answer>"), "conversations[1].value: is empty"),
     (official_with(human="<image>\n"), "conversations[0].value: is empty"),
     (official_with(human="What is <image>?"), "conversations[0].value: has <image> after the text"),
-    (official_with(human="<image><image>Which?"), "conversations[0].value: has 2 <image> for 1 pictures"),
-    (official_with(human="<image>\nwhat is <|image_pad|>"), "conversations[0].value: contains <|image_pad|>"),
+    (
+        official_with(human="<image><image>Which?"),
+        "conversations[0].value: has 2 <image> for 1 pictures",
+    ),
+    (
+        official_with(human="<image>\nwhat is <|image_pad|>"),
+        "conversations[0].value: contains <|image_pad|>",
+    ),
     (official_with(conversations=[]), "conversations: must be two turns"),
     (official_with(conversations=...), "conversations: is missing"),
-    (official_with(conversations=[{"from": "human"}, {"from": "gpt", "value": "x"}]), "conversations[0].value: must be text, not null"),
+    (
+        official_with(conversations=[{"from": "human"}, {"from": "gpt", "value": "x"}]),
+        "conversations[0].value: must be text, not null",
+    ),
     (official_with(image=["gone.jpg"]), "image: {folder}/gone.jpg does not exist"),
     (OFFICIAL, "id: 'flickr-train-7' is already taken by item 1"),
     ("text", "must be an object"),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "message"), OFFICIAL_MISTAKES, ids=lambda v: v if isinstance(v, str) else "")
-def test_a_mistake_in_an_official_file_is_named_with_its_item(folder: Path, mistake: Any, message: str) -> None:
-    path = official(folder, OFFICIAL, {**mistake, "question_id": 8} if isinstance(mistake, dict) and mistake is not OFFICIAL else mistake)
+@pytest.mark.parametrize(
+    ("mistake", "message"), OFFICIAL_MISTAKES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_mistake_in_an_official_file_is_named_with_its_item(
+    folder: Path, mistake: Any, message: str
+) -> None:
+    path = official(
+        folder,
+        OFFICIAL,
+        {**mistake, "question_id": 8}
+        if isinstance(mistake, dict) and mistake is not OFFICIAL
+        else mistake,
+    )
     said = refusal(path)
     assert said.startswith(f"{path}: item 2: ")
     assert message.replace("{folder}", str(folder)) in said
@@ -254,16 +370,25 @@ def test_a_broken_or_empty_official_file_is_refused(folder: Path) -> None:
     assert refusal(path).startswith(f"{path}:2: not a valid JSON list (Expecting value")
 
 
-# ------------------------------------------------------------------------------------------------------- read when asked for
+# -------------------------------------------------------------------------------------------------------
+# read when asked for
 
 
 def test_samples_that_are_read_when_they_are_asked_for_are_those_of_the_file(folder: Path) -> None:
     lines = [
-        changed(id=f"{i}", question=f"what is ü{i}", image=f"images/{'ab'[i % 2]}.png", boxes=GOOD["boxes"] if i % 3 else [])
+        changed(
+            id=f"{i}",
+            question=f"what is ü{i}",
+            image=f"images/{'ab'[i % 2]}.png",
+            boxes=GOOD["boxes"] if i % 3 else [],
+        )
         for i in range(7)
     ]
     path = folder / "samples.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines))
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + b"\r\n\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines)
+    )
     official_file = official(folder, OFFICIAL, {**OFFICIAL, "question_id": 8})
     for file in (path, official_file):
         found = Samples(file)
@@ -285,12 +410,16 @@ def test_they_are_refused_as_a_whole_and_where_the_file_changes(folder: Path) ->
         found[1]
 
 
-def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = jsonl(folder, *[changed(id=f"{i}") for i in range(40)] * 2)
     reads: list[Path] = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))  # type: ignore[func-returns-value]
     _, problems = check_samples(path)
     said = [str(p).partition("; ")[0] for p in problems]
-    assert said == [f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)]
+    assert said == [
+        f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)
+    ]
     assert len(reads) == 1

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite.checkpoint import vision_of
-from lvr_lite.data.convert import Options, convert
-from lvr_lite.data.make import write_scenes
+from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.samples import Problem
 from lvr_lite.data.validate import validate
 from lvr_lite.errors import DataError
+from lvr_lite.model.checkpoint import vision_of
+from lvr_lite.toy.make import write_scenes
 
 TINY = vision_of("tiny")
 
@@ -39,7 +39,9 @@ def good(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def write(path: Path, *lines: Any) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
@@ -66,16 +68,28 @@ FAULTS: list[tuple[Any, str]] = [
     ({"boxes": [[0.5, 0.2, 0.6]]}, "must be four numbers"),
     ({"boxes": [[0.1, float("nan"), 0.5, 0.6]]}, "holds NaN"),
     ({"boxes": ..., "bbox": [0.1, 0.2, 0.5, 0.6]}, "bbox: is not a field here; 'boxes' is meant"),
-    ({"image": "images/1.png", "answer": "blue"}, "answer: 'blue', and line 2 answers 'red' to the same question about the same picture"),
+    (
+        {"image": "images/1.png", "answer": "blue"},
+        "answer: 'blue', and line 2 answers 'red' to the same question about the same picture",
+    ),
     ({"image": "images/copy.bmp", "answer": "blue"}, "answer: 'blue', and line 2 answers 'red'"),
-    ({"image": "images/tested.png"}, "is also in {test} (line 1); a picture may be in one of them only"),
+    (
+        {"image": "images/tested.png"},
+        "is also in {test} (line 1); a picture may be in one of them only",
+    ),
     ({"image": "images/tested-turned.jpg.png", "question": "and here"}, "is also in {test}"),
 ]
 NOTES: list[tuple[dict[str, Any], str]] = [
-    ({"boxes": [[0.5, 0.5, 0.55, 0.55]]}, "note: boxes[0]: covers 0.015 of a visual token (3 x 2 of the picture)"),
+    (
+        {"boxes": [[0.5, 0.5, 0.55, 0.55]]},
+        "note: boxes[0]: covers 0.015 of a visual token (3 x 2 of the picture)",
+    ),
     ({"boxes": [[0.1, 0.2, 0.5, 0.6], [0, 0, 1, 1]]}, "note: boxes[1]: is the whole picture"),
     ({"boxes": [[0.1, 0.2, 0.5, 0.6]] * 2}, "note: boxes[1]: is there twice"),
-    ({"image": "images/1.png"}, "note: question: asked and answered in line 2 about the same picture"),
+    (
+        {"image": "images/1.png"},
+        "note: question: asked and answered in line 2 about the same picture",
+    ),
 ]
 
 
@@ -94,13 +108,18 @@ def folder(tmp_path: Path) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(images / "tested.png") as tested:
-        tested.transpose(Image.Transpose.ROTATE_90).save(images / "tested-turned.jpg.png", exif=exif)
+        tested.transpose(Image.Transpose.ROTATE_90).save(
+            images / "tested-turned.jpg.png", exif=exif
+        )
     return tmp_path
 
 
 def test_each_of_the_planted_faults_is_found_at_its_line_and_nothing_else(folder: Path) -> None:
     test = write(folder / "test.jsonl", good(900, image="images/tested.png"))
-    faults = [fault if isinstance(fault, str) else good(i, **fault) for i, (fault, _) in enumerate(FAULTS, 2)]
+    faults = [
+        fault if isinstance(fault, str) else good(i, **fault)
+        for i, (fault, _) in enumerate(FAULTS, 2)
+    ]
     path = write(folder / "train.jsonl", good(0), good(1), *faults)
     problems = found(path, test=test)
     assert len(FAULTS) >= 20
@@ -131,7 +150,10 @@ def test_whether_a_box_is_small_depends_on_the_model(folder: Path) -> None:
 
 
 def test_clean_scenes_give_no_word(tmp_path: Path) -> None:
-    train, test = write_scenes(tmp_path / "a", 60, 0, "train"), write_scenes(tmp_path / "b", 60, 0, "test")
+    train, test = (
+        write_scenes(tmp_path / "a", 60, 0, "train"),
+        write_scenes(tmp_path / "b", 60, 0, "test"),
+    )
     assert found(train, test) == []
     assert found(train, test=test) == []
 
@@ -142,10 +164,15 @@ def test_converted_sets_give_no_word(tmp_path: Path) -> None:
         picture(tmp_path / "images" / f"{i}.png", i, (320, 240))
         images.append({"id": i, "file_name": f"{i}.png", "width": 320, "height": 240})
         boxes = [[10 + 5 * i, 20, 80, 60], [200, 100 + i, 50, 90]]
-        annotations += [{"id": 2 * i + j, "image_id": i, "category_id": 1 + (i + j) % 3, "bbox": box} for j, box in enumerate(boxes)]
+        annotations += [
+            {"id": 2 * i + j, "image_id": i, "category_id": 1 + (i + j) % 3, "bbox": box}
+            for j, box in enumerate(boxes)
+        ]
     source = tmp_path / "instances.json"
     categories = [{"id": i, "name": name} for i, name in enumerate(("cat", "dog", "bird"), 1)]
-    source.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    source.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     convert(source, tmp_path / "set.jsonl", "coco", Options(test_share=0.3, per_image=20))
     assert found(tmp_path / "set-train.jsonl", tmp_path / "set-test.jsonl") == []
 
@@ -154,19 +181,32 @@ def test_files_that_are_given_together_may_share_no_picture(folder: Path) -> Non
     one = write(folder / "one.jsonl", good(0), good(1))
     two = write(folder / "two.jsonl", good(2), good(3, image="images/copy.bmp"))
     (problem,) = found(one, two)
-    assert str(problem) == f"{one}:2: image: {folder}/images/1.png is also in {two} (line 2); a picture may be in one of them only"
+    assert (
+        str(problem)
+        == f"{one}:2: image: {folder}/images/1.png is also in {two} (line 2); a picture may be in one of them only"
+    )
 
 
 def test_an_official_list_is_checked_with_its_pictures(folder: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "<lvr>\n<answer> A star. </answer>"}]
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "<lvr>\n<answer> A star. </answer>"},
+    ]
     items = [
-        {"question_id": i, "image": [f"images/{name}"], "conversations": turns, "bboxes": [[0.1, 0.2, 0.5, 0.6]]}
+        {
+            "question_id": i,
+            "image": [f"images/{name}"],
+            "conversations": turns,
+            "bboxes": [[0.1, 0.2, 0.5, 0.6]],
+        }
         for i, name in enumerate(("0.png", "cut.png"))
     ]
     path = folder / "lvr.json"
     path.write_text(json.dumps(items))
     (problem,) = found(path)
-    assert str(problem).startswith(f"{path}: item 2: image: {folder}/images/cut.png: a damaged picture")
+    assert str(problem).startswith(
+        f"{path}: item 2: image: {folder}/images/cut.png: a damaged picture"
+    )
 
 
 def test_a_test_set_that_is_wrong_itself_is_refused(folder: Path) -> None:

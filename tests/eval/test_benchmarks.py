@@ -1,4 +1,6 @@
-"""Public benchmarks in small: sets in each published format, scores worked out by hand, rows that are broken, runs that were stopped."""
+"""Public benchmarks in small: sets in each published format, scores worked out by hand, rows that
+are broken, runs that were stopped.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ from lvr_lite.eval.suite import Plan, compare, exact, lettered
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-def jpeg(colour: tuple[int, int, int] = (90, 0, 0), size: tuple[int, int] = (56, 28), turned: bool = False) -> bytes:
+def jpeg(
+    colour: tuple[int, int, int] = (90, 0, 0),
+    size: tuple[int, int] = (56, 28),
+    turned: bool = False,
+) -> bytes:
     """turned: stored on its side, with the orientation that sets it upright."""
     exif, out = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6 if turned else 1
@@ -37,10 +43,13 @@ def jpeg(colour: tuple[int, int, int] = (90, 0, 0), size: tuple[int, int] = (56,
     return out.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- the published formats
+# --------------------------------------------------------------------------------------------------------
+# the published formats
 
 
-def write_mmvp(folder: Path, count: int = 6, images: str = "MMVP Images", header: str = "Index") -> Path:
+def write_mmvp(
+    folder: Path, count: int = 6, images: str = "MMVP Images", header: str = "Index"
+) -> Path:
     """Right are (a), (b), (a), …"""
     (folder / images).mkdir(parents=True)
     with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
@@ -48,18 +57,36 @@ def write_mmvp(folder: Path, count: int = 6, images: str = "MMVP Images", header
         rows.writerow([header, "Question", "Options", "Correct Answer"])
         for i in range(1, count + 1):
             (folder / images / f"{i}.jpg").write_bytes(jpeg((i, 0, 0)))
-            rows.writerow([i, f'Is door no. {i}, the "red" one, open?', "(a) Open (b) Closed", "(a)" if i % 2 else "(b)"])
+            rows.writerow(
+                [
+                    i,
+                    f'Is door no. {i}, the "red" one, open?',
+                    "(a) Open (b) Closed",
+                    "(a)" if i % 2 else "(b)",
+                ]
+            )
     return folder
 
 
-def write_vstar(folder: Path, categories: Sequence[str] = ("direct_attributes",) * 3 + ("relative_position",) * 2) -> Path:
+def write_vstar(
+    folder: Path,
+    categories: Sequence[str] = ("direct_attributes",) * 3 + ("relative_position",) * 2,
+) -> Path:
     """Right are A, B, C, D, A."""
     lines = []
     for i, category in enumerate(categories):
         (folder / category).mkdir(parents=True, exist_ok=True)
         (folder / category / f"sa_{i}.jpg").write_bytes(jpeg())
         text = f"What is thing {i} made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n{INSTRUCTION}"
-        lines.append({"image": f"{category}/sa_{i}.jpg", "text": text, "label": "ABCDA"[i], "category": category, "question_id": i})
+        lines.append(
+            {
+                "image": f"{category}/sa_{i}.jpg",
+                "text": text,
+                "label": "ABCDA"[i],
+                "category": category,
+                "question_id": i,
+            }
+        )
     (folder / "test_questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -99,7 +126,10 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     names = list(rows[0])
-    columns = {n: pa.array([r[n] for r in rows], picture if n.startswith("image_") else None) for n in names}
+    columns = {
+        n: pa.array([r[n] for r in rows], picture if n.startswith("image_") else None)
+        for n in names
+    }
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
@@ -107,7 +137,9 @@ COLOURS = ("red", "blue", "green", "white")
 
 
 def hr_rows(questions: int, start: int = 0, once: bool = False) -> list[dict[str, Any]]:
-    """Each question four times, its options turned on by one; the right answer is red. once: the picture in the first of the four alone."""
+    """Each question four times, its options turned on by one; the right answer is red. once: the
+    picture in the first of the four alone.
+    """
     rows = []
     for q in range(questions):
         for turn in range(4):
@@ -139,12 +171,15 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- answering
+# -------------------------------------------------------------------------------------------------------------
+# answering
 
 
 def table(benchmark: benchmarks.Benchmark, said: Sequence[str], latent_steps: int = 0) -> Any:
     """A runtime that says the given letters, in the order of the rows."""
-    return Table(dict(zip((row.sample.question for row in benchmark.rows), said, strict=True)), latent_steps)
+    return Table(
+        dict(zip((row.sample.question for row in benchmark.rows), said, strict=True)), latent_steps
+    )
 
 
 def run(name: str, folder: Path, said: Sequence[str], **plan: Any) -> dict[str, Any]:
@@ -165,10 +200,22 @@ def shown(result: dict[str, Any]) -> str:
 def test_mmvp_is_scored_by_single_items_and_by_pairs_each_under_its_name(tmp_path: Path) -> None:
     result = run("mmvp", write_mmvp(tmp_path / "m"), ["A", "(b)", "A. Open", "A", "B", "A"])
     assert named(result) == {"single items": (6, 0.5), "pairs, both right": (3, 0.3333)}
-    assert (result["accuracy"], result["pair_accuracy"], result["n"], result["of"]) == (0.5, pytest.approx(1 / 3), 6, 6)
+    assert (result["accuracy"], result["pair_accuracy"], result["n"], result["of"]) == (
+        0.5,
+        pytest.approx(1 / 3),
+        6,
+        6,
+    )
     assert result["scores"][0]["interval"] == [round(v, 4) for v in score.wilson(3, 6)]
     text = shown(result)
-    for part in ("single items", "pairs, both right", "50.0 [18.8, 81.2]", "Qwen2.5-VL-7B, published", "66.7", "2509.24251"):
+    for part in (
+        "single items",
+        "pairs, both right",
+        "50.0 [18.8, 81.2]",
+        "Qwen2.5-VL-7B, published",
+        "66.7",
+        "2509.24251",
+    ):
         assert part in text
 
 
@@ -184,16 +231,30 @@ def test_vstar_is_scored_by_category(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_blink_is_scored_by_subtask_and_by_the_mean_over_subtasks(form: str, tmp_path: Path) -> None:
+def test_blink_is_scored_by_subtask_and_by_the_mean_over_subtasks(
+    form: str, tmp_path: Path
+) -> None:
     folder = write_blink(tmp_path / "b", {"Counting": (2, 1), "Jigsaw": (4, 3)}, form)
     result = run("blink", folder, ["A", "B", "A", "A", "B", "A"])
-    assert {k: (v["n"], v["accuracy"]) for k, v in result["by_type"].items()} == {"Counting": (2, 1.0), "Jigsaw": (4, 0.25)}
+    assert {k: (v["n"], v["accuracy"]) for k, v in result["by_type"].items()} == {
+        "Counting": (2, 1.0),
+        "Jigsaw": (4, 0.25),
+    }
     assert named(result) == {"mean over subtasks": (2, 0.625), "all questions": (6, 0.5)}
-    assert [len(row.pictures()) for row in benchmarks.read("blink", folder).rows] == [1, 1, 3, 3, 3, 3]
+    assert [len(row.pictures()) for row in benchmarks.read("blink", folder).rows] == [
+        1,
+        1,
+        3,
+        3,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_hrbench_is_scored_by_rows_and_by_rotations_of_each_set_apart(once: bool, tmp_path: Path) -> None:
+def test_hrbench_is_scored_by_rows_and_by_rotations_of_each_set_apart(
+    once: bool, tmp_path: Path
+) -> None:
     folder = write_hr(tmp_path / "h", _4k=hr_rows(2, once=once), _8k=hr_rows(1, 100, once))
     right = [row["answer"] for row in hr_rows(1)]
     assert right == ["A", "D", "C", "B"]
@@ -207,7 +268,9 @@ def test_hrbench_is_scored_by_rows_and_by_rotations_of_each_set_apart(once: bool
     kinds = {k: (v["n"], v["accuracy"]) for k, v in result["by_type"].items()}
     assert kinds == {"4K single": (4, 1.0), "4K cross": (4, 0.25), "8K single": (4, 0.25)}
     assert result["pair_accuracy"] is None
-    assert result["scores"][0]["interval"] == [round(v, 4) for v in score.wilson(1.25, 2)]  # two questions, not eight
+    assert result["scores"][0]["interval"] == [
+        round(v, 4) for v in score.wilson(1.25, 2)
+    ]  # two questions, not eight
     widths = [row.pictures()[0].width for row in benchmarks.read("hrbench", folder).rows]
     assert widths == [28] * 4 + [56] * 4 + [28] * 4
 
@@ -216,9 +279,16 @@ def test_hrbench_as_parquet_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "h" / "data").mkdir(parents=True)
     rows = hr_rows(3, once=True)
     write_parquet(tmp_path / "h" / "data" / "hr_bench_4k.parquet", rows)
-    one, two = benchmarks.read("hrbench", tmp_path / "h"), benchmarks.read("hrbench", write_hr(tmp_path / "t", _4k=rows))
-    assert [replace(r.sample, images=()) for r in one.rows] == [replace(r.sample, images=()) for r in two.rows]
-    assert [r.pictures()[0].tobytes() for r in one.rows] == [r.pictures()[0].tobytes() for r in two.rows]
+    one, two = (
+        benchmarks.read("hrbench", tmp_path / "h"),
+        benchmarks.read("hrbench", write_hr(tmp_path / "t", _4k=rows)),
+    )
+    assert [replace(r.sample, images=()) for r in one.rows] == [
+        replace(r.sample, images=()) for r in two.rows
+    ]
+    assert [r.pictures()[0].tobytes() for r in one.rows] == [
+        r.pictures()[0].tobytes() for r in two.rows
+    ]
 
 
 def test_published_twice_a_set_is_asked_once(tmp_path: Path) -> None:
@@ -229,11 +299,15 @@ def test_published_twice_a_set_is_asked_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cycle", [True, False])
 @pytest.mark.parametrize("blocks", [True, False])
-def test_rotations_are_put_together_where_two_questions_have_the_same_words(cycle: bool, blocks: bool, tmp_path: Path) -> None:
+def test_rotations_are_put_together_where_two_questions_have_the_same_words(
+    cycle: bool, blocks: bool, tmp_path: Path
+) -> None:
     """blocks: all questions in their first rotation, then all in their second, …"""
     rows = [row | {"question": "What colour is the car?"} for row in hr_rows(2)]
     rows = sorted(rows, key=lambda row: row["index"] % 4) if blocks else rows
-    rows = rows if cycle else [{k: v for k, v in row.items() if k != "cycle_category"} for row in rows]
+    rows = (
+        rows if cycle else [{k: v for k, v in row.items() if k != "cycle_category"} for row in rows]
+    )
     found = benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)).rows
     by_group: dict[Any, set[int]] = {}
     for row in found:
@@ -249,11 +323,26 @@ def test_a_rows_picture_may_be_named_by_another_rows_index(tmp_path: Path) -> No
 
 
 def test_prompts_are_the_papers(tmp_path: Path) -> None:
-    first = {name: benchmarks.read(name, write(tmp_path / name)).rows[0].sample for name, write in WRITERS.items()}
-    assert first["mmvp"].question == f'Is door no. 1, the "red" one, open?\nOptions:\nA. Open B. Closed\n{INSTRUCTION}'
-    assert first["vstar"].question == f"What is thing 0 made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n{INSTRUCTION}"
-    assert first["blink"].question == f"Counting 0: which one?\nOptions:\nA. the left\nB. the right\n\n{INSTRUCTION}"
-    assert first["hrbench"].question == f"What colour is car 0?\nOptions:\nA. red\nB. blue\nC. green\nD. white\n{INSTRUCTION}"
+    first = {
+        name: benchmarks.read(name, write(tmp_path / name)).rows[0].sample
+        for name, write in WRITERS.items()
+    }
+    assert (
+        first["mmvp"].question
+        == f'Is door no. 1, the "red" one, open?\nOptions:\nA. Open B. Closed\n{INSTRUCTION}'
+    )
+    assert (
+        first["vstar"].question
+        == f"What is thing 0 made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n{INSTRUCTION}"
+    )
+    assert (
+        first["blink"].question
+        == f"Counting 0: which one?\nOptions:\nA. the left\nB. the right\n\n{INSTRUCTION}"
+    )
+    assert (
+        first["hrbench"].question
+        == f"What colour is car 0?\nOptions:\nA. red\nB. blue\nC. green\nD. white\n{INSTRUCTION}"
+    )
     assert {(s.answer, len(s.choices or ())) for s in first.values()} == {("A", 2), ("A", 4)}
 
 
@@ -261,39 +350,65 @@ def test_prompts_are_the_papers(tmp_path: Path) -> None:
 def test_pictures_are_set_upright_wherever_they_lie(name: str, tmp_path: Path) -> None:
     folder = WRITERS[name](tmp_path / "set")
     if name == "hrbench":
-        write_hr(folder, _4k=[row | {"image": base64.b64encode(jpeg(turned=True)).decode()} for row in hr_rows(1)])
+        write_hr(
+            folder,
+            _4k=[
+                row | {"image": base64.b64encode(jpeg(turned=True)).decode()} for row in hr_rows(1)
+            ],
+        )
     for path in folder.rglob("*.jpg"):
         path.write_bytes(jpeg(turned=True))
     assert benchmarks.read(name, folder).rows[0].pictures()[0].size == (28, 56)
 
 
-@pytest.mark.parametrize(("images", "header"), [("images", "Index"), ("MMVP_Images", "\ufeffIndex"), ("MMVP Images", "lndex")])
+@pytest.mark.parametrize(
+    ("images", "header"),
+    [("images", "Index"), ("MMVP_Images", "\ufeffIndex"), ("MMVP Images", "lndex")],
+)
 def test_copies_of_mmvp_with_other_names_are_read(images: str, header: str, tmp_path: Path) -> None:
     folder = write_mmvp(tmp_path / "m", images=images, header=header)
-    assert [row.sample.pair for row in benchmarks.read("mmvp", folder).rows] == ["pair-1"] * 2 + ["pair-2"] * 2 + ["pair-3"] * 2
+    assert [row.sample.pair for row in benchmarks.read("mmvp", folder).rows] == ["pair-1"] * 2 + [
+        "pair-2"
+    ] * 2 + ["pair-3"] * 2
 
 
-def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_them(tmp_path: Path) -> None:
+def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_them(
+    tmp_path: Path,
+) -> None:
     folder = write_blink(tmp_path / "b", {"Counting": (2, 2)}, "jsonl")
     path = folder / "Counting" / "val.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0] |= {f"image_{k}": f"Counting/{rows[0][f'image_{k}']}" for k in (1, 2)}
-    rows[1] |= {"image_1": {"bytes": base64.b64encode(jpeg(size=(84, 28))).decode()}, "image_2": {"path": rows[1]["image_2"]}}
+    rows[1] |= {
+        "image_1": {"bytes": base64.b64encode(jpeg(size=(84, 28))).decode()},
+        "image_2": {"path": rows[1]["image_2"]},
+    }
     del rows[1]["sub_task"], rows[1]["idx"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = benchmarks.read("blink", folder).rows
     assert [[p.width for p in row.pictures()] for row in found] == [[28, 56], [84, 56]]
-    assert [(row.sample.id, row.sample.type) for row in found] == [("val_Counting_0", "Counting"), ("Counting-2", "Counting")]
-    assert [path.is_file() for row in found for path in row.sample.images] == [True, True, False, True]
+    assert [(row.sample.id, row.sample.type) for row in found] == [
+        ("val_Counting_0", "Counting"),
+        ("Counting-2", "Counting"),
+    ]
+    assert [path.is_file() for row in found for path in row.sample.images] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     path.rename(folder / "Counting.jsonl")
     assert [row.sample.type for row in benchmarks.read("blink", folder).rows] == ["Counting"] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------- broken rows
+# ----------------------------------------------------------------------------------------------------------
+# broken rows
 
 
 def problems(benchmark: benchmarks.Benchmark) -> list[str]:
-    """Of all rows, those whose pictures cannot be opened included; "file:line: problem", without the folder."""
+    """Of all rows, those whose pictures cannot be opened included; "file:line: problem", without
+    the folder.
+    """
 
     def problem(row: benchmarks.Row) -> str:
         try:
@@ -309,8 +424,12 @@ def problems(benchmark: benchmarks.Benchmark) -> list[str]:
 def test_every_broken_row_of_mmvp_is_named(tmp_path: Path) -> None:
     folder = write_mmvp(tmp_path / "m")
     with (folder / "Questions.csv").open("a") as file:
-        file.write('7,"Two\nlines?",(a) Open (b) Closed,(c)\n8,cut\nx,q,(a) Open (b) Closed,(a)\n3,q,(a) Open (b) Closed,(a)\n')
-        file.write("9,q,Open or closed,(a)\n10,one,two,three,four,five\n11,<|image_pad|>,(a) Open (b) Closed,(a)\n12,,(a) x (b) y,(a)\n")
+        file.write(
+            '7,"Two\nlines?",(a) Open (b) Closed,(c)\n8,cut\nx,q,(a) Open (b) Closed,(a)\n3,q,(a) Open (b) Closed,(a)\n'
+        )
+        file.write(
+            "9,q,Open or closed,(a)\n10,one,two,three,four,five\n11,<|image_pad|>,(a) Open (b) Closed,(a)\n12,,(a) x (b) y,(a)\n"
+        )
     (folder / "MMVP Images" / "2.jpg").unlink()
     (folder / "MMVP Images" / "5.jpg").write_text("no picture")
     benchmark = benchmarks.read("mmvp", folder)
@@ -346,7 +465,10 @@ def test_broken_rows_are_counted_and_are_in_no_score(tmp_path: Path) -> None:
 def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
     folder = write_vstar(tmp_path / "v")
     good = json.loads((folder / "test_questions.jsonl").read_text().splitlines()[0])
-    bad = [{k: v for k, v in good.items() if k != field} for field in ("text", "label", "category", "question_id", "image")]
+    bad = [
+        {k: v for k, v in good.items() if k != field}
+        for field in ("text", "label", "category", "question_id", "image")
+    ]
     bad += [
         good | {"label": "E", "question_id": 7},
         good | {"text": "no options", "question_id": 8},
@@ -375,7 +497,12 @@ def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
 def test_every_broken_row_of_blink_is_named(tmp_path: Path) -> None:
     (tmp_path / "b" / "Counting").mkdir(parents=True)
     rows = blink_rows("Counting", 7, 2)
-    rows[1]["answer"], rows[2]["choices"], rows[3]["image_1"], rows[5]["question"] = "hidden", None, None, ""
+    rows[1]["answer"], rows[2]["choices"], rows[3]["image_1"], rows[5]["question"] = (
+        "hidden",
+        None,
+        None,
+        "",
+    )
     rows[4]["image_2"] = {"bytes": jpeg()[:200], "path": None}
     write_parquet(tmp_path / "b" / "Counting" / "val-00000-of-00001.parquet", rows)
     file = "Counting/val-00000-of-00001.parquet"
@@ -394,11 +521,17 @@ def test_every_broken_row_of_hrbench_is_named(tmp_path: Path) -> None:
     rows[8] |= {"image": base64.b64encode(b"no picture").decode()}
     for row in rows[4:8]:
         row["image"] = ""
-    assert [p.split(" (")[0].split(" that ")[0] for p in problems(benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)))] == [
+    assert [
+        p.split(" (")[0].split(" that ")[0]
+        for p in problems(benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)))
+    ] == [
         "hr_bench_4k.tsv:2: answer: 'E' is not among the options",
         "hr_bench_4k.tsv:3: B: is empty",
         "hr_bench_4k.tsv:4: image: is neither a picture's path nor base64",
-        *(f"hr_bench_4k.tsv:{line}: image: is empty, where a picture must be" for line in (6, 7, 8, 9)),
+        *(
+            f"hr_bench_4k.tsv:{line}: image: is empty, where a picture must be"
+            for line in (6, 7, 8, 9)
+        ),
         "hr_bench_4k.tsv:10: image: not a picture",
     ]
 
@@ -406,7 +539,11 @@ def test_every_broken_row_of_hrbench_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("mmvp", "Questions.csv", 'the folder must hold Questions.csv and the folder "MMVP Images"'),
+        (
+            "mmvp",
+            "Questions.csv",
+            'the folder must hold Questions.csv and the folder "MMVP Images"',
+        ),
         ("mmvp", "column", "Questions.csv: has no column Options"),
         ("mmvp", "rows", "none of 6 rows can be asked; the first: "),
         ("mmvp", "empty", "the files hold no rows"),
@@ -415,7 +552,9 @@ def test_every_broken_row_of_hrbench_is_named(tmp_path: Path) -> None:
         ("hrbench", "*.tsv", "the folder must hold hr_bench_4k.tsv or hr_bench_8k.tsv"),
     ],
 )
-def test_a_folder_that_is_not_the_benchmark_is_one_line_and_no_model_is_opened(name: str, damage: str, said: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_the_benchmark_is_one_line_and_no_model_is_opened(
+    name: str, damage: str, said: str, tmp_path: Path
+) -> None:
     folder = WRITERS[name](tmp_path / "set")
     text = (folder / "Questions.csv").read_text() if name == "mmvp" else ""
     if damage == "column":
@@ -437,7 +576,10 @@ def test_where_no_picture_opens_there_is_no_score(tmp_path: Path) -> None:
     folder = write_mmvp(tmp_path / "m")
     for path in (folder / "MMVP Images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"none of 6 rows can be asked; the first: .*Questions\.csv:2: image: .*1\.jpg: no such picture"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 6 rows can be asked; the first: .*Questions\.csv:2: image: .*1\.jpg: no such picture",
+    ):
         run("mmvp", folder, ["A"] * 6)
 
 
@@ -464,7 +606,8 @@ def test_a_limit_is_of_rows(tmp_path: Path) -> None:
         compare("tiny", [], Plan("mmvp", 0, path=str(folder)), never)
 
 
-# ------------------------------------------------------------------------------------- several K, stopping and going on
+# ------------------------------------------------------------------------------------- several K,
+# stopping and going on
 
 
 class Counting:
@@ -491,10 +634,21 @@ def test_several_steps_are_asked_in_one_go_and_pictures_are_seen_once(tmp_path: 
     folder = write_vstar(tmp_path / "v")
     model = Counting(table(benchmarks.read("vstar", folder), list("ABCDA"), latent_steps=2))
     seen: list[int] = []
-    result = compare("tiny", [], Plan("vstar", steps=(0, 2, 4), batch=2, path=str(folder)), lambda _: model, seen.append, seen.append)
+    result = compare(
+        "tiny",
+        [],
+        Plan("vstar", steps=(0, 2, 4), batch=2, path=str(folder)),
+        lambda _: model,
+        seen.append,
+        seen.append,
+    )
     assert model.encoded == 5
     assert seen == [5, 2, 2, 1]  # all, and then those that are done
-    assert [(run["steps"], run["n"], run["accuracy"]) for run in result["by_steps"]] == [(0, 5, 1.0), (2, 5, 1.0), (4, 5, 1.0)]
+    assert [(run["steps"], run["n"], run["accuracy"]) for run in result["by_steps"]] == [
+        (0, 5, 1.0),
+        (2, 5, 1.0),
+        (4, 5, 1.0),
+    ]
     assert (result["steps"], result["answers"]) == (0, result["by_steps"][0]["answers"])
     text = shown(result)
     assert all(f"K = {k}" in text for k in (0, 2, 4))
@@ -503,11 +657,25 @@ def test_several_steps_are_asked_in_one_go_and_pictures_are_seen_once(tmp_path: 
 
 def test_several_steps_are_for_every_suite(tmp_path: Path) -> None:
     (tmp_path / "p.jpg").write_bytes(jpeg())
-    lines = [{"id": str(i), "image": "p.jpg", "question": f"question {i}", "answer": "red", "type": "t", "pair": "p"} for i in range(2)]
+    lines = [
+        {
+            "id": str(i),
+            "image": "p.jpg",
+            "question": f"question {i}",
+            "answer": "red",
+            "type": "t",
+            "pair": "p",
+        }
+        for i in range(2)
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     model: Any = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
-    result = compare("tiny", [], Plan(str(tmp_path / "mine.jsonl"), steps=(0, 1), skills=0), lambda _: model)
-    assert [(run["steps"], run["accuracy"], run["pair_accuracy"]) for run in result["by_steps"]] == [(0, 0.5, 0.0), (1, 0.5, 0.0)]
+    result = compare(
+        "tiny", [], Plan(str(tmp_path / "mine.jsonl"), steps=(0, 1), skills=0), lambda _: model
+    )
+    assert [
+        (run["steps"], run["accuracy"], run["pair_accuracy"]) for run in result["by_steps"]
+    ] == [(0, 0.5, 0.0), (1, 0.5, 0.0)]
     text = shown(result)
     for part in ("K = 0", "K = 1", "pairs, both right", "50.0 [9.4, 90.5]"):
         assert part in text
@@ -536,9 +704,13 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     rest = Counting(table(benchmark, said, 2))
     result = compare("tiny", [], plan, lambda _: rest)
     assert (rest.encoded, rest.model.batches) == (4, [2, 2, 2])
-    assert result == compare("tiny", [], replace(plan, journal=None), lambda _: table(benchmark, said, 2))
+    assert result == compare(
+        "tiny", [], replace(plan, journal=None), lambda _: table(benchmark, said, 2)
+    )
     told = [json.loads(line) for line in journal.read_text().splitlines()][1:]
-    assert sorted((t["id"], t["steps"]) for t in told) == [(str(i), k) for i in range(1, 7) for k in (0, 2)]
+    assert sorted((t["id"], t["steps"]) for t in told) == [
+        (str(i), k) for i in range(1, 7) for k in (0, 2)
+    ]
     assert {"id", "steps", "question", "answer", "expected", "correct", "images"} <= set(told[0])
     assert told[0]["images"] == [str(folder / "MMVP Images" / "1.jpg")]
     again = Counting(table(benchmark, said, 2))
@@ -554,7 +726,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
         ({"path": "copy"}, "is about data "),
     ],
 )
-def test_answers_under_other_settings_are_refused_and_left_as_they_are(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_answers_under_other_settings_are_refused_and_left_as_they_are(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
     write_mmvp(tmp_path / "copy")
     write_vstar(folder)
@@ -569,7 +743,9 @@ def test_answers_under_other_settings_are_refused_and_left_as_they_are(change: d
     assert journal.read_bytes() == before
 
 
-def test_answers_of_another_model_or_to_another_question_are_refused(small_checkpoint: Path, tmp_path: Path) -> None:
+def test_answers_of_another_model_or_to_another_question_are_refused(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
     folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
     plan = Plan("mmvp", path=str(folder), journal=journal)
     model = table(benchmarks.read("mmvp", folder), ["A"] * 6)
@@ -582,7 +758,9 @@ def test_answers_of_another_model_or_to_another_question_are_refused(small_check
         compare("tiny", [], plan, lambda _: model)
 
 
-@pytest.mark.parametrize("text", ["mine", "mine\n", "{}\n", '{"schema": "lvr-lite/answers", "version": 2}\n', "[]\n"])
+@pytest.mark.parametrize(
+    "text", ["mine", "mine\n", "{}\n", '{"schema": "lvr-lite/answers", "version": 2}\n', "[]\n"]
+)
 def test_a_file_of_something_else_is_not_added_to(text: str, tmp_path: Path) -> None:
     folder = write_mmvp(tmp_path / "m")
     (tmp_path / "f").write_text(text)
@@ -601,7 +779,8 @@ def test_a_damaged_line_of_answers_is_named(tmp_path: Path) -> None:
         compare("tiny", [], plan, never)
 
 
-# --------------------------------------------------------------------------------------------------------- side by side
+# ---------------------------------------------------------------------------------------------------------
+# side by side
 
 
 def test_two_models_are_compared_on_rows_that_both_could_be_asked(tmp_path: Path) -> None:
@@ -623,23 +802,38 @@ def test_rotations_of_a_question_count_as_one_in_a_comparison(tmp_path: Path) ->
     folder, right = write_hr(tmp_path / "h", _4k=hr_rows(2)), [row["answer"] for row in hr_rows(2)]
     wrong = ["ABCD"["BCDA".index(letter)] for letter in right]
     said = {"tiny": [*right], "other": [*wrong[:4], *right[4:]]}
-    benchmark, other_model = benchmarks.read("hrbench", folder), str(Path(str(benchmarks.__file__)).parents[1] / "tiny" / "model")
+    benchmark, other_model = (
+        benchmarks.read("hrbench", folder),
+        str(Path(str(benchmarks.__file__)).parents[1] / "tiny" / "model"),
+    )
     plan = Plan("hrbench", path=str(folder), steps=(0,))
-    result = compare("tiny", [other_model], plan, lambda name: table(benchmark, said["tiny" if name == "tiny" else "other"]))
+    result = compare(
+        "tiny",
+        [other_model],
+        plan,
+        lambda name: table(benchmark, said["tiny" if name == "tiny" else "other"]),
+    )
     (other,) = result["against"]
-    assert (other["n"], other["difference"], other["p"]) == (8, 0.5, 1.0)  # one question of two, not four rows of eight (p = 0.125)
+    assert (other["n"], other["difference"], other["p"]) == (
+        8,
+        0.5,
+        1.0,
+    )  # one question of two, not four rows of eight (p = 0.125)
     assert other["interval"] == [0.0, 1.0]
 
 
 def test_groups_of_one_are_drawn_as_items_are() -> None:
     values = np.random.default_rng(0).integers(-1, 2, 50).astype(float)
     alone = grouped(values, [str(i) for i in range(50)])
-    assert bootstrap_ratio(*alone, 0, 20_000) == pytest.approx(bootstrap_mean(values, 0, 20_000), abs=0.03)
+    assert bootstrap_ratio(*alone, 0, 20_000) == pytest.approx(
+        bootstrap_mean(values, 0, 20_000), abs=0.03
+    )
     sums, sizes = grouped(np.array([1.0, 2.0, 4.0]), ["b", "a", "b"])
     assert (sums.tolist(), sizes.tolist()) == ([2.0, 5.0], [1, 2])
 
 
-# ------------------------------------------------------------------------------------------- people's own multiple choice
+# -------------------------------------------------------------------------------------------
+# people's own multiple choice
 
 
 @pytest.mark.parametrize(
@@ -651,7 +845,13 @@ def test_groups_of_one_are_drawn_as_items_are() -> None:
         ("Which? A. red B. blue", ("A", "B"), "B", "B. blue", 1.0),
         ("Which? A. red B. blue", ("A", "B"), "B", "b", 1.0),
         ("Which letter, red or blue", ("red", "blue"), "blue", "B", 0.0),  # no letters were shown
-        ("Which?\n(A) blue\n(B) red", ("red", "blue"), "blue", "B", 0.0),  # other letters than the choices' order
+        (
+            "Which?\n(A) blue\n(B) red",
+            ("red", "blue"),
+            "blue",
+            "B",
+            0.0,
+        ),  # other letters than the choices' order
         ("Which?\n(A) red\n(B) blue", None, "blue", "B", 0.0),
     ],
 )
@@ -665,13 +865,22 @@ def test_a_letter_counts_in_a_file_where_the_question_shows_letters(
 
 def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> None:
     (tmp_path / "p.jpg").write_bytes(jpeg())
-    line = {"id": "x", "image": "p.jpg", "question": "Which?\n(A) red\n(B) blue", "answer": "blue", "choices": ["red", "blue"]}
+    line = {
+        "id": "x",
+        "image": "p.jpg",
+        "question": "Which?\n(A) red\n(B) blue",
+        "answer": "blue",
+        "choices": ["red", "blue"],
+    }
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
-    result = compare("tiny", [], Plan(str(tmp_path / "mine.jsonl")), lambda _: Table({line["question"]: "(B)"}))  # type: ignore[dict-item]
+    result = compare(
+        "tiny", [], Plan(str(tmp_path / "mine.jsonl")), lambda _: Table({line["question"]: "(B)"})
+    )  # type: ignore[dict-item]
     assert (result["accuracy"], result["answers"][0]["expected"]) == (1.0, "blue")
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------------------
+# the command line
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -685,12 +894,29 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 @pytest.mark.parametrize("model", ["small_checkpoint", "small_fp32"])
 def test_a_checkpoint_and_a_bundle_are_scored_alike(
-    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    model: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     folder, out = write_mmvp(tmp_path / "m"), tmp_path / "eval.json"
     (folder / "MMVP Images" / "4.jpg").unlink()
     steps, journal = ("0", "0,2")[model == "small_fp32"], tmp_path / "answers.jsonl"
-    arguments = ("--suite", "mmvp", "--path", folder, "--steps", steps, "--max-tokens", 4, "--answers", journal, "--json", out)
+    arguments = (
+        "--suite",
+        "mmvp",
+        "--path",
+        folder,
+        "--steps",
+        steps,
+        "--max-tokens",
+        4,
+        "--answers",
+        journal,
+        "--json",
+        out,
+    )
     assert call(monkeypatch, "eval", request.getfixturevalue(model), *arguments) == 0
     said = capsys.readouterr().out
     assert "5 of 6 rows were asked" in said
@@ -699,18 +925,25 @@ def test_a_checkpoint_and_a_bundle_are_scored_alike(
     runs = told.get("by_steps", [told])
     assert [run["steps"] for run in runs] == [int(k) for k in steps.split(",")]
     for one in runs:
-        right = [score.chosen_letter(a["answer"], ("Open", "Closed")) == a["expected"] for a in one["answers"]]
+        right = [
+            score.chosen_letter(a["answer"], ("Open", "Closed")) == a["expected"]
+            for a in one["answers"]
+        ]
         assert (one["n"], one["of"], one["accuracy"]) == (5, 6, round(sum(right) / 5, 4))
     assert len(journal.read_text().splitlines()) == 1 + 5 * len(runs)
 
 
-def test_parquet_without_pyarrow_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_parquet_without_pyarrow_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "b" / "Counting").mkdir(parents=True)
     (tmp_path / "b" / "Counting" / "val-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert call(monkeypatch, "eval", "tiny", "--suite", "blink", "--path", tmp_path / "b") == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith('error: this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"')
+    assert line.startswith(
+        'error: this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"'
+    )
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The probe: its statistics by hand, its interventions one by one, and its verdict on models that are built to use latents or not to."""
+"""The probe: its statistics by hand, its interventions one by one, and its verdict on models that
+are built to use latents or not to.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from lvr_lite import cli
-from lvr_lite.checkpoint import read_checkpoint
-from lvr_lite.data.make import write_scenes
 from lvr_lite.data.samples import Sample
-from lvr_lite.decode import Prompt
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
     COSTLY,
@@ -49,16 +48,30 @@ from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
 from lvr_lite.eval.suite import Item
 from lvr_lite.export.parity import StartsWithLatents
-from lvr_lite.latent import LatentSpec
+from lvr_lite.generate.decode import Prompt
+from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.toy.make import write_scenes
 
-# --------------------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------------------------------
+# statistics
 
 
 @pytest.mark.parametrize(
     ("lost", "gained", "p"),
-    [(0, 0, 1.0), (3, 3, 1.0), (5, 0, 2 / 32), (0, 5, 2 / 32), (1, 8, 2 * (1 + 9) / 512), (8, 1, 2 * (1 + 9) / 512), (2, 3, 1.0)],
+    [
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (5, 0, 2 / 32),
+        (0, 5, 2 / 32),
+        (1, 8, 2 * (1 + 9) / 512),
+        (8, 1, 2 * (1 + 9) / 512),
+        (2, 3, 1.0),
+    ],
 )
-def test_mcnemar_is_the_two_sided_binomial_on_discordant_pairs(lost: int, gained: int, p: float) -> None:
+def test_mcnemar_is_the_two_sided_binomial_on_discordant_pairs(
+    lost: int, gained: int, p: float
+) -> None:
     assert mcnemar(lost, gained) == pytest.approx(p)
 
 
@@ -82,10 +95,14 @@ def test_values_that_do_not_vary_have_an_interval_without_width() -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (40, 9)])
-def test_the_participation_ratio_is_that_of_the_eigenvalues_of_the_covariance(shape: tuple[int, int]) -> None:
+def test_the_participation_ratio_is_that_of_the_eigenvalues_of_the_covariance(
+    shape: tuple[int, int],
+) -> None:
     vectors = np.random.default_rng(0).normal(size=shape) * np.linspace(1, 5, shape[1]) + 3
     eigenvalues = np.linalg.eigvalsh(np.cov(vectors.T))
-    assert participation_ratio(vectors) == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
+    assert participation_ratio(vectors) == pytest.approx(
+        eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    )
 
 
 def test_the_participation_ratio_counts_directions_whatever_the_mean() -> None:
@@ -100,7 +117,9 @@ def test_the_mean_cosine_is_over_different_vectors_only() -> None:
     assert mean_cosine(np.array([[2.0, 0], [5, 0], [-1, 0]])) == pytest.approx((1 - 1 - 1) / 3)
     assert mean_cosine(np.array([[1.0, 0]])) is None
     vectors = np.random.default_rng(2).normal(size=(6, 4))
-    pairs = [unit(a) @ unit(b) for i, a in enumerate(vectors) for j, b in enumerate(vectors) if i != j]
+    pairs = [
+        unit(a) @ unit(b) for i, a in enumerate(vectors) for j, b in enumerate(vectors) if i != j
+    ]
     assert mean_cosine(vectors) == pytest.approx(np.mean(pairs))
 
 
@@ -108,27 +127,41 @@ def test_a_vector_of_zeros_has_no_direction() -> None:
     assert unit(np.array([[0.0, 0], [3, 4]])).tolist() == [[0, 0], [0.6, 0.8]]
 
 
-# ------------------------------------------------------------------------------------------------------ interventions
+# ------------------------------------------------------------------------------------------------------
+# interventions
 
 H = 8
 
 
 def subject(
-    question: str = "what", answer: str = "red", picture: str = "p", boxes: list[list[int]] | None = None, tokens: int = 6
+    question: str = "what",
+    answer: str = "red",
+    picture: str = "p",
+    boxes: list[list[int]] | None = None,
+    tokens: int = 6,
 ) -> Subject:
     """A subject whose visual token t is t everywhere."""
     features = np.repeat(np.arange(tokens, dtype=np.float32)[:, None], H, 1)
     prompt = Prompt(np.zeros(1, np.int64), features, np.zeros((3, 1), np.int64))
-    return Subject(Sample("x", (), question, answer), prompt, [np.array(b) for b in boxes or []], picture)
+    return Subject(
+        Sample("x", (), question, answer), prompt, [np.array(b) for b in boxes or []], picture
+    )
 
 
 def random_latents(count: int = 5, steps: int = 3) -> np.ndarray:
     return np.random.default_rng(9).normal(size=(count, steps, H)).astype(np.float32)
 
 
-def fed(name: str, latents: np.ndarray, subjects: list[Subject] | None = None, spec: LatentSpec | None = None) -> list[Any]:
+def fed(
+    name: str,
+    latents: np.ndarray,
+    subjects: list[Subject] | None = None,
+    spec: LatentSpec | None = None,
+) -> list[Any]:
     found = subjects or [subject() for _ in latents]
-    return intervene(name, found, latents, spec or LatentSpec(latents.shape[1]), np.random.default_rng(0)).latents
+    return intervene(
+        name, found, latents, spec or LatentSpec(latents.shape[1]), np.random.default_rng(0)
+    ).latents
 
 
 def test_what_is_fed_in_place_of_the_latents() -> None:
@@ -171,14 +204,20 @@ def test_the_oracle_is_the_mean_over_each_steps_group_of_visual_tokens() -> None
     assert two_boxes[:, 0].tolist() == [4.5, 1, 3]
     assert without is None
     assert one_token[:, 0].tolist() == [2, 2, 2]
-    assert fed("oracle", random_latents(1, 1), [subject(boxes=[[4, 5], [0]])])[0][:, 0].tolist() == [3]  # fewer steps than boxes
+    assert fed("oracle", random_latents(1, 1), [subject(boxes=[[4, 5], [0]])])[0][
+        :, 0
+    ].tolist() == [3]  # fewer steps than boxes
 
 
 def test_the_oracle_goes_through_the_models_feedback() -> None:
     subjects = [subject(boxes=[[1, 3]])]
     spec = LatentSpec(2, "norm-matched", norm=7.0)
-    assert np.linalg.norm(fed("oracle", random_latents(1, 2), subjects, spec)[0], axis=-1) == pytest.approx([7, 7])
-    assert fed("oracle", random_latents(1, 2), subjects, LatentSpec(2, "token"))[0][:, 0].tolist() == [1, 3]
+    assert np.linalg.norm(
+        fed("oracle", random_latents(1, 2), subjects, spec)[0], axis=-1
+    ) == pytest.approx([7, 7])
+    assert fed("oracle", random_latents(1, 2), subjects, LatentSpec(2, "token"))[0][
+        :, 0
+    ].tolist() == [1, 3]
 
 
 DONATING = [
@@ -193,7 +232,9 @@ DONATING = [
 
 
 def all_donors(same_question: bool) -> list[set[int]]:
-    draws = [choose_donors(DONATING, same_question, np.random.default_rng(seed)) for seed in range(200)]
+    draws = [
+        choose_donors(DONATING, same_question, np.random.default_rng(seed)) for seed in range(200)
+    ]
     return [{int(d[i]) for d in draws} for i in range(len(DONATING))]
 
 
@@ -202,7 +243,15 @@ def test_a_donor_of_the_same_question_has_another_picture_and_another_answer() -
 
 
 def test_an_unrelated_donor_has_another_question_another_picture_and_another_answer() -> None:
-    assert all_donors(False) == [{4, 5}, {4, 5}, {4, 5, 6}, {4, 5, 6}, {0, 1, 2, 3}, {0, 1, 2, 3}, {2, 3}]
+    assert all_donors(False) == [
+        {4, 5},
+        {4, 5},
+        {4, 5, 6},
+        {4, 5, 6},
+        {0, 1, 2, 3},
+        {0, 1, 2, 3},
+        {2, 3},
+    ]
 
 
 def test_who_has_no_donor_is_left_out_and_donated_latents_are_the_donors() -> None:
@@ -215,19 +264,34 @@ def test_who_has_no_donor_is_left_out_and_donated_latents_are_the_donors() -> No
     assert [np.array_equal(feed.latents[i], own[d]) for i, d in ((1, 2), (2, 1))] == [True, True]  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def says(*texts: str, right: str = "") -> list[Said]:
     """Answers, and which of them are right: a mark each, such as "+-+"."""
-    return [Said(t, [len(t)], mark == "+") for t, mark in zip(texts, right or "-" * len(texts), strict=True)]
+    return [
+        Said(t, [len(t)], mark == "+")
+        for t, mark in zip(texts, right or "-" * len(texts), strict=True)
+    ]
 
 
 def test_an_intervention_is_compared_with_the_baseline_on_the_items_that_it_applies_to() -> None:
-    subjects = [Subject(Sample("x", (), "q", "a", type=t), subject().prompt, [], "p") for t in ("one", "one", "two", "two", None)]
-    said = {"none": says("a", "a", "a", "a", "b", right="+++--"), "zero": says("a", "bb", "bb", "a", "a", right="+--++")}
+    subjects = [
+        Subject(Sample("x", (), "q", "a", type=t), subject().prompt, [], "p")
+        for t in ("one", "one", "two", "two", None)
+    ]
+    said = {
+        "none": says("a", "a", "a", "a", "b", right="+++--"),
+        "zero": says("a", "bb", "bb", "a", "a", right="+--++"),
+    }
     found = measure(subjects, said, "zero", Feed([np.zeros((1, H))] * 4 + [None]), 0)
-    assert (found["n"], found["accuracy"], found["baseline_accuracy"], found["difference"]) == (4, 0.5, 0.75, -0.25)
+    assert (found["n"], found["accuracy"], found["baseline_accuracy"], found["difference"]) == (
+        4,
+        0.5,
+        0.75,
+        -0.25,
+    )
     assert found["interval"] == wilson(2, 4)
     assert found["difference_interval"] == bootstrap_mean(np.array([0, -1, -1, 1]), 0)
     assert found["mcnemar_p"] == mcnemar(2, 1)
@@ -237,8 +301,16 @@ def test_an_intervention_is_compared_with_the_baseline_on_the_items_that_it_appl
 
 
 def test_an_intervention_that_applies_to_nothing_says_so() -> None:
-    found = measure([subject()], {"none": says("a"), "oracle": says("a")}, "oracle", Feed([None]), 0)
-    assert (found["n"], found["accuracy"], found["interval"], found["difference"], found["mcnemar_p"]) == (0, None, None, None, None)
+    found = measure(
+        [subject()], {"none": says("a"), "oracle": says("a")}, "oracle", Feed([None]), 0
+    )
+    assert (
+        found["n"],
+        found["accuracy"],
+        found["interval"],
+        found["difference"],
+        found["mcnemar_p"],
+    ) == (0, None, None, None, None)
 
 
 def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said() -> None:
@@ -247,28 +319,52 @@ def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said(
         "donor_unrelated": says("Blue.", "blue", "pink", "red"),
         "noise": says("blue", "red", "green", "red"),
     }
-    donors = np.array([1, 2, -1, 0])  # 0: red becomes blue, its donor's; 1: stays blue; 3: says red, its donor's, as before
+    donors = np.array(
+        [1, 2, -1, 0]
+    )  # 0: red becomes blue, its donor's; 1: stays blue; 3: says red, its donor's, as before
     found = flips(said, "donor_unrelated", donors)
-    assert (found["pairs"], found["flips_to_donor"], found["lift"]) == (3, pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (found["pairs"], found["flips_to_donor"], found["lift"]) == (
+        3,
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    )
     assert found["flips_by_noise"] == pytest.approx(2 / 3)
     assert found["flips_interval"] == wilson(2, 3)
-    under_one_question = flips(said | {"donor_same_question": said["donor_unrelated"]}, "donor_same_question", donors)
-    assert (under_one_question["pairs"], under_one_question["flips_to_donor"], under_one_question["lift"]) == (2, 0.5, 0.5)
+    under_one_question = flips(
+        said | {"donor_same_question": said["donor_unrelated"]}, "donor_same_question", donors
+    )
+    assert (
+        under_one_question["pairs"],
+        under_one_question["flips_to_donor"],
+        under_one_question["lift"],
+    ) == (2, 0.5, 0.5)
 
 
 def test_without_pairs_there_are_no_flips() -> None:
-    found = flips({"none": says("a"), "donor_unrelated": says("a")}, "donor_unrelated", np.array([-1]))
-    assert (found["pairs"], found["flips_to_donor"], found["lift"], found["flips_by_noise"]) == (0, None, None, None)
+    found = flips(
+        {"none": says("a"), "donor_unrelated": says("a")}, "donor_unrelated", np.array([-1])
+    )
+    assert (found["pairs"], found["flips_to_donor"], found["lift"], found["flips_by_noise"]) == (
+        0,
+        None,
+        None,
+        None,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- retrieval
+# ----------------------------------------------------------------------------------------------------------
+# retrieval
 
 
-def scattered(count: int, steps: int, tokens: int = 20) -> tuple[np.ndarray, list[np.ndarray], list[list[np.ndarray]]]:
+def scattered(
+    count: int, steps: int, tokens: int = 20
+) -> tuple[np.ndarray, list[np.ndarray], list[list[np.ndarray]]]:
     """Random latents and visual tokens, with boxes of 2 + 3 of the tokens."""
     rng = np.random.default_rng(3)
     features = [rng.normal(size=(tokens, 32)) for _ in range(count)]
-    boxes = [[picked[:2], picked[2:]] for picked in (rng.permutation(tokens)[:5] for _ in range(count))]
+    boxes = [
+        [picked[:2], picked[2:]] for picked in (rng.permutation(tokens)[:5] for _ in range(count))
+    ]
     return rng.normal(size=(count, steps, 32)), features, boxes
 
 
@@ -285,7 +381,10 @@ def test_latents_that_mean_nothing_hit_the_boxes_as_often_as_their_area() -> Non
 
 def test_overlapping_boxes_count_their_tokens_once() -> None:
     latents, features, _ = scattered(4, 2)
-    assert retrieval(latents, features, [[np.array([0, 1]), np.array([1, 2])]] * 4, 0)["chance"] == 3 / 20
+    assert (
+        retrieval(latents, features, [[np.array([0, 1]), np.array([1, 2])]] * 4, 0)["chance"]
+        == 3 / 20
+    )
 
 
 def test_a_latent_hits_what_it_points_at_once_what_all_share_is_taken_off() -> None:
@@ -295,7 +394,10 @@ def test_a_latent_hits_what_it_points_at_once_what_all_share_is_taken_off() -> N
         found = retrieval(pointing + shared, [f - shared for f in features], boxes, 0)
         assert (found["r_at_1"], found["own_box"]) == (1.0, 1.0)
     elsewhere = retrieval(pointing[:, ::-1], features, boxes, 0)
-    assert (elsewhere["r_at_1"], elsewhere["own_box"]) == (1.0, 0.0)  # in the boxes, but in the other one
+    assert (elsewhere["r_at_1"], elsewhere["own_box"]) == (
+        1.0,
+        0.0,
+    )  # in the boxes, but in the other one
     half = retrieval(np.stack([pointing[:, 0], -pointing[:, 1]], 1), features, boxes, 0)
     assert half["by_step"][0]["r_at_1"] == 1.0 > half["r_at_1"] > half["by_step"][1]["r_at_1"]
 
@@ -314,8 +416,16 @@ def test_retrieval_is_not_defined_without_boxes_or_for_latents_that_are_all_alik
     if why == "no boxes":
         found = retrieval(latents, features, [[] for _ in boxes], 0)
     else:
-        found = retrieval(np.broadcast_to(latents[:1], latents.shape).astype(np.float32), features, boxes, 0)
-    assert (found["n"], found["r_at_1"], found["chance"], found["ratio"], found["by_step"]) == (0, None, None, None, [])
+        found = retrieval(
+            np.broadcast_to(latents[:1], latents.shape).astype(np.float32), features, boxes, 0
+        )
+    assert (found["n"], found["r_at_1"], found["chance"], found["ratio"], found["by_step"]) == (
+        0,
+        None,
+        None,
+        None,
+        [],
+    )
 
 
 def test_a_step_that_is_alike_for_all_points_at_nothing() -> None:
@@ -339,14 +449,31 @@ def test_geometry_is_told_by_step_and_of_all_steps_together() -> None:
     assert found["similarity_centred"] == pytest.approx(-1 / 3)
 
 
-# ------------------------------------------------------------------------------------------------------------ verdict
+# ------------------------------------------------------------------------------------------------------------
+# verdict
 
 
-def judged(cost: float, interval: tuple[float, float], flipped: float | None, lift: float | None, sham: int = 0, **spec: Any) -> str:
+def judged(
+    cost: float,
+    interval: tuple[float, float],
+    flipped: float | None,
+    lift: float | None,
+    sham: int = 0,
+    **spec: Any,
+) -> str:
     """The verdict where noise costs so much; intervals are of the cost."""
     interventions = {
-        "noise": {"n": 50, "difference": -cost, "difference_interval": (-interval[1], -interval[0])},
-        "donor_same_question": {"pairs": 0 if flipped is None else 40, "flips_to_donor": flipped, "lift": lift, "flips_by_noise": 0.25},
+        "noise": {
+            "n": 50,
+            "difference": -cost,
+            "difference_interval": (-interval[1], -interval[0]),
+        },
+        "donor_same_question": {
+            "pairs": 0 if flipped is None else 40,
+            "flips_to_donor": flipped,
+            "lift": lift,
+            "flips_by_noise": 0.25,
+        },
         "self": {"changed_count": sham},
     }
     return verdict(interventions, {"ratio": 5.25}, LatentSpec(4, **spec))
@@ -364,7 +491,13 @@ CLEAR, UNCLEAR = (0.01, 0.5), (0.0, 0.5)
         (0.9, UNCLEAR, 1.0, LIFTED, "the latents matter in part"),
         (0.9, UNCLEAR, 1.0, LIFTED - 0.001, "the latents are ignored"),
         (0.01, CLEAR, 0.0, 0.0, "the latents matter in part"),
-        (-0.3, (-0.4, -0.2), 0.0, 0.0, "the latents are ignored"),  # noise that helps is no use of latents
+        (
+            -0.3,
+            (-0.4, -0.2),
+            0.0,
+            0.0,
+            "the latents are ignored",
+        ),  # noise that helps is no use of latents
         (0.0, UNCLEAR, None, None, "the latents are ignored"),
         (0.9, CLEAR, None, None, "the latents matter in part"),
     ],
@@ -372,7 +505,9 @@ CLEAR, UNCLEAR = (0.01, 0.5), (0.0, 0.5)
 def test_the_verdict_keeps_to_its_criteria(
     cost: float, interval: tuple[float, float], flipped: float | None, lift: float | None, told: str
 ) -> None:
-    assert judged(cost, interval, flipped, lift).startswith(f"{told}: noise costs {100 * cost + 0:.1f} points")
+    assert judged(cost, interval, flipped, lift).startswith(
+        f"{told}: noise costs {100 * cost + 0:.1f} points"
+    )
 
 
 def test_the_verdict_tells_its_numbers() -> None:
@@ -390,7 +525,9 @@ def test_a_sham_that_changed_an_answer_makes_the_probe_unsound() -> None:
 
 
 def test_the_same_token_for_all_carries_nothing_whatever_noise_costs() -> None:
-    assert judged(0.9, CLEAR, 1.0, 1.0, feedback="token").startswith("the latents carry nothing by construction")
+    assert judged(0.9, CLEAR, 1.0, 1.0, feedback="token").startswith(
+        "the latents carry nothing by construction"
+    )
 
 
 def test_in_a_bottleneck_flips_come_nearly_by_construction_and_lift_proves_nothing() -> None:
@@ -404,7 +541,12 @@ def test_in_a_bottleneck_flips_come_nearly_by_construction_and_lift_proves_nothi
 def test_without_what_it_takes_there_is_no_verdict(missing: str) -> None:
     interventions = {
         "noise": {"n": 5, "difference": -0.9, "difference_interval": (-1, -0.8)},
-        "donor_same_question": {"pairs": 5, "flips_to_donor": 1.0, "lift": 1.0, "flips_by_noise": None},
+        "donor_same_question": {
+            "pairs": 5,
+            "flips_to_donor": 1.0,
+            "lift": 1.0,
+            "flips_by_noise": None,
+        },
     }
     del interventions[missing]
     assert verdict(interventions, {"ratio": None}, LatentSpec(4)).startswith("not judged")
@@ -413,11 +555,14 @@ def test_without_what_it_takes_there_is_no_verdict(missing: str) -> None:
 def test_some_interventions_can_be_chosen_and_the_baseline_comes_with_them() -> None:
     assert chosen(None) == list(INTERVENTIONS)
     assert chosen("self, noise") == ["none", "noise", "self"]
-    with pytest.raises(UsageError, match=r"--only noise,nose: 'nose' is no intervention \(known: none, zero, noise"):
+    with pytest.raises(
+        UsageError, match=r"--only noise,nose: 'nose' is no intervention \(known: none, zero, noise"
+    ):
         chosen("noise,nose")
 
 
-# ---------------------------------------------------------------------------------- models that look, built to be understood
+# ---------------------------------------------------------------------------------- models that
+# look, built to be understood
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -432,28 +577,41 @@ IS_TOKEN = 1000.0  # first channel of a token's embedding: this + its id
 
 
 class Looks:
-    """Finds the one coloured visual token, puts its colour into the first latent and a constant into the others, then names a colour.
+    """Finds the one coloured visual token, puts its colour into the first latent and a constant
+    into the others, then names a colour.
 
-    uses: "latents" (the colour of the first vector that its latent steps were fed) or "picture" (what it saw in the prompt). A hidden state
-    holds the colour (1–3) and the constant (4) in latent steps, and the id of the token that comes next (5) in text steps.
+    uses: "latents" (the colour of the first vector that its latent steps were fed) or "picture"
+    (what it saw in the prompt). A hidden state holds the colour (1–3) and the constant (4) in
+    latent steps, and the id of the token that comes next (5) in text steps.
     """
 
     name, hidden_size = "looks", H
 
     def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
         checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = checkpoint.family, checkpoint.image_spec, checkpoint.template
+        self.family, self.image_spec, self.template = (
+            checkpoint.family,
+            checkpoint.image_spec,
+            checkpoint.template,
+        )
         self.tokenizer, self.tokens = checkpoint.tokenizer, checkpoint.tokens
         self.latent = spec or LatentSpec(steps=3)
         self.uses, self.silent = uses, silent
-        self.scripts = [[*self.tokenizer.encode(word, add_special_tokens=False).ids, self.tokens.end[0]] for word in COLOURS]
+        self.scripts = [
+            [*self.tokenizer.encode(word, add_special_tokens=False).ids, self.tokens.end[0]]
+            for word in COLOURS
+        ]
         pictures = np.array(list(COLOURS.values()), np.float32)
         self.palette = unit(pictures - 128)
         self.batches: list[int] = []
 
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:  # noqa: ARG002
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         mean, std = (np.array(self.image_spec[k]) for k in ("mean", "std"))
-        colours = pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std + mean - 128 / 255
+        colours = (
+            pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std
+            + mean
+            - 128 / 255
+        )
         return np.pad(colours, ((0, 0), (1, H - 4))).astype(np.float32)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -461,13 +619,19 @@ class Looks:
         embeds[..., 0] = IS_TOKEN + ids
         return embeds
 
-    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002
+    def start(self, batch: int, capacity: int) -> None:
         self.batches.append(batch)
         self.seen = np.zeros((batch, 3), np.float32)
         self.fed: list[list[np.ndarray]] = [[] for _ in range(batch)]
         self.script: list[list[int]] = [[] for _ in range(batch)]
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int] | None = None) -> np.ndarray:  # noqa: ARG002
+    def prefill(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int] | None = None,
+    ) -> np.ndarray:
         hidden = np.zeros((len(embeds), H), np.float32)
         for i, (row, length) in enumerate(zip(embeds, lengths, strict=True)):
             colours = row[:length][row[:length, 0] == 0, 1:4]
@@ -481,13 +645,17 @@ class Looks:
     def _words(self, colour: np.ndarray) -> list[int]:
         return list(self.scripts[int((self.palette @ colour).argmax())])
 
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:  # noqa: ARG002
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         hidden = np.zeros((len(embeds), H), np.float32)
         for i, row in enumerate(embeds):
             token = int(row[0] - IS_TOKEN) if row[0] >= IS_TOKEN else self.tokens.lvr
             if token == self.tokens.lvr_end:
                 self.script[i] = self._words(
-                    self.seen[i] if self.uses == "picture" else self.fed[i][0][1:4] if self.fed[i] else np.zeros(3)
+                    self.seen[i]
+                    if self.uses == "picture"
+                    else self.fed[i][0][1:4]
+                    if self.fed[i]
+                    else np.zeros(3)
                 )
             elif token == self.tokens.lvr:
                 self.fed[i].append(row.copy())
@@ -508,7 +676,9 @@ class Looks:
 
 
 def tiles(count: int = 48) -> Iterator[Item]:
-    """Grey pictures of 5 x 5 visual tokens, one of them coloured, with a box around it; two questions, six colours, in turn."""
+    """Grey pictures of 5 x 5 visual tokens, one of them coloured, with a box around it; two
+    questions, six colours, in turn.
+    """
     for i in range(count):
         row, column = 1 + i % 4, 1 + i // 4 % 4
         picture = Image.new("RGB", (140, 140), (128, 128, 128))
@@ -531,18 +701,37 @@ def ignoring() -> dict[str, Any]:
 def test_latents_that_alone_bring_the_answer_carry_it(carrying: dict[str, Any]) -> None:
     assert carrying["verdict"].startswith("the latents carry the answer: noise costs ")
     one = carrying["interventions"]
-    assert carrying["baseline"]["accuracy"] == one["none"]["accuracy"] == one["oracle"]["accuracy"] == one["first"]["accuracy"] == 1.0
+    assert (
+        carrying["baseline"]["accuracy"]
+        == one["none"]["accuracy"]
+        == one["oracle"]["accuracy"]
+        == one["first"]["accuracy"]
+        == 1.0
+    )
     assert max(one[name]["accuracy"] for name in ("zero", "noise", "mean", "markers")) < 0.4
-    assert one["k0"]["accuracy"] == one["donor_unrelated"]["accuracy"] == one["donor_same_question"]["accuracy"] == 0.0
-    assert one["donor_same_question"]["flips_to_donor"] == one["donor_unrelated"]["flips_to_donor"] == 1.0
+    assert (
+        one["k0"]["accuracy"]
+        == one["donor_unrelated"]["accuracy"]
+        == one["donor_same_question"]["accuracy"]
+        == 0.0
+    )
+    assert (
+        one["donor_same_question"]["flips_to_donor"]
+        == one["donor_unrelated"]["flips_to_donor"]
+        == 1.0
+    )
     assert one["donor_same_question"]["flips_by_noise"] < 0.4
-    assert 0.2 < one["shuffle"]["accuracy"] < 0.9  # the colour lies in the first latent, which half of the other orders move
+    assert (
+        0.2 < one["shuffle"]["accuracy"] < 0.9
+    )  # the colour lies in the first latent, which half of the other orders move
     assert one["noise"]["difference_interval"][1] < -0.4
     assert one["noise"]["mcnemar_p"] < 1e-6
 
 
 def test_latents_that_the_answer_does_not_hang_on_are_ignored(ignoring: dict[str, Any]) -> None:
-    assert ignoring["verdict"].startswith("the latents are ignored: noise costs 0.0 points (0.0 to 0.0, n = 48), ")
+    assert ignoring["verdict"].startswith(
+        "the latents are ignored: noise costs 0.0 points (0.0 to 0.0, n = 48), "
+    )
     for name, one in ignoring["interventions"].items():
         assert one["changed_count"] == (48 if name == "k0" else 0), name
     assert ignoring["interventions"]["donor_same_question"]["flips_to_donor"] == 0.0
@@ -552,7 +741,12 @@ def test_latents_that_the_answer_does_not_hang_on_are_ignored(ignoring: dict[str
 def test_every_intervention_runs_and_the_sham_changes_no_token(carrying: dict[str, Any]) -> None:
     assert tuple(carrying["interventions"]) == INTERVENTIONS
     sham = carrying["interventions"]["self"]
-    assert (sham["n"], sham["changed"], sham["changed_count"], sham["difference"]) == (48, 0.0, 0, 0.0)
+    assert (sham["n"], sham["changed"], sham["changed_count"], sham["difference"]) == (
+        48,
+        0.0,
+        0,
+        0.0,
+    )
 
 
 def test_a_runtime_that_does_not_give_the_same_answer_twice_is_called_unsound() -> None:
@@ -579,10 +773,21 @@ def test_retrieval_finds_the_one_latent_that_points_at_the_box(carrying: dict[st
 
 def test_the_result_has_the_fields_that_the_design_promises(carrying: dict[str, Any]) -> None:
     told = json.loads(json.dumps(carrying, allow_nan=False))
-    assert (told["schema"], told["version"], told["n"], told["opened"], told["model"]) == ("lvr-lite/probe", 1, 48, 48, "looks")
+    assert (told["schema"], told["version"], told["n"], told["opened"], told["model"]) == (
+        "lvr-lite/probe",
+        1,
+        48,
+        48,
+        "looks",
+    )
     assert set(told["baseline"]) == {"accuracy", "interval"}
-    assert all({"accuracy", "interval", "flips_to_donor", "by_type", "n"} <= set(one) for one in told["interventions"].values())
-    assert [name for name, one in told["interventions"].items() if one["flips_to_donor"] is not None] == [
+    assert all(
+        {"accuracy", "interval", "flips_to_donor", "by_type", "n"} <= set(one)
+        for one in told["interventions"].values()
+    )
+    assert [
+        name for name, one in told["interventions"].items() if one["flips_to_donor"] is not None
+    ] == [
         "donor_unrelated",
         "donor_same_question",
     ]
@@ -596,12 +801,21 @@ def test_every_number_can_be_counted_again_from_the_answers(carrying: dict[str, 
     items = {item["id"]: item for item in carrying["items"]}
     samples = {sample.id: sample for sample, _ in tiles()}
     for name, one in carrying["interventions"].items():
-        right = [item["answers"][name] == item["expected"] for item in items.values() if name in item["answers"]]
-        assert (len(right), sum(right) / len(right)) == (one["n"], pytest.approx(one["accuracy"], abs=1e-3)), name
+        right = [
+            item["answers"][name] == item["expected"]
+            for item in items.values()
+            if name in item["answers"]
+        ]
+        assert (len(right), sum(right) / len(right)) == (
+            one["n"],
+            pytest.approx(one["accuracy"], abs=1e-3),
+        ), name
     for item in items.values():
         for kind in ("donor_unrelated", "donor_same_question"):
             donor = samples[item["donors"][kind]]
-            assert (donor.question == samples[item["id"]].question) == (kind == "donor_same_question")
+            assert (donor.question == samples[item["id"]].question) == (
+                kind == "donor_same_question"
+            )
             assert donor.answer != item["expected"]
             assert item["answers"][kind] == items[donor.id]["answers"]["none"]
 
@@ -609,7 +823,9 @@ def test_every_number_can_be_counted_again_from_the_answers(carrying: dict[str, 
 def test_items_whose_answer_opened_no_loop_are_not_part_of_the_interventions() -> None:
     found = probe(Looks("latents", silent="which one"), tiles(20))
     assert (found["n"], found["opened"], found["baseline"]["accuracy"]) == (20, 10, 1.0)
-    assert {one["n"] for name, one in found["interventions"].items() if name != "donor_unrelated"} == {10}
+    assert {
+        one["n"] for name, one in found["interventions"].items() if name != "donor_unrelated"
+    } == {10}
     assert found["interventions"]["donor_unrelated"]["n"] == 0  # only one question is left
     assert found["interventions"]["k0"]["accuracy"] == 0.0
     assert found["interventions"]["self"]["changed_count"] == 0
@@ -619,14 +835,25 @@ def test_items_whose_answer_opened_no_loop_are_not_part_of_the_interventions() -
 def test_a_row_has_the_same_companions_under_every_intervention() -> None:
     runtime = Looks("latents", silent="which one")
     seen: list[tuple[int, int]] = []
-    probe(runtime, tiles(20), ["none", "self", "oracle", "donor_same_question"], batch=8, progress=lambda *x: seen.append(x))
+    probe(
+        runtime,
+        tiles(20),
+        ["none", "self", "oracle", "donor_same_question"],
+        batch=8,
+        progress=lambda *x: seen.append(x),
+    )
     assert runtime.batches == [8, 8, 4] * 4
     assert (seen[0], seen[-1]) == ((8, 80), (80, 80))
 
 
-def test_the_seed_names_the_noise_and_leaving_out_others_does_not_change_it(carrying: dict[str, Any]) -> None:
+def test_the_seed_names_the_noise_and_leaving_out_others_does_not_change_it(
+    carrying: dict[str, Any],
+) -> None:
     def noisy(seed: int) -> list[str]:
-        return [item["answers"]["noise"] for item in probe(Looks("latents"), tiles(), ["noise"], seed)["items"]]
+        return [
+            item["answers"]["noise"]
+            for item in probe(Looks("latents"), tiles(), ["noise"], seed)["items"]
+        ]
 
     assert noisy(0) == [item["answers"]["noise"] for item in carrying["items"]]
     assert noisy(0) != noisy(1)
@@ -640,7 +867,9 @@ def test_norm_matched_latents_are_probed_at_their_norm() -> None:
 
     lengths: list[float] = []
     found = probe(
-        Recording("latents", LatentSpec(3, "norm-matched", norm=2.5)), tiles(12), ["noise", "oracle", "donor_same_question", "self"]
+        Recording("latents", LatentSpec(3, "norm-matched", norm=2.5)),
+        tiles(12),
+        ["noise", "oracle", "donor_same_question", "self"],
     )
     assert len(lengths) == 12 * 3 * 5
     assert lengths == pytest.approx([2.5] * len(lengths), rel=1e-5)
@@ -649,7 +878,9 @@ def test_norm_matched_latents_are_probed_at_their_norm() -> None:
 
 def test_the_same_token_in_every_latent_step_is_known_to_carry_nothing() -> None:
     found = probe(Looks("picture", LatentSpec(3, "token")), tiles(24))
-    assert found["verdict"].startswith("the latents carry nothing by construction, the same token is fed whatever the picture: ")
+    assert found["verdict"].startswith(
+        "the latents carry nothing by construction, the same token is fed whatever the picture: "
+    )
     assert tuple(found["interventions"]) == INTERVENTIONS
     assert found["retrieval"]["r_at_1"] is None
     assert found["geometry"]["participation_ratio"] is None
@@ -659,29 +890,46 @@ def test_a_model_without_latents_is_refused_and_so_is_one_that_never_uses_them()
     with pytest.raises(UsageError, match="looks: has no latent steps"):
         probe(Looks("picture", LatentSpec()), tiles(2))
     with pytest.raises(UsageError, match="looks: opened the latent loop in none of 4 answers"):
-        probe(Looks("latents", silent="colour"), ((s, p) for s, p in tiles(8) if "colour" in s.question))
+        probe(
+            Looks("latents", silent="colour"),
+            ((s, p) for s, p in tiles(8) if "colour" in s.question),
+        )
     with pytest.raises(UsageError, match="no items to probe"):
         probe(Looks("latents"), iter(()))
 
 
-# ------------------------------------------------------------------------------------------------------- table and page
+# -------------------------------------------------------------------------------------------------------
+# table and page
 
 
-def test_the_table_tells_every_intervention_the_donors_retrieval_and_the_verdict(carrying: dict[str, Any]) -> None:
+def test_the_table_tells_every_intervention_the_donors_retrieval_and_the_verdict(
+    carrying: dict[str, Any],
+) -> None:
     out = io.StringIO()
     show_probe(carrying, Console(file=out, width=140))
     text = out.getvalue()
-    assert re.search(r"^none +48 +100\.0 \[92\.6, 100\.0\] +0\.0 \[0\.0, 0\.0\]", text, re.MULTILINE)
-    assert re.search(r"^donor_same_question +48 +0\.0 \[0\.0, 7\.4\] +-100\.0 \[-100\.0, -100\.0\] +< 0\.001 +100\.0 %", text, re.MULTILINE)
+    assert re.search(
+        r"^none +48 +100\.0 \[92\.6, 100\.0\] +0\.0 \[0\.0, 0\.0\]", text, re.MULTILINE
+    )
+    assert re.search(
+        r"^donor_same_question +48 +0\.0 \[0\.0, 7\.4\] +-100\.0 \[-100\.0, -100\.0\] +< 0\.001 +100\.0 %",
+        text,
+        re.MULTILINE,
+    )
     assert "donor_unrelated: the donor's answer in 100.0 % of 48 pairs" in text
     assert "against 4.0 % by area, 8.33 times" in text
     assert text.rstrip().endswith(carrying["verdict"])
     assert "nearly by construction" not in text
-    show_probe(carrying | {"latent": carrying["latent"] | {"mode": "bottleneck"}}, Console(file=out, width=140))
+    show_probe(
+        carrying | {"latent": carrying["latent"] | {"mode": "bottleneck"}},
+        Console(file=out, width=140),
+    )
     assert "the same-question donor's answer comes nearly by construction" in out.getvalue()
 
 
-def test_the_page_holds_a_bar_for_each_intervention_and_nothing_from_elsewhere(carrying: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_holds_a_bar_for_each_intervention_and_nothing_from_elsewhere(
+    carrying: dict[str, Any], tmp_path: Path
+) -> None:
     write_probe_page(carrying, tmp_path / "probe.html")
     html = (tmp_path / "probe.html").read_text()
     assert carrying["verdict"][1:].replace("'", "&#39;") in html
@@ -690,13 +938,18 @@ def test_the_page_holds_a_bar_for_each_intervention_and_nothing_from_elsewhere(c
     assert all(f">{name}</td>" in html for name in INTERVENTIONS)
     assert not re.search(r"https?://", html)
     assert "nearly by construction" not in html
-    write_probe_page(carrying | {"latent": carrying["latent"] | {"mode": "bottleneck"}}, tmp_path / "probe.html")
+    write_probe_page(
+        carrying | {"latent": carrying["latent"] | {"mode": "bottleneck"}}, tmp_path / "probe.html"
+    )
     assert "nearly by construction" in (tmp_path / "probe.html").read_text()
 
 
 def test_the_page_of_a_few_interventions_without_boxes_or_types_is_whole(tmp_path: Path) -> None:
     bare = ((Sample(s.id, (), "what colour is it", s.answer), p) for s, p in tiles(8))
-    write_probe_page(probe(Looks("latents"), bare, ["oracle", "donor_unrelated"]) | {"data": "<b>"}, tmp_path / "probe.html")
+    write_probe_page(
+        probe(Looks("latents"), bare, ["oracle", "donor_unrelated"]) | {"data": "<b>"},
+        tmp_path / "probe.html",
+    )
     html = (tmp_path / "probe.html").read_text()
     assert "Nothing to retrieve" in html
     assert "&lt;b&gt;" in html
@@ -705,11 +958,14 @@ def test_the_page_of_a_few_interventions_without_boxes_or_types_is_whole(tmp_pat
     assert "type of question" not in html
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------------------------
+# the command line
 
 
 class AlwaysLatents(StartsWithLatents):
-    """A runtime whose first choice is <|lvr_start|>, so that a model with random weights goes through its latents."""
+    """A runtime whose first choice is <|lvr_start|>, so that a model with random weights goes
+    through its latents.
+    """
 
     def __init__(self, runtime: Any, spec: LatentSpec) -> None:
         super().__init__(runtime, spec.steps)
@@ -737,27 +993,74 @@ def test_a_model_is_probed_through_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     opened: Callable[..., Any] = cli._open
-    monkeypatch.setattr(cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode)))
+    monkeypatch.setattr(
+        cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
+    )
     model, out = small_int8 if kind == "bundle" else small_checkpoint, tmp_path / "probe.json"
-    code = call(monkeypatch, model, "--limit", 6, "--batch", 4, "--threads", 1, "--json", out, "--html", tmp_path / "probe.html")
+    code = call(
+        monkeypatch,
+        model,
+        "--limit",
+        6,
+        "--batch",
+        4,
+        "--threads",
+        1,
+        "--json",
+        out,
+        "--html",
+        tmp_path / "probe.html",
+    )
     said = capsys.readouterr()
     assert code == 0, said.err
     assert "warning" not in said.err
     told = json.loads(out.read_text())
-    assert (told["schema"], told["n"], told["opened"], told["data"], told["seeds"]["scenes"]) == ("lvr-lite/probe", 6, 6, "scenes", 0)
+    assert (told["schema"], told["n"], told["opened"], told["data"], told["seeds"]["scenes"]) == (
+        "lvr-lite/probe",
+        6,
+        6,
+        "scenes",
+        0,
+    )
     assert told["interventions"]["self"]["changed_count"] == 0
-    assert told["interventions"]["zero"]["changed_count"] + told["interventions"]["noise"]["changed_count"] > 0
+    assert (
+        told["interventions"]["zero"]["changed_count"]
+        + told["interventions"]["noise"]["changed_count"]
+        > 0
+    )
     assert told["verdict"] in said.out.replace("\n", " ")
     assert (tmp_path / "probe.html").stat().st_size > 5000
 
 
-def test_a_file_of_samples_is_probed(small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_samples_is_probed(
+    small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: Callable[..., Any] = cli._open
     monkeypatch.setattr(cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
     path, out = write_scenes(tmp_path / "scenes", 4, 1, "test"), tmp_path / "probe.json"
-    assert call(monkeypatch, small_int8, "--data", path, "--limit", 3, "--only", "noise,k0", "--threads", 1, "--json", out) == 0
+    assert (
+        call(
+            monkeypatch,
+            small_int8,
+            "--data",
+            path,
+            "--limit",
+            3,
+            "--only",
+            "noise,k0",
+            "--threads",
+            1,
+            "--json",
+            out,
+        )
+        == 0
+    )
     told = json.loads(out.read_text())
-    assert (told["n"], list(told["interventions"]), told["data"]) == (3, ["none", "noise", "k0"], str(path))
+    assert (told["n"], list(told["interventions"]), told["data"]) == (
+        3,
+        ["none", "noise", "k0"],
+        str(path),
+    )
     assert told["verdict"].startswith("not judged")
 
 
@@ -770,7 +1073,11 @@ def test_a_file_of_samples_is_probed(small_int8: Path, tmp_path: Path, monkeypat
     ],
 )
 def test_a_wrong_call_is_one_line(
-    arguments: list[str], told: str, small_int8: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    told: str,
+    small_int8: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call(monkeypatch, small_int8, *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -782,9 +1089,13 @@ def test_a_base_model_without_latents_is_one_line(
 ) -> None:
     assert call(monkeypatch, small_checkpoint, "--limit", 2) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: {small_checkpoint.name}: has no latent steps, so there is nothing to probe; give a model tuned with latents"]
+    assert lines == [
+        f"error: {small_checkpoint.name}: has no latent steps, so there is nothing to probe; give a model tuned with latents"
+    ]
 
 
 def test_the_scenes_are_those_of_the_seed() -> None:
-    first, again, other = ([s.question for s, _ in load_items("scenes", 5, seed)] for seed in (0, 0, 1))
+    first, again, other = (
+        [s.question for s, _ in load_items("scenes", 5, seed)] for seed in (0, 0, 1)
+    )
     assert first == again != other

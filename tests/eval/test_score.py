@@ -20,7 +20,19 @@ from lvr_lite.eval.score import (
 
 @pytest.mark.parametrize(
     "answer",
-    ["red", "Red", " red ", "RED.", "red!", '"red"', "'red'", "(red)", "<answer>red</answer>", "<answer> Red. </answer>", "red\n"],
+    [
+        "red",
+        "Red",
+        " red ",
+        "RED.",
+        "red!",
+        '"red"',
+        "'red'",
+        "(red)",
+        "<answer>red</answer>",
+        "<answer> Red. </answer>",
+        "red\n",
+    ],
 )
 def test_forms_of_one_answer_are_the_same(answer: str) -> None:
     assert is_correct(answer, "red")
@@ -58,7 +70,10 @@ EXPECTED = "star red plain A top left ; heart blue dotted 7 bottom right"  # twe
         ("heart blue dotted 7 bottom right ; star red plain A top left.", 1.0),  # in another order
         ("STAR red plain a top left ;heart blue dotted 7 bottom right", 1.0),
         ("star red plain A top left ; heart blue striped 7 bottom right", 22 / 24),
-        ("star blue dotted 7 bottom right ; heart red plain A top left", 4 / 24),  # all the words, on the wrong things
+        (
+            "star blue dotted 7 bottom right ; heart red plain A top left",
+            4 / 24,
+        ),  # all the words, on the wrong things
         ("star red plain A top left", 12 / 18),  # one thing left out
         (f"{EXPECTED} ; cross red plain A top left", 24 / 30),  # one invented
         (f"{EXPECTED} ; star red plain A top left", 24 / 30),  # one told twice
@@ -69,7 +84,9 @@ EXPECTED = "star red plain A top left ; heart blue dotted 7 bottom right"  # twe
         (";;", 0.0),
     ],
 )
-def test_a_caption_counts_by_the_details_that_it_tells_of_the_right_things(answer: str, share: float) -> None:
+def test_a_caption_counts_by_the_details_that_it_tells_of_the_right_things(
+    answer: str, share: float
+) -> None:
     assert caption(answer, EXPECTED) == pytest.approx(share)
 
 
@@ -84,7 +101,13 @@ def test_the_interval_of_a_mean_of_scores_is_that_of_a_share_of_the_same_size() 
 
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055), (50, 100, 0.4038, 0.5962)],
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (1, 2, 0.0945, 0.9055),
+        (50, 100, 0.4038, 0.5962),
+    ],
 )
 def test_the_interval_is_wilsons(right: int, n: int, low: float, high: float) -> None:
     assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
@@ -122,7 +145,16 @@ def test_agreement_is_the_share_of_equal_answers() -> None:
 
 
 def test_groups_count_where_they_are_whole() -> None:
-    outcomes = [("a", True), ("b", True), ("a", True), (None, False), ("a", True), ("a", True), ("b", True), ("c", False)]
+    outcomes = [
+        ("a", True),
+        ("b", True),
+        ("a", True),
+        (None, False),
+        ("a", True),
+        ("a", True),
+        ("b", True),
+        ("c", False),
+    ]
     assert together(outcomes, 4) == [True]
     assert together([*outcomes, ("c", True), ("c", True), ("c", True)], 4) == [True, False]
 
@@ -141,7 +173,8 @@ def test_the_mean_of_several_shares_is_surer_than_each() -> None:
     assert high - low == pytest.approx((one_high - one_low) / 2)  # the root of four
 
 
-# ------------------------------------------------------------------------------------------------------- multiple choice
+# -------------------------------------------------------------------------------------------------------
+# multiple choice
 
 OPTIONS = ("Open", "Closed", "A red car", "dark blue")
 
@@ -149,33 +182,125 @@ OPTIONS = ("Open", "Closed", "A red car", "dark blue")
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        *((form, "B") for form in ("B", "b", "(B)", "(b)", "[B]", "B.", "B)", "B:", " B\n", "'B'", "**B**", "(B).", "b)")),
         *(
             (form, "B")
-            for form in ("B) Closed", "B. Closed", "(B) Closed", "b. closed", "B: Closed", "B - Closed", "B Closed", "B, Closed.")
+            for form in (
+                "B",
+                "b",
+                "(B)",
+                "(b)",
+                "[B]",
+                "B.",
+                "B)",
+                "B:",
+                " B\n",
+                "'B'",
+                "**B**",
+                "(B).",
+                "b)",
+            )
         ),
-        *((form, "B") for form in ("Answer: B", "answer: b", "**Answer:** B", "Answer:\nB", "Final Answer: B", "Answer is B. Closed")),
-        *((form, "B") for form in ("The answer is B", "The answer is (B).", "The correct answer is option B.", 'The answer is "B".')),
-        *((form, "B") for form in ("Option B", "It is B", "it is b.", "It's (b)", "I choose B", "I'd say B", "So, B", "B is correct")),
         *(
             (form, "B")
-            for form in ("<answer>B</answer>", "<answer> (B) Closed </answer>", "<ANSWER>b", "A or B? <answer>B</answer>", "B</answer>")
+            for form in (
+                "B) Closed",
+                "B. Closed",
+                "(B) Closed",
+                "b. closed",
+                "B: Closed",
+                "B - Closed",
+                "B Closed",
+                "B, Closed.",
+            )
         ),
         *(
             (form, "B")
-            for form in ("<answer>A</answer> no: <answer>B</answer>", "<think>A, then C</think>\nB", r"\boxed{B}", r"$\boxed{\text{B}}$")
+            for form in (
+                "Answer: B",
+                "answer: b",
+                "**Answer:** B",
+                "Answer:\nB",
+                "Final Answer: B",
+                "Answer is B. Closed",
+            )
         ),
         *(
             (form, "B")
-            for form in ("Closed", "closed.", "CLOSED", "The door is closed", "B\nIn A it would be seen.", "B because it is shut")
+            for form in (
+                "The answer is B",
+                "The answer is (B).",
+                "The correct answer is option B.",
+                'The answer is "B".',
+            )
+        ),
+        *(
+            (form, "B")
+            for form in (
+                "Option B",
+                "It is B",
+                "it is b.",
+                "It's (b)",
+                "I choose B",
+                "I'd say B",
+                "So, B",
+                "B is correct",
+            )
+        ),
+        *(
+            (form, "B")
+            for form in (
+                "<answer>B</answer>",
+                "<answer> (B) Closed </answer>",
+                "<ANSWER>b",
+                "A or B? <answer>B</answer>",
+                "B</answer>",
+            )
+        ),
+        *(
+            (form, "B")
+            for form in (
+                "<answer>A</answer> no: <answer>B</answer>",
+                "<think>A, then C</think>\nB",
+                r"\boxed{B}",
+                r"$\boxed{\text{B}}$",
+            )
+        ),
+        *(
+            (form, "B")
+            for form in (
+                "Closed",
+                "closed.",
+                "CLOSED",
+                "The door is closed",
+                "B\nIn A it would be seen.",
+                "B because it is shut",
+            )
         ),
         *(
             (form, "A")
-            for form in ("A", "a", "(a)", "a.", "A Open", "A. Open", "A because it is open", "A is correct", "I think it is A", "A A")
+            for form in (
+                "A",
+                "a",
+                "(a)",
+                "a.",
+                "A Open",
+                "A. Open",
+                "A because it is open",
+                "A is correct",
+                "I think it is A",
+                "A A",
+            )
         ),
         *(
             (form, "C")
-            for form in ("A red car", "a red car.", "Answer: A red car", "The answer is a red car", "C. A red car", "It shows a red car")
+            for form in (
+                "A red car",
+                "a red car.",
+                "Answer: A red car",
+                "The answer is a red car",
+                "C. A red car",
+                "It shows a red car",
+            )
         ),
     ],
 )
@@ -188,9 +313,27 @@ def test_an_answer_chooses_a_letter_in_every_form(answer: str, letter: str) -> N
     [
         *(
             (form, None)
-            for form in ("A, B", "A and B", "A/B", "A B", "AB", "A\nB", "Both A and B", "(A) Open (B) Closed", "A. Open\nB. Closed")
+            for form in (
+                "A, B",
+                "A and B",
+                "A/B",
+                "A B",
+                "AB",
+                "A\nB",
+                "Both A and B",
+                "(A) Open (B) Closed",
+                "A. Open\nB. Closed",
+            )
         ),
-        *((form, None) for form in ("The answer is A or B", "The answer is A, B", "A, because B is shut", "open and closed")),
+        *(
+            (form, None)
+            for form in (
+                "The answer is A or B",
+                "The answer is A, B",
+                "A, because B is shut",
+                "open and closed",
+            )
+        ),
         ("A. Open B. Closed. So the answer is B.", "B"),
         ("The answer is A. No, the answer is B.", "B"),
         ("Option A is wrong, option B is right", "B"),
@@ -198,7 +341,9 @@ def test_an_answer_chooses_a_letter_in_every_form(answer: str, letter: str) -> N
         ("not A but B", "B"),
     ],
 )
-def test_of_several_letters_the_one_in_a_plain_conclusion_counts(answer: str, letter: str | None) -> None:
+def test_of_several_letters_the_one_in_a_plain_conclusion_counts(
+    answer: str, letter: str | None
+) -> None:
     assert chosen_letter(answer, OPTIONS) == letter
 
 
@@ -231,14 +376,19 @@ def test_a_before_a_word_is_the_article() -> None:
         ("the second image", ("the second image", "the third image"), "A"),
     ],
 )
-def test_words_of_an_option_stand_for_its_letter(answer: str, options: tuple[str, ...], letter: str | None) -> None:
+def test_words_of_an_option_stand_for_its_letter(
+    answer: str, options: tuple[str, ...], letter: str | None
+) -> None:
     assert chosen_letter(answer, options) == letter
 
 
 @pytest.mark.parametrize(
     ("question", "options"),
     [
-        ("Which?\n(A) rubber\n(B) thick cotton\nAnswer with the option's letter", ["rubber", "thick cotton"]),
+        (
+            "Which?\n(A) rubber\n(B) thick cotton\nAnswer with the option's letter",
+            ["rubber", "thick cotton"],
+        ),
         ("(a) Open (b) Closed", ["Open", "Closed"]),
         ("How far?\nA. 1.5 m\nB. 2 m\nC. 3 m", ["1.5 m", "2 m", "3 m"]),
         ("Which? A) one B) two", ["one", "two"]),

@@ -1,4 +1,6 @@
-"""Evaluation on a fake runtime that reads the question off the prompt and says what a table has for it."""
+"""Evaluation on a fake runtime that reads the question off the prompt and says what a table has for
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.checkpoint import read_checkpoint, resolve
-from lvr_lite.data import scenes
-from lvr_lite.data.make import skill_samples, write_scenes
 from lvr_lite.data.samples import Sample, sample_json
-from lvr_lite.decode import Options
 from lvr_lite.errors import BundleError, DataError, UsageError
 from lvr_lite.eval.report import show
 from lvr_lite.eval.suite import (
@@ -35,41 +33,63 @@ from lvr_lite.eval.suite import (
     reference_hint,
     skill,
 )
-from lvr_lite.latent import LatentSpec
+from lvr_lite.generate.decode import Options
+from lvr_lite.model.checkpoint import read_checkpoint, resolve
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.toy import scenes
+from lvr_lite.toy.make import skill_samples, write_scenes
 
 H = 4
 
 
 class Table:
-    """Answers by question. A hidden state holds which answer it is in and how far: (answer, place, 0, 0)."""
+    """Answers by question. A hidden state holds which answer it is in and how far: (answer, place,
+    0, 0).
+    """
 
     name, hidden_size = "table", H
 
     def __init__(self, answers: dict[str, str], latent_steps: int = 0) -> None:
         self.latent = LatentSpec(latent_steps)
         checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = checkpoint.family, checkpoint.image_spec, checkpoint.template
+        self.family, self.image_spec, self.template = (
+            checkpoint.family,
+            checkpoint.image_spec,
+            checkpoint.template,
+        )
         self.tokenizer, self.tokens = checkpoint.tokenizer, checkpoint.tokens
         self.questions = list(answers)
-        self.scripts = [[*self.tokenizer.encode(a, add_special_tokens=False).ids, self.tokens.end[0]] for a in answers.values()]
+        self.scripts = [
+            [*self.tokenizer.encode(a, add_special_tokens=False).ids, self.tokens.end[0]]
+            for a in answers.values()
+        ]
         self.batches: list[int] = []
 
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:  # noqa: ARG002
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
         return np.full((len(pixel_values) // 4, H), float(self.tokens.image), np.float32)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         return np.repeat(ids[..., None].astype(np.float32), H, -1)
 
-    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002
+    def start(self, batch: int, capacity: int) -> None:
         self.batches.append(batch)
 
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:  # noqa: ARG002
-        texts = [self.tokenizer.decode(row[:n, 0].astype(int).tolist()) for row, n in zip(embeds, lengths, strict=True)]
-        which = [max((i for i, q in enumerate(self.questions) if q in t), key=lambda i: len(self.questions[i])) for t in texts]
+    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        texts = [
+            self.tokenizer.decode(row[:n, 0].astype(int).tolist())
+            for row, n in zip(embeds, lengths, strict=True)
+        ]
+        which = [
+            max(
+                (i for i, q in enumerate(self.questions) if q in t),
+                key=lambda i: len(self.questions[i]),
+            )
+            for t in texts
+        ]
         self.state = np.array([[w, 0, 0, 0] for w in which], np.float32)
         return self.state.copy()
 
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:  # noqa: ARG002
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self.state[:, 1] += 1
         return self.state.copy()
 
@@ -80,7 +100,13 @@ class Table:
         return logits
 
 
-QUESTIONS = ["what colour is the star", "what colour is the heart", "how many red shapes are there", "where is the cross", "which letter"]
+QUESTIONS = [
+    "what colour is the star",
+    "what colour is the heart",
+    "how many red shapes are there",
+    "where is the cross",
+    "which letter",
+]
 EXPECTED = ["red", "blue", "two", "top left", "K"]
 SAID = ["red", "green", "two", "Top left.", "X"]
 TYPES = ["attribute", "attribute", "count", "position", None]
@@ -90,7 +116,9 @@ PAIRS = ["p", "p", "q", "q", "half"]
 def items() -> Iterator[Item]:
     rows = zip(QUESTIONS, EXPECTED, TYPES, PAIRS, strict=True)
     for i, (question, answer, kind, pair) in enumerate(rows):
-        picture = Image.new("RGB", (56 + 28 * i, 56), (40 * i, 0, 0))  # prompts of different lengths
+        picture = Image.new(
+            "RGB", (56 + 28 * i, 56), (40 * i, 0, 0)
+        )  # prompts of different lengths
         yield Sample(f"s{i}", (), question, answer, None, (), kind, pair), (picture,)
 
 
@@ -127,9 +155,22 @@ def test_types_and_pairs_are_counted_apart(runtime: Any) -> None:
 
 def test_the_result_has_the_fields_that_the_design_promises(runtime: Any) -> None:
     result = json.loads(json.dumps(evaluate(runtime, items())))
-    assert (result["schema"], result["version"], result["model"], result["n"]) == ("lvr-lite/eval", 1, "table", 5)
+    assert (result["schema"], result["version"], result["model"], result["n"]) == (
+        "lvr-lite/eval",
+        1,
+        "table",
+        5,
+    )
     assert result["interval"] == pytest.approx([0.2307, 0.8824], abs=1e-3)
-    assert set(result["answers"][0]) == {"id", "type", "answer", "expected", "correct", "score", "tokens"}
+    assert set(result["answers"][0]) == {
+        "id",
+        "type",
+        "answer",
+        "expected",
+        "correct",
+        "score",
+        "tokens",
+    }
     assert runtime.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
 
@@ -140,7 +181,12 @@ def test_options_reach_the_decoding(runtime: Any) -> None:
 
 def test_no_items_give_no_accuracy_and_no_pairs(runtime: Any) -> None:
     result = evaluate(runtime, iter(()))
-    assert (result["n"], result["accuracy"], result["interval"], result["pair_accuracy"]) == (0, 0.0, [0.0, 1.0], None)
+    assert (result["n"], result["accuracy"], result["interval"], result["pair_accuracy"]) == (
+        0,
+        0.0,
+        [0.0, 1.0],
+        None,
+    )
 
 
 def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Any) -> None:
@@ -151,11 +197,19 @@ def test_the_table_tells_types_interval_and_pairs(runtime: Any) -> None:
     out = io.StringIO()
     show(evaluate(runtime, items()) | {"suite": "mine"}, Console(file=out, width=120))
     text = out.getvalue()
-    for part in ("table on mine", "attribute", "50.0%", "60.0%", "23.1% – 88.2%", "pairs, both right"):
+    for part in (
+        "table on mine",
+        "attribute",
+        "50.0%",
+        "60.0%",
+        "23.1% – 88.2%",
+        "pairs, both right",
+    ):
         assert part in text
 
 
-# ----------------------------------------------------------------------------------------------------------- suites
+# -----------------------------------------------------------------------------------------------------------
+# suites
 
 
 def test_scenes_are_300_unless_limited_and_a_limit_only_cuts() -> None:
@@ -166,14 +220,18 @@ def test_scenes_are_300_unless_limited_and_a_limit_only_cuts() -> None:
 
 
 def test_another_seed_gives_other_scenes() -> None:
-    assert [s.question for s, _ in load_suite("scenes", 9, 0)] != [s.question for s, _ in load_suite("scenes", 9, 1)]
+    assert [s.question for s, _ in load_suite("scenes", 9, 0)] != [
+        s.question for s, _ in load_suite("scenes", 9, 1)
+    ]
 
 
 def test_a_file_of_samples_is_a_suite(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "made", 5, 3, "test")
     found = list(load_suite(str(path), 3))
     drawn = list(load_suite("scenes", 3, 3))
-    assert [(s.question, s.answer, s.boxes) for s, _ in found] == [(s.question, s.answer, s.boxes) for s, _ in drawn]
+    assert [(s.question, s.answer, s.boxes) for s, _ in found] == [
+        (s.question, s.answer, s.boxes) for s, _ in drawn
+    ]
     assert [p.tobytes() for _, (p,) in found] == [p.tobytes() for _, (p,) in drawn]
 
 
@@ -184,7 +242,10 @@ def test_a_limit_below_one_is_refused(limit: int) -> None:
 
 
 def test_an_unknown_suite_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--suite mmmu: neither a suite \(scenes, skills, mmvp, .*\) nor a file of samples"):
+    with pytest.raises(
+        UsageError,
+        match=r"--suite mmmu: neither a suite \(scenes, skills, mmvp, .*\) nor a file of samples",
+    ):
         load_suite("mmmu", None)
 
 
@@ -196,16 +257,23 @@ def test_a_broken_line_is_named_before_anything_is_answered(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("suite", ["scenes", "skills", "FILE"])
 @pytest.mark.parametrize("limit", [1, 14])
-def test_the_right_answers_are_known_without_a_picture(suite: str, limit: int, tmp_path: Path) -> None:
+def test_the_right_answers_are_known_without_a_picture(
+    suite: str, limit: int, tmp_path: Path
+) -> None:
     suite = str(write_scenes(tmp_path / "made", 20, 3, "test")) if suite == "FILE" else suite
-    assert expected_answers(suite, limit, 5) == {s.id: s.answer for s, _ in load_suite(suite, limit, 5)}
+    assert expected_answers(suite, limit, 5) == {
+        s.id: s.answer for s, _ in load_suite(suite, limit, 5)
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------- skills
+# -----------------------------------------------------------------------------------------------------------
+# skills
 
 
 def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
-    """The answer to a short question, worked out again from its words, apart from the code that asks."""
+    """The answer to a short question, worked out again from its words, apart from the code that
+    asks.
+    """
     by_shape = {t.shape: t for t in scene.things}
     what, *names = asked.split()
     if what == "where":
@@ -232,8 +300,13 @@ def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
     for name, scene, question in scenes.skills(4, 300):
         if question.type == "caption":
             told = {tuple(phrase.split()) for phrase in question.answer.split(" ; ")}
-            where = {t.shape: tuple(answer_from_the_scene(scene, f"where {t.shape}").split()) for t in scene.things}
-            assert told == {(t.shape, t.colour, t.pattern, t.glyph, *where[t.shape]) for t in scene.things}, name
+            where = {
+                t.shape: tuple(answer_from_the_scene(scene, f"where {t.shape}").split())
+                for t in scene.things
+            }
+            assert told == {
+                (t.shape, t.colour, t.pattern, t.glyph, *where[t.shape]) for t in scene.things
+            }, name
         else:
             assert answer_from_the_scene(scene, question.text) == question.answer, name
 
@@ -276,7 +349,10 @@ def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
     tokenizer = read_checkpoint("tiny").tokenizer
     found = [(len(s.things), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
     assert max(things for things, _ in found) == 8
-    assert max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found) < SKILLS_TOKENS
+    assert (
+        max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found)
+        < SKILLS_TOKENS
+    )
 
 
 def test_a_caption_that_is_half_right_counts_half_and_is_not_correct() -> None:
@@ -303,13 +379,19 @@ def test_a_caption_that_is_half_right_counts_half_and_is_not_correct() -> None:
         (Plan(suite="skills", limit=9), 0),
     ],
 )
-def test_skills_are_asked_beside_the_scenes_in_numbers_that_follow_the_limit(plan: Plan, count: int) -> None:
+def test_skills_are_asked_beside_the_scenes_in_numbers_that_follow_the_limit(
+    plan: Plan, count: int
+) -> None:
     assert plan.beside == count
 
 
-# ------------------------------------------------------------------------------------------------ several models, same items
+# ------------------------------------------------------------------------------------------------
+# several models, same items
 
-TINY, OTHER = "tiny", str(resolve("tiny"))  # names of models that are there; what opens them is a table
+TINY, OTHER = (
+    "tiny",
+    str(resolve("tiny")),
+)  # names of models that are there; what opens them is a table
 WORSE = ["red", "green", "three", "Top left.", "X"]  # 2 of 5, where SAID has 3
 WRONG = "a wrong answer"
 
@@ -320,14 +402,20 @@ def mine(tmp_path: Path) -> str:
     lines = []
     for sample, (picture,) in items():
         picture.save(tmp_path / f"{sample.id}.png")
-        lines.append(json.dumps(sample_json(replace(sample, images=(tmp_path / f"{sample.id}.png",)), tmp_path)))
+        lines.append(
+            json.dumps(
+                sample_json(replace(sample, images=(tmp_path / f"{sample.id}.png",)), tmp_path)
+            )
+        )
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     return str(tmp_path / "mine.jsonl")
 
 
 def opener(**said: list[str]) -> Callable[[str], Any]:
     """Opens tables: TINY says `tiny`, OTHER says `other`."""
-    return lambda name: Table(dict(zip(QUESTIONS, said["tiny" if name == TINY else "other"], strict=True)))
+    return lambda name: Table(
+        dict(zip(QUESTIONS, said["tiny" if name == TINY else "other"], strict=True))
+    )
 
 
 def never(name: str) -> Any:
@@ -337,10 +425,18 @@ def never(name: str) -> Any:
 def test_a_difference_is_over_the_same_items_and_by_type(mine: str) -> None:
     result = compare(TINY, [OTHER], Plan(mine), opener(tiny=SAID, other=WORSE))
     (other,) = result["against"]
-    assert (other["source"], other["model"], other["n"], other["accuracy"], other["difference"]) == (OTHER, "table", 5, 0.4, 0.2)
+    assert (
+        other["source"],
+        other["model"],
+        other["n"],
+        other["accuracy"],
+        other["difference"],
+    ) == (OTHER, "table", 5, 0.4, 0.2)
     assert other["p"] == 1.0  # one discordant pair
     assert other["interval"] == [0.0, 0.6]
-    assert {kind: (t["n"], t["accuracy"], t["difference"]) for kind, t in other["by_type"].items()} == {
+    assert {
+        kind: (t["n"], t["accuracy"], t["difference"]) for kind, t in other["by_type"].items()
+    } == {
         "attribute": (2, 0.5, 0.0),
         "count": (1, 0.0, 1.0),
         "position": (1, 1.0, 0.0),
@@ -349,11 +445,17 @@ def test_a_difference_is_over_the_same_items_and_by_type(mine: str) -> None:
 
 def test_a_difference_turns_its_sign_with_the_models(mine: str) -> None:
     (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=WORSE, other=SAID))["against"]
-    assert (other["difference"], other["interval"], other["by_type"]["count"]["difference"]) == (-0.2, [-0.6, 0.0], -1.0)
+    assert (other["difference"], other["interval"], other["by_type"]["count"]["difference"]) == (
+        -0.2,
+        [-0.6, 0.0],
+        -1.0,
+    )
 
 
 def test_p_is_mcnemars_over_the_items_that_one_model_alone_has_right(mine: str) -> None:
-    (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=EXPECTED, other=[WRONG] * 5))["against"]
+    (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=EXPECTED, other=[WRONG] * 5))[
+        "against"
+    ]
     assert (other["difference"], other["p"]) == (1.0, 2 / 2**5)
 
 
@@ -362,7 +464,9 @@ def test_a_model_does_not_differ_from_itself(mine: str) -> None:
     assert (other["difference"], other["interval"], other["p"]) == (0.0, [0.0, 0.0], 1.0)
 
 
-def test_an_earlier_file_stands_for_its_model_whatever_the_order_of_its_answers(mine: str, tmp_path: Path) -> None:
+def test_an_earlier_file_stands_for_its_model_whatever_the_order_of_its_answers(
+    mine: str, tmp_path: Path
+) -> None:
     open_model = opener(tiny=SAID, other=WORSE)
     earlier = compare(OTHER, [], Plan(mine), open_model)
     earlier["answers"].reverse()
@@ -379,13 +483,18 @@ def test_a_file_of_before_scores_compares_by_what_is_correct(mine: str, tmp_path
             del answer[field]
     del earlier["seed"]
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
-    (other,) = compare(TINY, [str(tmp_path / "earlier.json")], Plan(mine), opener(tiny=SAID))["against"]
+    (other,) = compare(TINY, [str(tmp_path / "earlier.json")], Plan(mine), opener(tiny=SAID))[
+        "against"
+    ]
     assert other["difference"] == 0.2
 
 
 def test_the_result_is_the_models_own_whatever_it_is_compared_with(mine: str) -> None:
     open_model = opener(tiny=SAID, other=WORSE)
-    alone, beside = compare(TINY, [], Plan(mine), open_model), compare(TINY, [OTHER], Plan(mine), open_model)
+    alone, beside = (
+        compare(TINY, [], Plan(mine), open_model),
+        compare(TINY, [OTHER], Plan(mine), open_model),
+    )
     beside.pop("against")
     assert alone == beside
     assert (alone["accuracy"], alone["suite"], alone["seed"]) == (0.6, mine, None)
@@ -395,7 +504,9 @@ def test_latent_steps_are_for_the_model_alone(mine: str) -> None:
     def open_model(name: str) -> Any:
         return Table(dict(zip(QUESTIONS, SAID, strict=True)), latent_steps=2 if name == TINY else 0)
 
-    compare(TINY, [OTHER], Plan(mine, steps=(3,)), open_model)  # OTHER, which has none, would refuse 3
+    compare(
+        TINY, [OTHER], Plan(mine, steps=(3,)), open_model
+    )  # OTHER, which has none, would refuse 3
     with pytest.raises(UsageError, match="not tuned for latent steps"):
         compare(OTHER, [TINY], Plan(mine, steps=(3,)), open_model)
 
@@ -414,7 +525,9 @@ def damaged(result: dict[str, Any], how: str) -> Any:
         "word": lambda: result | {"answers": [first | {"score": "high"}]},
         "fewer": lambda: result | {"answers": result["answers"][1:]},
         "others": lambda: result | {"answers": [first | {"id": "new"}, *result["answers"][1:]]},
-        "changed": lambda: result | {"answers": [first | {"expected": "white"}, *result["answers"][1:]]},
+        "changed": lambda: (
+            result | {"answers": [first | {"expected": "white"}, *result["answers"][1:]]}
+        ),
         "suite": lambda: result | {"suite": "scenes"},
     }
     return changes[how]()
@@ -423,10 +536,24 @@ def damaged(result: dict[str, Any], how: str) -> Any:
 @pytest.mark.parametrize(
     ("how", "error", "said"),
     [
-        *((how, DataError, "not what `lvr-lite eval --json` writes") for how in ("list", "bench", "version", "no answers", "no score")),
-        *((how, DataError, "not what `lvr-lite eval --json` writes") for how in ("score", "nan", "word")),
-        ("fewer", UsageError, r"not about the same items \(4 there, 5 here; s0 is in one of them alone\): use the same --limit"),
-        ("others", UsageError, r"not about the same items \(5 there, 5 here; new is in one of them alone\)"),
+        *(
+            (how, DataError, "not what `lvr-lite eval --json` writes")
+            for how in ("list", "bench", "version", "no answers", "no score")
+        ),
+        *(
+            (how, DataError, "not what `lvr-lite eval --json` writes")
+            for how in ("score", "nan", "word")
+        ),
+        (
+            "fewer",
+            UsageError,
+            r"not about the same items \(4 there, 5 here; s0 is in one of them alone\): use the same --limit",
+        ),
+        (
+            "others",
+            UsageError,
+            r"not about the same items \(5 there, 5 here; new is in one of them alone\)",
+        ),
         ("changed", UsageError, "the right answer to s0 is 'white' there and 'red' here"),
         ("suite", UsageError, "is about the suite scenes, not "),
     ],
@@ -445,7 +572,9 @@ def test_a_file_that_cannot_be_compared_is_refused_before_a_model_is_opened(
 def test_scenes_of_another_seed_or_number_are_refused_by_name(tmp_path: Path) -> None:
     asked = {s.question: WRONG for s, _ in load_suite("scenes", 6, 1)}
     path = tmp_path / "earlier.json"
-    path.write_text(json.dumps(compare(TINY, [], Plan(limit=6, seed=1, skills=0), lambda _: Table(asked))))
+    path.write_text(
+        json.dumps(compare(TINY, [], Plan(limit=6, seed=1, skills=0), lambda _: Table(asked)))
+    )
     compare(TINY, [str(path)], Plan(limit=6, seed=1, skills=0), lambda _: Table(asked))
     with pytest.raises(UsageError, match="is about seed 1, not 2: use --seed 1"):
         compare(TINY, [str(path)], Plan(limit=6, seed=2, skills=0), never)
@@ -455,7 +584,9 @@ def test_scenes_of_another_seed_or_number_are_refused_by_name(tmp_path: Path) ->
         compare(TINY, [str(path)], Plan("skills", limit=6, seed=1), never)
 
 
-def test_a_model_that_is_not_there_is_named_before_another_is_opened(mine: str, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_named_before_another_is_opened(
+    mine: str, tmp_path: Path
+) -> None:
     for model, against in ((TINY, str(tmp_path / "none")), (str(tmp_path / "none"), TINY)):
         with pytest.raises(BundleError, match="none: no such folder"):
             compare(model, [against], Plan(mine), never)
@@ -472,22 +603,37 @@ def test_skills_are_scored_and_compared_beside_the_scenes(tmp_path: Path) -> Non
     questions = [s.question for s, _ in load_suite("scenes", 4, 3)]
 
     def open_model(name: str) -> Any:
-        return skill_table(lambda q: "top left" if name == TINY and q.startswith("where") else WRONG, 3, 30, questions)
+        return skill_table(
+            lambda q: "top left" if name == TINY and q.startswith("where") else WRONG,
+            3,
+            30,
+            questions,
+        )
 
     plan = Plan(limit=4, seed=3, skills=30)
     result = compare(TINY, [OTHER], plan, open_model)
     right = sum(s.answer == "top left" for s, _ in skill_samples(30, 3))
     assert right > 0
     skills = result["skills"]
-    assert (skills["n"], skills["by_type"]["place"], skills["by_type"]["short"]["accuracy"]) == (30, {"n": 10, "accuracy": right / 10}, 0)
+    assert (skills["n"], skills["by_type"]["place"], skills["by_type"]["short"]["accuracy"]) == (
+        30,
+        {"n": 10, "accuracy": right / 10},
+        0,
+    )
     assert skills["accuracy"] == pytest.approx(right / 30, abs=1e-4)
     assert [a["id"] for a in skills["answers"]] == [s.id for s, _ in skill_samples(30, 3)]
     against = result["against"][0]["skills"]
-    assert (against["difference"], against["by_type"]["place"]["difference"]) == (round(right / 30, 4), right / 10)
+    assert (against["difference"], against["by_type"]["place"]["difference"]) == (
+        round(right / 30, 4),
+        right / 10,
+    )
     assert (result["n"], len(result["answers"]), result["against"][0]["n"]) == (4, 4, 4)
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(result))
-    assert compare(OTHER, [str(path)], plan, open_model)["against"][0]["skills"]["difference"] == -against["difference"]
+    assert (
+        compare(OTHER, [str(path)], plan, open_model)["against"][0]["skills"]["difference"]
+        == -against["difference"]
+    )
     with pytest.raises(UsageError, match=r"30 there, 29 here; .*use the same --skills"):
         compare(OTHER, [str(path)], replace(plan, skills=29), never)
     del result["skills"]
@@ -504,7 +650,14 @@ def test_captions_are_not_cut_where_answers_to_the_scenes_are(mine: str) -> None
     for scored in (result["skills"], compare(TINY, [], Plan("skills", limit=1), lambda _: table)):
         assert len(scored["answers"][0]["tokens"]) == 48
         assert 0 < scored["accuracy"] < 1  # one thing of several is told
-    assert len(compare(TINY, [], Plan("skills", limit=1, max_tokens=5), lambda _: table)["answers"][0]["tokens"]) == 5
+    assert (
+        len(
+            compare(TINY, [], Plan("skills", limit=1, max_tokens=5), lambda _: table)["answers"][0][
+                "tokens"
+            ]
+        )
+        == 5
+    )
 
 
 def test_skills_are_not_asked_twice() -> None:
@@ -512,7 +665,9 @@ def test_skills_are_not_asked_twice() -> None:
         compare(TINY, [], Plan("skills", skills=4), never)
 
 
-def test_a_tuned_checkpoint_names_its_base_to_compare_with(small_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tuned_checkpoint_names_its_base_to_compare_with(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
     tuned = Path(shutil.copytree(small_checkpoint, tmp_path / "tuned"))
     (tuned / "adapter_model.safetensors").write_bytes(b"")
     for base, name in ((OTHER, "tiny"), (str(small_checkpoint), str(small_checkpoint))):
@@ -521,7 +676,9 @@ def test_a_tuned_checkpoint_names_its_base_to_compare_with(small_checkpoint: Pat
     assert reference_hint(TINY) == reference_hint(str(small_checkpoint)) == ""
 
 
-def test_a_bundle_of_a_tuned_model_says_that_its_base_is_needed(small_fp32: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_a_tuned_model_says_that_its_base_is_needed(
+    small_fp32: Path, tmp_path: Path
+) -> None:
     assert reference_hint(str(small_fp32)) == ""
     manifest = json.loads((small_fp32 / "lvr.json").read_text())
     manifest["source"]["adapter"] = True
@@ -529,7 +686,8 @@ def test_a_bundle_of_a_tuned_model_says_that_its_base_is_needed(small_fp32: Path
     assert "--against BASE" in reference_hint(str(tmp_path))
 
 
-# --------------------------------------------------------------------------------------------------- what people see
+# ---------------------------------------------------------------------------------------------------
+# what people see
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -539,20 +697,40 @@ def shown(result: dict[str, Any]) -> str:
 
 
 def difference(value: float) -> dict[str, Any]:
-    return {"n": 50, "accuracy": 0.5, "difference": value, "interval": [value - 0.04, value + 0.04], "p": 0.0004}
+    return {
+        "n": 50,
+        "accuracy": 0.5,
+        "difference": value,
+        "interval": [value - 0.04, value + 0.04],
+        "p": 0.0004,
+    }
 
 
 def with_skills(result: dict[str, Any], **changes: float) -> dict[str, Any]:
     """A result with three skills and one model beside it, whose skills differ by `changes`."""
     by_type = {kind: {"n": 50, "accuracy": 0.9} for kind in changes}
-    skills = difference(0.0) | {"by_type": {kind: difference(value) for kind, value in changes.items()}}
-    against = difference(0.031) | {"source": "base[x]", "model": "base", "by_type": {"odd": difference(-0.125)}, "skills": skills}
-    return result | {"suite": "mine", "skills": {"n": 150, "accuracy": 0.88, "by_type": by_type}, "against": [against]}
+    skills = difference(0.0) | {
+        "by_type": {kind: difference(value) for kind, value in changes.items()}
+    }
+    against = difference(0.031) | {
+        "source": "base[x]",
+        "model": "base",
+        "by_type": {"odd": difference(-0.125)},
+        "skills": skills,
+    }
+    return result | {
+        "suite": "mine",
+        "skills": {"n": 150, "accuracy": 0.88, "by_type": by_type},
+        "against": [against],
+    }
 
 
 def test_a_skill_that_falls_by_more_than_two_points_is_told_in_words(runtime: Any) -> None:
     text = shown(with_skills(evaluate(runtime, items()), caption=-0.031, place=-0.02, short=0.05))
-    lines = {kind: next(line for line in text.splitlines() if kind in line) for kind in ("caption", "place", "short")}
+    lines = {
+        kind: next(line for line in text.splitlines() if kind in line)
+        for kind in ("caption", "place", "short")
+    }
     assert "falls by 3.1 points: -3.1 [-7.1, 0.9]" in lines["caption"]
     assert "-2.0 [-6.0, 2.0]" in lines["place"]
     assert "5.0 [1.0, 9.0]" in lines["short"]

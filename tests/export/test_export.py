@@ -1,4 +1,6 @@
-"""A bundle written from a small random model equals that model, and a wrong one is never written."""
+"""A bundle written from a small random model equals that model, and a wrong one is never
+written.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ import onnx
 import pytest
 import torch
 
-from lvr_lite import bundle, onnxfile, weights
-from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.errors import BundleError, LvrError
-from lvr_lite.export import graphs, parity, write
+from lvr_lite.export import graphs, onnxfile, parity, weights, write
 from lvr_lite.export.write import describe, write_bundle
-from lvr_lite.latent import LatentSpec
-from lvr_lite.quant.nf4 import TrainedWeights, load_merged
-from lvr_lite.runtime.onnx import OnnxRuntime
-from lvr_lite.runtime.torch import TorchRuntime
-from lvr_lite.tiny import build
+from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.generate.torch import TorchRuntime
+from lvr_lite.model import bundle
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.toy import build
+from lvr_lite.train.load import TrainedWeights, load_merged
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,13 @@ def model() -> Any:
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() >= 2:
-                parameter.mul_(3)  # as initialized, activations are so small that a wrong mask hardly shows
+                parameter.mul_(
+                    3
+                )  # as initialized, activations are so small that a wrong mask hardly shows
             else:
-                parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms start at 0 and 1, where a lost one hardly shows
+                parameter.add_(
+                    0.1 * torch.randn_like(parameter)
+                )  # biases and norms start at 0 and 1, where a lost one hardly shows
     return made
 
 
@@ -52,13 +58,19 @@ def small(small_checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def written(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
+def written(
+    checkpoint: Checkpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+    export: Callable[[Any, Path], Any],
+) -> Path:
     target = tmp_path_factory.mktemp("bundles") / "fp32"
     export(checkpoint, target)
     return target
 
 
-def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(written: Path, model: Any) -> None:
+def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(
+    written: Path, model: Any
+) -> None:
     manifest = bundle.read_manifest(written)
     assert manifest.precision == "fp32"
     assert manifest.decoder == {
@@ -84,13 +96,33 @@ def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written
         "window_id",
         "image_id",
     ]
-    assert found["vision_encoder"].inputs["pixel_values"] == {"dtype": "float32", "axes": ["4*tokens", 1176]}
-    assert found["vision_encoder"].outputs == {"image_features": {"dtype": "float32", "axes": ["tokens", 256]}}
+    assert found["vision_encoder"].inputs["pixel_values"] == {
+        "dtype": "float32",
+        "axes": ["4*tokens", 1176],
+    }
+    assert found["vision_encoder"].outputs == {
+        "image_features": {"dtype": "float32", "axes": ["tokens", 256]}
+    }
     decoder = found["decoder"]
-    first = ["inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key_values.0.key", "past_key_values.0.value"]
+    first = [
+        "inputs_embeds",
+        "position_ids",
+        "seqlens_k",
+        "total_sequence_length",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
     assert list(decoder.inputs)[:7] == [*first, "past_key_values.1.key"]
-    assert list(decoder.outputs)[:4] == ["last_hidden_state", "present.0.key", "present.0.value", "present.1.key"]
-    assert decoder.inputs["past_key_values.0.key"] == {"dtype": "float32", "axes": ["batch", 4, "capacity", 32]}
+    assert list(decoder.outputs)[:4] == [
+        "last_hidden_state",
+        "present.0.key",
+        "present.0.value",
+        "present.1.key",
+    ]
+    assert decoder.inputs["past_key_values.0.key"] == {
+        "dtype": "float32",
+        "axes": ["batch", 4, "capacity", 32],
+    }
     assert decoder.inputs["total_sequence_length"] == {"dtype": "int32", "axes": []}
     assert list(found["lm_head"].outputs) == ["logits"]
 
@@ -101,14 +133,20 @@ def test_every_linear_layer_is_a_matmul_named_after_its_module(written: Path, mo
         graph = onnx.load(str(written / "onnx" / f"{name}.onnx"), load_external_data=False).graph
         weights = {tensor.name for tensor in graph.initializer}
         assert not [node for node in graph.node if node.op_type == "Gemm"]
-        counts[name] = sum(node.op_type == "MatMul" and node.input[1] in weights for node in graph.node)
-        assert "language_model.layers.0.mlp.up_proj/MatMul" in {node.name for node in graph.node} or name != "decoder"
+        counts[name] = sum(
+            node.op_type == "MatMul" and node.input[1] in weights for node in graph.node
+        )
+        assert (
+            "language_model.layers.0.mlp.up_proj/MatMul" in {node.name for node in graph.node}
+            or name != "decoder"
+        )
     linears = {
         part: sum(isinstance(m, torch.nn.Linear) for m in model.get_submodule(part).modules())
         for part in ("model.visual", "model.language_model")
     }
     assert counts == {
-        "vision_encoder": linears["model.visual"] + 1,  # the patch embedding, a convolution in transformers
+        "vision_encoder": linears["model.visual"]
+        + 1,  # the patch embedding, a convolution in transformers
         "embed_tokens": 0,
         "decoder": linears["model.language_model"],
         "lm_head": 1,
@@ -123,13 +161,17 @@ def test_a_graph_says_nothing_about_the_machine_that_wrote_it(written: Path) -> 
 def test_two_pictures_together_are_as_each_alone(written: Path) -> None:
     runtime = OnnxRuntime(written)
     rng = np.random.default_rng(1)
-    first, second = (rng.standard_normal((h * w, 1176)).astype(np.float32) for h, w in ((6, 8), (10, 4)))
+    first, second = (
+        rng.standard_normal((h * w, 1176)).astype(np.float32) for h, w in ((6, 8), (10, 4))
+    )
     together = runtime.encode(np.concatenate([first, second]), [(6, 8), (10, 4)])
     apart = np.concatenate([runtime.encode(first, [(6, 8)]), runtime.encode(second, [(10, 4)])])
     np.testing.assert_allclose(together, apart, atol=1e-4)
 
 
-def test_the_gate_fails_on_another_models_graphs(written: Path, model: Any, checkpoint: Checkpoint) -> None:
+def test_the_gate_fails_on_another_models_graphs(
+    written: Path, model: Any, checkpoint: Checkpoint
+) -> None:
     weight = model.model.language_model.layers[4].mlp.down_proj.weight
     kept = weight.detach().clone()
     try:
@@ -142,7 +184,11 @@ def test_the_gate_fails_on_another_models_graphs(written: Path, model: Any, chec
             weight.copy_(kept)
 
 
-@pytest.mark.parametrize("spec", [LatentSpec(), LatentSpec(2, "norm-matched", "bottleneck", 5.0)], ids=["open", "bottleneck"])
+@pytest.mark.parametrize(
+    "spec",
+    [LatentSpec(), LatentSpec(2, "norm-matched", "bottleneck", 5.0)],
+    ids=["open", "bottleneck"],
+)
 def test_the_gate_decodes_through_the_latent_loop_that_is_written(
     written: Path, model: Any, checkpoint: Checkpoint, spec: LatentSpec
 ) -> None:
@@ -180,14 +226,23 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("graph", "limit"), [("lm_head", write.SMALL), ("vision_encoder", 0)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("graph", "limit"), [("lm_head", write.SMALL), ("vision_encoder", 0)], ids=["small", "large"]
+)
 def test_a_bundle_that_fails_the_gate_is_not_written(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, limit: int
 ) -> None:
     monkeypatch.setattr(write, "SMALL", limit)
     weight, said = CHANGED[graph]
     with pytest.raises(LvrError, match=rf"{said} from torch: max"):
-        write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append, lambda: load_merged(small), convert=changing(graph, weight))
+        write_bundle(
+            small,
+            TrainedWeights(small),
+            tmp_path / "out",
+            [].append,
+            lambda: load_merged(small),
+            convert=changing(graph, weight),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +256,10 @@ def test_a_weight_that_differs_on_disk_is_found_without_torchs_whole_model(
     def check() -> list[float]:
         found = parity.check_graphs_apart(folder, manifest, small, stored)
         assert set(found) == {"vision_encoder", "embed_tokens", "lm_head"}
-        return [*(one["relative"] for one in found.values()), *parity.check_layers(folder, manifest, small, stored)]
+        return [
+            *(one["relative"] for one in found.values()),
+            *parity.check_layers(folder, manifest, small, stored),
+        ]
 
     assert max(check()) < 1e-5
     path = folder / manifest.graphs[graph].path
@@ -221,14 +279,24 @@ def test_a_large_models_bundle_says_that_decoding_was_not_compared(
 ) -> None:
     monkeypatch.setattr(write, "SMALL", 0)
     said: list[str] = []
-    found = write_bundle(small, TrainedWeights(small), tmp_path / "out", said.append, lambda: pytest.fail("loaded whole")).parity
+    found = write_bundle(
+        small,
+        TrainedWeights(small),
+        tmp_path / "out",
+        said.append,
+        lambda: pytest.fail("loaded whole"),
+    ).parity
     assert (found["decoding"], len(found["layers"])) == (None, 2)
     assert max(found["layers"]) < 1e-5
     assert any("decoding: not compared" in line for line in said)
 
 
-def test_a_bundle_without_a_reference_is_compared_with_nothing(small: Checkpoint, small_fp32: Path, tmp_path: Path) -> None:
-    manifest = write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"})
+def test_a_bundle_without_a_reference_is_compared_with_nothing(
+    small: Checkpoint, small_fp32: Path, tmp_path: Path
+) -> None:
+    manifest = write_bundle(
+        small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"}
+    )
     assert manifest.parity == {} == bundle.read_manifest(tmp_path / "out").parity
     assert manifest.source["origin"] == "mine"
     assert {name: graph.files for name, graph in manifest.graphs.items()} == {
@@ -237,9 +305,13 @@ def test_a_bundle_without_a_reference_is_compared_with_nothing(small: Checkpoint
 
 
 class Scaled(torch.nn.Module):
-    """Linear layers, the last of which a factor made of weights alone scales, so that the exporter computes it beforehand."""
+    """Linear layers, the last of which a factor made of weights alone scales, so that the exporter
+    computes it beforehand.
+    """
 
-    def __init__(self, weights: list[torch.nn.Parameter], made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, weights: list[torch.nn.Parameter], made: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
         weight, *self.vectors = weights
         self.proj = torch.nn.Linear(*reversed(weight.shape), bias=len(self.vectors) > 1)
@@ -251,25 +323,41 @@ class Scaled(torch.nn.Module):
         return torch.as_tensor(self.proj(x) * self.made(self.norm))
 
 
-def structure_of(made: Callable[[torch.Tensor], torch.Tensor], beside: bool) -> tuple[onnx.ModelProto, dict[str, graphs.Origin]]:
+def structure_of(
+    made: Callable[[torch.Tensor], torch.Tensor], beside: bool
+) -> tuple[onnx.ModelProto, dict[str, graphs.Origin]]:
     """beside: the vector that a factor is made of is in the graph itself too."""
     weight, vector = weights.placeholder(0, (16, 8)), weights.placeholder(1, (16,))
-    vectors = [vector, torch.nn.Parameter(vector.detach(), requires_grad=False)] if beside else [vector]
+    vectors = (
+        [vector, torch.nn.Parameter(vector.detach(), requires_grad=False)] if beside else [vector]
+    )
     spec = graphs.Spec(Scaled([weight, *vectors], made), (torch.zeros(2, 8),), ["x"], ["y"], ({},))
     return graphs.structure(spec, {weights.code_of(weight): "w", weights.code_of(vector): "v"})
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("made", [lambda v: v * 2 + 1, lambda v: -v, torch.sqrt], ids=["scaled", "negative", "root"])
-def test_a_constant_that_the_exporter_computed_from_weights_is_refused(made: Callable[[torch.Tensor], torch.Tensor], beside: bool) -> None:
-    with pytest.raises(LvrError, match=r"Scaled: the exporter computed \w+ from weights, which it must not"):
+@pytest.mark.parametrize(
+    "made", [lambda v: v * 2 + 1, lambda v: -v, torch.sqrt], ids=["scaled", "negative", "root"]
+)
+def test_a_constant_that_the_exporter_computed_from_weights_is_refused(
+    made: Callable[[torch.Tensor], torch.Tensor], beside: bool
+) -> None:
+    with pytest.raises(
+        LvrError, match=r"Scaled: the exporter computed \w+ from weights, which it must not"
+    ):
         structure_of(made, beside)
 
 
 def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> None:
     proto, found = structure_of(lambda v: v, beside=False)
-    assert found == {"proj.weight": graphs.Origin("w", transposed=True), "norm": graphs.Origin("v", transposed=False)}
-    assert {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} == {"proj.weight": [8, 16], "norm": [16]}
+    assert found == {
+        "proj.weight": graphs.Origin("w", transposed=True),
+        "norm": graphs.Origin("v", transposed=False),
+    }
+    assert {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} == {
+        "proj.weight": [8, 16],
+        "norm": [16],
+    }
     assert not any(tensor.raw_data for tensor in proto.graph.initializer)
 
 
@@ -284,15 +372,21 @@ def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> No
     }
 
 
-def test_too_little_disk_is_said_before_anything_is_written(small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_anything_is_written(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(BundleError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"):
+    with pytest.raises(
+        BundleError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"
+    ):
         write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", [].append)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_weight_that_is_not_finite_is_not_exported(small: Checkpoint, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_not_exported(
+    small: Checkpoint, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = copied(small.folder)
@@ -301,7 +395,9 @@ def test_a_weight_that_is_not_finite_is_not_exported(small: Checkpoint, copied: 
     tensors[name][1, 1] = torch.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     spoilt = read_checkpoint(folder)
-    with pytest.raises(BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+    with pytest.raises(
+        BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"
+    ):
         write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", [].append)
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -311,11 +407,17 @@ def test_compare_passes_equal_arrays_and_fails_a_perturbed_one() -> None:
     assert parity.compare("x", want.copy(), want).max_abs == 0
     got = want.copy()
     got[2, 3] += 0.1  # of 32 values
-    with pytest.raises(LvrError, match=r"parity: x differs from torch: max 0\.1, mean 0\.0031\d, relative"):
+    with pytest.raises(
+        LvrError, match=r"parity: x differs from torch: max 0\.1, mean 0\.0031\d, relative"
+    ):
         parity.compare("x", got, want)
 
 
-@pytest.mark.parametrize("bad", [np.full((4, 8), np.nan, np.float32), np.zeros((4, 7), np.float32)], ids=["not a number", "another shape"])
+@pytest.mark.parametrize(
+    "bad",
+    [np.full((4, 8), np.nan, np.float32), np.zeros((4, 7), np.float32)],
+    ids=["not a number", "another shape"],
+)
 def test_compare_fails_what_cannot_be_compared(bad: np.ndarray) -> None:
     with pytest.raises(LvrError, match="parity: x"):
         parity.compare("x", bad, np.ones((4, 8), np.float32))

@@ -24,7 +24,9 @@ def product_error(x: np.ndarray, matrix: np.ndarray, found: blocks.Blocks) -> fl
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("columns", [192, 160, 70])  # more than are made up for at once, one block that is padded, and few
+@pytest.mark.parametrize(
+    "columns", [192, 160, 70]
+)  # more than are made up for at once, one block that is padded, and few
 def test_gptq_keeps_products_closer_than_rounding_does(columns: int, symmetric: bool) -> None:
     x, matrix = correlated(900, columns), weight(48, columns)
     products = x.T @ x
@@ -42,12 +44,16 @@ def test_gptq_with_unrelated_inputs_of_one_size_is_rounding_to_the_nearest() -> 
     found = blocks.gptq(matrix, np.eye(128) * 50, 4, 64, symmetric=False)
     plain = blocks.quantize(matrix, 4, 64, symmetric=False)
     np.testing.assert_allclose(found.scales, plain.scales, rtol=1e-5)
-    assert (found.values != plain.values).mean() < 0.01  # those that the refitted scale brings nearer to another step
+    assert (
+        found.values != plain.values
+    ).mean() < 0.01  # those that the refitted scale brings nearer to another step
     assert np.linalg.norm(found.dense() - matrix) <= np.linalg.norm(plain.dense() - matrix)
 
 
 def test_gptq_takes_inputs_that_never_vary() -> None:
-    """Columns that are always 0, and fewer inputs than columns: products that cannot be inverted as they are."""
+    """Columns that are always 0, and fewer inputs than columns: products that cannot be inverted as
+    they are.
+    """
     x = correlated(20, 128)
     x[:, 30:50] = 0
     matrix = weight(16, 128)
@@ -59,12 +65,17 @@ def test_gptq_takes_inputs_that_never_vary() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_importance_lowers_the_error_that_it_weighs(symmetric: bool) -> None:
-    matrix, importance = weight(64, 256), np.random.default_rng(2).exponential(1, 256).astype(np.float32) ** 4
+    matrix, importance = (
+        weight(64, 256),
+        np.random.default_rng(2).exponential(1, 256).astype(np.float32) ** 4,
+    )
 
     def error(found: blocks.Blocks) -> float:
         return float((np.square(found.dense() - matrix) * importance).sum())
 
-    plain, weighed = (blocks.quantize(matrix, 4, 64, symmetric, given) for given in (None, importance))
+    plain, weighed = (
+        blocks.quantize(matrix, 4, 64, symmetric, given) for given in (None, importance)
+    )
     assert error(weighed) < 0.9 * error(plain)
 
 
@@ -72,4 +83,6 @@ def test_importance_of_a_padded_column_is_none() -> None:
     matrix = weight(16, 70)
     even = blocks.quantize(matrix, 4, 64, False, np.ones(70, np.float32)).dense()
     plain = blocks.quantize(matrix, 4, 64, False).dense()
-    np.testing.assert_allclose(np.linalg.norm(even - matrix), np.linalg.norm(plain - matrix), rtol=0.02)
+    np.testing.assert_allclose(
+        np.linalg.norm(even - matrix), np.linalg.norm(plain - matrix), rtol=0.02
+    )

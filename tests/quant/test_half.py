@@ -1,4 +1,6 @@
-"""fp16 bundles answer as fp32 ones do, hold positions of any size, and refuse what 16 bits cannot hold."""
+"""fp16 bundles answer as fp32 ones do, hold positions of any size, and refuse what 16 bits cannot
+hold.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,15 @@ import numpy as np
 import onnx
 import pytest
 
-from lvr_lite import bundle, onnxfile
-from lvr_lite.decode import Options, decode
 from lvr_lite.errors import BundleError
+from lvr_lite.export import onnxfile
+from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
 from lvr_lite.export.parity import StartsWithLatents, compare
-from lvr_lite.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.generate.decode import Options, decode
+from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model import bundle
 from lvr_lite.quant import drift, half
-from lvr_lite.quant.weights import quantize_bundle
-from lvr_lite.runtime.onnx import OnnxRuntime
+from lvr_lite.quant.quantize import quantize_bundle
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32
         assert not np.array_equal(np.stack(got.hidden), np.stack(want.hidden))
 
 
-def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(made: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
+def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(
+    made: tuple[Path, dict[str, Any]], small_fp32: Path
+) -> None:
     folder, report = made
     manifest = bundle.read_manifest(folder)
     assert manifest.precision == "fp16"
@@ -47,9 +52,14 @@ def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(made: tuple[Path,
     decoder, before = manifest.graphs["decoder"], bundle.read_manifest(small_fp32).graphs["decoder"]
     kinds = {name: port["dtype"] for name, port in {**decoder.inputs, **decoder.outputs}.items()}
     assert {name for name, kind in kinds.items() if kind == "float16"} == {
-        f"{prefix}.{i}.{part}" for prefix in ("past_key_values", "present") for i in range(2) for part in ("key", "value")
+        f"{prefix}.{i}.{part}"
+        for prefix in ("past_key_values", "present")
+        for i in range(2)
+        for part in ("key", "value")
     }
-    assert {name: port["axes"] for name, port in decoder.inputs.items()} == {name: port["axes"] for name, port in before.inputs.items()}
+    assert {name: port["axes"] for name, port in decoder.inputs.items()} == {
+        name: port["axes"] for name, port in before.inputs.items()
+    }
     for graph in manifest.graphs.values():
         proto = onnxfile.load(folder / graph.path).graph
         large = [t for t in proto.initializer if onnxfile.size(t) > 1024]
@@ -57,7 +67,9 @@ def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(made: tuple[Path,
         assert {t.data_type for t in large} == {onnx.TensorProto.FLOAT16}
 
 
-def test_positions_beyond_what_16_bits_hold_are_told_apart(made: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
+def test_positions_beyond_what_16_bits_hold_are_told_apart(
+    made: tuple[Path, dict[str, Any]], small_fp32: Path
+) -> None:
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((1, 8, 256)).astype(np.float32)
     positions = np.broadcast_to(np.arange(30_001, 30_009), (3, 1, 8)).astype(np.int64)
@@ -76,5 +88,8 @@ def test_a_weight_beyond_16_bits_is_refused_by_name(small_fp32: Path, tmp_path: 
             array[3, 3] = -65_600
         return array
 
-    with onnxfile.data_file(tmp_path / "decoder.onnx") as data, pytest.raises(BundleError, match=f"weight {large} has values beyond 65504"):
+    with (
+        onnxfile.data_file(tmp_path / "decoder.onnx") as data,
+        pytest.raises(BundleError, match=f"weight {large} has values beyond 65504"),
+    ):
         half.convert(onnxfile.load(path), read, data)

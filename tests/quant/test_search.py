@@ -1,4 +1,6 @@
-"""mixed: the budget is kept, what is written is what was chosen, and what each choice costs was measured."""
+"""mixed: the budget is kept, what is written is what was chosen, and what each choice costs was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvr_lite import bundle, onnxfile
-from lvr_lite.ask import prepare_prompt
-from lvr_lite.data.make import write_scenes
-from lvr_lite.decode import Options, decode
 from lvr_lite.errors import DataError, UsageError
+from lvr_lite.export import onnxfile
 from lvr_lite.export.parity import StartsWithLatents
-from lvr_lite.quant import calibrate, drift, search, weights
+from lvr_lite.generate.ask import prepare_prompt
+from lvr_lite.generate.decode import Options, decode
+from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model import bundle
+from lvr_lite.quant import calibrate, drift, search
+from lvr_lite.quant import quantize as weights
 from lvr_lite.quant.blocks import gptq
 from lvr_lite.quant.calibrate import Products
-from lvr_lite.quant.weights import quantize_bundle
-from lvr_lite.runtime.onnx import OnnxRuntime
+from lvr_lite.quant.quantize import quantize_bundle
+from lvr_lite.toy.make import write_scenes
 
 BUDGET = 5.5
 
@@ -37,9 +41,13 @@ def quickly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def mixed(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory, quickly: None) -> tuple[Path, dict[str, Any]]:  # noqa: ARG001
+def mixed(
+    small_fp32: Path, tmp_path_factory: pytest.TempPathFactory, quickly: None
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
-    return folder, search.quantize_calibrated(small_fp32, folder, "mixed", "scenes", [].append, bits=BUDGET)
+    return folder, search.quantize_calibrated(
+        small_fp32, folder, "mixed", "scenes", [].append, bits=BUDGET
+    )
 
 
 def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None:
@@ -65,36 +73,57 @@ def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[s
         assert report["graphs"][name]["bits"] == found[name]
     eight = set(report["search"]["chosen"]["eight"])
     assert set(found["vision_encoder"].values()) == {8}
-    assert set(found["lm_head"].values()) == set(found["embed_tokens"].values()) == {8 if search.HEAD in eight else 4}
+    assert (
+        set(found["lm_head"].values())
+        == set(found["embed_tokens"].values())
+        == {8 if search.HEAD in eight else 4}
+    )
     assert len(found["decoder"]) == 2 * 7
-    wide = {name.split("/")[0].removeprefix("language_model.") for name, bits in found["decoder"].items() if bits == 8}
+    wide = {
+        name.split("/")[0].removeprefix("language_model.")
+        for name, bits in found["decoder"].items()
+        if bits == 8
+    }
     assert wide == eight - {search.HEAD}
     assert 0 < len(eight) < report["search"]["units"]
     assert "4 bits, block 32, zero points" in report["graphs"]["decoder"]["schemes"]
 
 
 @pytest.mark.usefixtures("quickly")
-def test_what_is_written_is_rounded_as_it_would_be_anew(small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_rounded_as_it_would_be_anew(
+    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
-    monkeypatch.setattr(weights, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given))
+    monkeypatch.setattr(
+        weights, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given)
+    )
     desk = search.Desk(small_fp32, tmp_path, "scenes", [].append, steps=0)
     plan = search.Search(small_fp32, desk, [].append)._plan(frozenset())
     once = len(calls)
     assert once > 2 * 7
     quantize_bundle(small_fp32, tmp_path / "kept", "mixed", [].append, plan=plan)
     assert len(calls) == once
-    quantize_bundle(small_fp32, tmp_path / "anew", "mixed", [].append, plan=replace(plan, kept=None))
+    quantize_bundle(
+        small_fp32, tmp_path / "anew", "mixed", [].append, plan=replace(plan, kept=None)
+    )
     assert len(calls) == 2 * once
-    digests = [[graph.files for graph in bundle.read_manifest(tmp_path / name).graphs.values()] for name in ("kept", "anew")]
+    digests = [
+        [graph.files for graph in bundle.read_manifest(tmp_path / name).graphs.values()]
+        for name in ("kept", "anew")
+    ]
     assert digests[0] == digests[1]
 
 
-def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(mixed: tuple[Path, dict[str, Any]]) -> None:
+def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(
+    mixed: tuple[Path, dict[str, Any]],
+) -> None:
     told = mixed[1]["search"]
     assert (told["budget"], told["units"], told["calibration"]["prompts"]) == (BUDGET, 2 * 7 + 1, 8)
     alone = {tuple(c["eight"]) for c in told["measured"] if len(c["eight"]) < 2}
     assert len(alone) == told["units"] + 1
-    assert all(np.isfinite(c["kl"]) and c["kl"] >= 0 and c["drift"] >= -1e-6 for c in told["measured"])
+    assert all(
+        np.isfinite(c["kl"]) and c["kl"] >= 0 and c["drift"] >= -1e-6 for c in told["measured"]
+    )
     assert any(c["kl"] > 0 for c in told["measured"])
     within = [c for c in told["measured"] if c["bits"] <= BUDGET]
     assert told["chosen"] == min(within, key=lambda c: c["loss"])
@@ -104,7 +133,9 @@ def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(mixed: 
     assert largest["loss"] < told["chosen"]["loss"] < smallest["loss"]
 
 
-def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(mixed: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
+def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(
+    mixed: tuple[Path, dict[str, Any]], small_fp32: Path
+) -> None:
     runtime = OnnxRuntime(mixed[0])
     result = decode(runtime, drift.prompts(runtime, 1), Options(max_tokens=3, min_tokens=3))[0]
     assert len(result.tokens) == 3
@@ -118,9 +149,15 @@ def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(mixed: tuple[Path, 
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("budget", [3, 4.5])
-def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(small_fp32: Path, tmp_path: Path, budget: float) -> None:
-    with pytest.raises(UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"):
-        search.quantize_calibrated(small_fp32, tmp_path / "out", "mixed", "scenes", [].append, bits=budget)
+def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(
+    small_fp32: Path, tmp_path: Path, budget: float
+) -> None:
+    with pytest.raises(
+        UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"
+    ):
+        search.quantize_calibrated(
+            small_fp32, tmp_path / "out", "mixed", "scenes", [].append, bits=budget
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,9 +167,13 @@ def test_four_bits_that_are_calibrated_are_nearer_and_a_large_bundle_is_calibrat
 ) -> None:
     said: list[str] = []
     plain = quantize_bundle(small_fp32, tmp_path / "plain", "int4", said.append)
-    rounded = search.quantize_calibrated(small_fp32, tmp_path / "rounded", "int4", "scenes", said.append)
+    rounded = search.quantize_calibrated(
+        small_fp32, tmp_path / "rounded", "int4", "scenes", said.append
+    )
     monkeypatch.setattr(search, "LARGE", 0)
-    large = search.quantize_calibrated(small_fp32, tmp_path / "large", "int4", "scenes", said.append)
+    large = search.quantize_calibrated(
+        small_fp32, tmp_path / "large", "int4", "scenes", said.append
+    )
     assert any("an int8 copy reasons" in line for line in said)
     for report in (rounded, large):
         assert report["bytes"] == plain["bytes"]
@@ -145,13 +186,17 @@ def test_calibration_may_be_a_file_of_samples(small_fp32: Path, tmp_path: Path) 
     path = write_scenes(tmp_path / "scenes", 3, 0, "train")
     asked = calibrate.load_prompts(runtime, str(path), 2)
     assert len(asked) == 2
-    assert all((prompt.ids == runtime.tokens.image).sum() == len(prompt.features) for prompt in asked)
+    assert all(
+        (prompt.ids == runtime.tokens.image).sum() == len(prompt.features) for prompt in asked
+    )
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError):
         calibrate.load_prompts(runtime, str(tmp_path / "none.jsonl"), 2)
 
 
-def test_products_are_those_of_what_flows_into_a_weight(small_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_those_of_what_flows_into_a_weight(
+    small_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(calibrate, "TOKENS", 3)
     runtime = OnnxRuntime(small_fp32)
     runtime.latent = replace(runtime.latent, steps=0)
@@ -176,10 +221,16 @@ def test_products_are_those_of_what_flows_into_a_weight(small_fp32: Path, monkey
     states = []
     for n in range(1, ids.shape[1] + 1):
         runtime.start(1, n)
-        states.append(runtime.prefill(embeds[:, :n], np.broadcast_to(np.arange(n), (3, 1, n)), np.array([n]))[0])
+        states.append(
+            runtime.prefill(embeds[:, :n], np.broadcast_to(np.arange(n), (3, 1, n)), np.array([n]))[
+                0
+            ]
+        )
     y, head = np.stack(states), found["lm_head/lm_head.weight"]
     np.testing.assert_allclose(head, 2 * y.T @ y, rtol=1e-3, atol=1e-4 * float(np.abs(head).max()))
-    np.testing.assert_array_equal(found["decoder/language_model.layers.0.self_attn.q_proj.weight"], q)  # asked for again
+    np.testing.assert_array_equal(
+        found["decoder/language_model.layers.0.self_attn.q_proj.weight"], q
+    )  # asked for again
 
 
 class StartsSurely(StartsWithLatents):
@@ -189,7 +240,9 @@ class StartsSurely(StartsWithLatents):
         return np.nan_to_num(super().head(hidden), posinf=30)
 
 
-def test_the_loss_follows_the_latents_step_by_step(small_fp32: Path, small_int8: Path, tmp_path: Path) -> None:
+def test_the_loss_follows_the_latents_step_by_step(
+    small_fp32: Path, small_int8: Path, tmp_path: Path
+) -> None:
     quantize_bundle(small_fp32, tmp_path / "int4", "int4", [].append)
     reference = OnnxRuntime(small_fp32)
     asked = calibrate.load_prompts(reference, "scenes", 3)
@@ -198,11 +251,18 @@ def test_the_loss_follows_the_latents_step_by_step(small_fp32: Path, small_int8:
     for one, prompt in zip(said, asked, strict=True):
         assert one.latents == 3
         assert one.choices[0] == reference.tokens.lvr_start
-        result = decode(StartsWithLatents(reference, 3), [prompt], Options(max_tokens=1, keep_hidden=True))[0]
+        result = decode(
+            StartsWithLatents(reference, 3), [prompt], Options(max_tokens=1, keep_hidden=True)
+        )[0]
         np.testing.assert_allclose(np.stack(one.hidden[1:4]), np.stack(result.latents), atol=1e-3)
         latents += result.latents
     assert len(latents) == 9
-    found = [calibrate.loss(StartsSurely(OnnxRuntime(folder), 3), asked, said) for folder in (small_fp32, small_int8, tmp_path / "int4")]  # type: ignore[arg-type]
-    assert [one["loss"] for one in found] == [pytest.approx(one["kl"] + one["drift"]) for one in found]
+    found = [
+        calibrate.loss(StartsSurely(OnnxRuntime(folder), 3), asked, said)
+        for folder in (small_fp32, small_int8, tmp_path / "int4")
+    ]  # type: ignore[arg-type]
+    assert [one["loss"] for one in found] == [
+        pytest.approx(one["kl"] + one["drift"]) for one in found
+    ]
     assert abs(found[0]["drift"]) < 1e-6 < found[1]["drift"] < found[2]["drift"]
     assert abs(found[0]["kl"]) < 1e-6 < found[1]["kl"] < found[2]["kl"]

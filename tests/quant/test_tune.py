@@ -1,4 +1,6 @@
-"""Scales and norms trained after rounding: the gradient is right, answers come nearer to fp32's, and nothing else changes."""
+"""Scales and norms trained after rounding: the gradient is right, answers come nearer to fp32's,
+and nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +11,39 @@ import numpy as np
 import pytest
 import torch
 
-from lvr_lite import bundle, onnxfile
-from lvr_lite.data.make import write_scenes
 from lvr_lite.errors import BundleError, DataError
+from lvr_lite.export import onnxfile
+from lvr_lite.generate.onnx import OnnxRuntime, open_session
+from lvr_lite.model import bundle
 from lvr_lite.quant import calibrate, search, tune
 from lvr_lite.quant.blocks import pack, unpack
-from lvr_lite.quant.weights import quantize_bundle
-from lvr_lite.runtime.onnx import OnnxRuntime, open_session
+from lvr_lite.quant.quantize import quantize_bundle
+from lvr_lite.toy.make import write_scenes
 
 
 @pytest.fixture(scope="module")
-def trained(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def trained(
+    small_fp32: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """int4 with and without training, in one folder."""
     folder = tmp_path_factory.mktemp("tune")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "PROMPTS", 16)
         patch.setattr(calibrate, "TOKENS", 8)
-        search.quantize_calibrated(small_fp32, folder / "rounded", "int4", "scenes", [].append, steps=0)
-        return folder, search.quantize_calibrated(small_fp32, folder / "trained", "int4", "scenes", [].append, steps=8)
+        search.quantize_calibrated(
+            small_fp32, folder / "rounded", "int4", "scenes", [].append, steps=0
+        )
+        return folder, search.quantize_calibrated(
+            small_fp32, folder / "trained", "int4", "scenes", [].append, steps=8
+        )
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "onnx" / "decoder.onnx"
-    return {tensor.name: onnxfile.read(tensor, path.parent) for tensor in onnxfile.load(path).graph.initializer}
+    return {
+        tensor.name: onnxfile.read(tensor, path.parent)
+        for tensor in onnxfile.load(path).graph.initializer
+    }
 
 
 def test_only_scales_and_norms_change_and_they_do(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -45,15 +57,22 @@ def test_only_scales_and_norms_change_and_they_do(trained: tuple[Path, dict[str,
     assert changed == norms | scales
     for name in changed:
         assert before[name].shape == after[name].shape
-        assert np.abs(after[name].astype(np.float64) / before[name] - 1).max() < 0.1 or name in norms
-    sizes = [{p.name: p.stat().st_size for p in (folder / name / "onnx").iterdir()} for name in ("rounded", "trained")]
+        assert (
+            np.abs(after[name].astype(np.float64) / before[name] - 1).max() < 0.1 or name in norms
+        )
+    sizes = [
+        {p.name: p.stat().st_size for p in (folder / name / "onnx").iterdir()}
+        for name in ("rounded", "trained")
+    ]
     assert sizes[0] == sizes[1]
     bundle.read_manifest(folder / "trained")  # its hashes are those of the files as they are now
     assert report["tuning"]["kept"]
     assert report["tuning"]["steps"] == 8
 
 
-def test_training_mends_scales_that_were_spoiled(small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_mends_scales_that_were_spoiled(
+    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Learned from some questions, seen in the answers to others, under ONNX Runtime."""
     monkeypatch.setattr(tune, "RATE", 5e-3)  # the way back is long
     quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)
@@ -78,17 +97,25 @@ def test_training_mends_scales_that_were_spoiled(small_fp32: Path, tmp_path: Pat
 
 
 def test_what_does_not_help_is_not_kept(
-    trained: tuple[Path, dict[str, Any]], small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, dict[str, Any]],
+    small_fp32: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(search, "PROMPTS", 16)
     monkeypatch.setattr(calibrate, "TOKENS", 8)
     monkeypatch.setattr(tune, "RATE", 0.5)
     said: list[str] = []
-    report = search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", "scenes", said.append, steps=3)
+    report = search.quantize_calibrated(
+        small_fp32, tmp_path / "out", "int4", "scenes", said.append, steps=3
+    )
     assert not report["tuning"]["kept"]
     assert any("no better, so not kept" in line for line in said)
     rounded = weights_of(trained[0] / "rounded")
-    assert all(np.array_equal(values, rounded[name]) for name, values in weights_of(tmp_path / "out").items())
+    assert all(
+        np.array_equal(values, rounded[name])
+        for name, values in weights_of(tmp_path / "out").items()
+    )
 
 
 @pytest.mark.parametrize("columns", [32, 27])
@@ -98,7 +125,9 @@ def test_the_gradient_of_a_product_is_its_difference_quotient(columns: int) -> N
     integers = torch.randint(-8, 8, (5, 2, 16), dtype=torch.int8, generator=generator)
     scales = torch.rand(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     x = torch.randn(1, 3, columns, dtype=torch.float64, generator=generator).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, scales: tune._Product.apply(x, integers, scales), (x, scales))
+    assert torch.autograd.gradcheck(
+        lambda x, scales: tune._Product.apply(x, integers, scales), (x, scales)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -107,31 +136,50 @@ def test_what_was_packed_is_unpacked(bits: int) -> None:
     np.testing.assert_array_equal(unpack(pack(values, bits), bits), values)
 
 
-def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(small_fp32: Path, tmp_path: Path) -> None:
-    """A product of the graph in torch, activations in float, against the dense matrix of ONNX Runtime's rounding."""
+def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(
+    small_fp32: Path, tmp_path: Path
+) -> None:
+    """A product of the graph in torch, activations in float, against the dense matrix of ONNX
+    Runtime's rounding.
+    """
     quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)  # has zero points
     graph = tune.Graph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
-    x = torch.randn(4, OnnxRuntime(small_fp32).hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        4, OnnxRuntime(small_fp32).hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         found = graph({"last_hidden_state": x}).numpy()
-    head = next(t for t in onnxfile.load(small_fp32 / "onnx" / "lm_head.onnx").graph.initializer if len(t.dims) == 2)
+    head = next(
+        t
+        for t in onnxfile.load(small_fp32 / "onnx" / "lm_head.onnx").graph.initializer
+        if len(t.dims) == 2
+    )
     exact = x.numpy() @ onnxfile.read(head, small_fp32 / "onnx")
     assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.01
 
 
-def test_a_single_prompt_cannot_be_trained_on_and_held_out(small_fp32: Path, tmp_path: Path) -> None:
+def test_a_single_prompt_cannot_be_trained_on_and_held_out(
+    small_fp32: Path, tmp_path: Path
+) -> None:
     path = write_scenes(tmp_path / "scenes", 1, 0, "train")
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(DataError, match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0"):
+    with pytest.raises(
+        DataError,
+        match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0",
+    ):
         search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", str(path), [].append)
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
 
 
-def test_a_graph_with_an_operator_that_torch_has_no_rule_for_is_refused(small_fp32: Path, tmp_path: Path) -> None:
+def test_a_graph_with_an_operator_that_torch_has_no_rule_for_is_refused(
+    small_fp32: Path, tmp_path: Path
+) -> None:
     model = onnxfile.load(small_fp32 / "onnx" / "lm_head.onnx")
     model.graph.node.add(op_type="Tanh", name="capped", input=["logits"], output=["capped"])
     (tmp_path / "capped.onnx").write_bytes(model.SerializeToString())
     for file in (small_fp32 / "onnx").glob("lm_head.onnx_data"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(BundleError, match="cannot be trained through Tanh; --tune-steps 0 goes without"):
+    with pytest.raises(
+        BundleError, match="cannot be trained through Tanh; --tune-steps 0 goes without"
+    ):
         tune.Graph(tmp_path / "capped.onnx")

@@ -1,4 +1,6 @@
-"""Batches of samples of about one length: little padding, every sample once, and the same losses as alone."""
+"""Batches of samples of about one length: little padding, every sample once, and the same losses as
+alone.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.config import load_settings
 from lvr_lite.data.samples import read_samples
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train.batches import Collator, Examples, LengthGrouped
 from lvr_lite.train.sft import LatentSFT
 
@@ -28,7 +30,9 @@ def checkpoint(small_checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
-    """Samples of a file: pictures of very different sizes, some turned by EXIF, and answers of one word to twenty."""
+    """Samples of a file: pictures of very different sizes, some turned by EXIF, and answers of one
+    word to twenty.
+    """
     folder, rng = tmp_path_factory.mktemp("mixed"), np.random.default_rng(0)
     lines = []
     for i in range(COUNT):
@@ -37,7 +41,15 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
         exif[0x0112] = int(rng.integers(1, 9))
         Image.new("RGB", size, (i % 256, 90, 30)).save(folder / f"{i}.jpg", exif=exif)
         answer = " ".join(["red"] * int(rng.integers(1, 21)))
-        lines.append({"id": f"{i}", "image": f"{i}.jpg", "question": "what colour is it", "answer": answer, "boxes": [[0, 0, 0.5, 0.5]]})
+        lines.append(
+            {
+                "id": f"{i}",
+                "image": f"{i}.jpg",
+                "question": "what colour is it",
+                "answer": answer,
+                "boxes": [[0, 0, 0.5, 0.5]],
+            }
+        )
     (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return Examples.of_samples(read_samples(folder / "mixed.jsonl"))
 
@@ -53,7 +65,9 @@ def padding(order: list[int], lengths: list[int]) -> float:
     return 1 - sum(map(sum, batches)) / sum(len(b) * max(b) for b in batches)
 
 
-def test_a_length_is_that_of_the_sample_in_a_batch(checkpoint: Checkpoint, examples: Examples, lengths: list[int]) -> None:
+def test_a_length_is_that_of_the_sample_in_a_batch(
+    checkpoint: Checkpoint, examples: Examples, lengths: list[int]
+) -> None:
     collator = Collator(checkpoint, SETTINGS.latent)
     for i in (0, 7, 19, 42):
         assert lengths[i] == collator([examples[i]])["ids"].shape[1]
@@ -68,14 +82,18 @@ def test_under_a_tenth_of_batches_is_padding(lengths: list[int]) -> None:
 def test_every_sample_comes_once_an_epoch_in_an_order_of_its_own(lengths: list[int]) -> None:
     orders = []
     for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        sampler = LengthGrouped(COUNT - 1, lengths.__getitem__, BATCH, seed)  # the last batch is short
+        sampler = LengthGrouped(
+            COUNT - 1, lengths.__getitem__, BATCH, seed
+        )  # the last batch is short
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
         assert sorted(orders[-1]) == list(range(COUNT - 1))
     assert orders[0] == orders[1]
     assert orders[0] != orders[2] != orders[3] != orders[0]
     firsts = [lengths[i] for i in orders[0][::BATCH]]
-    assert abs(np.corrcoef(firsts, range(len(firsts)))[0, 1]) < 0.5, "lengths rise or fall over an epoch"
+    assert abs(np.corrcoef(firsts, range(len(firsts)))[0, 1]) < 0.5, (
+        "lengths rise or fall over an epoch"
+    )
 
 
 def test_lengths_are_asked_for_shortly_before_they_are_needed() -> None:
@@ -86,8 +104,12 @@ def test_lengths_are_asked_for_shortly_before_they_are_needed() -> None:
 
 
 @pytest.mark.parametrize("method", ["sft", "lvr", "lvr-bottleneck"])
-def test_a_batch_has_the_loss_of_its_samples_alone(small_model: Any, checkpoint: Checkpoint, examples: Examples, method: str) -> None:
-    settings = load_settings(None, ["latent.samples=all", "latent.steps=4", f"latent.method={method}"]).latent
+def test_a_batch_has_the_loss_of_its_samples_alone(
+    small_model: Any, checkpoint: Checkpoint, examples: Examples, method: str
+) -> None:
+    settings = load_settings(
+        None, ["latent.samples=all", "latent.steps=4", f"latent.method={method}"]
+    ).latent
     collator = Collator(checkpoint, settings)
     items = [examples[i] for i in (3, 8, 21, 34)]
     model = torch.nn.Module()

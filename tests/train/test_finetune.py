@@ -1,4 +1,6 @@
-"""Fine-tuning runs of a few steps on a small random model: what they leave, how they go on, and how they end."""
+"""Fine-tuning runs of a few steps on a small random model: what they leave, how they go on, and how
+they end.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ import torch
 import yaml
 from PIL import Image
 
-from lvr_lite.checkpoint import read_checkpoint
 from lvr_lite.config import Settings, load_settings
-from lvr_lite.data.make import write_scenes
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.eval.suite import accuracy_on
-from lvr_lite.quant import nf4
-from lvr_lite.runtime.preprocess import open_picture
+from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.images import open_picture
+from lvr_lite.toy.make import write_scenes
 from lvr_lite.train import finetune as module
+from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import COMPLETE, finetune, last_whole_checkpoint, load_examples
 
 TINY_RUN = [
@@ -37,10 +39,20 @@ def settings(*more: str) -> Settings:
     return load_settings(None, [*TINY_RUN, *more])
 
 
-def tune(base: Path, out: Path, *more: str, data: str = "scenes", **options: Any) -> tuple[dict[str, Any], list[str]]:
+def tune(
+    base: Path, out: Path, *more: str, data: str = "scenes", **options: Any
+) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     options = {"load_base": nf4.load_nf4, "resume": False, "accuracy": None} | options
-    return finetune(read_checkpoint(base), options.pop("load_base"), data, out, settings(*more), say=said.append, **options), said
+    return finetune(
+        read_checkpoint(base),
+        options.pop("load_base"),
+        data,
+        out,
+        settings(*more),
+        say=said.append,
+        **options,
+    ), said
 
 
 def losses(metrics: dict[str, Any]) -> dict[int, float]:
@@ -48,8 +60,12 @@ def losses(metrics: dict[str, Any]) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def run(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
-    """A whole run of four steps with two checkpoints and one evaluation: its folder, its metrics, what it said."""
+def run(
+    small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """A whole run of four steps with two checkpoints and one evaluation: its folder, its metrics,
+    what it said.
+    """
     out = tmp_path_factory.mktemp("run") / "out"
     metrics, said = tune(small_checkpoint, out, accuracy=accuracy_on)
     return out, metrics, said
@@ -60,13 +76,30 @@ Run = tuple[Path, dict[str, Any], list[str]]
 
 def test_a_run_leaves_all_that_makes_a_checkpoint(run: Run, small_checkpoint: Path) -> None:
     out, _, _ = run
-    expected = {"adapter_model.safetensors", "adapter_config.json", "lvr_config.json", "tokenizer.json", "chat_template.jinja"}
-    expected |= {"preprocessor_config.json", "settings.yaml", "metrics.json", COMPLETE, "checkpoint-2", "checkpoint-4"}
+    expected = {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "lvr_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    }
+    expected |= {
+        "preprocessor_config.json",
+        "settings.yaml",
+        "metrics.json",
+        COMPLETE,
+        "checkpoint-2",
+        "checkpoint-4",
+    }
     assert expected <= {p.name for p in out.iterdir()}
     assert not list(out.glob("**/*.bin"))
     assert not list(out.glob("**/model*.safetensors")), "the base was saved along"
     checkpoint = read_checkpoint(out)
-    assert (checkpoint.base, checkpoint.adapter, checkpoint.latent.steps) == (small_checkpoint.resolve(), True, 4)
+    assert (checkpoint.base, checkpoint.adapter, checkpoint.latent.steps) == (
+        small_checkpoint.resolve(),
+        True,
+        4,
+    )
 
 
 def test_a_run_leaves_its_resolved_settings(run: Run) -> None:
@@ -91,7 +124,13 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
 
 def test_training_learns(small_checkpoint: Path, tmp_path: Path) -> None:
     metrics, _ = tune(
-        small_checkpoint, tmp_path / "out", "train.steps=12", "train.lr=5e-3", "data.count=2", "train.save_every=12", "train.eval_every=12"
+        small_checkpoint,
+        tmp_path / "out",
+        "train.steps=12",
+        "train.lr=5e-3",
+        "data.count=2",
+        "train.save_every=12",
+        "train.eval_every=12",
     )
     found = losses(metrics)
     assert found[12] < 0.7 * found[1]
@@ -108,7 +147,10 @@ def test_every_saved_step_is_a_checkpoint_of_its_own(run: Run, step: int) -> Non
 def test_the_last_checkpoint_holds_the_weights_of_the_run(run: Run) -> None:
     from safetensors.torch import load_file
 
-    mine, last, before = (load_file(run[0] / p / "adapter_model.safetensors") for p in ("", "checkpoint-4", "checkpoint-2"))
+    mine, last, before = (
+        load_file(run[0] / p / "adapter_model.safetensors")
+        for p in ("", "checkpoint-4", "checkpoint-2")
+    )
     assert all(torch.equal(mine[n], last[n]) for n in mine)
     assert any(not torch.equal(mine[n], before[n]) for n in mine)
 
@@ -138,7 +180,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_as_if_nothing_had_b
     assert (out / COMPLETE).is_file()
 
 
-def test_resuming_brings_back_the_trained_weights(run: Run, small_checkpoint: Path, tmp_path: Path) -> None:
+def test_resuming_brings_back_the_trained_weights(
+    run: Run, small_checkpoint: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     out = killed(run, tmp_path / "out")
@@ -149,7 +193,12 @@ def test_resuming_brings_back_the_trained_weights(run: Run, small_checkpoint: Pa
 
 
 def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
-    for name, whole in (("checkpoint-2", True), ("checkpoint-10", True), ("checkpoint-12", False), ("checkpoint-x", True)):
+    for name, whole in (
+        ("checkpoint-2", True),
+        ("checkpoint-10", True),
+        ("checkpoint-12", False),
+        ("checkpoint-x", True),
+    ):
         (tmp_path / name).mkdir()
         if whole:
             (tmp_path / name / COMPLETE).touch()
@@ -158,7 +207,9 @@ def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(run: Run, small_checkpoint: Path) -> None:
     before = (run[0] / "metrics.json").read_bytes()
-    with pytest.raises(UsageError, match=r"exists; continue it with --resume, or choose another --out"):
+    with pytest.raises(
+        UsageError, match=r"exists; continue it with --resume, or choose another --out"
+    ):
         tune(small_checkpoint, run[0])
     assert (run[0] / "metrics.json").read_bytes() == before
 
@@ -170,31 +221,44 @@ def test_a_file_in_the_place_of_out_is_refused(small_checkpoint: Path, tmp_path:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_resuming_a_finished_run_trains_no_further(run: Run, small_checkpoint: Path, copied: Callable[[Path], Path]) -> None:
+def test_resuming_a_finished_run_trains_no_further(
+    run: Run, small_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
     from safetensors.torch import load_file
 
     finished, before, _ = run
     out = copied(finished)
-    (out / "adapter_model.safetensors").unlink()  # as after a kill between the last checkpoint and the end
+    (
+        out / "adapter_model.safetensors"
+    ).unlink()  # as after a kill between the last checkpoint and the end
     metrics, _ = tune(small_checkpoint, out, resume=True)
     assert metrics["steps"] == before["steps"] == 4
-    mine, first = (load_file(str(folder / "adapter_model.safetensors")) for folder in (out, finished))
+    mine, first = (
+        load_file(str(folder / "adapter_model.safetensors")) for folder in (out, finished)
+    )
     assert all(torch.equal(mine[name], first[name]) for name in first)
 
 
-def test_a_run_is_not_resumed_over_another_base(run: Run, small_checkpoint: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_over_another_base(
+    run: Run, small_checkpoint: Path, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
     out, other = copied(run[0]), tmp_path / "other"
     shutil.copytree(small_checkpoint, other)
     weights = next(other.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     before = (out / "lvr_config.json").read_bytes()
-    with pytest.raises(UsageError, match=r"was begun over another base than .*other, whose weights have another sha256; give that one$"):
+    with pytest.raises(
+        UsageError,
+        match=r"was begun over another base than .*other, whose weights have another sha256; give that one$",
+    ):
         tune(other, out, resume=True)
     assert (out / "lvr_config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_without_a_whole_checkpoint_there_is_nothing_to_resume(small_checkpoint: Path, tmp_path: Path, there: bool) -> None:
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
+    small_checkpoint: Path, tmp_path: Path, there: bool
+) -> None:
     out = tmp_path / "out"
     if there:
         (out / "checkpoint-2").mkdir(parents=True)
@@ -202,14 +266,18 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(small_checkpoint:
         tune(small_checkpoint, out, resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(small_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
     def broken(*arguments: Any) -> Any:
         model = nf4.load_nf4(*arguments)
         with torch.no_grad():
             model.model.language_model.norm.weight.fill_(math.nan)
         return model
 
-    with pytest.raises(LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"):
+    with pytest.raises(
+        LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"
+    ):
         tune(small_checkpoint, tmp_path / "out", load_base=broken)
     assert not (tmp_path / "out" / COMPLETE).exists()
 
@@ -219,7 +287,11 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
 ) -> None:
     seen = []
     collator = module.Collator
-    monkeypatch.setattr(module, "Collator", lambda c, settings: seen.append(c.image_spec["max_pixels"]) or collator(c, settings))
+    monkeypatch.setattr(
+        module,
+        "Collator",
+        lambda c, settings: seen.append(c.image_spec["max_pixels"]) or collator(c, settings),
+    )
     monkeypatch.setattr(module, "arguments", lambda *_: _stop())
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
@@ -240,16 +312,21 @@ def read_checkpoint_spec(out: Path) -> dict[str, Any]:
     return read_checkpoint(out).image_spec
 
 
-def test_a_full_disk_ends_the_run_in_one_line(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_run_in_one_line(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(BundleError, match=r"cannot be written \(No space left on device\); free some space"):
+    with pytest.raises(
+        BundleError, match=r"cannot be written \(No space left on device\); free some space"
+    ):
         tune(small_checkpoint, tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------------------------
+# data
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +334,16 @@ def scenes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes") / "made", 12, 1, "train")
 
 
-def test_a_file_of_samples_trains(small_checkpoint: Path, scenes_file: Path, tmp_path: Path) -> None:
+def test_a_file_of_samples_trains(
+    small_checkpoint: Path, scenes_file: Path, tmp_path: Path
+) -> None:
     metrics, said = tune(
-        small_checkpoint, tmp_path / "out", "train.steps=1", "train.eval_every=1", "train.save_every=1", data=str(scenes_file)
+        small_checkpoint,
+        tmp_path / "out",
+        "train.steps=1",
+        "train.eval_every=1",
+        "train.save_every=1",
+        data=str(scenes_file),
     )
     assert metrics["steps"] == 1
     assert any("11 samples, 1 held out" in line for line in said)
@@ -277,15 +361,31 @@ def official(scenes_file: Path, folder: Path) -> Path:
         ]
         image = str((scenes_file.parent / sample["image"]).resolve())
         items.append(
-            {"dataset": "d", "split": "train", "question_id": i, "image": [image], "conversations": turns, "bboxes": sample["boxes"]}
+            {
+                "dataset": "d",
+                "split": "train",
+                "question_id": i,
+                "image": [image],
+                "conversations": turns,
+                "bboxes": sample["boxes"],
+            }
         )
     (folder / "official.json").write_text(json.dumps(items))
     return folder / "official.json"
 
 
-def test_an_official_lvr_list_trains(small_checkpoint: Path, scenes_file: Path, tmp_path: Path) -> None:
+def test_an_official_lvr_list_trains(
+    small_checkpoint: Path, scenes_file: Path, tmp_path: Path
+) -> None:
     path = official(scenes_file, tmp_path)
-    metrics, said = tune(small_checkpoint, tmp_path / "out", "train.steps=1", "train.eval_every=1", "train.save_every=1", data=str(path))
+    metrics, said = tune(
+        small_checkpoint,
+        tmp_path / "out",
+        "train.steps=1",
+        "train.eval_every=1",
+        "train.save_every=1",
+        data=str(path),
+    )
     assert metrics["steps"] == 1
     assert any("5 samples, 1 held out" in line for line in said)
 
@@ -293,7 +393,14 @@ def test_an_official_lvr_list_trains(small_checkpoint: Path, scenes_file: Path, 
 def test_no_picture_is_both_trained_on_and_held_out(scenes_file: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in scenes_file.read_text().splitlines()]
     doubled = [
-        line | {"id": f"{line['id']}-{k}", "image": str(scenes_file.parent / line["image"]), "pair": None} for line in lines for k in "xy"
+        line
+        | {
+            "id": f"{line['id']}-{k}",
+            "image": str(scenes_file.parent / line["image"]),
+            "pair": None,
+        }
+        for line in lines
+        for k in "xy"
     ]
     (tmp_path / "doubled.jsonl").write_text("\n".join(map(json.dumps, doubled)))
     train, held_out = load_examples(str(tmp_path / "doubled.jsonl"), settings())
@@ -302,12 +409,14 @@ def test_no_picture_is_both_trained_on_and_held_out(scenes_file: Path, tmp_path:
 
 
 def test_a_named_file_is_held_out_whole(scenes_file: Path) -> None:
-    train, held_out = load_examples(str(scenes_file), settings(f"data.eval_file={scenes_file}", "data.eval_count=3"))
+    train, held_out = load_examples(
+        str(scenes_file), settings(f"data.eval_file={scenes_file}", "data.eval_count=3")
+    )
     assert (len(train), len(held_out)) == (12, 3)
 
 
 def test_scenes_that_are_held_out_are_not_those_that_eval_scores() -> None:
-    from lvr_lite.data.make import scene_samples
+    from lvr_lite.toy.make import scene_samples
 
     _, held_out = load_examples("scenes", settings("data.eval_count=20"))
     scored = {picture.tobytes() for _, picture in scene_samples(60, 0, "test")}
@@ -320,22 +429,41 @@ def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) 
         line["image"] = str(scenes_file.parent / line["image"])
     (tmp_path / "blind.jsonl").write_text("\n".join(map(json.dumps, lines)))
     blind = str(tmp_path / "blind.jsonl")
-    with pytest.raises(DataError, match=r"blind\.jsonl: no sample has boxes.* set latent\.samples=all and latent\.loss=none$"):
+    with pytest.raises(
+        DataError,
+        match=r"blind\.jsonl: no sample has boxes.* set latent\.samples=all and latent\.loss=none$",
+    ):
         load_examples(blind, settings("latent.method=lvr-free"))
     for method in ("dummy", "lvr"):
         with pytest.raises(DataError, match=r"set latent\.samples=all$"):
             load_examples(blind, settings(f"latent.method={method}"))
-    for overrides in (["latent.method=sft"], ["latent.method=lvr-free", "latent.loss=none", "latent.samples=all"]):
+    for overrides in (
+        ["latent.method=sft"],
+        ["latent.method=lvr-free", "latent.loss=none", "latent.samples=all"],
+    ):
         assert len(load_examples(blind, settings(*overrides))[0]) == 11
 
 
-def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(scenes_file: Path, tmp_path: Path) -> None:
+def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(
+    scenes_file: Path, tmp_path: Path
+) -> None:
     Image.new("RGB", (56, 56), (1, 2, 3)).save(tmp_path / "known.png")
-    known = [{"id": f"known-{i}", "image": "known.png", "question": "q", "answer": "a"} for i in range(2)]
+    known = [
+        {"id": f"known-{i}", "image": "known.png", "question": "q", "answer": "a"} for i in range(2)
+    ]
     (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
-    replay = [f"data.eval_file={scenes_file}", f"data.replay={tmp_path / 'known.jsonl'}", "data.replay_share=0.25"]
+    replay = [
+        f"data.eval_file={scenes_file}",
+        f"data.replay={tmp_path / 'known.jsonl'}",
+        "data.replay_share=0.25",
+    ]
     train, held_out = load_examples(str(scenes_file), settings(*replay))
-    assert [s.id for s in train.samples[12:]] == ["known-0", "known-1", "known-0", "known-1"]  # a quarter of 16, two of them twice
+    assert [s.id for s in train.samples[12:]] == [
+        "known-0",
+        "known-1",
+        "known-0",
+        "known-1",
+    ]  # a quarter of 16, two of them twice
     assert [train[i][0] for i in range(16)] == train.samples[:]
     assert {train[i][1][0].getpixel((0, 0)) for i in range(12, 16)} == {(1, 2, 3)}
     assert train[3][1][0].tobytes() == open_picture(train.samples[3].images[0]).tobytes()
@@ -344,21 +472,32 @@ def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(scenes_
 
 def test_a_replayed_sample_never_shows_a_held_out_picture(scenes_file: Path) -> None:
     """Replaying the training file itself, from which the last pictures are held out."""
-    train, held_out = load_examples(str(scenes_file), settings(f"data.replay={scenes_file}", "data.replay_share=0.6"))
+    train, held_out = load_examples(
+        str(scenes_file), settings(f"data.replay={scenes_file}", "data.replay_share=0.6")
+    )
     held = {s.images for s in held_out.samples}
     assert len(train) == 27  # 11 and 16 more
     assert held
     assert not held & {s.images for s in train.samples}
     with pytest.raises(DataError, match="all of its pictures are held out"):
-        load_examples(str(scenes_file), settings(f"data.eval_file={scenes_file}", f"data.replay={scenes_file}", "data.eval_count=12"))
-    with pytest.raises(UsageError, match=r"data\.replay=skils: neither skills nor a file of samples"):
+        load_examples(
+            str(scenes_file),
+            settings(
+                f"data.eval_file={scenes_file}", f"data.replay={scenes_file}", "data.eval_count=12"
+            ),
+        )
+    with pytest.raises(
+        UsageError, match=r"data\.replay=skils: neither skills nor a file of samples"
+    ):
         load_examples("scenes", settings("data.replay=skils"))
 
 
 def test_replayed_skills_are_of_other_scenes_than_those_that_eval_asks() -> None:
-    from lvr_lite.data.make import skill_samples
+    from lvr_lite.toy.make import skill_samples
 
-    train, held_out = load_examples("scenes", settings("data.count=40", "data.replay=skills", "data.replay_share=0.5"))
+    train, held_out = load_examples(
+        "scenes", settings("data.count=40", "data.replay=skills", "data.replay_share=0.5")
+    )
     replayed = [train[i] for i in range(40, 80)]
     assert Counter(s.type for s, _ in replayed) == {"caption": 20, "short": 20}
     assert not any(s.boxes for s, _ in replayed)
@@ -375,19 +514,54 @@ def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Pat
         load_examples(str(tmp_path / "one.jsonl"), settings())
 
 
-# ----------------------------------------------------------------------------------------------- more than one process
+# -----------------------------------------------------------------------------------------------
+# more than one process
 
 
 @pytest.mark.processes
-def test_two_processes_train_one_model_and_write_it_once(small_checkpoint: Path, tmp_path: Path) -> None:
-    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`, as on two GPUs (which, told `--cpu`,
-    starts one process, whatever number it is given)."""
+def test_two_processes_train_one_model_and_write_it_once(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`,
+    as on two GPUs (which, told `--cpu`, starts one process, whatever number it is given).
+    """
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    command = ["-m", "lvr_lite", "finetune", "--model", str(small_checkpoint), "--data", "scenes", "--out", str(out)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    command = [
+        "-m",
+        "lvr_lite",
+        "finetune",
+        "--model",
+        str(small_checkpoint),
+        "--data",
+        "scenes",
+        "--out",
+        str(out),
+    ]
     overrides = [*TINY_RUN, "train.steps=2", "train.eval_every=2"]
-    done = subprocess.run(launch + command + [f"--set={o}" for o in overrides], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        launch + command + [f"--set={o}" for o in overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     metrics = json.loads((out / "metrics.json").read_text())

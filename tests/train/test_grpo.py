@@ -1,4 +1,6 @@
-"""Stage 2: what is scored is what was drawn, rewards move the policy the right way, and one process does what two do."""
+"""Stage 2: what is scored is what was drawn, rewards move the policy the right way, and one process
+does what two do.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lvr_lite.ask import prepare_prompt
-from lvr_lite.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.config import load_settings
-from lvr_lite.data.make import scene_samples
 from lvr_lite.data.samples import Sample
-from lvr_lite.decode import Decoding, Options, Prompt, Result
 from lvr_lite.errors import DataError, LvrError, UsageError
-from lvr_lite.latent import LatentSpec
-from lvr_lite.quant import nf4
-from lvr_lite.runtime.torch import TorchRuntime
+from lvr_lite.generate.ask import prepare_prompt
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
+from lvr_lite.generate.torch import TorchRuntime
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.toy.make import scene_samples
+from lvr_lite.train import load as nf4
 from lvr_lite.train.batches import Examples
-from lvr_lite.train.grpo import Policy, Repeated, Roller, advantages, batch_of, batches_of, divergence, donors_of, grpo, objective, readings
+from lvr_lite.train.grpo import (
+    Policy,
+    Repeated,
+    Roller,
+    advantages,
+    batch_of,
+    batches_of,
+    divergence,
+    donors_of,
+    grpo,
+    objective,
+    readings,
+)
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
 STEPS = 3
@@ -36,23 +50,45 @@ SPECS = {
     "bottleneck": LatentSpec(STEPS, mode="bottleneck"), "bottleneck, norm-matched": LatentSpec(STEPS, "norm-matched", "bottleneck", 6.0),
 }  # fmt: skip
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-FEW = ["train.steps=2", "train.batch=2", "train.accumulation=1", "train.precision=fp32", "train.gradient_checkpointing=false"]
-FEW += ["data.count=8", "data.eval_count=2", "train.save_every=2", "train.eval_every=2", "train.log_every=1", "train.optimizer=sgd"]
+FEW = [
+    "train.steps=2",
+    "train.batch=2",
+    "train.accumulation=1",
+    "train.precision=fp32",
+    "train.gradient_checkpointing=false",
+]
+FEW += [
+    "data.count=8",
+    "data.eval_count=2",
+    "train.save_every=2",
+    "train.eval_every=2",
+    "train.log_every=1",
+    "train.optimizer=sgd",
+]
 FEW += ["grpo.group=4", "grpo.max_tokens=3", "train.warmup=0"]
 
 
-# --------------------------------------------------------------------------------------------------- drawn and replayed
+# ---------------------------------------------------------------------------------------------------
+# drawn and replayed
 
 
 def asked(runtime: Any) -> list[Prompt]:
     """Prompts of different lengths, one of them without a picture."""
-    found = [([p.resize((84, 140)) if i % 2 else p], s.question) for i, (s, p) in enumerate(scene_samples(6, 0, "test"))]
-    return [prepare_prompt(runtime, pictures, question)[0] for pictures, question in [*found, ([], "say something")]]
+    found = [
+        ([p.resize((84, 140)) if i % 2 else p], s.question)
+        for i, (s, p) in enumerate(scene_samples(6, 0, "test"))
+    ]
+    return [
+        prepare_prompt(runtime, pictures, question)[0]
+        for pictures, question in [*found, ([], "say something")]
+    ]
 
 
 @pytest.fixture(scope="module")
 def hesitant(small_model: Any, small_checkpoint: Path) -> tuple[Any, Checkpoint]:
-    """The small model, made to reason about every other time: its <|lvr_start|> row is a third as likely as all else at prompts' ends."""
+    """The small model, made to reason about every other time: its <|lvr_start|> row is a third as
+    likely as all else at prompts' ends.
+    """
     checkpoint = read_checkpoint(small_checkpoint)
     model = copy.deepcopy(small_model)
     runtime = TorchRuntime(model, replace(checkpoint, latent=LatentSpec(STEPS)))
@@ -62,26 +98,40 @@ def hesitant(small_model: Any, small_checkpoint: Path) -> tuple[Any, Checkpoint]
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
         wanted = (states @ rows.float().T).logsumexp(1) - 1
-        rows[checkpoint.tokens.lvr_start] = torch.linalg.lstsq(states, wanted[:, None]).solution[:, 0]
+        rows[checkpoint.tokens.lvr_start] = torch.linalg.lstsq(states, wanted[:, None]).solution[
+            :, 0
+        ]
     return model, checkpoint
 
 
-def policy_of(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float, latents: str = "recorded") -> Policy:
+def policy_of(
+    model: Any,
+    checkpoint: Checkpoint,
+    spec: LatentSpec,
+    temperature: float,
+    latents: str = "recorded",
+) -> Policy:
     held = torch.nn.Module()
     held.get_base_model = lambda: model  # type: ignore[assignment]
     return Policy(held, checkpoint.tokens, spec, temperature, latents)
 
 
-def drawn(model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float) -> list[tuple[Prompt, Result]]:
+def drawn(
+    model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float
+) -> list[tuple[Prompt, Result]]:
     runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
     prompts = [prompt for prompt in asked(runtime) for _ in range(3)]
-    decoding = Decoding(runtime, prompts, Options(max_tokens=5, temperature=temperature, seed=3, keep_scores=True))
+    decoding = Decoding(
+        runtime, prompts, Options(max_tokens=5, temperature=temperature, seed=3, keep_scores=True)
+    )
     list(decoding)
     return list(zip(prompts, decoding.results, strict=True))
 
 
 @EVERY_SPEC
-@pytest.mark.parametrize(("temperature", "latents"), [(1.0, "recorded"), (0.7, "recorded"), (1.0, "recomputed")])
+@pytest.mark.parametrize(
+    ("temperature", "latents"), [(1.0, "recorded"), (0.7, "recorded"), (1.0, "recomputed")]
+)
 def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     hesitant: tuple[Any, Checkpoint], spec: LatentSpec, temperature: float, latents: str
 ) -> None:
@@ -95,7 +145,11 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
         again = policy_of(model, checkpoint, spec, temperature, latents)(batches_of(made)).numpy()
     # the choices of first readings, then those of second ones
     wanted = np.concatenate(
-        [np.split(r.scores, [len(rows[0].chosen)])[i] for i in (0, 1) for rows, (_, r) in zip(made, found, strict=True)]
+        [
+            np.split(r.scores, [len(rows[0].chosen)])[i]
+            for i in (0, 1)
+            for rows, (_, r) in zip(made, found, strict=True)
+        ]
     )
     assert [len(r.scores) for _, r in found] == [len(r.choices) for _, r in found]
     np.testing.assert_allclose(again, wanted, atol=1e-4, rtol=0)
@@ -104,15 +158,21 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["open", "bottleneck, norm-matched"])
-def test_the_gradient_goes_through_recomputed_latents(hesitant: tuple[Any, Checkpoint], name: str, checkpointing: bool) -> None:
+def test_the_gradient_goes_through_recomputed_latents(
+    hesitant: tuple[Any, Checkpoint], name: str, checkpointing: bool
+) -> None:
     model, checkpoint = copy.deepcopy(hesitant[0]), hesitant[1]
     found = [(p, r) for p, r in drawn(*hesitant, SPECS[name], 1.0) if r.latents and r.tokens]
     batches = batches_of([readings(p, r, checkpoint.tokens, SPECS[name].mode) for p, r in found])
-    spoken = torch.cat([~batch["may_start"] for batch in batches])  # what was chosen after the latents
+    spoken = torch.cat(
+        [~batch["may_start"] for batch in batches]
+    )  # what was chosen after the latents
     model.train().double()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = model.get_parameter("model.language_model.layers.0.mlp.down_proj.weight").requires_grad_()
+    weights = model.get_parameter(
+        "model.language_model.layers.0.mlp.down_proj.weight"
+    ).requires_grad_()
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(weights.shape, generator=generator, dtype=torch.float64) * weights.std()
     slopes = {}
@@ -131,7 +191,9 @@ def test_the_gradient_goes_through_recomputed_latents(hesitant: tuple[Any, Check
     assert slopes["recorded"] != pytest.approx(wanted, rel=0.1)
 
 
-def test_answers_to_one_question_read_it_once(hesitant: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_to_one_question_read_it_once(
+    hesitant: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, checkpoint = hesitant
     runtime = TorchRuntime(model, replace(checkpoint, latent=SPECS["open"]))
     first, second = asked(runtime)[:2]
@@ -147,7 +209,11 @@ def test_answers_to_one_question_read_it_once(hesitant: tuple[Any, Checkpoint], 
     list(decoding)
     assert read[0] == 2
     assert set(read[1:]) == {6}
-    rows = [row for p, r in zip(decoding.prompts, decoding.results, strict=True) for row in readings(p, r, checkpoint.tokens, "open")]
+    rows = [
+        row
+        for p, r in zip(decoding.prompts, decoding.results, strict=True)
+        for row in readings(p, r, checkpoint.tokens, "open")
+    ]
     assert len({tuple(row.chosen) for row in rows[:5]}) > 1, "all answers are alike"
     twice, once = batch_of([*rows, *rows]), batch_of(rows)
     assert len(twice["ids"]) == len(once["ids"]) <= 6
@@ -160,14 +226,20 @@ def test_a_row_draws_the_same_whatever_it_is_drawn_beside(hesitant: tuple[Any, C
     prompts = [prepare_prompt(runtime, [p], s.question)[0] for s, p in scene_samples(4, 0, "test")]
 
     def choices(which: list[int]) -> list[list[int]]:
-        decoding = Decoding(runtime, [prompts[i] for i in which], Options(max_tokens=4, temperature=1.0), draws=which)
+        decoding = Decoding(
+            runtime,
+            [prompts[i] for i in which],
+            Options(max_tokens=4, temperature=1.0),
+            draws=which,
+        )
         list(decoding)
         return [r.choices for r in decoding.results]
 
     assert choices([0, 1, 2, 3]) == choices([0, 1]) + choices([2, 3])
 
 
-# ------------------------------------------------------------------------------------------------------ the objective
+# ------------------------------------------------------------------------------------------------------
+# the objective
 
 
 def test_advantages_are_standard_deviations_above_the_mean_of_a_group() -> None:
@@ -177,7 +249,9 @@ def test_advantages_are_standard_deviations_above_the_mean_of_a_group() -> None:
 
 def test_the_objective_stops_paying_beyond_the_clip() -> None:
     old = torch.zeros(6, dtype=torch.float64)
-    new = torch.tensor([0.0, 1.5, 0.5, 0.0, 1.5, 0.5], dtype=torch.float64).clamp(min=1e-9).log() * torch.tensor([0, 1, 1, 0, 1, 1])
+    new = torch.tensor([0.0, 1.5, 0.5, 0.0, 1.5, 0.5], dtype=torch.float64).clamp(
+        min=1e-9
+    ).log() * torch.tensor([0, 1, 1, 0, 1, 1])
     new = new.requires_grad_()
     gain = objective(new, old, torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64), 0.2)
     assert gain.tolist() == pytest.approx([1, 1.2, 0.5, -1, -1.5, -0.8])
@@ -196,7 +270,8 @@ def test_blocks_come_so_often_as_there_are_updates() -> None:
     assert list(sampler) != order
 
 
-# ------------------------------------------------------------------------------------------------------------ rewards
+# ------------------------------------------------------------------------------------------------------------
+# rewards
 
 
 def sample_of(answer: str, choices: tuple[str, ...] | None = None) -> Sample:
@@ -236,14 +311,21 @@ def test_math(said: str, right: str, wanted: float) -> None:
 def test_format_and_latent_use() -> None:
     good = Answer("red", latents=4, own="red", donor="blue")
     assert format(sample_of("red"), good) == 1
-    for worse in (replace(good, latents=0), replace(good, before=1), replace(good, ended=False), replace(good, text="")):
+    for worse in (
+        replace(good, latents=0),
+        replace(good, before=1),
+        replace(good, ended=False),
+        replace(good, text=""),
+    ):
         assert format(sample_of("red"), worse) == 0
     assert latent_use(sample_of("red"), good) == 1
     for worse in (replace(good, latents=0), replace(good, donor="red"), replace(good, donor=None)):
         assert latent_use(sample_of("red"), worse) == 0
 
 
-def test_rewards_are_read_with_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_are_read_with_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine_of_grpo.py").write_text(
         "def short(sample, answer):\n    return -len(answer.text)\ndef bad(sample, answer):\n    return 1 / 0\n"
     )
@@ -260,17 +342,24 @@ def test_rewards_are_read_with_their_weights(tmp_path: Path, monkeypatch: pytest
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             read_rewards(text)
-    with pytest.raises(LvrError, match=r"reward mine_of_grpo:bad: raised ZeroDivisionError .* on sample s-1, 'red'"):
+    with pytest.raises(
+        LvrError, match=r"reward mine_of_grpo:bad: raised ZeroDivisionError .* on sample s-1, 'red'"
+    ):
         read_rewards("mine_of_grpo:bad")(sample_of("red"), Answer("red"))
 
 
-# ------------------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------------------------------
+# whole runs
 
 
-def reinforce(checkpoint: Path, out: Path, *overrides: str, data: str = "scenes", resume: bool = False) -> tuple[dict[str, Any], list[str]]:
+def reinforce(
+    checkpoint: Path, out: Path, *overrides: str, data: str = "scenes", resume: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     settings = load_settings(None, [*FEW, *overrides])
-    return grpo(read_checkpoint(checkpoint), nf4.load_trained, data, out, settings, resume, say=said.append), said
+    return grpo(
+        read_checkpoint(checkpoint), nf4.load_trained, data, out, settings, resume, say=said.append
+    ), said
 
 
 def moved(before: Path, after: Path) -> float:
@@ -281,7 +370,9 @@ def moved(before: Path, after: Path) -> float:
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A module of rewards: for answers whose text has an even number of letters, and the same for all."""
+    """A module of rewards: for answers whose text has an even number of letters, and the same for
+    all.
+    """
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "arms_of_grpo.py").write_text(
         "def even(sample, answer):\n    return float(len(answer.text) % 2 == 0)\ndef same(sample, answer):\n    return 0.7\n"
@@ -289,7 +380,9 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_policy_moves_towards_what_is_paid_for(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_moves_towards_what_is_paid_for(
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(arms))
     metrics, _ = reinforce(
         small_tuned, tmp_path / "out", "grpo.rewards=arms_of_grpo:even", "train.steps=10", "train.batch=4", "grpo.group=16",
@@ -300,9 +393,13 @@ def test_a_policy_moves_towards_what_is_paid_for(small_tuned: Path, tmp_path: Pa
     assert np.mean(paid[-3:]) > np.mean(paid[:3]) + 0.2, paid
 
 
-def test_equal_rewards_teach_nothing(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_rewards_teach_nothing(
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(arms))
-    metrics, _ = reinforce(small_tuned, tmp_path / "out", "grpo.rewards=arms_of_grpo:same", "train.lr=1e-2")
+    metrics, _ = reinforce(
+        small_tuned, tmp_path / "out", "grpo.rewards=arms_of_grpo:same", "train.lr=1e-2"
+    )
     assert moved(small_tuned, tmp_path / "out") == 0
     assert [entry["flat"] for entry in metrics["history"] if "flat" in entry] == [1.0, 1.0]
 
@@ -318,7 +415,9 @@ def test_the_divergence_pulls_back_to_the_start() -> None:
     assert torch.equal(now.grad.sign(), (now - start).sign()), "descending leads away"
 
 
-def test_the_start_is_what_the_run_began_with(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_is_what_the_run_began_with(
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(arms))
     common = ["grpo.rewards=arms_of_grpo:even", "train.steps=4", "train.lr=0.1", "grpo.updates=2"]
     far = []
@@ -342,7 +441,9 @@ def test_gradient_checkpointing_learns_the_same(
     assert moved(tmp_path / "true", small_tuned) > 1e-4
 
 
-def test_pictures_stay_as_large_as_they_were_tuned_on(small_tuned: Path, tmp_path: Path, copied: Any) -> None:
+def test_pictures_stay_as_large_as_they_were_tuned_on(
+    small_tuned: Path, tmp_path: Path, copied: Any
+) -> None:
     tuned = copied(small_tuned)
     config = json.loads((tuned / "lvr_config.json").read_text())
     (tuned / "lvr_config.json").write_text(json.dumps(config | {"image": {"max_pixels": 6272}}))
@@ -351,13 +452,22 @@ def test_pictures_stay_as_large_as_they_were_tuned_on(small_tuned: Path, tmp_pat
         assert read_checkpoint(tmp_path / f"{wanted}").image_spec["max_pixels"] == wanted
 
 
-def test_a_run_goes_on_where_it_was_stopped(small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_where_it_was_stopped(
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(arms))
-    common = ["train.steps=4", "train.lr=0.5", "grpo.updates=2", "grpo.rewards=accuracy=1,format=0.2,latent-use=0.1,arms_of_grpo:even"]
+    common = [
+        "train.steps=4",
+        "train.lr=0.5",
+        "grpo.updates=2",
+        "grpo.rewards=accuracy=1,format=0.2,latent-use=0.1,arms_of_grpo:even",
+    ]
     common += ["data.count=64"]
     metrics, said = reinforce(small_tuned, tmp_path / "whole", *common)
     assert "4 answers to each of 2 questions a step, 2 updates with them" in said[0]
-    assert {"reward", "accuracy", "format", "latent-use", "flat", "latents"} <= metrics["history"][0].keys()
+    assert {"reward", "accuracy", "format", "latent-use", "flat", "latents"} <= metrics["history"][
+        0
+    ].keys()
     (tmp_path / "cut").mkdir()
     subprocess.run(["cp", "-r", tmp_path / "whole" / "checkpoint-2", tmp_path / "cut"], check=True)
     metrics, _ = reinforce(small_tuned, tmp_path / "cut", *common, resume=True)
@@ -368,17 +478,54 @@ def test_a_run_goes_on_where_it_was_stopped(small_tuned: Path, tmp_path: Path, a
 
 
 @pytest.mark.processes
-def test_two_processes_learn_what_one_does_with_all_questions(small_tuned: Path, tmp_path: Path, arms: Path) -> None:
+def test_two_processes_learn_what_one_does_with_all_questions(
+    small_tuned: Path, tmp_path: Path, arms: Path
+) -> None:
     run = ["grpo", "--checkpoint", str(small_tuned), "--data", "scenes"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    settings = [*FEW, "train.lr=0.5", "train.steps=2", "grpo.max_tokens=2", "grpo.rewards=arms_of_grpo:even"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    settings = [
+        *FEW,
+        "train.lr=0.5",
+        "train.steps=2",
+        "grpo.max_tokens=2",
+        "grpo.rewards=arms_of_grpo:even",
+    ]
     environment = os.environ | {"PYTHONPATH": str(arms)}
     for how, batch in ((launch, 2), ([sys.executable], 4)):
-        out = ["--out", str(tmp_path / f"by-{batch}"), *(f"--set={o}" for o in [*settings, f"train.batch={batch}"])]
-        done = subprocess.run([*how, "-m", "lvr_lite", *run, *out], capture_output=True, text=True, check=False, env=environment)
+        out = [
+            "--out",
+            str(tmp_path / f"by-{batch}"),
+            *(f"--set={o}" for o in [*settings, f"train.batch={batch}"]),
+        ]
+        done = subprocess.run(
+            [*how, "-m", "lvr_lite", *run, *out],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads((tmp_path / f"by-{batch}" / "metrics.json").read_text())["processes"] == 4 // batch
+        assert (
+            json.loads((tmp_path / f"by-{batch}" / "metrics.json").read_text())["processes"]
+            == 4 // batch
+        )
     assert moved(tmp_path / "by-2", tmp_path / "by-4") < 1e-5
     assert moved(tmp_path / "by-2", small_tuned) > 1e-3
 
@@ -396,7 +543,9 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
         donors_of(Examples.of_scenes(0, "train", 1))
     checkpoint = read_checkpoint(small_tuned)
     runtime = TorchRuntime(nf4.load_trained(checkpoint, torch.float32), checkpoint)
-    i = next(i for i, s in enumerate(examples.samples) if s.pair is not None and donor(s) is not None)
+    i = next(
+        i for i, s in enumerate(examples.samples) if s.pair is not None and donor(s) is not None
+    )
     settings = load_settings(None, [*FEW, "grpo.rewards=latent-use"])
     rollouts = Roller(runtime, settings, read_rewards("latent-use"), donor)([examples[i]], 0)
     assert len(rollouts) == 4
@@ -412,7 +561,9 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
         (["grpo.rewards=nothing"], "grpo.rewards: nothing is not known"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run_is_one_line(small_tuned: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_be_run_is_one_line(
+    small_tuned: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         reinforce(small_tuned, tmp_path / "out", *overrides)
 
@@ -427,7 +578,16 @@ def test_samples_need_no_boxes(small_tuned: Path, tmp_path: Path) -> None:
     lines = []
     for sample, picture in scene_samples(6, 0, "train"):
         picture.save(tmp_path / f"{sample.id}.png")
-        lines.append({"id": sample.id, "image": f"{sample.id}.png", "question": sample.question, "answer": sample.answer})
+        lines.append(
+            {
+                "id": sample.id,
+                "image": f"{sample.id}.png",
+                "question": sample.question,
+                "answer": sample.answer,
+            }
+        )
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    metrics, _ = reinforce(small_tuned, tmp_path / "out", "train.steps=1", data=str(tmp_path / "plain.jsonl"))
+    metrics, _ = reinforce(
+        small_tuned, tmp_path / "out", "train.steps=1", data=str(tmp_path / "plain.jsonl")
+    )
     assert metrics["steps"] == 1

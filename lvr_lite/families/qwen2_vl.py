@@ -1,9 +1,0 @@
-"""Qwen2-VL: the vision tower attends within whole pictures. May import: numpy.
-
-Checked against transformers in tests/families/test_families.py.
-"""
-
-from lvr_lite.families.qwen import *  # noqa: F403 (all that a family is made of; what differs is below)
-
-MODEL_TYPE = "qwen2_vl"
-ARCHITECTURE = "Qwen2VLForConditionalGeneration"

@@ -1,0 +1,311 @@
+"""The device runtime: a bundle under ONNX Runtime. May import: numpy, onnxruntime, tokenizers and
+the core, nothing of the workshop.
+
+The decoder keeps its K/V in one buffer per layer, bound as input and output at once, and steps
+through one prebuilt IOBinding whose hidden output is its next embedding input, so that a latent
+step copies nothing in (docs/design.md, "The device runtime").
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.model import bundle, families
+from lvr_lite.model.spec import TokenIds
+from lvr_lite.system import usable_cores
+
+# positions read at once: what is computed between layers takes no more memory for a longer prompt
+PIECE = 512
+# ONNX Runtime's kSameAsRequested; 0, its default, doubles what the arena holds whenever it grows
+_AS_REQUESTED = 1
+_CAPACITY_STEP = (
+    64  # K/V buffers grow in such steps, so that prompts of about one length share them
+)
+PROVIDERS = {  # --provider -> ONNX Runtime's name
+    "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "coreml": "CoreMLExecutionProvider", "qnn": "QNNExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider", "xnnpack": "XnnpackExecutionProvider", "openvino": "OpenVINOExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}  # fmt: skip
+_pool_threads: int | None = None
+
+
+def share_pools(threads: int) -> None:
+    """All sessions of the process share one pool of threads: with a pool each they spin against
+    each other (twice the time a token, FACTS). And one arena, which grows by what is asked for: an
+    arena each keeps its own graph's peak, and doubles as it grows (runtime.md).
+    """
+    global _pool_threads
+    if _pool_threads is None:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        cpu = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
+        ort.create_and_register_allocator(
+            cpu, ort.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED})
+        )
+        _pool_threads = threads
+
+
+def check_provider(provider: str) -> None:
+    """Raises UsageError for a provider that is not known, or that this onnxruntime was not built
+    with.
+    """
+    here = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r}: not known; choose one of {', '.join(PROVIDERS)}")
+    if provider not in here:
+        raise UsageError(
+            f"provider {provider}: the onnxruntime {ort.__version__} that is installed here has {', '.join(here)}; install the build of "
+            "onnxruntime that has it in its place"
+        )
+
+
+def open_session(
+    graph: Path | bytes, folder: Path | None = None, provider: str = "cpu"
+) -> ort.InferenceSession:
+    """A graph, ready to run in the one thread pool: its file, or its bytes and the folder of its
+    weights. What `provider` does not take runs on the CPU. Raises BundleError where ONNX Runtime
+    cannot load it.
+    """
+    share_pools(usable_cores())
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+    try:
+        names = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+        session = ort.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph), options, providers=names
+        )
+    except (
+        Exception
+    ) as error:  # onnxruntime raises its own classes for every reason; all of them end here
+        raise BundleError(
+            f"{graph if isinstance(graph, Path) else folder}: ONNX Runtime {ort.__version__} cannot load it ({str(error).splitlines()[0]})"
+        ) from error
+    if (
+        session.get_providers()[0] != names[0]
+        # ONNX Runtime goes on with the CPU where a provider's libraries are missing, and says so in a
+        # log
+    ):
+        raise BundleError(
+            f"provider {provider}: did not start here, its drivers or libraries are missing (`lvr-lite doctor`)"
+        )
+    return session
+
+
+class OnnxRuntime:
+    """A bundle, ready to decode (see `lvr_lite.generate.runtime.Runtime`).
+
+    threads: of the process's one pool; the first runtime of a process decides. provider: what runs
+    the graphs, see PROVIDERS; K/V and states stay in the CPU's memory. Raises BundleError for a
+    bundle that fails its checks, UsageError as `check_provider`.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, provider: str = "cpu") -> None:
+        check_provider(provider)
+        self.manifest = bundle.read_manifest(folder)
+        self.name = folder.name
+        self.folder = folder
+        self.family = families.get(self.manifest.family)
+        self.image_spec = self.manifest.image
+        self.template = self.manifest.chat_template
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokens = self.manifest.tokens
+        self.tokens = TokenIds(
+            tokens["image"],
+            tuple(tokens["end"]),
+            tokens["lvr_start"],
+            tokens["lvr"],
+            tokens["lvr_end"],
+        )
+        self.latent = self.manifest.latent
+        self.hidden_size = self.manifest.decoder["hidden_size"]
+        share_pools(threads or usable_cores())
+        # the head first: while it is packed its one large weight is there twice, and nothing else
+        # should be there yet
+        order = ("lm_head", "decoder", "vision_encoder", "embed_tokens")
+        self._head, self._decoder, self._vision, self._embed = (
+            open_session(folder / self.manifest.graphs[name].path, provider=provider)
+            for name in order
+        )
+        self._cache_names = [
+            f"{i}.{part}"
+            for i in range(self.manifest.decoder["layers"])
+            for part in ("key", "value")
+        ]
+        deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
+        self._deepstack = (
+            int(deepstack["axes"][-1]) if deepstack else 0
+        )  # width of what visual tokens add in later layers
+        self._batch = self._capacity = 0
+        self._in_state: np.ndarray | None = (
+            None  # the hidden states that lie in the step's input buffer already
+        )
+
+    def with_graphs(self, **graphs: Any) -> OnnxRuntime:
+        """The same bundle with other sessions for some of its graphs: decoder, embed or head; the
+        others are shared.
+        """
+        other = copy(self)
+        other.__dict__.update({f"_{name}": session for name, session in graphs.items()})
+        other._batch = other._capacity = 0
+        return other
+
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+        feed = {"pixel_values": pixel_values, **self.family.vision_inputs(grids, self.image_spec)}
+        return np.asarray(self._vision.run(None, feed)[0])
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(self._embed.run(None, {"input_ids": ids})[0])
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        return np.asarray(self._head.run(None, {"last_hidden_state": hidden[:, None]})[0])[:, 0]
+
+    def start(self, batch: int, capacity: int) -> None:
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._lengths = np.zeros(batch, np.int32)
+        if batch == self._batch and capacity <= self._capacity:
+            # what is left of the batch before lies beyond seqlens_k, where attention does not look
+            return
+        self._batch, self._capacity = batch, capacity
+        self._cache = self._new_cache(batch, capacity)
+        self._binding = self._bind(self._cache)
+        state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
+        # arrays over the memory of what is bound: a step writes into them, and no call into ONNX
+        # Runtime is needed for it
+        self._state = state.numpy()
+        self._positions = self._bind_input("position_ids", np.zeros((3, batch, 1), np.int64))
+        self._seqlens = self._bind_input("seqlens_k", np.zeros(batch, np.int32))
+        self._total = self._bind_input("total_sequence_length", np.zeros((), np.int32))
+        self._binding.bind_ortvalue_input("inputs_embeds", state)
+        self._binding.bind_ortvalue_output("last_hidden_state", state)
+        if self._deepstack:  # nothing that is fed step by step is a visual token
+            self._binding.bind_cpu_input(
+                "deepstack_embeds", np.zeros((batch, 1, self._deepstack), np.float32)
+            )
+
+    def _new_cache(self, batch: int, capacity: int) -> dict[str, Any]:
+        shape = (
+            batch,
+            self.manifest.decoder["kv_heads"],
+            capacity,
+            self.manifest.decoder["head_dim"],
+        )
+        dtype = np.dtype(self.manifest.graphs["decoder"].inputs["past_key_values.0.key"]["dtype"])
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+            for name in self._cache_names
+        }
+
+    def _bind(self, cache: dict[str, Any]) -> Any:
+        binding = self._decoder.io_binding()
+        for name, value in cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def _bind_input(self, name: str, array: np.ndarray) -> np.ndarray:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(name, value)
+        return np.asarray(value.numpy())
+
+    def keep(self, length: int) -> list[np.ndarray]:
+        return [value.numpy()[:, :, :length].copy() for value in self._cache.values()]
+
+    def put_back(self, kept: list[np.ndarray]) -> None:
+        for value, known in zip(self._cache.values(), kept, strict=True):
+            value.numpy()[:, :, : known.shape[2]] = known
+
+    def prefill(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int] | None = None,
+        past: int = 0,
+    ) -> np.ndarray:
+        again = list(range(self._batch)) if rows is None else rows
+        if (
+            embeds.shape[1] > PIECE and len(again) > 1
+        ):  # rows of several lengths cannot go on together after a first piece
+            parts = [
+                (embeds[i : i + 1, :n], positions[:, i : i + 1, :n], lengths[i : i + 1])
+                for i, n in enumerate(lengths)
+            ]
+            return np.concatenate(
+                [self.prefill(*part, [row]) for part, row in zip(parts, again, strict=True)]
+            )
+        # rows that go on beside these keep their K/V, so these are read elsewhere and then put in
+        # their place
+        cache = (
+            self._cache
+            if len(again) == self._batch
+            else self._new_cache(len(again), embeds.shape[1])
+        )
+        for first in range(0, embeds.shape[1], PIECE):
+            piece = slice(first, first + PIECE)
+            known = np.minimum(lengths, first + PIECE)
+            hidden = self._read(
+                cache,
+                embeds[:, piece],
+                positions[:, :, piece],
+                past + known,
+                past + min(first + PIECE, embeds.shape[1]),
+            )
+        if cache is not self._cache:
+            for name, value in cache.items():
+                self._cache[name].numpy()[again, :, : embeds.shape[1]] = value.numpy()
+        self._lengths[again] = past + lengths
+        self._in_state = None
+        return np.ascontiguousarray(hidden[np.arange(len(lengths)), (lengths - 1) % PIECE])
+
+    def _read(
+        self,
+        cache: dict[str, Any],
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        known: np.ndarray,
+        total: int,
+    ) -> np.ndarray:
+        """Hidden states (R, S, H) of the next S positions of the rows in `cache`, of which `known`
+        (R,) are real up to the last one.
+        """
+        binding = self._bind(cache)
+        binding.bind_cpu_input(
+            "inputs_embeds", np.ascontiguousarray(embeds[..., : self.hidden_size], np.float32)
+        )
+        if self._deepstack:
+            added = np.zeros((*embeds.shape[:2], self._deepstack), np.float32)
+            added[..., : embeds.shape[2] - self.hidden_size] = embeds[..., self.hidden_size :]
+            binding.bind_cpu_input("deepstack_embeds", added)
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        binding.bind_cpu_input("seqlens_k", (known - 1).astype(np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
+        binding.bind_output("last_hidden_state")
+        self._decoder.run_with_iobinding(binding)
+        return np.asarray(
+            binding.get_outputs()[-1].numpy()
+        )  # outputs come back in the order of binding
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if embeds is not self._in_state:
+            self._state[:, 0] = embeds
+        self._seqlens[...] = self._lengths
+        self._lengths += 1
+        self._total[...] = self._lengths.max()
+        self._positions[..., 0] = positions
+        self._decoder.run_with_iobinding(self._binding)
+        self._in_state = self._state[:, 0]
+        return self._in_state

@@ -1,0 +1,84 @@
+"""What the decode loop asks of a model, whatever runs it. May import: numpy.
+
+A runtime holds one model and one batch at a time. Shapes: B rows, S positions, H hidden size, V
+vocabulary, N patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from lvr_lite.model.spec import LatentSpec, TokenIds
+
+
+class Runtime(Protocol):
+    """One model, ready to decode. Arrays are numpy, float32 and int64, whatever the model computes
+    in.
+    """
+
+    name: str
+    family: Any  # a module of lvr_lite.model.families
+    image_spec: dict[str, Any]  # the manifest's `image` block
+    template: str  # chat template (jinja)
+    tokenizer: Any  # tokenizers.Tokenizer
+    tokens: TokenIds
+    latent: LatentSpec
+    hidden_size: int
+
+    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+        """Patches (N, C) of pictures with these grids (a family says what they count) -> visual
+        tokens (N / merge**2, H), or wider (see `decode.Prompt`).
+        """
+        ...
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids (B, S) -> embeddings (B, S, H)."""
+        ...
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Begin a batch of `batch` rows with room for `capacity` positions each; forgets the one
+        before.
+        """
+        ...
+
+    def prefill(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int] | None = None,
+        past: int = 0,
+    ) -> np.ndarray:
+        """Read whole inputs: embeds (R, S, H), or as wide as the visual tokens, padded on the
+        right, positions (3, R, S), true lengths (R,). The first call of a batch is for all its rows
+        (None); a later one for `rows` drops the K/V of these R rows and leaves the others as they
+        are. past: positions that the batch's one row has been given by `put_back`; the input goes
+        on after them.
+
+        Returns the hidden state of each input's last position (R, H).
+        """
+        ...
+
+    def keep(self, length: int) -> list[np.ndarray]:
+        """A copy of the K/V of the first `length` positions of a batch's one row, in an order of
+        the runtime's own.
+        """
+        ...
+
+    def put_back(self, kept: list[np.ndarray]) -> None:
+        """Begin the batch of one row that was just started with what `keep` gave; `prefill` then
+        goes on after it.
+        """
+        ...
+
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """One further position for every row: embeds (B, H), positions (B,) -> hidden state (B,
+        H).
+        """
+        ...
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states (B, H) -> logits (B, V), which are the caller's to change."""
+        ...

@@ -1,0 +1,32 @@
+"""Choosing the next token: pure functions on logits (V,). May import: numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def greedy(logits: np.ndarray) -> int:
+    """The most likely id; the lowest one among equals."""
+    return int(logits.argmax())
+
+
+def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    """Softmax at `temperature` > 0, cut to the smallest set of tokens whose probability reaches
+    `top_p` in (0, 1]; sums to 1.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    if top_p < 1.0:
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= top_p]] = 0.0
+        p /= p.sum()
+    return np.asarray(p)
+
+
+def sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """An id drawn from `probabilities`; temperature 0 is greedy."""
+    if temperature == 0:
+        return greedy(logits)
+    return int(rng.choice(len(logits), p=probabilities(logits, temperature, top_p)))

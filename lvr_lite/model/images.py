@@ -1,0 +1,189 @@
+"""From a picture file to patches, in numpy and Pillow: what transformers' image processor does,
+without it.
+
+May import: numpy, Pillow, the core. The numbers equal those of transformers' processors:
+tests/runtime/test_preprocess.py compares them over sizes, modes and orientations,
+tests/families/test_families.py by family.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from lvr_lite.errors import DataError
+
+MAX_PIXELS = (
+    2 * 89_478_485
+)  # where Pillow itself calls a picture a decompression bomb: 179 million, half a gigabyte as RGB
+MAX_ASPECT = 200  # transformers refuses longer pictures (smart_resize)
+
+
+def open_picture(path: Path | str) -> Image.Image:
+    """The picture in a file as RGB, upright: the EXIF orientation is applied. See `read_picture`
+    for the rules.
+
+    Raises DataError, naming the file, where it is missing, a folder, unreadable or not a whole
+    picture of at most MAX_PIXELS.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a picture; name a file in it")
+    if not path.is_file():
+        raise DataError(f"{path}: no such picture; check the path")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror or error}); check its permissions"
+        ) from error
+    with file:
+        return read_picture(file, str(path))
+
+
+def read_picture(file: BinaryIO, name: str) -> Image.Image:
+    """The picture in an open file as RGB, upright; `name` is what errors call it.
+
+    Animations give their first frame. Transparent pixels are laid on white, as transformers'
+    `convert_to_rgb` does. Grey pictures of 16 bits are scaled to 8, where Pillow's own conversion
+    would clip them to white. Raises DataError as `open_picture` does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of large pictures and odd metadata: what matters of it is refused below, in one line
+        try:
+            picture = Image.open(file)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(_too_large(name, f"{picture.width} x {picture.height} pixels"))
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture), name)
+        except DataError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise DataError(_too_large(name, "too many pixels")) from error
+        except UnidentifiedImageError as error:
+            raise DataError(f"{name}: {_not_a_picture(file)}") from error
+        # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+        except Exception as error:
+            raise DataError(
+                f"{name}: a damaged picture ({_one_line(error)}); copy or save it again"
+            ) from error
+
+
+def stored_shape(path: Path) -> tuple[tuple[int, int], int]:
+    """((width, height) as stored, EXIF orientation 1 to 8) of a picture, from its header. Raises
+    DataError for a file that is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and odd metadata
+            picture = Image.open(path)
+        with picture:
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            turned = picture.format == "TIFF" and orientation in (
+                5,
+                6,
+                7,
+                8,
+            )  # of which Pillow tells the size after turning
+            return picture.size[
+                ::-1
+            ] if turned else picture.size, orientation if orientation in range(2, 9) else 1
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+    except Exception as error:
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
+        raise DataError(
+            f"{path} is not a picture that Pillow can read{why}; save it as PNG or JPEG"
+        ) from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as `open_picture` gives it, from its header alone. Raises
+    DataError for a file that is none.
+    """
+    (width, height), orientation = stored_shape(path)
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"{name}: {size}, more than the {MAX_PIXELS // 10**6} million that are read; scale it down first"
+
+
+def _not_a_picture(file: BinaryIO) -> str:
+    file.seek(0)
+    if not file.read(1):
+        return "an empty file; copy or download the picture again"
+    return "not a picture that Pillow can read; save it as PNG or JPEG"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode.startswith("I"):
+        return _eight_bits(picture, name).convert("RGB")
+    if picture.mode == "F":
+        raise DataError(
+            f"{name}: its pixels are floating-point numbers without a known range; save it with 8 bits a channel"
+        )
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(
+            Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture
+        ).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """A grey picture of mode I or I;16 (0 to 65535) with its range scaled to 0 to 255, rounded."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(
+            f"{name}: grey values from {values.min()} to {values.max()} do not fit 16 bits; save it with 8 bits a channel"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def prepare(
+    pictures: list[Image.Image], family: Any, spec: dict[str, Any]
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """RGB pictures -> what the vision graph takes: (patches (N, C) float32 of all pictures one
+    after another, their grids).
+
+    family: a module of lvr_lite.model.families, which says what a grid counts; spec: the manifest's
+    `image` block. Raises DataError for a picture whose sides differ more than MAX_ASPECT times, as
+    transformers does.
+    """
+    values = _normalized(spec)
+    patches, grids = [], []
+    for number, picture in enumerate(pictures, 1):
+        _refuse_extreme(picture, number)
+        frames, grid = family.frames(picture, spec)
+        patches += [family.patches(np.asarray(frame), values, spec) for frame in frames]
+        grids.append(grid)
+    return patches[0] if len(patches) == 1 else np.concatenate(
+        patches
+    ), grids  # one is not copied once more
+
+
+def _refuse_extreme(picture: Image.Image, number: int) -> None:
+    w, h = picture.size
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        raise DataError(
+            f"picture {number}: {w} x {h} pixels, one side more than {MAX_ASPECT} times the other; crop it first"
+        )
+
+
+def _normalized(spec: dict[str, Any]) -> np.ndarray:
+    """(3, 256) float32: what each 8-bit value of each channel becomes; rounded step by step as
+    transformers rounds.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.array(spec["mean"], np.float32), np.array(spec["std"], np.float32)
+    return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)

@@ -1,0 +1,127 @@
+"""The embedded model's tokenizer and untrained network. Used by `python -m lvr_lite.toy.pretrain`
+alone; needs the train extra.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lvr_lite.toy import scenes
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+LATENT_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 256,
+    "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+}  # fmt: skip
+
+
+def corpus() -> list[str]:
+    """Every question, answer and caption that a few hundred scenes give: what the tokenizer is
+    trained on.
+    """
+    texts = [" user", " assistant", " describe", " where is the"] * 300
+    for _, scene, question, _ in scenes.items(
+        seed=1, split="train", count=600, types=scenes.PRETRAINED
+    ):
+        texts += [
+            f" {question.text}",
+            f" {question.short}",
+            f" {question.answer}",
+            f" {scenes.describe(scene)}",
+        ]
+    texts += [
+        f" {w}"
+        for w in (
+            *scenes.SHAPES,
+            *scenes.COLOURS,
+            *scenes.PATTERNS,
+            *scenes.GLYPHS,
+            *scenes.NUMBERS,
+        )
+    ] * 20
+    return texts
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE in which each word of the scenes, with the space before it, is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([*SPECIALS, *LATENT_TOKENS])
+    return tokenizer
+
+
+def make_config(tokenizer: Tokenizer) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+            "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 5, "hidden_size": 192, "intermediate_size": 512, "num_heads": 6, "out_hidden_size": 256,
+            "fullatt_block_indexes": [2, 4], "window_size": 56, "patch_size": 14,
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def make_model(tokenizer: Tokenizer, seed: int = 0) -> Any:
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration(make_config(tokenizer))
+
+
+def save(model: Any, tokenizer: Tokenizer, folder: Path, dtype: Any) -> None:
+    """A checkpoint folder that loads without network and without torchvision: weights in `dtype` as
+    safetensors, all else JSON.
+    """
+    import copy
+
+    folder.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "additional_special_tokens": [*SPECIALS, *LATENT_TOKENS], "model_max_length": 4096,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)

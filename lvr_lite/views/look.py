@@ -1,0 +1,275 @@
+"""`--look`: which visual tokens each latent step is nearest to, as heat maps over the pictures. May
+import: numpy, Pillow, the core.
+
+Nearness is `lvr_lite.model.spec.likeness`, by which a bottleneck finds the places of its latents
+too: a cosine, after the picture's mean of its visual tokens is taken from each. Nothing is taken
+from the latents: a mean over the few steps would remove what they agree on, and the mean over many
+answers, which `probe` takes for its R@1, one answer does not have. The price: a latent that has the
+tokens' mean in it leans to tokens that lie along this mean, even one that equals another token.
+What a latent is near to is not what the answer hangs on: that is for `probe`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lvr_lite.errors import LvrError, UsageError
+from lvr_lite.files import write_atomically
+from lvr_lite.generate.decode import Prompt, Result
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.latents import likeness
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.views.drawing import (
+    INK,
+    PAPER,
+    QUIET,
+    Colour,
+    Font,
+    cell_edges,
+    draw_boxes,
+    fitted,
+    wrapped,
+)
+
+MEANING = "colour: cosine with each visual token less their mean; white frame: the highest"
+NOTE = "nearest visual tokens; whether the latents are used is what lvr-lite probe measures"
+
+# ten steps of viridis (matplotlib, CC0): lightness rises evenly, and it reads in grey and for
+# colour-blind eyes
+SCALE: tuple[Colour, ...] = (
+    (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
+    (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
+)  # fmt: skip
+_TINT, _DIM = 0.6, 0.75  # how much of a panel is colour; brightness of the grey picture beneath it
+_SIDE, _GAP, _TEXT, _LINE, _ACROSS = (
+    224,
+    16,
+    15,
+    20,
+    5,
+)  # pixels: a picture's longer side, space, text size, text line; panels in a line
+_FRAME = 11  # pixels that the nearest token's frame measures at least, where the picture has them
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture, the rows and columns of its visual tokens, and how near each latent step is to
+    each token: (K, rows * columns).
+    """
+
+    picture: Image.Image
+    grid: tuple[int, int]
+    similarities: np.ndarray
+
+    def nearest(self, step: int) -> tuple[int, int, float]:
+        """Row and column of the token that latent step `step` (from 0) is nearest to, and its
+        similarity.
+        """
+        token = int(self.similarities[step].argmax())
+        return token // self.grid[1], token % self.grid[1], float(self.similarities[step, token])
+
+
+def similarities(latents: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1:
+    `lvr_lite.model.spec.likeness`.
+    """
+    return np.asarray(likeness(latents, features))
+
+
+def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | None) -> None:
+    """Raises UsageError where a call has nothing to look at (no picture, no latents of the model's
+    own) or would write over a picture.
+
+    images: paths; steps: as in `Options`.
+    """
+    if any(Path(image).resolve() == out.resolve() for image in images):
+        raise UsageError(f"--look {out}: is the picture itself; choose another file")
+    if not images:
+        raise UsageError(
+            "--look: nothing to look at without a picture; give one before the question"
+        )
+    if not latent.steps:
+        raise UsageError(
+            "--look: this model was not tuned for latent steps, so there is nothing to look at; see `lvr-lite finetune`"
+        )
+    if steps == 0:
+        raise UsageError("--look: nothing to look at with --steps 0; leave one of them out")
+    if latent.feedback == "token":
+        raise UsageError(
+            "--look: this model feeds a fixed token in place of latents, so there is nothing to look at"
+        )
+
+
+def views(
+    runtime: Runtime, pictures: Sequence[Image.Image], prompt: Prompt, result: Result
+) -> list[View]:
+    """What the latents of an answer are near to, in each of the prompt's pictures. Raises LvrError
+    for an answer without latents.
+    """
+    if not result.latents:
+        raise LvrError(
+            "--look: the model answered without latent steps this time, so there is nothing to look at"
+        )
+    family, spec = runtime.family, runtime.image_spec
+    grids = [family.grid_of(picture.height, picture.width, spec) for picture in pictures]
+    ends = np.cumsum([family.picture_text(grid, spec).count(family.IMAGE_TOKEN) for grid in grids])
+    assert ends[-1] == len(prompt.features), (
+        f"{ends[-1]} places for {len(prompt.features)} visual tokens"
+    )
+    latents = np.stack(result.latents)
+    parts = np.split(prompt.features, ends[:-1])
+    return [
+        View(
+            picture,
+            family.token_grid(grid, spec),
+            similarities(latents, tokens)[:, family.token_places(grid, spec)],
+        )
+        for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
+    ]
+
+
+def bounds(seen: Sequence[View]) -> tuple[float, float]:
+    """The lowest and highest similarity of all steps and pictures: the one scale by which panels
+    compare.
+    """
+    return min(float(v.similarities.min()) for v in seen), max(
+        float(v.similarities.max()) for v in seen
+    )
+
+
+def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values (...) -> (..., 3) uint8: `SCALE` from low to high."""
+    places = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(SCALE) - 1)
+    anchors = np.array(SCALE, float)
+    mixed = np.stack(
+        [np.interp(places, np.arange(len(SCALE)), anchors[:, c]) for c in range(3)], -1
+    )
+    return np.asarray(mixed.round(), np.uint8)
+
+
+def panel(view: View, step: int, scale: tuple[float, float], side: int = _SIDE) -> Image.Image:
+    """One latent step: the picture in dim grey under its tokens' colours, the nearest token
+    outlined; the longer side has `side` pixels.
+    """
+    picture = fitted(view.picture.convert("RGB"), side)
+    rows, columns = view.grid
+    heat = Image.fromarray(colours(view.similarities[step].reshape(rows, columns), *scale))
+    dim = picture.convert("L").point(lambda v: v * _DIM).convert("RGB")
+    drawn = Image.blend(dim, heat.resize(picture.size, Image.Resampling.NEAREST), _TINT)
+    row, column, _ = view.nearest(step)
+    (x0, x1), (y0, y1) = _framed(column, columns, picture.width), _framed(row, rows, picture.height)
+    draw = ImageDraw.Draw(drawn)
+    draw.rectangle(
+        (x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0)
+    )  # so that the white line shows on yellow too
+    draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255), width=2)
+    return drawn
+
+
+def _framed(cell: int, cells: int, length: int) -> tuple[int, int]:
+    """First and last pixel of a frame around one of `cells` cells along `length` pixels; around a
+    tiny cell it is wider than the cell.
+    """
+    edges = cell_edges(length, cells)
+    spare = max(0, _FRAME - (edges[cell + 1] - edges[cell]) + 1) // 2
+    return max(0, edges[cell] - spare), min(length, edges[cell + 1] + spare) - 1
+
+
+def look(
+    seen: Sequence[View],
+    question: str,
+    answer: str,
+    expected: str | None = None,
+    boxes: Sequence[Sequence[float]] = (),
+) -> Image.Image:
+    """Question and answer; for each picture the picture itself and a panel for each latent step;
+    then the scale, one for all panels.
+
+    boxes: normalized xyxy, drawn on the first picture.
+    """
+    font = ImageFont.load_default(_TEXT)
+    across = min(_ACROSS, 1 + len(seen[0].similarities))
+    inner = across * (_SIDE + _GAP) - _GAP
+    said = [
+        (question, INK),
+        (f"answer: {answer or '(nothing)'}", INK),
+        *([(f"expected: {expected}", QUIET)] if expected else []),
+    ]
+    blocks = [
+        _text(
+            [(line, ink) for text, ink in said for line in wrapped(text, font, inner)], inner, font
+        )
+    ]
+    for number, view in enumerate(seen):
+        tiles = _tiles(view, bounds(seen), () if number else boxes, font)
+        blocks += [_beside(tiles[i : i + across], inner) for i in range(0, len(tiles), across)]
+    legend = [(line, QUIET) for text in (MEANING, NOTE) for line in wrapped(text, font, inner)]
+    blocks += [_bar(bounds(seen), inner, font), _text(legend, inner, font)]
+    sheet = Image.new("RGB", (inner + 2 * _GAP, _GAP + sum(b.height + _GAP for b in blocks)), PAPER)
+    y = _GAP
+    for block in blocks:
+        sheet.paste(block, (_GAP, y))
+        y += block.height + _GAP
+    return sheet
+
+
+def _text(lines: Sequence[tuple[str, Colour]], width: int, font: Font) -> Image.Image:
+    block = Image.new("RGB", (width, _LINE * len(lines)), PAPER)
+    draw = ImageDraw.Draw(block)
+    for i, (line, ink) in enumerate(lines):
+        draw.text((0, i * _LINE), line, fill=ink, font=font)
+    return block
+
+
+def _tiles(
+    view: View, scale: tuple[float, float], boxes: Sequence[Sequence[float]], font: Font
+) -> list[Image.Image]:
+    """The picture with its boxes, then the panels, each with its line of text below."""
+    picture = fitted(view.picture.convert("RGB"), _SIDE)
+    draw_boxes(ImageDraw.Draw(picture), boxes, picture.size)
+    tiles = [(picture, "the picture")]
+    tiles += [
+        (panel(view, step, scale), f"step {step + 1}: {view.nearest(step)[2]:.2f}")
+        for step in range(len(view.similarities))
+    ]
+    return [_labelled(image, label, font) for image, label in tiles]
+
+
+def _labelled(image: Image.Image, label: str, font: Font) -> Image.Image:
+    tile = Image.new("RGB", (_SIDE, image.height + 4 + _LINE), PAPER)
+    tile.paste(image, (0, 0))
+    ImageDraw.Draw(tile).text((0, image.height + 4), label, fill=INK, font=font)
+    return tile
+
+
+def _beside(tiles: Sequence[Image.Image], width: int) -> Image.Image:
+    line = Image.new("RGB", (width, max(tile.height for tile in tiles)), PAPER)
+    for i, tile in enumerate(tiles):
+        line.paste(tile, (i * (_SIDE + _GAP), 0))
+    return line
+
+
+def _bar(scale: tuple[float, float], width: int, font: Font) -> Image.Image:
+    """The colour bar, its two ends in numbers at its sides."""
+    low, high = (f"{value:.2f}" for value in scale)
+    block = Image.new("RGB", (width, _LINE), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), low, fill=INK, font=font)
+    left = round(font.getlength(low)) + 8
+    strip = colours(np.linspace(0, 1, _SIDE)[None].repeat(_LINE - 4, 0), 0, 1)
+    block.paste(Image.fromarray(strip), (left, 2))
+    draw.text((left + _SIDE + 8, 0), high, fill=INK, font=font)
+    return block
+
+
+def write_look(path: Path, sheet: Image.Image) -> None:
+    """Write a PNG, whole or not at all. Raises BundleError where it cannot be written."""
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    write_atomically(path, file.getvalue())

@@ -1,0 +1,175 @@
+"""What `inspect` tells of folders that are written here by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lvr_lite.commands import inspect
+from lvr_lite.errors import BundleError
+from lvr_lite.model import bundle
+from lvr_lite.model.spec import LatentSpec
+
+
+def write_bundle(folder: Path) -> Path:
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    graphs = {}
+    for name in bundle.GRAPHS:
+        (folder / "onnx" / f"{name}.onnx").write_bytes(name.encode() * 100)
+        files = bundle.graph_files(folder, [f"onnx/{name}.onnx"])
+        inputs = {
+            f"past_key_values.{i}.key": {"dtype": "float32", "axes": ["batch", 4]} for i in range(6)
+        }
+        graphs[name] = bundle.Graph(
+            **files,
+            precision="int4",
+            inputs=inputs,
+            outputs={"logits": {"dtype": "float32", "axes": ["batch", 8]}},
+        )
+    source = {"base": "tiny", "tokenizer_sha256": files.sha256(folder / "tokenizer.json")}
+    manifest = bundle.Manifest(
+        "qwen2_5_vl",
+        "int4",
+        graphs,
+        LatentSpec(4),
+        {"image": 1},
+        "",
+        {},
+        {"layers": 6},
+        {},
+        source,
+        {"decoder": 1e-6},
+    )
+    bundle.write_manifest(folder, manifest)
+    (folder / "report.json").write_text(json.dumps({"drift": {"layers": [0.1, 0.2]}}))
+    return folder
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    header: dict[str, Any] = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
+        for name, (dtype, shape) in tensors.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def rendered(description: dict[str, Any]) -> str:
+    out = io.StringIO()
+    inspect.render(description, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_a_bundle_tells_its_graphs_latents_parity_and_report(tmp_path: Path) -> None:
+    told = json.loads(json.dumps(inspect.describe(write_bundle(tmp_path / "b"))))
+    assert (told["kind"], told["precision"], told["intact"]) == ("bundle", "int4", True)
+    assert list(told["graphs"]) == list(bundle.GRAPHS)
+    assert told["bytes"] == sum(100 * len(name) for name in bundle.GRAPHS)
+    assert told["latent"] == {"steps": 4, "feedback": "identity", "mode": "open", "norm": 0.0}
+    assert (told["parity"], told["report"]) == (
+        {"decoder": 1e-6},
+        {"drift": {"layers": [0.1, 0.2]}},
+    )
+
+
+def test_a_changed_and_a_missing_file_are_told_by_name(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b")
+    (folder / "onnx/decoder.onnx").write_bytes(b"other")
+    (folder / "onnx/lm_head.onnx").unlink()
+    told = inspect.describe(folder)
+    assert not told["intact"]
+    assert told["graphs"]["decoder"]["files_state"] == "onnx/decoder.onnx is changed"
+    assert told["graphs"]["lm_head"]["files_state"] == "onnx/lm_head.onnx is missing"
+    assert told["graphs"]["embed_tokens"]["files_state"] == "ok"
+    assert "copy it again" in rendered(told)
+
+
+def test_the_terminal_shows_the_caches_of_all_layers_as_one_line(tmp_path: Path) -> None:
+    text = rendered(inspect.describe(write_bundle(tmp_path / "b")))
+    assert "past_key_values.N.key float32[batch, 4] × 6" in text
+    assert "logits float32[batch, 8]" in text
+    assert "steps 4" in text
+
+
+def test_a_whole_model_tells_its_type_and_parameters(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    write_safetensors(
+        tmp_path / "model.safetensors",
+        {"a": ("BF16", [3, 4]), "b": ("F32", [5]), "scalar": ("F32", [])},
+    )
+    told = inspect.describe(tmp_path)
+    assert (told["kind"], told["model_type"], told["parameters"]) == (
+        "checkpoint",
+        "qwen2_5_vl",
+        18,
+    )
+    assert told["weights"]["model.safetensors"]["dtypes"] == {"BF16": 12, "F32": 6}
+    assert "BF16 12" in rendered(told)
+
+
+def test_packed_weights_count_two_parameters_a_byte(tmp_path: Path) -> None:
+    tensors = {
+        "w.weight": ("U8", [8, 1]),
+        "w.weight.absmax": ("U8", [2]),
+        "w.weight.quant_map": ("F32", [16]),
+        "w.weight.quant_state.bitsandbytes__nf4": ("U8", [90]),
+        "norm.weight": ("F32", [4]),
+    }
+    write_safetensors(tmp_path / "m.safetensors", tensors)
+    assert inspect.count_parameters(tmp_path / "m.safetensors")["dtypes"] == {"4-bit": 16, "F32": 4}
+
+
+def test_a_tuned_checkpoint_tells_base_latents_and_adapter(tmp_path: Path) -> None:
+    (tmp_path / "lvr_config.json").write_text(
+        json.dumps({"base": "tiny", "latent": {"steps": 4, "feedback": "identity", "mode": "open"}})
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 16, "target_modules": ["q_proj"]})
+    )
+    write_safetensors(tmp_path / "adapter_model.safetensors", {"lora_A": ("F32", [16, 8])})
+    told = inspect.describe(tmp_path)
+    assert (told["kind"], told["base"], told["latent"]["steps"], told["parameters"]) == (
+        "tuned checkpoint",
+        "tiny",
+        4,
+        128,
+    )
+    assert all(word in rendered(told) for word in ("tiny", "steps 4", "LORA", "r 16"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234",
+        struct.pack("<Q", 1 << 60),
+        struct.pack("<Q", 4) + b"nope",
+        struct.pack("<Q", 2) + b"[]",
+    ],
+)
+def test_weights_that_are_cut_off_or_something_else_are_refused_by_name(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(BundleError, match=r"w\.safetensors"):
+        inspect.read_header(tmp_path / "w.safetensors")
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="neither a bundle"):
+        inspect.describe(tmp_path)
+    with pytest.raises(BundleError, match="no such folder"):
+        inspect.describe(tmp_path / "none")
+
+
+def test_a_configuration_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BundleError, match=r"config\.json"):
+        inspect.describe(tmp_path)

@@ -1,0 +1,260 @@
+"""Bundles: what is missing, changed or foreign is refused by name; a folder is written whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvr_lite.errors import BundleError
+from lvr_lite.files import fresh_folder, sha256, write_atomically
+from lvr_lite.model.bundle import (
+    GRAPHS,
+    Graph,
+    Manifest,
+    graph_files,
+    is_bundle,
+    read_manifest,
+    write_manifest,
+)
+from lvr_lite.model.spec import LatentSpec
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "tokenizer.json").write_text("{}")
+    graphs = {}
+    for name in GRAPHS:
+        paths = [f"onnx/{name}.onnx", f"onnx/{name}.onnx_data"]
+        for path in paths:
+            (folder / path).write_bytes(f"{path} weights".encode() * 50)
+        graphs[name] = Graph(**graph_files(folder, paths), precision="fp32", inputs={}, outputs={})
+    source = {"tokenizer_sha256": sha256(folder / "tokenizer.json")}
+    sizes = {"layers": 1, "kv_heads": 1, "head_dim": 4, "hidden_size": 4, "vocab_size": 9}
+    tokens = {"image": 1, "end": [2], "lvr_start": 3, "lvr": 4, "lvr_end": 5}
+    write_manifest(
+        folder,
+        Manifest(
+            "qwen2_5_vl",
+            "fp32",
+            graphs,
+            LatentSpec(4),
+            tokens,
+            "{{ messages }}",
+            {},
+            sizes,
+            {},
+            source,
+        ),
+    )
+    return folder
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    data = json.loads((folder / "lvr.json").read_text())
+    (folder / "lvr.json").write_text(
+        json.dumps({k: v for k, v in {**data, **fields}.items() if v is not ...})
+    )
+
+
+def edit_graph(folder: Path, name: str, **fields: Any) -> None:
+    graphs = json.loads((folder / "lvr.json").read_text())["graphs"]
+    edit(folder, graphs={**graphs, name: {**graphs[name], **fields}})
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_written_is_read_back(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert is_bundle(bundle)
+    assert manifest.latent == LatentSpec(4)
+    assert list(manifest.graphs) == list(GRAPHS)
+    assert manifest.graphs["decoder"].path == "onnx/decoder.onnx"
+    assert manifest.graphs["decoder"].bytes == sum(
+        (bundle / p).stat().st_size for p in manifest.graphs["decoder"].files
+    )
+    assert manifest.to_json() == json.loads((bundle / "lvr.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["onnx/decoder.onnx_data", "onnx/lm_head.onnx", "tokenizer.json"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    assert refusal(bundle).startswith(f"{bundle / name}: missing")
+
+
+@pytest.mark.parametrize("name", ["onnx/vision_encoder.onnx_data", "tokenizer.json"])
+def test_a_changed_file_of_the_same_size_is_named(bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[-1] ^= 1
+    (bundle / name).write_bytes(bytes(data))
+    assert refusal(bundle).startswith(f"{bundle / name}: changed or truncated")
+
+
+def test_a_truncated_file_is_named(bundle: Path) -> None:
+    path = bundle / "onnx/embed_tokens.onnx_data"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(bundle).startswith(f"{path}: changed or truncated")
+
+
+def test_files_are_not_hashed_where_no_check_is_asked(bundle: Path) -> None:
+    (bundle / "tokenizer.json").unlink()
+    assert read_manifest(bundle, check=False).family == "qwen2_5_vl"
+
+
+def test_another_version_is_refused_with_both_numbers(bundle: Path) -> None:
+    edit(bundle, version=7)
+    assert "version 7" in refusal(bundle)
+    assert "reads version 1" in refusal(bundle)
+
+
+@pytest.mark.parametrize("field", ["version", "graphs", "latent", "family", "tokens"])
+def test_a_missing_field_is_named(bundle: Path, field: str) -> None:
+    edit(bundle, **{field: ...})
+    assert f"{field}'" in refusal(bundle)
+
+
+def test_an_unknown_field_is_named(bundle: Path) -> None:
+    edit(bundle, surprise=1)
+    assert "surprise" in refusal(bundle)
+
+
+def test_a_missing_graph_is_named(bundle: Path) -> None:
+    graphs = json.loads((bundle / "lvr.json").read_text())["graphs"]
+    edit(bundle, graphs={k: v for k, v in graphs.items() if k != "lm_head"})
+    assert "graph lm_head is missing" in refusal(bundle)
+
+
+def test_a_latent_loop_from_the_future_is_refused(bundle: Path) -> None:
+    edit(bundle, latent={"steps": 4, "feedback": "teleport", "mode": "open"})
+    assert "teleport" in refusal(bundle)
+
+
+@pytest.mark.parametrize("text", ["{", "", "\xff", "[1]", '"text"', "null"])
+def test_a_malformed_manifest_is_refused_by_name(bundle: Path, text: str) -> None:
+    (bundle / "lvr.json").write_bytes(text.encode("latin-1"))
+    assert refusal(bundle).startswith(f"{bundle / 'lvr.json'}: ")
+
+
+@pytest.mark.parametrize("path", ["../outside.onnx", "/etc/hostname", "onnx/../../outside.onnx"])
+def test_a_file_outside_the_bundle_is_not_opened(bundle: Path, path: str) -> None:
+    (bundle.parent / "outside.onnx").write_bytes(b"x")
+    edit_graph(bundle, "decoder", files={path: "0" * 64})
+    assert f"file {path} lies outside the bundle" in refusal(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_not_followed(bundle: Path) -> None:
+    (bundle.parent / "outside.onnx").write_bytes(b"x")
+    (bundle / "onnx/link.onnx").symlink_to(bundle.parent / "outside.onnx")
+    edit_graph(bundle, "decoder", files={"onnx/link.onnx": sha256(bundle.parent / "outside.onnx")})
+    assert "lies outside the bundle" in refusal(bundle)
+
+
+def test_no_folder_and_a_folder_without_a_manifest_say_how_to_make_one(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "not a bundle" in refusal(tmp_path)
+    assert not is_bundle(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------
+# fresh_folder
+
+
+def test_a_fresh_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
+    with fresh_folder(tmp_path / "deep" / "out") as staged:
+        (staged / "lvr.json").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "lvr.json").read_text() == "1"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_on_an_error_nothing_is_left_and_an_earlier_result_is_as_before(
+    tmp_path: Path, error: BaseException
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lvr.json").write_text("before")
+    with pytest.raises(type(error)), fresh_folder(tmp_path / "out") as staged:
+        (staged / "lvr.json").write_text("half")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "lvr.json").read_text() == "before"
+
+
+def test_an_earlier_result_is_replaced_whole(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with fresh_folder(tmp_path / "out") as staged:
+            (staged / "lvr.json").write_text(name)
+            (staged / name).write_text("")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["lvr.json", "second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with fresh_folder(tmp_path / "out") as staged:
+        (staged / "lvr.json").write_text("")
+    assert is_bundle(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_foreign_target_is_refused_untouched(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    if kind == "folder":
+        target.mkdir()
+    (target / "thesis.txt" if kind == "folder" else target).write_text("mine")
+    with (
+        pytest.raises(BundleError, match="out: exists and is not an earlier result"),
+        fresh_folder(target),
+    ):
+        pytest.fail("the body must not run")
+    assert (target / "thesis.txt" if kind == "folder" else target).read_text() == "mine"
+
+
+def test_what_marks_an_earlier_result_can_be_another_file(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").write_text("")
+    with pytest.raises(BundleError), fresh_folder(tmp_path / "out"):
+        pytest.fail("the body must not run")
+    with fresh_folder(tmp_path / "out", replaceable="train.jsonl") as staged:
+        (staged / "new").write_text("")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_what_a_killed_run_left_is_swept_away_and_a_living_run_is_let_be(tmp_path: Path) -> None:
+    dead, alive = tmp_path / ".out.tmp-999999999-abc", tmp_path / ".out.tmp-1-abc"
+    dead.mkdir()
+    alive.mkdir()
+    with fresh_folder(tmp_path / "out"):
+        pass
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(BundleError, match="out: cannot be written"),
+        fresh_folder(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("the body must not run")
+
+
+def test_a_text_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "new" / "a.txt", "one")
+    write_atomically(tmp_path / "new" / "a.txt", "two")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "two")]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BundleError, match="folder: cannot be written"):
+        write_atomically(tmp_path / "folder", "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new"]

@@ -1,0 +1,465 @@
+"""The parity suite that every family passes: a small random model, in transformers' own forward
+pass, in ours, and as a bundle.
+
+A new family adds its configuration to CONFIGS and nothing else (docs/families.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lvr_lite.config import LatentSettings, load_settings
+from lvr_lite.data.samples import Sample
+from lvr_lite.export.parity import StartsWithLatents, compare
+from lvr_lite.export.weights import StoredWeights, code_of, empty_model, origins
+from lvr_lite.generate.ask import Pictures, prepare_prompt
+from lvr_lite.generate.decode import Options, decode
+from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.generate.torch import TorchRuntime, visual_tokens
+from lvr_lite.model import families
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.spec import LatentSpec
+from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.quantize import quantize_bundle
+from lvr_lite.quant.tune import Tuning
+from lvr_lite.toy import build
+from lvr_lite.train import load as nf4
+from lvr_lite.train.batches import Collator
+from lvr_lite.train.finetune import finetune
+from lvr_lite.train.methods import METHODS
+from lvr_lite.train.sft import LatentSFT
+
+STEPS = 3
+TEXT = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+}  # fmt: skip
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"depth": 3, "hidden_size": 96, "intermediate_size": 160, "num_heads": 3, "out_hidden_size": 128, "patch_size": 14,
+                   "fullatt_block_indexes": [1], "window_size": 56},
+    "qwen2_vl": {"depth": 3, "embed_dim": 96, "hidden_size": 128, "num_heads": 3, "mlp_ratio": 2, "patch_size": 14},
+    "qwen3_vl": {"depth": 4, "hidden_size": 96, "intermediate_size": 160, "num_heads": 3, "out_hidden_size": 128, "patch_size": 16,
+                 "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
+    "smolvlm": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "image_size": 84,
+                "patch_size": 14},
+}  # fmt: skip
+CONFIGS = {
+    "qwen2_5_vl": "Qwen2_5_VLConfig",
+    "qwen2_vl": "Qwen2VLConfig",
+    "qwen3_vl": "Qwen3VLConfig",
+    "smolvlm": "SmolVLMConfig",
+}
+MORE_TEXT: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 32},
+    "smolvlm": {
+        "model_type": "llama",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+SMOLVLM_TOKENS = [
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
+]
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# What differs in preprocessor_config.json from that of the embedded model.
+PREPROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"patch_size": 16},
+    "smolvlm": {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 84}, "do_image_splitting": True,
+                "min_pixels": None, "max_pixels": None, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's small model and its checkpoint folder, read."""
+
+    model: Any
+    checkpoint: Checkpoint
+
+
+def make_model(model_type: str) -> tuple[Any, Any]:
+    """(model with random weights in float32, tokenizer)"""
+    import transformers
+
+    tokenizer = build.make_tokenizer()
+    tokenizer.add_special_tokens(SMOLVLM_TOKENS if model_type == "smolvlm" else [])
+    ids = {name: tokenizer.token_to_id(name) for name in build.SPECIALS}
+    text = TEXT | MORE_TEXT.get(model_type, {}) | {
+        "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+    }  # fmt: skip
+    config = getattr(transformers, CONFIGS[model_type])(
+        text_config=text, vision_config=VISION[model_type], tie_word_embeddings=True,
+        image_token_id=tokenizer.token_to_id(families.get(model_type).IMAGE_TOKEN), video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = getattr(transformers, families.get(model_type).ARCHITECTURE)(config).float().eval()
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module", params=families.KNOWN)
+def case(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    noticeable: Callable[[Any], Any],
+) -> Case:
+    model, tokenizer = make_model(request.param)
+    model = noticeable(model)
+    folder = tmp_path_factory.mktemp("families") / request.param
+    build.save(model, tokenizer, folder, torch.float32)
+    preprocessor = folder / "preprocessor_config.json"
+    preprocessor.write_text(
+        json.dumps(json.loads(preprocessor.read_text()) | PREPROCESSORS.get(request.param, {}))
+    )
+    if request.param == "smolvlm":
+        (folder / "chat_template.jinja").write_text(SMOLVLM_TEMPLATE)
+    return Case(model, replace(read_checkpoint(folder), latent=LatentSpec(steps=STEPS)))
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    case: Case, tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]
+) -> Path:
+    """The case as an fp32 bundle; writing it runs the export's own gate: each graph, and decodings
+    through the latent loop.
+    """
+    target = tmp_path_factory.mktemp("bundles") / case.checkpoint.family.MODEL_TYPE
+    export(case.checkpoint, target)
+    return target
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(
+        np.random.default_rng([seed, width, height]).integers(
+            0, 256, (height, width, 3), dtype=np.uint8
+        )
+    )
+
+
+PICTURES: dict[str, list[list[Image.Image]]] = {
+    "square": [[noise(112, 112)]],
+    "wide": [[noise(300, 100)]],
+    "tall and small": [[noise(40, 130)]],
+    "two pictures": [[noise(120, 64), noise(64, 180, 1)]],
+    "none": [[]],
+    "a padded batch": [[noise(200, 120)], [noise(64, 64), noise(90, 70)], [], [noise(56, 140)]],
+}
+
+
+def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    """The pictures of a batch as transformers' own image processor prepares them."""
+    import transformers
+
+    settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
+    if case.checkpoint.family.MODEL_TYPE == "smolvlm":
+        names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
+        processor = (
+            transformers.models.smolvlm.image_processing_pil_smolvlm.SmolVLMImageProcessorPil(
+                **{n: settings[n] for n in names}
+            )
+        )
+        found = processor([list(group) for group in groups], return_tensors="pt")
+        return {
+            "pixel_values": found["pixel_values"],
+            "pixel_attention_mask": found["pixel_attention_mask"],
+        }
+    size = {"shortest_edge": settings["min_pixels"], "longest_edge": settings["max_pixels"]}
+    names = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+    processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
+        size=size, **{n: settings[n] for n in names}
+    )
+    return dict(processor([picture for group in groups for picture in group], return_tensors="pt"))
+
+
+def by_transformers(
+    case: Case, groups: Sequence[Sequence[Image.Image]], questions: Sequence[str]
+) -> list[np.ndarray]:
+    """The last prompt position's hidden state (H,) of each row, from the model's own forward pass
+    over a batch padded on the left, with the positions, the merging of visual tokens and all else
+    that transformers does by itself.
+    """
+    c = case.checkpoint
+    runtime = TorchRuntime(case.model, c)
+    rows = [
+        prepare_prompt(runtime, pictures, q)[0].ids
+        for pictures, q in zip(groups, questions, strict=True)
+    ]
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), c.tokens.end[0])
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.from_numpy(row), 1
+    inputs: dict[str, Any] = {}
+    if any(groups):
+        inputs = inputs_of_transformers(case, groups)
+        if c.family.POSITION_AXES == 3:
+            inputs["mm_token_type_ids"] = (ids == c.tokens.image).int()
+    with torch.no_grad():
+        out = case.model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+    return [state.numpy() for state in out.last_hidden_state[:, -1]]
+
+
+def test_weights_are_read_one_by_one_as_transformers_reads_them(case: Case) -> None:
+    empty = empty_model(case.checkpoint.config, case.checkpoint.family)
+    stored, wanted = (
+        StoredWeights(case.checkpoint, empty),
+        nf4.load_plain(case.checkpoint).state_dict(),
+    )
+    assert set(stored) == set(dict(case.model.named_parameters(remove_duplicate=False)))
+    for name, weight in stored.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, wanted[name]), name
+    codes = origins(empty)
+    assert len(codes) == len(list(case.model.parameters()))
+    assert all(name == codes[code_of(parameter)] for name, parameter in empty.named_parameters())
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_prompts_are_read_as_transformers_reads_them(case: Case, bundle: Path, name: str) -> None:
+    groups = PICTURES[name]
+    questions = ["what colour is the star", "where heart", "describe", "how many are red"][
+        : len(groups)
+    ]
+    wanted = by_transformers(case, groups, questions)
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+        prompts = [
+            prepare_prompt(runtime, pictures, q)[0]
+            for pictures, q in zip(groups, questions, strict=True)
+        ]
+        results = decode(runtime, prompts, Options(max_tokens=1, steps=0, keep_hidden=True))
+        for result, state in zip(results, wanted, strict=True):
+            compare(f"{name} under {type(runtime).__name__}", result.hidden[0], state, 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+def test_torch_and_onnx_say_the_same_through_latents(case: Case, bundle: Path, mode: str) -> None:
+    spec = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+    groups = [PICTURES["wide"][0], PICTURES["two pictures"][0], PICTURES["tall and small"][0]]
+    outcomes = []
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+        runtime.latent = spec
+        prompts = [
+            prepare_prompt(runtime, pictures, "what pattern is the cross")[0] for pictures in groups
+        ]
+        options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
+        outcomes.append(decode(StartsWithLatents(runtime, STEPS), prompts, options))
+    for a, b in zip(*outcomes, strict=True):
+        assert a.tokens == b.tokens
+        assert len(a.latents) == STEPS
+        compare("latents", np.stack(b.latents), np.stack(a.latents), 1e-4)
+        compare("hidden states", np.stack(b.hidden), np.stack(a.hidden), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: str) -> None:
+    """What trains scales and norms after rounding (quant/tune.py) computes what the runtime does,
+    through latents and deepstack.
+    """
+    runtime = OnnxRuntime(bundle)
+    runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+    prompts = [
+        prepare_prompt(runtime, pictures, "where heart")[0]
+        for pictures in (PICTURES["two pictures"][0], [])
+    ]
+    readings = Products(StartsWithLatents(runtime, STEPS), prompts, bundle).readings()  # type: ignore[arg-type]
+    tuning = Tuning(bundle, runtime.manifest, runtime, readings)
+    assert len(readings) == (2 if mode == "open" else 4)
+    for reading in readings:
+        assert (reading.ids == runtime.tokens.lvr).sum() > 0
+        with torch.no_grad():
+            compare("states", tuning.states(reading).numpy(), reading.states, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+@pytest.mark.parametrize("name", ["wide", "two pictures"])
+def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_read_again(
+    case: Case, bundle: Path, mode: str, name: str
+) -> None:
+    options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+        runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+        known = Pictures(runtime)
+        for question in ("what pattern is the cross", "where heart", "how many are red"):
+            pictures = [picture.copy() for picture in PICTURES[name][0]]  # known by what they show
+            (again,) = decode(
+                StartsWithLatents(runtime, STEPS),
+                [known.prepare_prompt(pictures, question)[0]],
+                options,
+            )
+            (anew,) = decode(
+                StartsWithLatents(runtime, STEPS),
+                [prepare_prompt(runtime, pictures, question)[0]],
+                options,
+            )
+            assert again.tokens == anew.tokens
+            compare("hidden states", np.stack(again.hidden), np.stack(anew.hidden), 1e-4)
+
+
+def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
+    quantize_bundle(bundle, tmp_path / "int8", "int8", [].append)
+    prompts = [
+        prepare_prompt(
+            TorchRuntime(case.model, case.checkpoint), PICTURES["square"][0], "describe"
+        )[0]
+    ]
+    folders = (bundle, tmp_path / "int8")
+    whole, rounded = (
+        decode(OnnxRuntime(f), prompts, Options(max_tokens=1, steps=0, keep_hidden=True))[0].hidden[
+            0
+        ]
+        for f in folders
+    )
+    compare("int8", rounded, whole, 0.1)
+    assert not np.array_equal(rounded, whole)
+
+
+@pytest.mark.parametrize("feedback", ["identity", "norm-matched"])
+def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
+    """Free-running latents of the training pass, over a padded batch, are those of the decode loop;
+    targets are as wide as they.
+    """
+    c, settings = case.checkpoint, LatentSettings(method="lvr-free", steps=STEPS, feedback=feedback)  # type: ignore[arg-type]
+    groups, box = [PICTURES["wide"][0], PICTURES["tall and small"][0]], ((0.1, 0.2, 0.7, 0.6),)
+    samples = [
+        Sample(str(i), (), q, "red", boxes=box)
+        for i, q in enumerate(("what colour is the star", "where heart"))
+    ]
+    sft = LatentSFT(
+        SimpleNamespace(get_base_model=lambda: case.model), c.tokens, settings, 5.0
+    ).eval()
+    batch = Collator(c, settings)([(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
+    with torch.no_grad():
+        features = visual_tokens(case.model, batch["pixel_values"], batch["grid_thw"])
+        _, trained = sft.method.run(
+            sft, sft._embed(batch["ids"], features), batch, features[:0], forced=False
+        )
+        losses = {
+            m: sft_loss(case, m, [(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
+            for m in METHODS
+        }
+    runtime = TorchRuntime(case.model, replace(c, latent=sft.spec))
+    prompts = [
+        prepare_prompt(runtime, g, s.question)[0] for s, g in zip(samples, groups, strict=True)
+    ]
+    for row, result in zip(
+        trained,
+        decode(StartsWithLatents(runtime, STEPS), prompts, Options(max_tokens=1)),
+        strict=True,
+    ):
+        assert row.shape[-1] == case.model.config.text_config.hidden_size
+        compare("latents", row.numpy(), np.stack(result.latents), 1e-4)
+        _, taught = sft.method.run(
+            sft,
+            sft._embed(batch["ids"], features),
+            batch,
+            batch["pool"] @ features[:, : trained.shape[-1]],
+            forced=True,
+        )
+    torch.testing.assert_close(
+        taught.flatten(0, 1), sft.spec.fed(batch["pool"] @ features[:, : trained.shape[-1]])
+    )
+    assert all(np.isfinite(loss) for loss in losses.values())
+    assert len(set(losses.values())) == len(losses), "two methods are one"
+
+
+def sft_loss(case: Case, method: str, items: Sequence[Any]) -> float:
+    settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")  # type: ignore[arg-type]
+    sft = LatentSFT(
+        SimpleNamespace(get_base_model=lambda: case.model), case.checkpoint.tokens, settings
+    ).eval()
+    return float(sft(**Collator(case.checkpoint, settings)(items))["loss"])
+
+
+def test_it_is_tuned_in_4_bits_and_exported(
+    case: Case, tmp_path: Path, export: Callable[[Any, Path], Any]
+) -> None:
+    """Two steps of the default method: the right linears are in 4 bits and adapted, and what comes
+    out passes the export's gate.
+    """
+    overrides = [
+        "latent.method=lvr-bottleneck",
+        "latent.loss=contrastive",
+        "latent.feedback=norm-matched",
+        f"latent.steps={STEPS}",
+    ]
+    overrides += [
+        "train.steps=2",
+        "train.batch=2",
+        "train.accumulation=1",
+        "train.precision=fp32",
+        "train.gradient_checkpointing=true",
+    ]
+    overrides += [
+        "data.count=4",
+        "data.eval_count=2",
+        "lora.rank=4",
+        "train.save_every=2",
+        "train.eval_every=2",
+        "train.dequantize=never",
+    ]
+    out = tmp_path / "tuned"
+    metrics = finetune(
+        case.checkpoint, nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=[].append
+    )
+    assert metrics["steps"] == 2
+    tuned = read_checkpoint(out)
+    assert tuned.family.MODEL_TYPE == case.checkpoint.family.MODEL_TYPE
+    assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
+    manifest = export(tuned, tmp_path / "bundle")
+    assert manifest.parity["decoding"]["relative"] < 1e-4
+
+
+def test_the_text_of_a_picture_is_that_of_transformers() -> None:
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    from lvr_lite.model.families.smolvlm import picture_text
+
+    spec = {"tile": 84, "patch": 14, "merge": 2}
+    for rows, columns in ((0, 0), (1, 2), (3, 2)):
+        wanted = get_image_prompt_string(
+            rows, columns, 9, "<fake_token_around_image>", "<image>", "<global-img>"
+        )
+        assert picture_text((rows, columns), spec) == wanted
+
+
+@pytest.mark.parametrize("side", [6, 27, 32, 14])
+def test_learned_places_are_rounded_as_in_transformers(side: int) -> None:
+    """It finds them by comparing fractions in float32; where 1 / side is not exact, that is not
+    always the patch's own number.
+    """
+    from transformers.models.smolvlm.modeling_smolvlm import (
+        SmolVLMVisionConfig,
+        SmolVLMVisionEmbeddings,
+    )
+
+    from lvr_lite.model.families.smolvlm import learned_places
+
+    embeddings = SmolVLMVisionEmbeddings(
+        SmolVLMVisionConfig(hidden_size=1, image_size=2 * side, patch_size=2)
+    ).requires_grad_(False)
+    for parameter in embeddings.parameters():
+        parameter.zero_()
+    embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+    found = embeddings(
+        torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool)
+    )
+    assert learned_places(side, 1).tolist() == found.flatten().long().tolist()
