@@ -28,7 +28,7 @@ from PIL import Image
 
 from lvr_lite.bench.machine import load_average, read_bandwidth, read_compute, read_joules
 from lvr_lite.errors import UsageError
-from lvr_lite.generate.ask import Pictures, prepare_prompt
+from lvr_lite.generate.ask import PictureCache, Seconds, prepare_prompt
 from lvr_lite.generate.decode import Clock, Decoding, Event, Options, Result
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.system import peak_rss_mb
@@ -324,7 +324,7 @@ def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: S
     slow. Latents come first and are few, so in one natural request they would bear all of that and
     text tokens none: TPLS and TPOT could not be compared.
     """
-    known = Pictures(runtime)
+    known = PictureCache(runtime)
     options = Options(max_tokens=plan.tokens, min_tokens=plan.tokens, steps=setting.steps)
     before = read_joules()
     timing = time_request(runtime, known, requests, options)
@@ -347,7 +347,7 @@ def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: S
 
 
 def time_request(
-    runtime: Runtime, known: Pictures, requests: list[Request], options: Options
+    runtime: Runtime, known: PictureCache, requests: list[Request], options: Options
 ) -> Timing:
     """Answer a batch of requests from their arrival to the last token, timed by stage.
 
@@ -362,14 +362,15 @@ def time_request(
     ready = time.perf_counter() - arrived
     events = list(decoding)
     whole = time.perf_counter() - arrived
-    before = {
-        stage: sum(seconds[stage] for _, seconds in prepared) for stage in ("preprocess", "vision")
-    }
+    before = Seconds(
+        sum(seconds.preprocess for _, seconds in prepared),
+        sum(seconds.vision for _, seconds in prepared),
+    )
     return _timing(before, ready, decoding.clock, events, decoding.results, whole)
 
 
 def _timing(
-    before: dict[str, float],
+    before: Seconds,
     prepared: float,
     clock: Clock,
     events: list[Event],
@@ -380,8 +381,8 @@ def _timing(
     of single tokens is part of TPOT.
     """
     stages = {
-        "preprocess": [before["preprocess"]],
-        "vision": [before["vision"]],
+        "preprocess": [before.preprocess],
+        "vision": [before.vision],
         "embed": clock.embed[:1],
         "prefill": [clock.prefill],
         "latent_step": clock.latent_step,
@@ -496,8 +497,7 @@ def _scaled(request: Request, runtime: Runtime, tokens: int | None) -> Request:
     """
     if tokens is None:
         return request
-    spec = runtime.image_spec
-    side = spec["patch"] * spec["merge"]
+    side = runtime.processor.image.token_side
     rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     if tokens // rows > 2 * rows:  # no good rectangle: the next best number
         rows = math.isqrt(tokens)
@@ -513,7 +513,7 @@ def _look(measured: Measured, requests: list[Request]) -> None:
     ]
     measured.prompt_tokens = max(len(prompt.ids) for prompt in prompts)
     measured.image_tokens = max(
-        int((prompt.ids == runtime.tokens.image).sum()) for prompt in prompts
+        int((prompt.ids == runtime.processor.tokens.image).sum()) for prompt in prompts
     )
     if wanted is not None and abs(measured.image_tokens - wanted) > wanted / 10:
         raise UsageError(

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from lvr_lite.errors import LvrError
 from lvr_lite.export.onnxfile import declared
 from lvr_lite.generate.torch import language_model
+from lvr_lite.model.families import Family, Grid
+from lvr_lite.model.processor import Processor
 
 OPSET = 23  # the first with RMSNormalization and RotaryEmbedding
 MASKED = -1e9  # added to attention scores; finite, so that no softmax row is ever all -inf
@@ -319,20 +321,19 @@ class Spec:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def specs(model: Any, family: Any, image_spec: dict[str, Any]) -> dict[str, Spec]:
-    """Name -> Spec of the four graphs of a model in float32 on the CPU. family: its module in
-    lvr_lite.model.families; image_spec: the manifest's `image` block.
+def specs(model: Any, processor: Processor) -> dict[str, Spec]:
+    """Name -> Spec of the four graphs of a model in float32 on the CPU. processor: the
+    model's.
 
     Raises LvrError for another dtype, and for features of the architecture that the graphs do not
     have.
     """
     _refuse_unknown(model)
+    family = processor.family
     core, text = model.model, language_model(model)
     deepstack = len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
     return {
-        "vision_encoder": _tiles(core, family)
-        if hasattr(core, "connector")
-        else _vision(core.visual, family, image_spec),
+        "vision_encoder": _tiles(core, family) if family.tiled else _vision(core.visual, processor),
         "embed_tokens": _embed(text.embed_tokens),
         "decoder": _decoder(text, family, deepstack),
         "lm_head": _head(model.lm_head),
@@ -361,19 +362,21 @@ def _axis(name: str) -> Any:
     return torch.export.Dim(name, min=1, max=1 << 20)
 
 
-def _vision(tower: Any, family: Any, image_spec: dict[str, Any]) -> Spec:
+def _vision(tower: Any, processor: Processor) -> Spec:
     tokens, merge = _axis("tokens"), tower.spatial_merge_size
     grids = [
-        (2 * merge, merge),
-        (merge, 2 * merge),
-        (merge, 2 * merge),
+        Grid(2 * merge, merge),
+        Grid(merge, 2 * merge),
+        Grid(merge, 2 * merge),
     ]  # of two visual tokens each
     inputs = {
-        name: torch.from_numpy(array)
-        for name, array in family.vision_inputs(grids, image_spec).items()
+        name: torch.from_numpy(array) for name, array in processor.vision_inputs(grids).items()
     }
     patches, visual = {0: merge**2 * tokens}, {0: tokens}
-    axes = [{"patches": patches, "tokens": visual}[family.VISION_AXES[name]] for name in inputs]
+    axes = [
+        {"patches": patches, "tokens": visual}[processor.family.vision_axes[name]]
+        for name in inputs
+    ]
     arguments = (
         torch.randn(6 * merge**2, tower.patch_embed.proj.weight[0].numel()),
         list(inputs.values()),
@@ -387,7 +390,7 @@ def _vision(tower: Any, family: Any, image_spec: dict[str, Any]) -> Spec:
     )
 
 
-def _tiles(core: Any, family: Any) -> Spec:
+def _tiles(core: Any, family: Family) -> Spec:
     module = TileEncoder(core.vision_model, core.connector)
     rows = {
         "places": family.learned_places(
@@ -434,7 +437,7 @@ def cache_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def _decoder(text_model: Any, family: Any, deepstack: int) -> Spec:
+def _decoder(text_model: Any, family: Family, deepstack: int) -> Spec:
     config, head_dim = text_model.config, text_model.layers[0].self_attn.head_dim
     layers, width = len(text_model.layers), config.hidden_size
     b, s, capacity = 2, 3, 16

@@ -21,8 +21,7 @@ from onnx import external_data_helper, helper, numpy_helper
 
 from lvr_lite.errors import BundleError
 from lvr_lite.generate.onnx import open_session
-from lvr_lite.model import bundle
-from lvr_lite.model.bundle import Manifest
+from lvr_lite.model.bundle import Bundle, hashes_and_bytes
 
 ALIGNMENT = 4096  # of each weight in its file, so that ONNX Runtime can map it
 INLINE = 1024  # bytes up to which a weight stays in the .onnx
@@ -115,20 +114,20 @@ def size(tensor: onnx.TensorProto) -> int:
     )
 
 
-def graph_files(folder: Path, path: str) -> dict[str, Any]:
-    """`files` and `bytes` of the manifest's entry for a graph that lies at `path` in a bundle:
-    itself first, then what holds its weights. A file that another graph has too counts among its
-    bytes only where it has the graph's own name.
+def graph_files(folder: Path, path: str) -> tuple[dict[str, str], int]:
+    """`files` and `bytes` of the manifest's entry for a graph that lies at `path` in a bundle.
+
+    The .onnx comes first, then what holds its weights. A file that another graph has too counts
+    among the bytes only where it has the graph's own name.
     """
     own = f"{path}_data"
-    used = {str(Path(path).parent / location) for location in locations(load(folder / path))}
-    if own not in used:
-        (folder / own).unlink(missing_ok=True)  # nothing was large enough for it
-    described = bundle.graph_files(folder, [path, *sorted(used)])
-    described["bytes"] = sum(
-        (folder / p).stat().st_size for p in (path, own) if p == path or p in used
-    )
-    return described
+    data = {str(Path(path).parent / location) for location in locations(load(folder / path))}
+    if own not in data:
+        # Nothing was large enough for it.
+        (folder / own).unlink(missing_ok=True)
+    digests, _ = hashes_and_bytes(folder, [path, *sorted(data)])
+    counted = [path, own] if own in data else [path]
+    return digests, sum((folder / p).stat().st_size for p in counted)
 
 
 def locations(model: onnx.ModelProto) -> set[str]:
@@ -241,15 +240,16 @@ def _read_by_norm(model: onnx.ModelProto, weight: str) -> str:
 class DecoderLayers:
     """The layers of a bundle's decoder, run one by one, so that no more than one is in memory."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._file = folder / manifest.graphs["decoder"].path
+    def __init__(self, bundle: Bundle) -> None:
+        self._file = bundle.path("decoder")
         self._model = load(self._file)
-        self._layers, heads = manifest.decoder["layers"], manifest.decoder["kv_heads"]
-        self._row = (heads, manifest.decoder["head_dim"])
-        inputs = manifest.graphs["decoder"].inputs
-        self._cache_type = np.dtype(inputs["past_key_values.0.key"]["dtype"])
+        decoder = bundle.manifest.decoder
+        self._layers = decoder.layers
+        self._row = (decoder.kv_heads, decoder.head_dim)
+        inputs = bundle.manifest.graphs["decoder"].inputs
+        self._cache_type = np.dtype(inputs["past_key_values.0.key"].dtype)
         self._deepstack = (
-            int(inputs["deepstack_embeds"]["axes"][-1]) if "deepstack_embeds" in inputs else 0
+            int(inputs["deepstack_embeds"].axes[-1]) if "deepstack_embeds" in inputs else 0
         )
 
     def run(self, index: int, calls: list[LayerCall]) -> list[np.ndarray]:

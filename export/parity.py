@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,8 @@ from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import open_session
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import language_model, read, visual_tokens
-from lvr_lite.model.bundle import Manifest
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.model.images import prepare
 from lvr_lite.terminal import bar
 
 TOLERANCE = (
@@ -103,8 +101,7 @@ def check_graphs(
 
 
 def check_graphs_apart(
-    folder: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     checkpoint: Checkpoint,
     weights: Any,
     tolerance: float = TOLERANCE,
@@ -115,15 +112,10 @@ def check_graphs_apart(
     weights: its parameters, with `model`, their empty model.
     """
     rng = np.random.default_rng(0)
-    model, family, spec = (
-        empty_model(checkpoint.config, checkpoint.family),
-        checkpoint.family,
-        checkpoint.image_spec,
-    )
-    text = f"model.{family.LANGUAGE_MODEL}."
-    sessions = {
-        name: open_session(folder / manifest.graphs[name].path) for name in ("vision_encoder",)
-    }
+    processor = checkpoint.processor
+    model = empty_model(checkpoint.config, processor.family)
+    text = f"model.{processor.family.language_model}."
+    session = open_session(bundle.path("vision_encoder"))
     seen = []
     with (
         filled(
@@ -137,27 +129,24 @@ def check_graphs_apart(
             pictures = [
                 Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes
             ]
-            pixels, grids = prepare(pictures, family, spec)
+            pixels = processor.see(pictures)
+            inputs = processor.vision_inputs(pixels.grids)
             want = visual_tokens(
-                model, torch.from_numpy(pixels), torch.tensor([[1, *grid] for grid in grids])
+                model,
+                torch.from_numpy(pixels.patches),
+                torch.tensor([[1, *grid] for grid in pixels.grids]),
             )
-            got = sessions["vision_encoder"].run(
-                None, {"pixel_values": pixels, **family.vision_inputs(grids, spec)}
-            )[0]
-            seen.append(compare(f"vision_encoder {grids}", got, want.numpy(), tolerance))
-    sessions.clear()
+            got = session.run(None, {"pixel_values": pixels.patches, **inputs})[0]
+            seen.append(compare(f"vision_encoder {pixels.grids}", got, want.numpy(), tolerance))
+    del session
     table = weights[f"{text}embed_tokens.weight"]
     ids = rng.integers(0, len(table), (2, 9), np.int64)
-    got = open_session(folder / manifest.graphs["embed_tokens"].path).run(None, {"input_ids": ids})[
-        0
-    ]
+    got = open_session(bundle.path("embed_tokens")).run(None, {"input_ids": ids})[0]
     embedded = compare("embed_tokens", got, table[torch.from_numpy(ids)].numpy(), tolerance)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     head = table if tied else weights["lm_head.weight"]
     hidden = rng.standard_normal((3, 1, head.shape[1])).astype(np.float32)
-    got = open_session(folder / manifest.graphs["lm_head"].path).run(
-        None, {"last_hidden_state": hidden}
-    )[0]
+    got = open_session(bundle.path("lm_head")).run(None, {"last_hidden_state": hidden})[0]
     said = compare("lm_head", got, (torch.from_numpy(hidden) @ head.T).numpy(), tolerance)
     return {
         "vision_encoder": _worst(seen),
@@ -167,8 +156,7 @@ def check_graphs_apart(
 
 
 def check_layers(
-    folder: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     checkpoint: Checkpoint,
     weights: Any,
     tolerance: float = TOLERANCE,
@@ -184,18 +172,20 @@ def check_layers(
     one = {"num_hidden_layers": 1} | (
         {"layer_types": text["layer_types"][:1]} if text.get("layer_types") else {}
     )
-    model = empty_model(checkpoint.config | {"text_config": text | one}, checkpoint.family)
+    model = empty_model(
+        checkpoint.config | {"text_config": text | one}, checkpoint.processor.family
+    )
     language = language_model(model)
     language.norm = torch.nn.Identity()
     prefix, layers = (
-        f"model.{checkpoint.family.LANGUAGE_MODEL}.layers",
-        DecoderLayers(folder, manifest),
+        f"model.{checkpoint.processor.family.language_model}.layers",
+        DecoderLayers(bundle),
     )
     names = [name for name, _ in model.named_parameters() if name.startswith(f"{prefix}.0.")]
     rng, lengths, width = (
         np.random.default_rng(0),
         np.array([11, 6]),
-        manifest.decoder["hidden_size"],
+        bundle.manifest.decoder.hidden_size,
     )
     deepstack = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes") or ())
     calls = [_first_call(rng, lengths, width)]
@@ -208,7 +198,7 @@ def check_layers(
         for i in range(steps)
     ]
     found = []
-    for index in bar(range(manifest.decoder["layers"]), "parity of layers"):
+    for index in bar(range(bundle.manifest.decoder.layers), "parity of layers"):
         added = (
             rng.standard_normal(calls[0].hidden.shape).astype(np.float32)
             if index < deepstack
@@ -298,12 +288,12 @@ def _vision(
         pictures = [
             Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes
         ]
-        pixels, grids = prepare(pictures, want.family, want.image_spec)
+        pixels = want.processor.see(pictures)
         found.append(
             compare(
-                f"vision_encoder {grids}",
-                got.encode(pixels, grids),
-                want.encode(pixels, grids),
+                f"vision_encoder {pixels.grids}",
+                got.encode(pixels.patches, pixels.grids),
+                want.encode(pixels.patches, pixels.grids),
                 tolerance,
             )
         )
@@ -311,7 +301,7 @@ def _vision(
 
 
 def _ids(rng: np.random.Generator, runtime: Runtime, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.integers(0, runtime.tokenizer.get_vocab_size(), shape, np.int64)
+    return rng.integers(0, runtime.processor.tokenizer.get_vocab_size(), shape, np.int64)
 
 
 def _embed(
@@ -377,7 +367,7 @@ class StartsWithLatents:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         logits = np.array(self._runtime.head(hidden))
         if self._first:
-            logits[:, self.tokens.lvr_start] = np.inf
+            logits[:, self.processor.tokens.lvr_start] = np.inf
         self._first = False
         return logits
 

@@ -20,6 +20,7 @@ from lvr_lite.errors import UsageError
 from lvr_lite.export.weights import empty_model
 from lvr_lite.model import families
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec
 
 _CLIP = {
@@ -102,8 +103,8 @@ def shape_of(name: str) -> Checkpoint:
         raise UsageError(f"--synthetic {name}: not known; choose one of {', '.join(SHAPES)}")
     config, tiny = SHAPES[name], read_checkpoint("tiny")
     family = families.get(config["model_type"])
-    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
-    tokenizer.add_special_tokens([family.IMAGE_TOKEN, *family.PICTURE_TOKENS])
+    tokenizer = Tokenizer.from_str(tiny.processor.tokenizer.to_str())
+    tokenizer.add_special_tokens([family.image_token, *family.picture_tokens])
     smol = config["model_type"] == "smolvlm"
     preprocessor = {
         **(_HALF if smol or config["model_type"] == "qwen3_vl" else _CLIP),
@@ -118,13 +119,23 @@ def shape_of(name: str) -> Checkpoint:
             "min_pixels": None,
             "max_pixels": None,
         }
-    image = tokenizer.token_to_id(family.IMAGE_TOKEN)
+    image = tokenizer.token_to_id(family.image_token)
     assert image is not None  # added above
+    processor = Processor(
+        family=family,
+        image=family.image_spec(config, preprocessor),
+        template=tiny.processor.template.replace("<|image_pad|>", family.image_token),
+        tokenizer=tokenizer,
+        tokens=replace(tiny.processor.tokens, image=image),
+    )
     return replace(
-        tiny, folder=Path(name), base=Path(name), adapter=False, config=config, family=family, tokenizer=tokenizer,
-        template=tiny.template.replace("<|image_pad|>", family.IMAGE_TOKEN), image_spec=family.image_spec(config, preprocessor),
-        tokens=replace(tiny.tokens, image=image), latent=LatentSpec(steps=8),
-    )  # fmt: skip
+        tiny,
+        folder=Path(name),
+        base=Path(name),
+        config=config,
+        processor=processor,
+        latent=LatentSpec(steps=8),
+    )
 
 
 class SyntheticWeights:
@@ -133,7 +144,7 @@ class SyntheticWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
-        self.model = empty_model(checkpoint.config, checkpoint.family)
+        self.model = empty_model(checkpoint.config, checkpoint.processor.family)
         self._shapes = {
             name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)
         }

@@ -2,7 +2,7 @@
 
 May import: torch, transformers, accelerate, safetensors, the core.
 
-    model = empty_model(checkpoint.config, checkpoint.family)   # its shape, in no memory
+    model = empty_model(checkpoint.config, checkpoint.processor.family)   # its shape, in no memory
     weights = StoredWeights(checkpoint, model)
     weights["model.visual.blocks.0.mlp.down_proj.weight"]       # float32, read from its file now
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from lvr_lite.errors import BundleError
 from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.families import Family
 
 # float32: a signaling NaN, with 22 bits free; whatever is computed from it is quiet, and so another
 _NAN = 0x7F800001
 
 
-def empty_model(config: dict[str, Any], family: Any) -> Any:
+def empty_model(config: dict[str, Any], family: Family) -> Any:
     """The model of a config.json with parameters of the right shapes in no memory: each is one NaN,
     seen everywhere.
 
@@ -35,7 +36,7 @@ def empty_model(config: dict[str, Any], family: Any) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    architecture = getattr(transformers, family.ARCHITECTURE)
+    architecture = getattr(transformers, family.architecture)
     try:
         with init_empty_weights(include_buffers=False):
             model = architecture(
@@ -43,7 +44,7 @@ def empty_model(config: dict[str, Any], family: Any) -> Any:
             )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise BundleError(
-            f"config.json: transformers cannot make a {family.MODEL_TYPE} of it ({str(error).splitlines()[0]})"
+            f"config.json: transformers cannot make a {family.model_type} of it ({str(error).splitlines()[0]})"
         ) from error
     model.tie_weights()
     made: dict[int, nn.Parameter] = {}  # tied ones stay tied

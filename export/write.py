@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,14 @@ from lvr_lite.export import graphs, onnxfile, parity
 from lvr_lite.export.graphs import Origin
 from lvr_lite.export.weights import origins
 from lvr_lite.generate.torch import language_model
-from lvr_lite.model import bundle
-from lvr_lite.model.bundle import Graph, Manifest
+from lvr_lite.model.bundle import (
+    Bundle,
+    DecoderShape,
+    Graph,
+    Manifest,
+    TensorInfo,
+    write_manifest,
+)
 from lvr_lite.model.checkpoint import Checkpoint
 
 PACKAGES = ("lvr-lite", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -77,8 +83,8 @@ def write_bundle(
     precision: str = "fp32",
     convert: Convert | None = None,
     source: dict[str, Any] | None = None,
-) -> Manifest:
-    """Write a checkpoint as a bundle at `target`; returns its manifest.
+) -> Bundle:
+    """Write a checkpoint as a bundle at `target`, which is returned.
 
     progress: is told one line per stage. reference: loads torch's model, which a small bundle must
     equal in every graph and token by token; a larger one (SMALL) must equal `weights` graph by
@@ -96,7 +102,7 @@ def write_bundle(
     with files.fresh_folder(target) as folder:
         (folder / "onnx").mkdir()
         written, report = {}, {}
-        for name, spec in graphs.specs(model, checkpoint.family, checkpoint.image_spec).items():
+        for name, spec in graphs.specs(model, checkpoint.processor).items():
             began = time.perf_counter()
             proto, found = graphs.structure(spec, codes)
             path = folder / "onnx" / f"{name}.onnx"
@@ -113,11 +119,14 @@ def write_bundle(
                 "seconds": round(time.perf_counter() - began, 2),
             }
             progress(f"{name}: {written[name].bytes / 1e6:.1f} MB, {report[name]['seconds']:.1f} s")
-        checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
-        decoder = {
-            "layers": config.num_hidden_layers, "kv_heads": config.num_key_value_heads, "head_dim": head_dim,
-            "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
-        }  # fmt: skip
+        checkpoint.processor.tokenizer.save(str(folder / "tokenizer.json"))
+        decoder = DecoderShape(
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+        )
         origin = source if source is not None else _origin(checkpoint)
         origin |= {
             "tokenizer_sha256": files.sha256(folder / "tokenizer.json"),
@@ -126,24 +135,23 @@ def write_bundle(
         manifest = _manifest(
             checkpoint, written, precision, decoder, dict(config.rope_parameters), origin
         )
-        bundle.write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
         if reference is not None:
             found_parity = _gate(
-                folder,
-                manifest,
+                Bundle(folder, manifest),
                 checkpoint,
                 weights.merged(),
                 reference if total <= SMALL else None,
                 progress,
             )
             manifest = replace(manifest, parity=found_parity)
-            bundle.write_manifest(folder, manifest)
+            write_manifest(folder, manifest)
         (folder / "report.json").write_text(
             json.dumps(
                 {"precision": precision, "graphs": report, "parity": manifest.parity}, indent=1
             )
         )
-    return manifest
+    return Bundle(target, manifest)
 
 
 def _values(tensor: onnx.TensorProto, weights: Weights, found: dict[str, Origin]) -> np.ndarray:
@@ -174,25 +182,24 @@ def _as_they_are(
 
 
 def _gate(
-    folder: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     checkpoint: Checkpoint,
     weights: Weights,
     load: Callable[[], Any] | None,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """load: of torch's model, to compare it whole; None for one that is too large for that."""
-    layers = parity.check_layers(folder, manifest, checkpoint, weights)
+    layers = parity.check_layers(bundle, checkpoint, weights)
     progress(
         f"parity of the decoder's layers, one by one: relative difference {max(layers):.1e} at most"
     )
     if load is None:
-        by_graph, decoding = parity.check_graphs_apart(folder, manifest, checkpoint, weights), None
+        by_graph, decoding = parity.check_graphs_apart(bundle, checkpoint, weights), None
     else:
         from lvr_lite.generate.onnx import OnnxRuntime
         from lvr_lite.generate.torch import TorchRuntime
 
-        got, want = OnnxRuntime(folder), TorchRuntime(load(), checkpoint)
+        got, want = OnnxRuntime(bundle), TorchRuntime(load(), checkpoint)
         by_graph, decoding = parity.check_graphs(got, want), parity.check_decoding(got, want)
     for name, found in by_graph.items():
         progress(
@@ -219,18 +226,20 @@ def describe(folder: Path, path: str, precision: str) -> Graph:
     file.
     """
     proto = onnxfile.load(folder / path).graph
+    digests, size = onnxfile.graph_files(folder, path)
     return Graph(
         precision=precision,
         inputs={value.name: _tensor(value) for value in proto.input},
         outputs={value.name: _tensor(value) for value in proto.output},
-        **onnxfile.graph_files(folder, path),
+        files=digests,
+        bytes=size,
     )
 
 
-def _tensor(value: Any) -> dict[str, Any]:
+def _tensor(value: Any) -> TensorInfo:
     kind = value.type.tensor_type
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-    return {"dtype": dtype, "axes": [axis.dim_param or axis.dim_value for axis in kind.shape.dim]}
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in kind.shape.dim])
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -245,18 +254,18 @@ def _manifest(
     checkpoint: Checkpoint,
     written: dict[str, Graph],
     precision: str,
-    decoder: dict[str, int],
+    decoder: DecoderShape,
     rope: dict[str, Any],
     source: dict[str, Any],
 ) -> Manifest:
     return Manifest(
-        family=checkpoint.family.MODEL_TYPE,
+        family=checkpoint.processor.family.model_type,
         precision=precision,
         graphs=written,
         latent=checkpoint.latent,
-        tokens=asdict(checkpoint.tokens) | {"end": list(checkpoint.tokens.end)},
-        chat_template=checkpoint.template,
-        image=checkpoint.image_spec,
+        tokens=checkpoint.processor.tokens,
+        chat_template=checkpoint.processor.template,
+        image=checkpoint.processor.image,
         decoder=decoder,
         rope=rope,
         source=source,

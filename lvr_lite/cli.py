@@ -157,13 +157,13 @@ def _open(
     """A runtime over a bundle (ONNX Runtime) or a checkpoint (torch: merged in fp32, or with
     `trained` as it was trained in 4 bits).
     """
-    from lvr_lite.model.bundle import is_bundle
+    from lvr_lite.model.bundle import Bundle, is_bundle
 
     folder = Path(model)
     if is_bundle(folder):
         from lvr_lite.generate.onnx import OnnxRuntime
 
-        return OnnxRuntime(folder, threads, provider)
+        return OnnxRuntime(Bundle.open(folder), threads, provider)
     from lvr_lite.errors import BundleError
     from lvr_lite.model.checkpoint import is_checkpoint
 
@@ -277,7 +277,7 @@ def _show_plan(
     from lvr_lite.train import memory as planning
 
     report = planning.plan(
-        name, checkpoint.config, checkpoint.image_spec["max_pixels"], settings, vram
+        name, checkpoint.config, checkpoint.processor.image.max_pixels, settings, vram
     )
     planning.show(report)
     _write_json(json_, report)
@@ -507,7 +507,7 @@ def _export(checkpoint: str, bundle: Path, rounding: _Rounding) -> dict[str, Any
         return {
             "parity": write_bundle(
                 read, weights, bundle, _say, trained, "exact", ExactConvert(weights)
-            ).parity
+            ).manifest.parity
         }
     merged = nf4.TrainedWeights(read)
 
@@ -515,7 +515,7 @@ def _export(checkpoint: str, bundle: Path, rounding: _Rounding) -> dict[str, Any
         return nf4.load_merged(read)
 
     if precision == "fp32":
-        return {"parity": write_bundle(read, merged, bundle, _say, reference).parity}
+        return {"parity": write_bundle(read, merged, bundle, _say, reference).manifest.parity}
     parameters = sum(p.numel() for p in merged.model.parameters())
     check_free_space(
         bundle, int(parameters * (6.5 if precision == "fp16" else 5.5))
@@ -548,7 +548,7 @@ def _export_synthetic(
     plan = weights.whole(precision, block) if precision.startswith("int") else None
     convert = None if precision == "fp32" else weights.Converter(plan)
     source = {"synthetic": shape, "base": shape, "adapter": False}
-    manifest = write_bundle(
+    written = write_bundle(
         made,
         SyntheticWeights(made),
         bundle,
@@ -557,8 +557,8 @@ def _export_synthetic(
         convert=convert,
         source=source,
     )
-    weights.check_form(bundle, manifest.graphs)
-    return {"bytes": {name: graph.bytes for name, graph in manifest.graphs.items()}}
+    weights.check_form(bundle, written.manifest.graphs)
+    return {"bytes": {name: graph.bytes for name, graph in written.manifest.graphs.items()}}
 
 
 @app.command()
@@ -645,7 +645,7 @@ def run(
     options = Options(
         max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed
     )
-    known = ask.Pictures(runtime)
+    known = ask.PictureCache(runtime)
     answers, first = [], None
     for asked in (question, *(also or [])):
         prompt, seconds = known.prepare_prompt(pictures, asked)
@@ -653,19 +653,19 @@ def run(
         shown = ""
         for event in decoding:
             if stream and event.kind in ("token", "done"):
-                text = ask.text_of(runtime, decoding.results[0])
+                text = runtime.processor.text(decoding.results[0].tokens)
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         result = decoding.results[0]
         first = first or (prompt, result)
-        text = ask.text_of(runtime, result)
+        text = runtime.processor.text(result.tokens)
         print() if stream else print(text)
         if result.reason == "length":
             _say(f"cut at {max_tokens} tokens; raise it with --max-tokens")
         ttft = (
             None
             if result.ttft is None
-            else (seconds["preprocess"] + seconds["vision"] + result.ttft) * 1e3
+            else (seconds.preprocess + seconds.vision + result.ttft) * 1e3
         )
         answers.append(
             {
@@ -915,7 +915,7 @@ def bench_(
     if len(what) > 1:
         raise UsageError(f"{what[1]}: one bundle is measured; name others with --vs")
     from lvr_lite.bench import machine, measure, report
-    from lvr_lite.model.bundle import is_bundle, read_manifest
+    from lvr_lite.model.bundle import Bundle, is_bundle
     from lvr_lite.system import usable_cores
 
     axes = (
@@ -945,8 +945,10 @@ def bench_(
     for name in names:
         runtime = _open(name, threads, provider=provider if is_bundle(Path(name)) else "cpu")
         accuracy = _accuracy(runtime, limit) if limit else None
-        graphs = read_manifest(Path(name), check=False).graphs if is_bundle(Path(name)) else {}
-        precision = read_manifest(Path(name), check=False).precision if graphs else "fp32"
+        graphs = (
+            Bundle.open(Path(name), check=False).manifest.graphs if is_bundle(Path(name)) else {}
+        )
+        precision = Bundle.open(Path(name), check=False).manifest.precision if graphs else "fp32"
         sizes = {graph: g.bytes for graph, g in graphs.items()}
         folders = [Path(n).name for n in names]
         title = Path(name).name if folders.count(Path(name).name) == 1 else name.rstrip("/")
@@ -1096,7 +1098,7 @@ def inspect(
     from rich.console import Console
 
     from lvr_lite.commands.inspect import describe, render
-    from lvr_lite.model.bundle import is_bundle
+    from lvr_lite.model.bundle import Bundle, is_bundle
     from lvr_lite.model.checkpoint import resolve
 
     folder = Path(model)
@@ -1104,9 +1106,7 @@ def inspect(
     render(description, Console())
     _write_json(json_, {"schema": "lvr-lite/inspect", "version": 1} | description)
     if description.get("intact") is False:
-        from lvr_lite.model.bundle import read_manifest
-
-        read_manifest(folder)  # names the file that is missing or changed
+        Bundle.open(folder).manifest  # names the file that is missing or changed
 
 
 @app.command()
@@ -1269,11 +1269,11 @@ def data_validate(
     Example: lvr-lite data validate train.jsonl --against-test test.jsonl
     """
     from lvr_lite.data.validate import validate
-    from lvr_lite.model.checkpoint import vision_of
+    from lvr_lite.model.checkpoint import processor_of
 
     wrong = False
     for file, (good, found) in zip(
-        files, validate(files, *vision_of(model), against_test), strict=True
+        files, validate(files, processor_of(model), against_test), strict=True
     ):
         for problem in found:
             print(problem)
@@ -1298,11 +1298,11 @@ def data_preview(
     Example: lvr-lite data preview scenes/test.jsonl --out preview.png
     """
     from lvr_lite.data.samples import read_samples
-    from lvr_lite.model.checkpoint import vision_of
+    from lvr_lite.model.checkpoint import processor_of
     from lvr_lite.views.preview import preview
 
     samples = read_samples(file)
-    preview(samples, count, out, *vision_of(model))
+    preview(samples, count, out, processor_of(model))
     _say(f"{out}: {min(count, len(samples))} of {len(samples)} samples")
 
 

@@ -21,7 +21,7 @@ from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
-from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy.make import scene_samples
 
@@ -117,8 +117,8 @@ def listen(runtime: OnnxRuntime, prompts: list[Prompt]) -> list[Said]:
     found = []
     for part in _batches(prompts):
         for result, scores in _decode(runtime, prompts[part], None):
-            start = [runtime.tokens.lvr_start] if result.latents else []
-            end = [runtime.tokens.end[0]] if result.reason == "stop" else []
+            start = [runtime.processor.tokens.lvr_start] if result.latents else []
+            end = [runtime.processor.tokens.end[0]] if result.reason == "stop" else []
             found.append(
                 Said([*start, *result.tokens, *end], scores, result.hidden, len(result.latents))
             )
@@ -180,7 +180,7 @@ class Products(Mapping[str, np.ndarray]):
         """runtime: what reasons and answers; source: the fp32 bundle, `runtime`'s own where it is
         that.
         """
-        source = source or runtime.folder
+        source = source or runtime.bundle.folder
         recorder = _Recorder(runtime)
         self._prompts: list[int] = []  # of each sequence
         for i, prompt in enumerate(prompts):
@@ -188,14 +188,14 @@ class Products(Mapping[str, np.ndarray]):
                 pass
             self._prompts += [i] * (len(recorder.ids) - len(self._prompts))
         self._begin, self._ids = recorder.sequences, [np.concatenate(read) for read in recorder.ids]
-        manifest = bundle.read_manifest(source, check=False)
-        self._layers = DecoderLayers(source, manifest)
-        self._model = onnxfile.load(source / manifest.graphs["decoder"].path)
+        bundle = Bundle.open(source, check=False)
+        self._layers = DecoderLayers(bundle)
+        self._model = onnxfile.load(bundle.path("decoder"))
         self._at = source / "onnx"
         matrices = [t.name for t in self._model.graph.initializer if len(t.dims) == 2]
         places = [(name, re.search(r"\.layers\.(\d+)\.", name)) for name in matrices]
         self._layer = {f"decoder/{name}": int(place.group(1)) for name, place in places if place}
-        self._last = runtime.manifest.decoder["layers"]
+        self._last = runtime.bundle.manifest.decoder.layers
         self._restart()
 
     def _restart(self) -> None:
@@ -305,7 +305,7 @@ class _Recorder:
     def _taken(self) -> np.ndarray:
         """The ids that were embedded for this call; a latent where none were."""
         ids, self._embedded = self._embedded, None
-        return np.array([self._runtime.tokens.lvr]) if ids is None else ids
+        return np.array([self._runtime.processor.tokens.lvr]) if ids is None else ids
 
     @property
     def sequences(self) -> list[LayerCall]:

@@ -17,8 +17,7 @@ from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
-from lvr_lite.model import bundle
-from lvr_lite.model.images import prepare
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.toy.make import scene_samples
 
 LATENT_STEPS = 8  # over which drift is measured
@@ -39,11 +38,12 @@ def measure(source: Path, quantized: Path) -> dict[str, Any]:
     bundle of more than 4 GiB in fp32 is compared layer by layer only ("decoder" is null): both at
     once may not fit into memory.
     """
-    manifest, other = bundle.read_manifest(source, check=False), OnnxRuntime(quantized)
-    layers = _layers(source, other)
-    if sum(graph.bytes for graph in manifest.graphs.values()) > LARGE:
+    original = Bundle.open(source, check=False)
+    other = OnnxRuntime(Bundle.open(quantized))
+    layers = _layers(original, other)
+    if original.bytes > LARGE:
         return {"layers": layers, "decoder": None}
-    reference = OnnxRuntime(source)
+    reference = OnnxRuntime(original)
     return {**_graphs(reference, other), "layers": layers, "decoder": latent_loop(reference, other)}
 
 
@@ -51,26 +51,25 @@ def _graphs(*both: OnnxRuntime) -> dict[str, Any]:
     reference = both[0]
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
-    pixels, grids = prepare([noise], reference.family, reference.image_spec)
-    ids = rng.integers(0, reference.tokenizer.get_vocab_size(), (1, 24), np.int64)
+    pixels = reference.processor.see([noise])
+    ids = rng.integers(0, reference.processor.tokenizer.get_vocab_size(), (1, 24), np.int64)
     hidden = _start(reference, prompts(reference, 1))
     return {
-        "vision_encoder": _apart(*(runtime.encode(pixels, grids) for runtime in both)),
+        "vision_encoder": _apart(
+            *(runtime.encode(pixels.patches, pixels.grids) for runtime in both)
+        ),
         "embed_tokens": _apart(*(runtime.embed(ids) for runtime in both)),
         "lm_head": _apart(*(runtime.head(hidden) for runtime in both)),
     }
 
 
-def _layers(source: Path, other: OnnxRuntime) -> list[float]:
+def _layers(source: Bundle, other: OnnxRuntime) -> list[float]:
     """Of what each layer adds to a prompt's states; both read what the fp32 layers before wrote."""
-    runs = [
-        DecoderLayers(folder, bundle.read_manifest(folder, check=False))
-        for folder in (source, other.folder)
-    ]
+    runs = [DecoderLayers(bundle) for bundle in (source, other.bundle)]
     embeds, positions, lengths = _inputs(other, prompts(other, 1))
     width, found = other.hidden_size, []
     states, added = embeds[..., :width], embeds[..., width:]
-    for index in range(other.manifest.decoder["layers"]):
+    for index in range(other.bundle.manifest.decoder.layers):
         part = added[..., index * width : (index + 1) * width]
         call = LayerCall(states, positions, lengths, part if part.shape[-1] else None)
         want, got = (run.run(index, [call])[0] for run in runs)
@@ -90,8 +89,8 @@ def prompts(runtime: OnnxRuntime, count: int) -> list[Prompt]:
 def _inputs(runtime: OnnxRuntime, asked: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Embeddings, positions and lengths of the prompts with <|lvr_start|> after them."""
     lengths = np.array([len(p.ids) + 1 for p in asked])
-    longest, start = int(lengths.max()), runtime.tokens.lvr_start
-    ids = np.full((len(asked), longest), runtime.tokens.end[0], np.int64)
+    longest, start = int(lengths.max()), runtime.processor.tokens.lvr_start
+    ids = np.full((len(asked), longest), runtime.processor.tokens.end[0], np.int64)
     positions = np.zeros((3, len(asked), longest), np.int64)
     for i, p in enumerate(asked):
         ids[i, : lengths[i]] = [*p.ids, start]
@@ -103,9 +102,9 @@ def _inputs(runtime: OnnxRuntime, asked: list[Prompt]) -> tuple[np.ndarray, np.n
         embeds, ((0, 0), (0, 0), (0, max(p.features.shape[1] for p in asked) - embeds.shape[2]))
     )
     for i, p in enumerate(asked):
-        embeds[i, : lengths[i] - 1][p.ids == runtime.tokens.image, : p.features.shape[1]] = (
-            p.features
-        )
+        embeds[i, : lengths[i] - 1][
+            p.ids == runtime.processor.tokens.image, : p.features.shape[1]
+        ] = p.features
     return embeds, positions, lengths
 
 
@@ -147,7 +146,7 @@ def latent_loop(reference: OnnxRuntime, other: OnnxRuntime, count: int = PROMPTS
 def _loop(runtime: OnnxRuntime, asked: list[Prompt], feeding: str) -> list[np.ndarray]:
     """States (B, H) after the prompts and after each latent step."""
     states = [_start(runtime, asked)]
-    marker = runtime.embed(np.full((len(asked), 1), runtime.tokens.lvr, np.int64))[:, 0]
+    marker = runtime.embed(np.full((len(asked), 1), runtime.processor.tokens.lvr, np.int64))[:, 0]
     feedback: Callable[[np.ndarray], np.ndarray] = (
         (lambda _: marker) if runtime.latent.feedback == "token" else runtime.latent.fed
     )

@@ -9,6 +9,7 @@ hidden states and logits keep float32 at the graphs' borders.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import onnx
 
 from lvr_lite.errors import BundleError
 from lvr_lite.export.onnxfile import DataFile, check_finite, size
-from lvr_lite.model.bundle import Graph
+from lvr_lite.model.bundle import Graph, TensorInfo
 
 LARGEST = float(np.finfo(np.float16).max)
 IN_FLOAT32 = ("Cos", "Sin")
@@ -113,9 +114,9 @@ def ports(model: onnx.ModelProto, graph: Graph) -> dict[str, Any]:
     """`inputs` and `outputs` of the manifest's entry, with the types that they have now."""
     now = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
 
-    def typed(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def typed(given: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         return {
-            name: port | {"dtype": str(onnx.helper.tensor_dtype_to_np_dtype(now[name]))}
+            name: replace(port, dtype=str(onnx.helper.tensor_dtype_to_np_dtype(now[name])))
             for name, port in given.items()
         }
 

@@ -28,7 +28,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.export.onnxfile import DataFile
 from lvr_lite.model import bundle
-from lvr_lite.model.bundle import Graph, Manifest
+from lvr_lite.model.bundle import Bundle, Graph, Manifest, write_manifest
 from lvr_lite.quant import drift, half
 from lvr_lite.quant.blocks import LARGEST, Blocks, gptq, pack, quantize
 from lvr_lite.system import peak_rss_mb
@@ -139,10 +139,9 @@ def quantize_bundle(
         (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
         tuning = tune(folder, manifest) if tune else None
         if tuning:
-            graphs["decoder"] = replace(
-                graphs["decoder"], **onnxfile.graph_files(folder, graphs["decoder"].path)
-            )
-        bundle.write_manifest(folder, _manifest(manifest, graphs, precision))
+            digests, size = onnxfile.graph_files(folder, graphs["decoder"].path)
+            graphs["decoder"] = replace(graphs["decoder"], files=digests, bytes=size)
+        write_manifest(folder, _manifest(manifest, graphs, precision))
         check_form(folder, graphs)
         measured = drift.measure(source, folder)
         report = _report(manifest, precision, by_graph, measured) | (
@@ -183,7 +182,7 @@ def check_source(source: Path, target: Path, precision: str) -> Manifest:
         raise UsageError(
             f"precision {precision!r} is not known; quantize writes {', '.join(PRECISIONS)}"
         )
-    manifest = bundle.read_manifest(source)
+    manifest = Bundle.open(source).manifest
     if manifest.precision != "fp32":
         raise BundleError(
             f"{source}: its precision is {manifest.precision}; quantize starts from an fp32 bundle (`lvr-lite export`)"
@@ -247,9 +246,8 @@ def _write_graph(
             else convert(name, model, read, data, plan, shared)
         )
     (folder / graph.path).write_bytes(model.SerializeToString())
-    entry = replace(
-        graph, precision=described["precision"], **onnxfile.graph_files(folder, graph.path)
-    )
+    digests, size = onnxfile.graph_files(folder, graph.path)
+    entry = replace(graph, precision=described["precision"], files=digests, bytes=size)
     if plan is None:
         entry = replace(entry, **half.ports(model, graph))
     return entry, described | {"bytes_before": graph.bytes, "bytes": entry.bytes}

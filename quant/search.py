@@ -28,7 +28,7 @@ from lvr_lite.errors import DataError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime, open_session
-from lvr_lite.model.bundle import Manifest, read_manifest
+from lvr_lite.model.bundle import Bundle, Manifest
 from lvr_lite.quant import calibrate
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.drift import LARGE
@@ -124,7 +124,7 @@ class Desk:
         prompts: list[Prompt] | None = None,
         steps: int | None = None,
     ) -> None:
-        manifest = read_manifest(source, check=False)
+        manifest = Bundle.open(source, check=False).manifest
         self.source, self.scratch, self._progress = source, scratch, progress
         self.large = sum(graph.bytes for graph in manifest.graphs.values()) > LARGE
         self._steps = (STEPS_LARGE if self.large else STEPS) if steps is None else steps
@@ -133,7 +133,7 @@ class Desk:
                 "calibration: an int8 copy reasons and answers, since fp32 would take too much memory"
             )
             quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
-        self.runtime = OnnxRuntime(scratch / "int8" if self.large else source)
+        self.runtime = OnnxRuntime(Bundle.open(scratch / "int8" if self.large else source))
         self.prompts = prompts or calibrate.load_prompts(
             self.runtime, data, PROMPTS_LARGE if self.large else PROMPTS
         )
@@ -224,7 +224,7 @@ class Search:
         scored: list[Prompt] | None = None,
     ) -> None:
         self._source, self._scratch, self._runtime = source, desk.scratch, desk.runtime
-        self._manifest = read_manifest(source, check=False)
+        self._manifest = Bundle.open(source, check=False).manifest
         self._prompts = scored or desk.prompts[: SCORED_LARGE if desk.large else None]
         self._finest = UNITS_LARGE if desk.large else UNITS
         self._reference = calibrate.listen(self._runtime, self._prompts)

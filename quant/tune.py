@@ -229,7 +229,7 @@ class Tuning:
             Graph(folder / manifest.graphs[name].path) for name in ("decoder", "lm_head")
         )
         self._embed = open_session(folder / manifest.graphs["embed_tokens"].path)
-        self._runtime, self._tokens = runtime, runtime.tokens
+        self._runtime, self._tokens = runtime, runtime.processor.tokens
         self._held_out = [reading for reading in readings if reading.prompt % HELD_OUT == 0]
         self._taught = [reading for reading in readings if reading.prompt % HELD_OUT]
         self._added = manifest.graphs["decoder"].inputs.get("deepstack_embeds")
@@ -306,6 +306,6 @@ class Tuning:
         embeds[0, given] = self._embed.run(None, {"input_ids": reading.ids[None, given]})[0][0]
         inputs = {"inputs_embeds": embeds, "position_ids": reading.call.positions}
         if self._added is not None:
-            none = np.zeros((*embeds.shape[:2], int(self._added["axes"][-1])), np.float32)
+            none = np.zeros((*embeds.shape[:2], int(self._added.axes[-1])), np.float32)
             inputs["deepstack_embeds"] = none if reading.call.added is None else reading.call.added
         return self._decoder({name: torch.from_numpy(value) for name, value in inputs.items()})[0]

@@ -210,10 +210,11 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _finish(out: Path, results: dict[str, Any]) -> None:
     from lvr_lite.generate.onnx import OnnxRuntime
+    from lvr_lite.model.bundle import Bundle
     from lvr_lite.views.page import write_page
 
     answers = results.pop("answers")
-    int8 = OnnxRuntime(out / "int8")
+    int8 = OnnxRuntime(Bundle.open(out / "int8"))
     examples = []
     for i, (sample, picture) in enumerate(scene_samples(SHOWN, 0, "test")):
         said = {name: given[i]["answer"] for name, given in answers.items()}

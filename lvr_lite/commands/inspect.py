@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 from lvr_lite import files
 from lvr_lite.errors import BundleError
 from lvr_lite.model import bundle, checkpoint
+from lvr_lite.model.bundle import Bundle
 
 HEADER_LIMIT = 100 << 20  # bytes; the format's own limit
 # What bitsandbytes stores beside a packed weight: statistics, not parameters.
@@ -50,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_bundle(folder: Path) -> dict[str, Any]:
-    manifest = bundle.read_manifest(folder, check=False)
+    manifest = Bundle.open(folder, check=False).manifest
     graphs = {name: _describe_graph(folder, graph) for name, graph in manifest.graphs.items()}
     tokenizer = _file_state(folder / "tokenizer.json", manifest.source.get("tokenizer_sha256"))
     return {
@@ -66,9 +68,9 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "intact": tokenizer == "ok"
         and all(graph["files_state"] == "ok" for graph in graphs.values()),
         "latent": manifest.latent.to_json(),
-        "tokens": manifest.tokens,
-        "image": manifest.image,
-        "decoder": manifest.decoder,
+        "tokens": manifest.to_json()["tokens"],
+        "image": manifest.image.to_json(),
+        "decoder": asdict(manifest.decoder),
         "rope": manifest.rope,
         "source": manifest.source,
         "parity": manifest.parity,

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+
+from lvr_lite.model.families import Grid
+from lvr_lite.model.processor import Processor
 
 Box = tuple[float, float, float, float]
 
@@ -75,14 +77,14 @@ def tokens_in_boxes(boxes: Sequence[Sequence[float]], rows: int, columns: int) -
 
 
 def visual_tokens_in_boxes(
-    boxes: Sequence[Sequence[float]], grid: tuple[int, int], family: Any, spec: dict[str, Any]
+    boxes: Sequence[Sequence[float]], grid: Grid, processor: Processor
 ) -> list[np.ndarray]:
-    """For each box the indices (n,) of its tokens among all visual tokens of a picture. family: a
-    module of lvr_lite.model.families, whose `grid` the picture has; spec: the manifest's `image`
-    block.
+    """For each box the indices (n,) of its tokens among all visual tokens of a picture.
+
+    grid: of that picture, as `Processor.see` gives it.
     """
-    places = family.token_places(grid, spec)
-    return [places[cells] for cells in tokens_in_boxes(boxes, *family.token_grid(grid, spec))]
+    places = processor.token_places(grid)
+    return [places[cells] for cells in tokens_in_boxes(boxes, *processor.token_grid(grid))]
 
 
 def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:

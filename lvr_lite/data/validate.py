@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from lvr_lite.data.boxes import COVERED, Box
 from lvr_lite.data.samples import Problem, Sample, placed_samples
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import MAX_ASPECT, open_picture
+from lvr_lite.model.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ def _look(path: Path) -> Look | str:
 
 
 def validate(
-    files: Sequence[Path], family: Any, spec: dict[str, Any], test: Path | None = None
+    files: Sequence[Path], processor: Processor, test: Path | None = None
 ) -> Iterator[tuple[int, list[Problem]]]:
     """For each file, in turn: the number of samples without a problem, and all problems and notes
     in the order of the file.
 
-    family and spec: of the model whose visual tokens boxes are measured by. test: another file none
+    processor: of the model whose visual tokens boxes are measured by. test: another file none
     of whose pictures may be in these. Raises DataError where `test` itself is wrong.
     """
-    read = [_File(path, family, spec) for path in files]
+    read = [_File(path, processor) for path in files]
     sides = [(file.path, file.pictures()) for file in read]
     if test is not None:
-        tested = _File(test, family, spec)
+        tested = _File(test, processor)
         if wrong := next((p for p in tested.problems if not p.note), None):
             raise DataError(f"{wrong} (`lvr-lite data validate {test}` lists all)")
         sides.append((test, tested.pictures()))
@@ -85,8 +85,9 @@ def validate(
 class _File:
     """One file, its samples with their places, its pictures, and what was found."""
 
-    def __init__(self, path: Path, family: Any, spec: dict[str, Any]) -> None:
-        self.path, self.family, self.spec = path, family, spec
+    def __init__(self, path: Path, processor: Processor) -> None:
+        self.path = path
+        self.processor = processor
         self.placed, self.problems = placed_samples(path)
         self.looks = look_at(p for sample, _, _ in self.placed for p in sample.images)
         self.asked: dict[
@@ -134,9 +135,7 @@ class _File:
         whole = [look for look in looks if isinstance(look, Look)]
         yield from self._doubled(sample, where, whole)
         width, height = whole[0].size
-        rows, columns = self.family.token_grid(
-            self.family.grid_of(height, width, self.spec), self.spec
-        )
+        rows, columns = self.processor.token_grid(self.processor.grid_of(height, width))
         for i, box in enumerate(sample.boxes):
             if said := _box_note(box, rows, columns, sample.boxes[:i]):
                 yield Problem(self.path, f"boxes[{i}]", said, note=True)

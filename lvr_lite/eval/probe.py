@@ -42,7 +42,7 @@ from lvr_lite.eval.statistics import (
     unit,
 )
 from lvr_lite.eval.suite import MAX_TOKENS, Item, load_suite
-from lvr_lite.generate.ask import prepare_prompt, text_of
+from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.spec import LatentSpec
@@ -201,8 +201,8 @@ def _subject(runtime: Runtime, sample: Sample, pictures: tuple[Any, ...]) -> Sub
     prompt, _ = prepare_prompt(runtime, pictures, sample.question)
     boxes: list[np.ndarray] = []
     if sample.boxes and pictures:  # boxes lie in the first picture, whose tokens come first
-        grid = runtime.family.grid_of(pictures[0].height, pictures[0].width, runtime.image_spec)
-        boxes = visual_tokens_in_boxes(sample.boxes, grid, runtime.family, runtime.image_spec)
+        grid = runtime.processor.grid_of(pictures[0].height, pictures[0].width)
+        boxes = visual_tokens_in_boxes(sample.boxes, grid, runtime.processor)
     return Subject(sample, prompt, boxes, hashlib.sha256(prompt.features.tobytes()).hexdigest())
 
 
@@ -239,7 +239,7 @@ class _Asked:
                 given,
             )
             for subject, result in zip(group, found, strict=True):
-                text = text_of(self.runtime, result)
+                text = self.runtime.processor.text(result.tokens)
                 said.append(
                     Said(text, result.tokens, score.is_correct(text, subject.sample.answer))
                 )

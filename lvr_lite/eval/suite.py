@@ -22,10 +22,10 @@ from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.journal import Journal
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped, mcnemar
 from lvr_lite.files import sha256
-from lvr_lite.generate.ask import prepare_prompt, text_of
+from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.bundle import MANIFEST, is_bundle, read_manifest
+from lvr_lite.model.bundle import MANIFEST, Bundle, is_bundle
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import scenes
@@ -182,7 +182,7 @@ def answer_all(
             left = [(sample, prompt) for sample, prompt in group if not journal.knows(sample, k)]
             results = decode(runtime, [prompt for _, prompt in left], how) if left else []
             for (sample, _), result in zip(left, results, strict=True):
-                text = text_of(runtime, result)
+                text = runtime.processor.text(result.tokens)
                 points = grade(sample, text)
                 told = {
                     "id": sample.id,
@@ -380,7 +380,7 @@ def reference_hint(model: str) -> str:
     that was not tuned.
     """
     if is_bundle(Path(model)):
-        tuned = read_manifest(Path(model), check=False).source.get("adapter", True)
+        tuned = Bundle.open(Path(model), check=False).manifest.source.get("adapter", True)
         return (
             "what tuning cost: --against BASE, the model that it was tuned from (tiny for the embedded one)"
             if tuned
@@ -476,7 +476,7 @@ def _check_model(name: str) -> None:
     on another.
     """
     if is_bundle(Path(name)):
-        read_manifest(Path(name))
+        Bundle.open(Path(name))
     else:
         read_checkpoint(name)
 

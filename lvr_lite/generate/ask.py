@@ -1,5 +1,6 @@
-"""From pictures and a question to an answer: the path that `run`, `eval`, `bench` and training
-share. May import: the core, Pillow.
+"""From pictures and a question to an answer: what `run`, `eval`, `bench` and training share.
+
+May import: numpy, Pillow, lvr_lite.model, this folder.
 """
 
 from __future__ import annotations
@@ -13,135 +14,137 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from lvr_lite.generate.decode import Options, Prefix, Prompt, Result, decode
+from lvr_lite.generate.decode import Options, Prefix, Prompt, decode
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.images import prepare
-from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.families import Grid
 
-KEPT_BYTES = 512 << 20  # of `Pictures`: at a 2B shape about 25 pictures of 256 visual tokens
+# Bytes of a `PictureCache`: at a 2B shape about 25 pictures of 256 visual tokens.
+CACHE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Pictures as a model sees them: their grids, their visual tokens (T, H), and the seconds that
-    "preprocess" and "vision" took.
+class Seconds:
+    """What came before decoding: preprocess (pictures and text), vision (the tower)."""
+
+    preprocess: float
+    vision: float
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """Pictures as a model sees them.
+
+    grids: one a picture.
+    features: their visual tokens (T, H), or wider (see `decode.Prompt`).
     """
 
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     features: np.ndarray
-    seconds: dict[str, float]
+    seconds: Seconds
 
 
-def see(runtime: Runtime, pictures: Sequence[Image.Image]) -> Seen:
+def encode_pictures(runtime: Runtime, pictures: Sequence[Image.Image]) -> EncodedPictures:
+    """The visual tokens of RGB pictures. Raises DataError for one of extreme proportions."""
     began = time.perf_counter()
     if not pictures:
-        return Seen(
-            [], np.zeros((0, runtime.hidden_size), np.float32), {"preprocess": 0.0, "vision": 0.0}
-        )
-    pixels, grids = prepare(list(pictures), runtime.family, runtime.image_spec)
+        features = np.zeros((0, runtime.hidden_size), np.float32)
+        return EncodedPictures([], features, Seconds(0.0, 0.0))
+    pixels = runtime.processor.see(pictures)
     prepared = time.perf_counter()
-    features = runtime.encode(pixels, grids)
-    return Seen(
-        grids, features, {"preprocess": prepared - began, "vision": time.perf_counter() - prepared}
-    )
+    features = runtime.encode(pixels.patches, pixels.grids)
+    seconds = Seconds(prepared - began, time.perf_counter() - prepared)
+    return EncodedPictures(pixels.grids, features, seconds)
 
 
-def prompt_of(runtime: Runtime, seen: Seen, question: str) -> Prompt:
-    shown = [runtime.family.picture_text(grid, runtime.image_spec) for grid in seen.grids]
-    ids = np.array(
-        prompt_ids(
-            runtime.tokenizer, runtime.template, question, runtime.family.IMAGE_TOKEN, shown
-        ),
-        np.int64,
-    )
-    return Prompt(
-        ids,
-        seen.features,
-        runtime.family.positions(ids, runtime.tokens.image, seen.grids, runtime.image_spec),
-    )
+def prompt_of(runtime: Runtime, encoded: EncodedPictures, question: str) -> Prompt:
+    """The prompt that asks a question about pictures. Raises LvrError as `Processor.prompt`."""
+    prompt = runtime.processor.prompt(question, encoded.grids)
+    return Prompt(prompt.ids, encoded.features, prompt.positions)
 
 
 def prepare_prompt(
     runtime: Runtime, pictures: Sequence[Image.Image], question: str
-) -> tuple[Prompt, dict[str, float]]:
-    """A prompt with its visual tokens, and the seconds that "preprocess" (here with the text) and
-    "vision" took.
-    """
+) -> tuple[Prompt, Seconds]:
+    """A prompt with its visual tokens, and what it took."""
     began = time.perf_counter()
-    seen = see(runtime, pictures)
-    prompt = prompt_of(runtime, seen, question)
-    vision = seen.seconds["vision"]
-    return prompt, {"preprocess": time.perf_counter() - began - vision, "vision": vision}
+    encoded = encode_pictures(runtime, pictures)
+    prompt = prompt_of(runtime, encoded, question)
+    vision = encoded.seconds.vision
+    return prompt, Seconds(time.perf_counter() - began - vision, vision)
 
 
-class Pictures:
-    """Pictures that were asked about, so that another question about them needs neither vision nor
-    their prefill.
+class PictureCache:
+    """Pictures that were asked about: another question about them needs neither vision nor their
+    prefill.
 
-    They are known by the hash of their pixels. Of the least recently used, visual tokens and K/V
-    are dropped beyond `limit` bytes; those of the last ones stay.
+    Pictures are known by the hash of their pixels. Beyond `limit` bytes the visual tokens and K/V
+    of the least recently used ones are dropped; those of the last ones stay.
     """
 
-    def __init__(self, runtime: Runtime, limit: int = KEPT_BYTES) -> None:
-        self._runtime, self._limit = runtime, limit
-        self._known: OrderedDict[bytes, tuple[Seen, Prompt]] = OrderedDict()
+    def __init__(self, runtime: Runtime, limit: int = CACHE_BYTES) -> None:
+        self._runtime = runtime
+        self._limit = limit
+        self._entries: OrderedDict[bytes, tuple[EncodedPictures, Prompt]] = OrderedDict()
 
     def prepare_prompt(
         self, pictures: Sequence[Image.Image], question: str
-    ) -> tuple[Prompt, dict[str, float]]:
+    ) -> tuple[Prompt, Seconds]:
         """As the function of this name, which it equals in all but time and the last bits of
-        rounding.
-        """
+        rounding."""
         began = time.perf_counter()
         if not pictures:
             return prepare_prompt(self._runtime, pictures, question)
         key = _hash(pictures)
-        seen, first = self._known.pop(key, (None, None))
+        encoded, earlier = self._entries.pop(key, (None, None))
         vision = 0.0
-        if seen is None:
-            seen = see(self._runtime, pictures)
-            vision = seen.seconds["vision"]
-        prompt = prompt_of(self._runtime, seen, question)
-        length = int(np.flatnonzero(prompt.ids == self._runtime.tokens.image)[-1]) + 1
-        known = first is not None and np.array_equal(first.ids[:length], prompt.ids[:length])
-        prompt = replace(
-            prompt, prefix=first.prefix if first is not None and known else Prefix(length)
-        )
-        self._known[key] = seen, prompt
-        while len(self._known) > 1 and self.bytes > self._limit:
-            self._known.popitem(last=False)
-        return prompt, {"preprocess": time.perf_counter() - began - vision, "vision": vision}
+        if encoded is None:
+            encoded = encode_pictures(self._runtime, pictures)
+            vision = encoded.seconds.vision
+        prompt = prompt_of(self._runtime, encoded, question)
+        prompt = replace(prompt, prefix=self._prefix(prompt, earlier))
+        self._entries[key] = encoded, prompt
+        while len(self._entries) > 1 and self.bytes > self._limit:
+            self._entries.popitem(last=False)
+        return prompt, Seconds(time.perf_counter() - began - vision, vision)
+
+    def _prefix(self, prompt: Prompt, earlier: Prompt | None) -> Prefix:
+        """What a prompt shares with an earlier one about the same pictures: all up to the last
+        visual token, where both begin with the same ids."""
+        image = self._runtime.processor.tokens.image
+        length = int(np.flatnonzero(prompt.ids == image)[-1]) + 1
+        if earlier is None or not np.array_equal(earlier.ids[:length], prompt.ids[:length]):
+            return Prefix(length)
+        assert earlier.prefix is not None
+        return earlier.prefix
 
     @property
     def bytes(self) -> int:
-        """Of all visual tokens and K/V that are kept."""
-        kept = [
-            prompt.prefix.kept or []
-            for _, prompt in self._known.values()
-            if prompt.prefix is not None
-        ]
-        return sum(seen.features.nbytes for seen, _ in self._known.values()) + sum(
-            part.nbytes for parts in kept for part in parts
-        )
+        """Of all visual tokens and K/V that are in the cache."""
+        total = 0
+        for encoded, prompt in self._entries.values():
+            total += encoded.features.nbytes
+            if prompt.prefix is not None:
+                total += sum(part.nbytes for part in prompt.prefix.kept or [])
+        return total
 
 
 def _hash(pictures: Sequence[Image.Image]) -> bytes:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for picture in pictures:
-        found.update(repr((picture.mode, picture.size)).encode())
-        found.update(picture.tobytes())
+        digest.update(repr((picture.mode, picture.size)).encode())
+        digest.update(picture.tobytes())
         if picture.mode == "P":
-            found.update(repr(picture.getpalette()).encode())
-    return found.digest()
-
-
-def text_of(runtime: Runtime, result: Result) -> str:
-    return str(runtime.tokenizer.decode(result.tokens)).strip()
+            digest.update(repr(picture.getpalette()).encode())
+    return digest.digest()
 
 
 def ask(
-    runtime: Runtime, pictures: Sequence[Image.Image], question: str, options: Options | None = None
+    runtime: Runtime,
+    pictures: Sequence[Image.Image],
+    question: str,
+    options: Options | None = None,
 ) -> str:
     """The answer to one question."""
     prompt, _ = prepare_prompt(runtime, pictures, question)
-    return text_of(runtime, decode(runtime, [prompt], options)[0])
+    (result,) = decode(runtime, [prompt], options)
+    return runtime.processor.text(result.tokens)

@@ -171,6 +171,7 @@ class Decoding:
         draws: Sequence[int] | None = None,
     ) -> None:
         self.runtime, self.prompts, self.options = runtime, prompts, options
+        self.tokens = runtime.processor.tokens
         self.clock = Clock()
         steps = runtime.latent.steps if options.steps is None else options.steps
         if steps and not runtime.latent.steps:
@@ -181,7 +182,7 @@ class Decoding:
         ]
         self._placeholder: np.ndarray | None = None
         self._never = np.array(
-            [runtime.tokens.lvr, runtime.tokens.lvr_end, runtime.tokens.image]
+            [self.tokens.lvr, self.tokens.lvr_end, self.tokens.image]
         )  # is chosen
         # a generator a row, so that a row's draws do not hang on what else is in the batch
         self.rngs = [np.random.default_rng([options.seed, i]) for i in draws or range(len(prompts))]
@@ -222,7 +223,7 @@ class Decoding:
         if prefix is not None and prefix.kept is not None:
             self.runtime.put_back(prefix.kept)
             return self._read_on(self.prompts[0], prefix.length)
-        ids = np.full((len(self.prompts), longest), self.runtime.tokens.end[0], np.int64)
+        ids = np.full((len(self.prompts), longest), self.tokens.end[0], np.int64)
         positions = np.zeros((3, len(self.prompts), longest), np.int64)
         for i, p in enumerate(self.prompts):
             ids[i, : lengths[i]], positions[:, i, : lengths[i]] = p.ids, p.positions
@@ -231,9 +232,7 @@ class Decoding:
         if wider:
             embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
         for i, p in enumerate(self.prompts):
-            embeds[i, : lengths[i]][p.ids == self.runtime.tokens.image, : p.features.shape[1]] = (
-                p.features
-            )
+            embeds[i, : lengths[i]][p.ids == self.tokens.image, : p.features.shape[1]] = p.features
         self.clock.embed.append(time.perf_counter() - t)
         t = time.perf_counter()
         hidden = self.runtime.prefill(embeds, positions, lengths)
@@ -307,7 +306,7 @@ class Decoding:
         if self.runtime.latent.feedback != "token":
             return np.asarray(self.runtime.latent.fed(hidden))
         if self._placeholder is None:
-            self._placeholder = self.runtime.embed(np.array([[self.runtime.tokens.lvr]]))[0, 0]
+            self._placeholder = self.runtime.embed(np.array([[self.tokens.lvr]]))[0, 0]
         return self._placeholder
 
     def _hand_over(self, hidden: np.ndarray, handed: list[int]) -> np.ndarray:
@@ -316,18 +315,17 @@ class Decoding:
         """
         t = time.perf_counter()
         read = [
-            second_reading(self.prompts[i], self._given_latents(i), self.runtime.tokens)
-            for i in handed
+            second_reading(self.prompts[i], self._given_latents(i), self.tokens) for i in handed
         ]
         lengths = np.array([len(ids) for ids, _, _ in read], np.int64)
-        ids = np.full((len(handed), int(lengths.max())), self.runtime.tokens.end[0], np.int64)
+        ids = np.full((len(handed), int(lengths.max())), self.tokens.end[0], np.int64)
         positions = np.zeros((3, *ids.shape), np.int64)
         for row, (row_ids, row_positions, _) in enumerate(read):
             ids[row, : len(row_ids)], positions[:, row, : len(row_ids)] = row_ids, row_positions
         embeds = self.runtime.embed(ids)
         for row, (row_ids, _, shares) in enumerate(read):
-            embeds[row, : len(row_ids)][row_ids == self.runtime.tokens.lvr] = (
-                shares @ self._given_latents(handed[row])
+            embeds[row, : len(row_ids)][row_ids == self.tokens.lvr] = shares @ self._given_latents(
+                handed[row]
             )
         states = self.runtime.prefill(embeds, positions, lengths, handed)
         hidden = np.array(hidden)
@@ -351,7 +349,7 @@ class Decoding:
         """The ids (B, 1) that rows in text feed next, and what happened; the head runs once, for
         these rows.
         """
-        tokens = self.runtime.tokens
+        tokens = self.tokens
         events: list[Event] = []
         chosen = self._choose(hidden)
         feed = np.full((len(self.rows), 1), tokens.end[0], np.int64)
@@ -367,7 +365,7 @@ class Decoding:
         speaking = [i for i, row in enumerate(self.rows) if row.state == "text"]
         if not speaking:
             return {}
-        tokens = self.runtime.tokens
+        tokens = self.tokens
         t = time.perf_counter()
         logits = self.runtime.head(hidden if len(speaking) == len(self.rows) else hidden[speaking])
         self.clock.lm_head.append(time.perf_counter() - t)
@@ -395,13 +393,13 @@ class Decoding:
         """A row in text has chosen `token`: where that leads."""
         now = time.perf_counter() - self.began
         row.result.choices.append(token)
-        if token == self.runtime.tokens.lvr_start:
+        if token == self.tokens.lvr_start:
             row.state, row.left, row.may_start = "latent", row.steps, False
             feed[i] = token
             events.append(self._event(i, "start"))
             return
         result = row.result
-        if token in self.runtime.tokens.end:
+        if token in self.tokens.end:
             row.state, result.reason = "done", "stop"
         else:
             result.tokens.append(token)

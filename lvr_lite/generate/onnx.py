@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from tokenizers import Tokenizer
 
 from lvr_lite.errors import BundleError, UsageError
-from lvr_lite.model import bundle, families
-from lvr_lite.model.spec import TokenIds
+from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.families import Grid
 from lvr_lite.system import usable_cores
 
 # positions read at once: what is computed between layers takes no more memory for a longer prompt
@@ -113,46 +112,33 @@ class OnnxRuntime:
     bundle that fails its checks, UsageError as `check_provider`.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None, provider: str = "cpu") -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, provider: str = "cpu") -> None:
         check_provider(provider)
-        self.manifest = bundle.read_manifest(folder)
-        self.name = folder.name
-        self.folder = folder
-        self.family = families.get(self.manifest.family)
-        self.image_spec = self.manifest.image
-        self.template = self.manifest.chat_template
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokens = self.manifest.tokens
-        self.tokens = TokenIds(
-            tokens["image"],
-            tuple(tokens["end"]),
-            tokens["lvr_start"],
-            tokens["lvr"],
-            tokens["lvr_end"],
-        )
-        self.latent = self.manifest.latent
-        self.hidden_size = self.manifest.decoder["hidden_size"]
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.name = bundle.name
+        self.processor = bundle.processor
+        self.latent = manifest.latent
+        self.hidden_size = manifest.decoder.hidden_size
         share_pools(threads or usable_cores())
-        # the head first: while it is packed its one large weight is there twice, and nothing else
-        # should be there yet
-        order = ("lm_head", "decoder", "vision_encoder", "embed_tokens")
-        self._head, self._decoder, self._vision, self._embed = (
-            open_session(folder / self.manifest.graphs[name].path, provider=provider)
-            for name in order
-        )
+        # The head first: while it is packed its one large weight is there twice, and nothing else
+        # should be there yet.
+        self._head = open_session(bundle.path("lm_head"), provider=provider)
+        self._decoder = open_session(bundle.path("decoder"), provider=provider)
+        self._vision = open_session(bundle.path("vision_encoder"), provider=provider)
+        self._embed = open_session(bundle.path("embed_tokens"), provider=provider)
         self._cache_names = [
-            f"{i}.{part}"
-            for i in range(self.manifest.decoder["layers"])
-            for part in ("key", "value")
+            f"{i}.{part}" for i in range(manifest.decoder.layers) for part in ("key", "value")
         ]
-        deepstack = self.manifest.graphs["decoder"].inputs.get("deepstack_embeds")
-        self._deepstack = (
-            int(deepstack["axes"][-1]) if deepstack else 0
-        )  # width of what visual tokens add in later layers
-        self._batch = self._capacity = 0
-        self._in_state: np.ndarray | None = (
-            None  # the hidden states that lie in the step's input buffer already
-        )
+        decoder_inputs = manifest.graphs["decoder"].inputs
+        self._cache_type = np.dtype(decoder_inputs["past_key_values.0.key"].dtype)
+        deepstack = decoder_inputs.get("deepstack_embeds")
+        # Width of what visual tokens add in later layers.
+        self._deepstack = int(deepstack.axes[-1]) if deepstack else 0
+        self._batch = 0
+        self._capacity = 0
+        # The hidden states that lie in the step's input buffer already.
+        self._in_state: np.ndarray | None = None
 
     def with_graphs(self, **graphs: Any) -> OnnxRuntime:
         """The same bundle with other sessions for some of its graphs: decoder, embed or head; the
@@ -163,8 +149,8 @@ class OnnxRuntime:
         other._batch = other._capacity = 0
         return other
 
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        feed = {"pixel_values": pixel_values, **self.family.vision_inputs(grids, self.image_spec)}
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
+        feed = {"pixel_values": pixel_values, **self.processor.vision_inputs(grids)}
         return np.asarray(self._vision.run(None, feed)[0])
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -199,13 +185,12 @@ class OnnxRuntime:
     def _new_cache(self, batch: int, capacity: int) -> dict[str, Any]:
         shape = (
             batch,
-            self.manifest.decoder["kv_heads"],
+            self.bundle.manifest.decoder.kv_heads,
             capacity,
-            self.manifest.decoder["head_dim"],
+            self.bundle.manifest.decoder.head_dim,
         )
-        dtype = np.dtype(self.manifest.graphs["decoder"].inputs["past_key_values.0.key"]["dtype"])
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_type))
             for name in self._cache_names
         }
 

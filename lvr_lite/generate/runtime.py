@@ -6,11 +6,13 @@ vocabulary, N patches.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.model.families import Grid
+from lvr_lite.model.processor import Processor
+from lvr_lite.model.spec import LatentSpec
 
 
 class Runtime(Protocol):
@@ -19,15 +21,11 @@ class Runtime(Protocol):
     """
 
     name: str
-    family: Any  # a module of lvr_lite.model.families
-    image_spec: dict[str, Any]  # the manifest's `image` block
-    template: str  # chat template (jinja)
-    tokenizer: Any  # tokenizers.Tokenizer
-    tokens: TokenIds
+    processor: Processor
     latent: LatentSpec
     hidden_size: int
 
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         """Patches (N, C) of pictures with these grids (a family says what they count) -> visual
         tokens (N / merge**2, H), or wider (see `decode.Prompt`).
         """

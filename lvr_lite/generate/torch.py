@@ -15,6 +15,7 @@ import torch
 
 from lvr_lite.model import families
 from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.families import Grid
 
 
 class TorchRuntime:
@@ -27,16 +28,8 @@ class TorchRuntime:
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self.name = checkpoint.folder.name
-        self.family, self.image_spec, self.template = (
-            checkpoint.family,
-            checkpoint.image_spec,
-            checkpoint.template,
-        )
-        self.tokenizer, self.tokens, self.latent = (
-            checkpoint.tokenizer,
-            checkpoint.tokens,
-            checkpoint.latent,
-        )
+        self.processor = checkpoint.processor
+        self.latent = checkpoint.latent
         self.model = model
         self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.hidden_size = self.core.config.text_config.hidden_size
@@ -47,7 +40,7 @@ class TorchRuntime:
         return {"device": weight.device, "dtype": weight.dtype}
 
     @torch.inference_mode()
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         grid = torch.tensor([[1, *g] for g in grids], device=self._place["device"])
         return np.asarray(
             visual_tokens(self.core, torch.from_numpy(pixel_values), grid).float().cpu().numpy()
@@ -171,7 +164,7 @@ def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor)
 
 def language_model(core: Any) -> Any:
     """The part of a transformers model that reads embeddings, whatever its family calls it."""
-    return getattr(core.model, families.get(core.config.model_type).LANGUAGE_MODEL)
+    return getattr(core.model, families.get(core.config.model_type).language_model)
 
 
 def read(
@@ -190,7 +183,7 @@ def read(
             "visual_pos_masks": everywhere,
             "deepstack_visual_embeds": [d.flatten(0, 1) for d in deepstack],
         }
-    if families.get(core.config.model_type).POSITION_AXES == 1:
+    if families.get(core.config.model_type).position_axes == 1:
         positions = positions[0]
     out = language_model(core)(
         inputs_embeds=embeds,

@@ -1,5 +1,6 @@
-"""A checkpoint: a base model's folder, or what `finetune` wrote over one. May import: tokenizers
-and the core (no torch).
+"""A checkpoint: a base model's folder, or what `finetune` wrote over one.
+
+May import: tokenizers, this folder.
 
 A tuned checkpoint holds adapter_model.safetensors, adapter_config.json, lvr_config.json (base,
 sha256 of its weights, latent loop, precision of the base in training), tokenizer.json,
@@ -20,9 +21,9 @@ from tokenizers import Tokenizer
 
 from lvr_lite.errors import BundleError
 from lvr_lite.files import sha256
-from lvr_lite.model import families
-from lvr_lite.model import spec as latent
-from lvr_lite.model.bundle import is_bundle, read_manifest
+from lvr_lite.model import families, spec
+from lvr_lite.model.bundle import Bundle, is_bundle
+from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec, TokenIds
 
 LVR_CONFIG = "lvr_config.json"
@@ -30,20 +31,20 @@ LVR_CONFIG = "lvr_config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything about a checkpoint but its weights. base: the folder of the base model's weights;
-    adapter: whether `folder` holds one; trained_over: the `base_sha256` that the adapter was
-    trained over, None where none was recorded.
+    """Everything about a checkpoint but its weights.
+
+    folder: of its files.
+    base: the folder of the base model's weights.
+    adapter: whether `folder` holds an adapter.
+    config: config.json of the base.
+    trained_over: the `base_sha256` that the adapter was trained over; None where not recorded.
     """
 
     folder: Path
     base: Path
     adapter: bool
     config: dict[str, Any]
-    family: Any
-    image_spec: dict[str, Any]
-    template: str
-    tokenizer: Tokenizer
-    tokens: TokenIds
+    processor: Processor
     latent: LatentSpec
     trained_over: str | None = None
 
@@ -160,73 +161,80 @@ def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tupl
 
 
 def read_checkpoint(model: str | Path) -> Checkpoint:
-    """Read a checkpoint's files (not its weights). Raises BundleError naming the folder or file
-    that is missing or wrong.
+    """Read a checkpoint's files (not its weights).
+
+    Raises BundleError naming the folder or file that is missing or wrong.
     """
     folder = resolve(str(model))
-    tuned = _json(folder / LVR_CONFIG) if (folder / LVR_CONFIG).is_file() else None
-    missing = [field for field in ("base", "latent") if tuned is not None and field not in tuned]
-    if missing:
-        raise BundleError(
-            f"{folder / LVR_CONFIG}: {missing[0]} is missing; this folder is not a complete checkpoint"
-        )
-    if tuned is not None and not (folder / "adapter_model.safetensors").is_file():
-        raise BundleError(
-            f"{folder / 'adapter_model.safetensors'}: missing; this folder is not a complete checkpoint"
-        )
+    tuned = _tuned_config(folder)
     base = resolve(tuned["base"]) if tuned is not None else folder
     config = _json(base / "config.json")
     if not any(base.glob("*.safetensors")):
         raise BundleError(
             f"{base}: no *.safetensors weights (pickled weights are not read: convert them first)"
         )
-    family = families.get(str(config.get("model_type")))
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise BundleError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from error
-    try:
-        rows = int(config.get("text_config", config)["vocab_size"])
-        image_spec = family.image_spec(
-            config, _json(folder / "preprocessor_config.json") | (tuned or {}).get("image", {})
-        )
-    except KeyError as error:
-        raise BundleError(
-            f"{folder}: {error} is missing from config.json or preprocessor_config.json; copy them again"
-        ) from error
-    if (
-        tuned is None
-        # a tuned model's markers are the rows that it was trained with: others would have learned
-        # nothing
-    ):
-        add_latent_tokens(tokenizer)
-    ids = {
-        name: _id(tokenizer, name, folder)
-        for name in (family.IMAGE_TOKEN, latent.START, latent.LATENT, latent.END)
-    }
-    if max(ids.values()) >= rows:
-        raise BundleError(
-            f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: resize it first"
-        )
     return Checkpoint(
         folder=folder,
         base=base,
         adapter=tuned is not None,
         config=config,
-        family=family,
-        image_spec=image_spec,
-        template=_template(folder),
-        tokenizer=tokenizer,
-        tokens=TokenIds(
-            ids[family.IMAGE_TOKEN],
-            _end_ids(base, config, tokenizer),
-            ids[latent.START],
-            ids[latent.LATENT],
-            ids[latent.END],
-        ),
+        processor=_processor(folder, base, config, tuned),
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
-        trained_over=trained_over(folder) if tuned is not None else None,
+        trained_over=None if tuned is None else tuned.get("base_sha256"),
     )
+
+
+def _tuned_config(folder: Path) -> dict[str, Any] | None:
+    """What `finetune` wrote beside an adapter; None for a base model's folder."""
+    path = folder / LVR_CONFIG
+    if not path.is_file():
+        return None
+    tuned = _json(path)
+    for field in ("base", "latent"):
+        if field not in tuned:
+            raise BundleError(
+                f"{path}: {field} is missing; this folder is not a complete checkpoint"
+            )
+    adapter = folder / "adapter_model.safetensors"
+    if not adapter.is_file():
+        raise BundleError(f"{adapter}: missing; this folder is not a complete checkpoint")
+    return tuned
+
+
+def _processor(
+    folder: Path, base: Path, config: dict[str, Any], tuned: dict[str, Any] | None
+) -> Processor:
+    family = families.get(str(config.get("model_type")))
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path}: cannot be read ({error})") from error
+    try:
+        rows = int(config.get("text_config", config)["vocab_size"])
+        preprocessor = _json(folder / "preprocessor_config.json")
+        image = family.image_spec(config, preprocessor | (tuned or {}).get("image", {}))
+    except KeyError as error:
+        raise BundleError(
+            f"{folder}: {error} is missing from config.json or preprocessor_config.json; "
+            "copy them again"
+        ) from error
+    # A tuned model's markers are the rows that it was trained with: others learned nothing.
+    if tuned is None:
+        add_latent_tokens(tokenizer)
+    tokens = TokenIds(
+        image=_id(tokenizer, family.image_token, path),
+        end=_end_ids(base, config, tokenizer),
+        lvr_start=_id(tokenizer, spec.START, path),
+        lvr=_id(tokenizer, spec.LATENT, path),
+        lvr_end=_id(tokenizer, spec.END, path),
+    )
+    if max(tokens.image, tokens.lvr_start, tokens.lvr, tokens.lvr_end) >= rows:
+        raise BundleError(
+            f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: "
+            "resize it first"
+        )
+    return Processor(family, image, _template(folder), tokenizer, tokens)
 
 
 def trained_over(folder: Path) -> str | None:
@@ -236,15 +244,11 @@ def trained_over(folder: Path) -> str | None:
     return _json(folder / LVR_CONFIG).get("base_sha256")
 
 
-def vision_of(model: str) -> tuple[Any, dict[str, Any]]:
-    """Family and `image` block of a bundle or a checkpoint: how it resizes pictures and cuts them
-    into visual tokens.
-    """
+def processor_of(model: str) -> Processor:
+    """The processor of a bundle or a checkpoint, without its weights."""
     if is_bundle(Path(model)):
-        manifest = read_manifest(Path(model), check=False)
-        return families.get(manifest.family), manifest.image
-    checkpoint = read_checkpoint(model)
-    return checkpoint.family, checkpoint.image_spec
+        return Bundle.open(Path(model), check=False).processor
+    return read_checkpoint(model).processor
 
 
 def add_latent_tokens(tokenizer: Tokenizer) -> None:
@@ -252,14 +256,14 @@ def add_latent_tokens(tokenizer: Tokenizer) -> None:
     embedding (Qwen2.5-VL has 271).
     """
     tokenizer.add_special_tokens(
-        [t for t in (latent.START, latent.LATENT, latent.END) if tokenizer.token_to_id(t) is None]
+        [t for t in (spec.START, spec.LATENT, spec.END) if tokenizer.token_to_id(t) is None]
     )
 
 
-def _id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
+def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
         raise BundleError(
-            f"{folder / 'tokenizer.json'}: its vocabulary has no {token}; this is not the tokenizer of such a model"
+            f"{path}: its vocabulary has no {token}; this is not the tokenizer of such a model"
         )
-    return int(found)
+    return int(token_id)

@@ -1,21 +1,21 @@
-"""From a picture file to patches, in numpy and Pillow: what transformers' image processor does,
-without it.
+"""From a picture file to RGB, and the numbers that its pixels become.
 
-May import: numpy, Pillow, the core. The numbers equal those of transformers' processors:
-tests/runtime/test_preprocess.py compares them over sizes, modes and orientations,
-tests/families/test_families.py by family.
+May import: numpy, Pillow, the families' ImageSpec. The numbers equal those of transformers'
+processors: tests/model/test_images.py compares them over sizes, modes and orientations,
+tests/model/test_families.py by family.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lvr_lite.errors import DataError
+from lvr_lite.model.families.base import ImageSpec
 
 MAX_PIXELS = (
     2 * 89_478_485
@@ -150,29 +150,8 @@ def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def prepare(
-    pictures: list[Image.Image], family: Any, spec: dict[str, Any]
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """RGB pictures -> what the vision graph takes: (patches (N, C) float32 of all pictures one
-    after another, their grids).
-
-    family: a module of lvr_lite.model.families, which says what a grid counts; spec: the manifest's
-    `image` block. Raises DataError for a picture whose sides differ more than MAX_ASPECT times, as
-    transformers does.
-    """
-    values = _normalized(spec)
-    patches, grids = [], []
-    for number, picture in enumerate(pictures, 1):
-        _refuse_extreme(picture, number)
-        frames, grid = family.frames(picture, spec)
-        patches += [family.patches(np.asarray(frame), values, spec) for frame in frames]
-        grids.append(grid)
-    return patches[0] if len(patches) == 1 else np.concatenate(
-        patches
-    ), grids  # one is not copied once more
-
-
-def _refuse_extreme(picture: Image.Image, number: int) -> None:
+def refuse_extreme(picture: Image.Image, number: int) -> None:
+    """Raises DataError where one side is more than MAX_ASPECT times the other, as transformers."""
     w, h = picture.size
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise DataError(
@@ -180,10 +159,10 @@ def _refuse_extreme(picture: Image.Image, number: int) -> None:
         )
 
 
-def _normalized(spec: dict[str, Any]) -> np.ndarray:
+def normalized(image: ImageSpec) -> np.ndarray:
     """(3, 256) float32: what each 8-bit value of each channel becomes; rounded step by step as
     transformers rounds.
     """
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = np.array(spec["mean"], np.float32), np.array(spec["std"], np.float32)
+    mean, std = np.array(image.mean, np.float32), np.array(image.std, np.float32)
     return np.asarray((scaled[None] - mean[:, None]) / std[:, None], np.float32)

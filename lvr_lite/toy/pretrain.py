@@ -23,7 +23,8 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from lvr_lite.model.families import qwen2_5_vl as family
+from lvr_lite.model.families import Grid
+from lvr_lite.model.families.qwen2_5_vl import FAMILY
 from lvr_lite.model.prompt import render
 from lvr_lite.toy import build, scenes
 
@@ -33,7 +34,11 @@ TURNS = 13
 # one.
 WORDED = {"attribute": 0.02, "letter": 0.02, "position": 0.8, "count": 0.05, "odd": 0.1}
 WORDS = (*scenes.SHAPES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.GLYPHS)
-IMAGE = family.IMAGE_TOKEN
+IMAGE = FAMILY.image_token
+IMAGE_SPEC = FAMILY.image_spec(
+    {"vision_config": {"patch_size": 14, "spatial_merge_size": 2, "window_size": 56}},
+    build.PREPROCESSOR,
+)
 
 
 class Pictures:
@@ -44,7 +49,7 @@ class Pictures:
     def __init__(self, planned: list[scenes.Scene]) -> None:
         self.scenes = planned
         width, height = planned[0].width, planned[0].height
-        self.grid = (height // 14, width // 14)
+        self.grid = Grid(height // 14, width // 14)
         self.patches = np.stack([self._patches(scenes.draw(s)) for s in planned])
         self.words = np.stack([self._cell_words(s) for s in planned])
 
@@ -134,14 +139,12 @@ class Packer:
     def pack(
         self, pictures: Pictures, conversations: list[list[tuple[str, str]]]
     ) -> dict[str, torch.Tensor]:
-        rows, columns = family.token_grid(pictures.grid, {"merge": 2})
+        rows, columns = FAMILY.token_grid(pictures.grid, IMAGE_SPEC)
         before, _ = render(build.TEMPLATE, "", 1).split(IMAGE)
         image_id = self.ids(IMAGE)[0]
         closing = self.ids("<|vision_end|>")
         prefix = self.ids(before) + [image_id] * (rows * columns) + closing
-        prefix_positions = family.positions(
-            np.array(prefix), image_id, [pictures.grid], {"merge": 2}
-        )
+        prefix_positions = FAMILY.positions(np.array(prefix), image_id, [pictures.grid], IMAGE_SPEC)
         start = int(prefix_positions.max()) + 1
         samples = []
         for conversation in conversations:
@@ -272,7 +275,6 @@ class Trainer:
             fused=True,
         )
         self.began = time.time()
-        self.spec = {"merge": 2, "window": 56, "patch": 14}
 
     def batch(
         self, pools: list[Pictures], size: int
@@ -282,7 +284,7 @@ class Trainer:
         chosen = self.rng.integers(len(pictures.scenes), size=size)
         inputs = {
             k: torch.from_numpy(v).to(self.device)
-            for k, v in family.vision_inputs([pictures.grid], self.spec).items()
+            for k, v in FAMILY.vision_inputs([pictures.grid], IMAGE_SPEC).items()
         }
         return pictures, chosen, torch.from_numpy(pictures.patches[chosen]).to(self.device), inputs
 

@@ -18,8 +18,8 @@ from lvr_lite.data.samples import Picked, Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.model.images import open_picture, picture_size, prepare
-from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.families import Grid
+from lvr_lite.model.images import open_picture, picture_size
 from lvr_lite.toy import scenes
 from lvr_lite.toy.make import scene_sample, skill_sample
 from lvr_lite.train.methods import METHODS
@@ -143,7 +143,8 @@ class Collator:
         c = self.checkpoint
         items = in_order(items, self.settings)
         pictures = [p for _, own in items for p in own]
-        pixels, grids = prepare(pictures, c.family, c.image_spec)
+        pixels = c.processor.see(pictures)
+        grids = pixels.grids
         rows, groups = [], []
         first_picture = first_token = 0
         for sample, own_pictures in items:
@@ -153,13 +154,13 @@ class Collator:
             row = self._row(sample, own, len(targets))
             rows.append(row)
             first_picture += len(own)
-            first_token += int((row.ids == c.tokens.image).sum())
+            first_token += int((row.ids == c.processor.tokens.image).sum())
         pool = np.zeros((len(groups), first_token), np.float32)
         for i, group in enumerate(groups):
             pool[i, group] = 1 / len(group)
         batch: dict[str, Any] = {
             "pool": pool,
-            "pixel_values": pixels,
+            "pixel_values": pixels.patches,
             "grid_thw": np.array([[1, *g] for g in grids]),
         }
         if looking := [row for row in rows if row.looks]:
@@ -175,9 +176,7 @@ class Collator:
         """Positions that a sample takes, visual tokens and latents included. sizes: of its
         pictures.
         """
-        grids = [
-            self.checkpoint.family.grid_of(*size, self.checkpoint.image_spec) for size in sizes
-        ]
+        grids = [self.checkpoint.processor.grid_of(*size) for size in sizes]
         return len(self._row(sample, grids, len(self._targets(sample, grids))).ids)
 
     def _aligned(self, rows: list[_Row]) -> dict[str, Any]:
@@ -185,7 +184,7 @@ class Collator:
         before = max(row.prompt for row in rows)
         longest = before + max(len(row.ids) - row.prompt for row in rows)
         ids, labels = (
-            np.full((len(rows), longest), self.checkpoint.tokens.end[0]),
+            np.full((len(rows), longest), self.checkpoint.processor.tokens.end[0]),
             np.full((len(rows), longest), -100),
         )
         positions, mask = np.zeros((3, *ids.shape), np.int64), np.zeros(ids.shape, np.int64)
@@ -213,7 +212,7 @@ class Collator:
         positions come in the forward pass, and the answer, as in
         `lvr_lite.generate.decode.second_reading`.
         """
-        tokens, steps = self.checkpoint.tokens, self.settings.steps
+        tokens, steps = self.checkpoint.processor.tokens, self.settings.steps
         read = []
         for row in rows:
             seen = row.ids == tokens.image
@@ -256,34 +255,34 @@ class Collator:
             "reader_positions": positions,
         }
 
-    def _targets(self, sample: Sample, grids: list[tuple[int, int]]) -> list[np.ndarray]:
+    def _targets(self, sample: Sample, grids: list[Grid]) -> list[np.ndarray]:
         """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without
         boxes: its whole picture.
         """
         if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
         found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
-        in_boxes = box_rule.visual_tokens_in_boxes(
-            found, grids[0], self.checkpoint.family, self.checkpoint.image_spec
-        )
+        in_boxes = box_rule.visual_tokens_in_boxes(found, grids[0], self.checkpoint.processor)
         if self.settings.targets == "pooled":
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[tuple[int, int]], targets: int) -> _Row:
+    def _row(self, sample: Sample, grids: list[Grid], targets: int) -> _Row:
         c, look = self.checkpoint, looks(sample, self.settings)
         latents = targets or (self.settings.steps if look else 0)
-        shown = [c.family.picture_text(g, c.image_spec) for g in grids]
-        asked = prompt_ids(c.tokenizer, c.template, sample.question, c.family.IMAGE_TOKEN, shown)
-        end = str(c.tokenizer.id_to_token(c.tokens.end[0]))
-        said = c.tokenizer.encode(
+        tokenizer = c.processor.tokenizer
+        prompt = c.processor.prompt(sample.question, grids)
+        asked = prompt.ids.tolist()
+        end = str(tokenizer.id_to_token(c.processor.tokens.end[0]))
+        said = tokenizer.encode(
             latent.response(latents, sample.answer, end), add_special_tokens=False
         ).ids
         ids = np.array(asked + said, np.int64)
         labels = np.array(
-            [-100] * len(asked) + [-100 if t == c.tokens.lvr else t for t in said], np.int64
+            [-100] * len(asked) + [-100 if t == c.processor.tokens.lvr else t for t in said],
+            np.int64,
         )
-        positions = c.family.positions(np.array(asked), c.tokens.image, grids, c.image_spec)
+        positions = prompt.positions
         following = positions.max() + 1 + np.arange(len(said))
         return _Row(
             ids,
@@ -379,7 +378,12 @@ def check_samples(examples: Examples, checkpoint: Checkpoint) -> None:
         for part, text in (("question", sample.question), ("answer", sample.answer)):
             found = [
                 t
-                for t in (latent.START, latent.LATENT, latent.END, checkpoint.family.IMAGE_TOKEN)
+                for t in (
+                    latent.START,
+                    latent.LATENT,
+                    latent.END,
+                    checkpoint.processor.family.image_token,
+                )
                 if t in text
             ]
             if found:

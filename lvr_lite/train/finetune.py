@@ -70,19 +70,19 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    tokens = checkpoint.tokens
+    tokens = checkpoint.processor.tokens
     config = LoraConfig(
         r=settings.lora.rank,
         lora_alpha=settings.lora.alpha,
         lora_dropout=settings.lora.dropout,
-        target_modules=checkpoint.family.LORA_TARGETS,
+        target_modules=checkpoint.processor.family.lora_targets,
         trainable_token_indices=[tokens.lvr_start, tokens.lvr, tokens.lvr_end],
         task_type="CAUSAL_LM",
     )
     _begin_markers(model, checkpoint)
     torch.manual_seed(settings.train.seed)  # the adapters' random start
     tuned = get_peft_model(model, config)
-    text = checkpoint.family.LANGUAGE_MODEL
+    text = checkpoint.processor.family.language_model
     wrong = [
         n
         for n, p in tuned.named_parameters()
@@ -112,16 +112,12 @@ def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
     last token, after which the model says what it found, the place of a latent as that of a visual
     token. Their spare rows were never trained.
     """
-    prompt = prompt_ids(
-        checkpoint.tokenizer,
-        checkpoint.template,
-        "",
-        checkpoint.family.IMAGE_TOKEN,
-        [checkpoint.family.IMAGE_TOKEN],
-    )
-    picture = prompt.index(checkpoint.tokens.image)
+    processor = checkpoint.processor
+    image_token = processor.family.image_token
+    prompt = prompt_ids(processor.tokenizer, processor.template, "", image_token, [image_token])
+    picture = prompt.index(checkpoint.processor.tokens.image)
     rows = model.get_input_embeddings().weight
-    tokens = checkpoint.tokens
+    tokens = checkpoint.processor.tokens
     rows[tokens.lvr_start], rows[tokens.lvr], rows[tokens.lvr_end] = (
         rows[prompt[-1]],
         rows[prompt[picture]],
@@ -247,7 +243,7 @@ def finetune(
     begin_from = begin(out, resume, checkpoint)
     if settings.max_pixels is not None:
         checkpoint = replace(
-            checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels}
+            checkpoint, processor=checkpoint.processor.with_max_pixels(settings.max_pixels)
         )
     train, held_out = load_examples(data, settings)
     for examples in (train, held_out):
@@ -261,7 +257,7 @@ def finetune(
     collator = Collator(checkpoint, settings.latent)
     matched = settings.latent.feedback == "norm-matched"
     norm = norm_of_visual_tokens(model.get_base_model(), collator, train) if matched else 0.0
-    sft = LatentSFT(model, checkpoint.tokens, settings.latent, norm)
+    sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent, norm)
     spec = sft.spec
     write_side_files(out, checkpoint, spec, settings)
     trainer = trainer_class(transformers)(
@@ -372,8 +368,8 @@ def write_side_files(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.tokenizer.save(str(out / "tokenizer.json"))
-        (out / "chat_template.jinja").write_text(checkpoint.template)
+        checkpoint.processor.tokenizer.save(str(out / "tokenizer.json"))
+        (out / "chat_template.jinja").write_text(checkpoint.processor.template)
         shutil.copyfile(
             checkpoint.base / "preprocessor_config.json", out / "preprocessor_config.json"
         )

@@ -25,7 +25,7 @@ import torch
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.generate.ask import prepare_prompt, text_of
+from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode, second_reading
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime, distinct
@@ -396,10 +396,10 @@ class Roller:
         return found
 
     def _answer(self, result: Result, own: str | None, donor: str | None) -> Answer:
-        start = self.runtime.tokens.lvr_start
+        start = self.runtime.processor.tokens.lvr_start
         before = result.choices.index(start) if start in result.choices else 0
         return Answer(
-            text_of(self.runtime, result),
+            self.runtime.processor.text(result.tokens),
             len(result.latents),
             before,
             result.reason == "stop",
@@ -420,7 +420,7 @@ class Roller:
         if not donor.latents:
             return None, None
         (swapped,) = decode(self.runtime, [prompt], options, [np.stack(donor.latents)])
-        return text_of(self.runtime, own), text_of(self.runtime, swapped)
+        return self.runtime.processor.text(own.tokens), self.runtime.processor.text(swapped.tokens)
 
 
 def donors_of(examples: Examples) -> Callable[[Sample], Item | None]:
@@ -485,12 +485,9 @@ def grpo(
     dtype = training_dtype(settings, device)
     begin_from = begin(out, resume, checkpoint)
     # pictures stay as large as the checkpoint was tuned on, unless said otherwise
-    settings = replace(
-        settings, max_pixels=settings.max_pixels or checkpoint.image_spec["max_pixels"]
-    )
-    checkpoint = replace(
-        checkpoint, image_spec=checkpoint.image_spec | {"max_pixels": settings.max_pixels}
-    )
+    max_pixels = settings.max_pixels or checkpoint.processor.image.max_pixels
+    settings = replace(settings, max_pixels=max_pixels)
+    checkpoint = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(max_pixels))
     train, held_out = load_examples(
         data, replace(settings, latent=replace(settings.latent, samples="all"))
     )
@@ -503,7 +500,7 @@ def grpo(
         keep_less(model)
     g = settings.grpo
     policy = Policy(
-        model, checkpoint.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0
+        model, checkpoint.processor.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0
     )
     write_side_files(out, checkpoint, checkpoint.latent, settings)
     runtime = TorchRuntime(model, checkpoint)

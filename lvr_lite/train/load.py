@@ -26,7 +26,7 @@ from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint
 def _model_class(checkpoint: Checkpoint) -> Any:
     import transformers
 
-    return getattr(transformers, checkpoint.family.ARCHITECTURE)
+    return getattr(transformers, checkpoint.processor.family.architecture)
 
 
 def _load(checkpoint: Checkpoint, **how: Any) -> Any:
@@ -63,7 +63,7 @@ def load_nf4(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(checkpoint.family.KEEP_UNQUANTIZED),
+        llm_int8_skip_modules=list(checkpoint.processor.family.keep_unquantized),
     )
     model = _load(checkpoint, dtype=dtype, device_map={"": device}, quantization_config=config)
     check_quantized(model, checkpoint)
@@ -82,7 +82,8 @@ def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
     linears = {
         n
         for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and re.fullmatch(checkpoint.family.LORA_TARGETS, n)
+        if isinstance(m, torch.nn.Linear)
+        and re.fullmatch(checkpoint.processor.family.lora_targets, n)
     }
     if four_bit != linears:
         wrong = sorted(four_bit ^ linears)
@@ -182,10 +183,10 @@ class TrainedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, checkpoint: Checkpoint, unmerged: bool = False) -> None:
-        self.model = empty_model(checkpoint.config, checkpoint.family)
+        self.model = empty_model(checkpoint.config, checkpoint.processor.family)
         self.unmerged, self._checkpoint = unmerged, checkpoint
         self._stored = StoredWeights(checkpoint, self.model)
-        targets = re.compile(checkpoint.family.LORA_TARGETS)
+        targets = re.compile(checkpoint.processor.family.lora_targets)
         linears = {
             name
             for name, module in self.model.named_modules()
@@ -205,7 +206,8 @@ class TrainedWeights(Mapping[str, Tensor]):
         from peft.utils import ModulesToSaveWrapper
 
         tuned = _with_adapter(
-            empty_model(self._checkpoint.config, self._checkpoint.family), self._checkpoint
+            empty_model(self._checkpoint.config, self._checkpoint.processor.family),
+            self._checkpoint,
         )
         for path, module in tuned.get_base_model().named_modules():
             if isinstance(module, LoraLayer):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -15,14 +14,6 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAPER, INK, QUIET = (250, 250, 248), (25, 25, 25), (95, 95, 95)
 _BOXES = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
-
-
-def token_grid(picture: Image.Image, family: Any, spec: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the visual tokens that a model of this family and `image` block makes of
-    a picture: where boxes select.
-    """
-    rows, columns = family.token_grid(family.grid_of(picture.height, picture.width, spec), spec)
-    return int(rows), int(columns)
 
 
 def fitted(picture: Image.Image, side: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """`--look`: which visual tokens each latent step is nearest to, as heat maps over the pictures. May
 import: numpy, Pillow, the core.
 
-Nearness is `lvr_lite.model.spec.likeness`, by which a bottleneck finds the places of its latents
+Nearness is `lvr_lite.model.latents.likeness`, by which a bottleneck finds the places of its latents
 too: a cosine, after the picture's mean of its visual tokens is taken from each. Nothing is taken
 from the latents: a mean over the few steps would remove what they agree on, and the mean over many
 answers, which `probe` takes for its R@1, one answer does not have. The price: a latent that has the
@@ -77,7 +77,7 @@ class View:
 
 def similarities(latents: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1:
-    `lvr_lite.model.spec.likeness`.
+    `lvr_lite.model.latents.likeness`.
     """
     return np.asarray(likeness(latents, features))
 
@@ -116,9 +116,9 @@ def views(
         raise LvrError(
             "--look: the model answered without latent steps this time, so there is nothing to look at"
         )
-    family, spec = runtime.family, runtime.image_spec
-    grids = [family.grid_of(picture.height, picture.width, spec) for picture in pictures]
-    ends = np.cumsum([family.picture_text(grid, spec).count(family.IMAGE_TOKEN) for grid in grids])
+    processor = runtime.processor
+    grids = [processor.grid_of(picture.height, picture.width) for picture in pictures]
+    ends = np.cumsum([processor.visual_tokens(grid) for grid in grids])
     assert ends[-1] == len(prompt.features), (
         f"{ends[-1]} places for {len(prompt.features)} visual tokens"
     )
@@ -127,8 +127,8 @@ def views(
     return [
         View(
             picture,
-            family.token_grid(grid, spec),
-            similarities(latents, tokens)[:, family.token_places(grid, spec)],
+            processor.token_grid(grid),
+            similarities(latents, tokens)[:, processor.token_places(grid)],
         )
         for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +11,7 @@ from lvr_lite.data.boxes import tokens_in_box
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import open_picture
+from lvr_lite.model.processor import Processor
 from lvr_lite.views.drawing import (
     INK,
     PAPER,
@@ -21,7 +21,6 @@ from lvr_lite.views.drawing import (
     cell_edges,
     draw_boxes,
     fitted,
-    token_grid,
     wrapped,
 )
 
@@ -34,13 +33,11 @@ _SMALLEST, _LARGEST, _GAP, _CAPTION, _LINE = (
 )  # pixels: side of a picture's place, space between, text size, text line
 
 
-def preview(
-    samples: list[Sample], count: int, out: Path, family: Any, spec: dict[str, Any]
-) -> None:
+def preview(samples: list[Sample], count: int, out: Path, processor: Processor) -> None:
     """A PNG contact sheet of the first `count` samples, up to four in a row: picture, boxes,
     question and answer.
 
-    Pictures are resized to what a model of this family and `image` block sees, and shown at one
+    Pictures are resized to what a model with this processor sees, and shown at one
     size, that of the largest, within 320 to 960 pixels, with the grid of visual tokens. Those that
     the boxes select keep their colours, all others are washed out. Boxes belong to a sample's first
     picture. Raises DataError for a picture that cannot be read, an unwritable `out` or no samples.
@@ -50,7 +47,7 @@ def preview(
         raise DataError(
             f"{out}: no samples to show; give a file with samples and a count of 1 or more"
         )
-    seen = [_seen(sample, family, spec) for sample in shown]
+    seen = [_seen(sample, processor) for sample in shown]
     side = min(_LARGEST, max(_SMALLEST, *(max(picture.size) for picture, _ in seen)))
     tiles = [_tile(sample, *as_seen, side) for sample, as_seen in zip(shown, seen, strict=True)]
     columns = min(4, len(tiles))
@@ -73,13 +70,13 @@ def preview(
         ) from error
 
 
-def _seen(sample: Sample, family: Any, spec: dict[str, Any]) -> tuple[Image.Image, tuple[int, int]]:
+def _seen(sample: Sample, processor: Processor) -> tuple[Image.Image, tuple[int, int]]:
     """A sample's first picture at the size that the model sees, and the rows and columns of its
     visual tokens.
     """
     picture = open_picture(sample.images[0])
-    rows, columns = token_grid(picture, family, spec)
-    cell = spec["patch"] * spec["merge"]
+    rows, columns = processor.token_grid_of(picture)
+    cell = processor.image.token_side
     return picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), (rows, columns)
 
 

@@ -78,7 +78,7 @@ def test_an_absent_extra_is_no_fault_but_a_broken_one_is(installed: dict[str, st
     ("torch", "torchvision", "ok"),
     [("2.13.0+cpu", None, True), ("2.13.0+cpu", "0.28.0", False), ("2.13.0", "0.28.0", None)],
 )
-def test_torchvision_of_another_build_than_torch_is_a_trap(
+def test_torchprocessor_of_another_build_than_torch_is_a_trap(
     installed: dict[str, str], torch: str, torchvision: str | None, ok: bool | None
 ) -> None:
     installed.update(torch=torch, **({"torchvision": torchvision} if torchvision else {}))

@@ -14,10 +14,10 @@ from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.samples import Problem
 from lvr_lite.data.validate import validate
 from lvr_lite.errors import DataError
-from lvr_lite.model.checkpoint import vision_of
+from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.toy.make import write_scenes
 
-TINY = vision_of("tiny")
+TINY = processor_of("tiny")
 
 
 def found(*files: Path, test: Path | None = None) -> list[Problem]:

@@ -590,11 +590,11 @@ class Looks:
     def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
         checkpoint = read_checkpoint("tiny")
         self.family, self.image_spec, self.template = (
-            checkpoint.family,
-            checkpoint.image_spec,
-            checkpoint.template,
+            checkpoint.processor.family,
+            checkpoint.processor.image,
+            checkpoint.processor.template,
         )
-        self.tokenizer, self.tokens = checkpoint.tokenizer, checkpoint.tokens
+        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
         self.latent = spec or LatentSpec(steps=3)
         self.uses, self.silent = uses, silent
         self.scripts = [

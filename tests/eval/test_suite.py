@@ -53,11 +53,11 @@ class Table:
         self.latent = LatentSpec(latent_steps)
         checkpoint = read_checkpoint("tiny")
         self.family, self.image_spec, self.template = (
-            checkpoint.family,
-            checkpoint.image_spec,
-            checkpoint.template,
+            checkpoint.processor.family,
+            checkpoint.processor.image,
+            checkpoint.processor.template,
         )
-        self.tokenizer, self.tokens = checkpoint.tokenizer, checkpoint.tokens
+        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
         self.questions = list(answers)
         self.scripts = [
             [*self.tokenizer.encode(a, add_special_tokens=False).ids, self.tokens.end[0]]
@@ -171,7 +171,7 @@ def test_the_result_has_the_fields_that_the_design_promises(runtime: Any) -> Non
         "score",
         "tokens",
     }
-    assert runtime.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
+    assert runtime.processor.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
 
 def test_options_reach_the_decoding(runtime: Any) -> None:
@@ -346,7 +346,7 @@ def test_skills_show_combinations_that_training_never_does() -> None:
 
 
 def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
-    tokenizer = read_checkpoint("tiny").tokenizer
+    tokenizer = read_checkpoint("tiny").processor.tokenizer
     found = [(len(s.things), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
     assert max(things for things, _ in found) == 8
     assert (

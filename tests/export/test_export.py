@@ -23,6 +23,7 @@ from lvr_lite.export.write import describe, write_bundle
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy import build
@@ -71,7 +72,7 @@ def written(
 def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(
     written: Path, model: Any
 ) -> None:
-    manifest = bundle.read_manifest(written)
+    manifest = Bundle.open(written).manifest
     assert manifest.precision == "fp32"
     assert manifest.decoder == {
         "layers": 6,
@@ -87,7 +88,7 @@ def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(
 
 
 def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written: Path) -> None:
-    found = bundle.read_manifest(written).graphs
+    found = Bundle.open(written).manifest.graphs
     assert list(found["vision_encoder"].inputs) == [
         "pixel_values",
         "position_ids",
@@ -159,7 +160,7 @@ def test_a_graph_says_nothing_about_the_machine_that_wrote_it(written: Path) -> 
 
 
 def test_two_pictures_together_are_as_each_alone(written: Path) -> None:
-    runtime = OnnxRuntime(written)
+    runtime = OnnxRuntime(Bundle.open(written))
     rng = np.random.default_rng(1)
     first, second = (
         rng.standard_normal((h * w, 1176)).astype(np.float32) for h, w in ((6, 8), (10, 4))
@@ -178,7 +179,7 @@ def test_the_gate_fails_on_another_models_graphs(
         with torch.no_grad():
             weight[3] *= 1.5
         with pytest.raises(LvrError, match=r"decoder prefill of .*: max .*, mean .*, relative"):
-            parity.check_graphs(OnnxRuntime(written), TorchRuntime(model, checkpoint))
+            parity.check_graphs(OnnxRuntime(Bundle.open(written)), TorchRuntime(model, checkpoint))
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -192,7 +193,10 @@ def test_the_gate_fails_on_another_models_graphs(
 def test_the_gate_decodes_through_the_latent_loop_that_is_written(
     written: Path, model: Any, checkpoint: Checkpoint, spec: LatentSpec
 ) -> None:
-    mine, theirs = OnnxRuntime(written), TorchRuntime(model, replace(checkpoint, latent=spec))
+    mine, theirs = (
+        OnnxRuntime(Bundle.open(written)),
+        TorchRuntime(model, replace(checkpoint, latent=spec)),
+    )
     mine.latent = spec
     found = parity.check_decoding(mine, theirs, latents=4, tokens=6)
     states = (
@@ -251,7 +255,7 @@ def test_a_weight_that_differs_on_disk_is_found_without_torchs_whole_model(
     small_fp32: Path, small: Checkpoint, copied: Callable[[Path], Path], graph: str
 ) -> None:
     folder, (weight, said) = copied(small_fp32), CHANGED[graph]
-    manifest, stored = bundle.read_manifest(folder), TrainedWeights(small)
+    manifest, stored = Bundle.open(folder).manifest, TrainedWeights(small)
 
     def check() -> list[float]:
         found = parity.check_graphs_apart(folder, manifest, small, stored)
@@ -297,10 +301,10 @@ def test_a_bundle_without_a_reference_is_compared_with_nothing(
     manifest = write_bundle(
         small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"}
     )
-    assert manifest.parity == {} == bundle.read_manifest(tmp_path / "out").parity
+    assert manifest.parity == {} == Bundle.open(tmp_path / "out").manifest.parity
     assert manifest.source["origin"] == "mine"
     assert {name: graph.files for name, graph in manifest.graphs.items()} == {
-        name: graph.files for name, graph in bundle.read_manifest(small_fp32).graphs.items()
+        name: graph.files for name, graph in Bundle.open(small_fp32).manifest.graphs.items()
     }
 
 
@@ -362,9 +366,9 @@ def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> 
 
 
 def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> None:
-    model = weights.empty_model(checkpoint.config, checkpoint.family)
+    model = weights.empty_model(checkpoint.config, checkpoint.processor.family)
     codes = weights.origins(model)
-    spec = graphs.specs(model, checkpoint.family, checkpoint.image_spec)["decoder"]
+    spec = graphs.specs(model, checkpoint.processor)["decoder"]
     proto, found = graphs.structure(spec, codes)
     assert proto.ByteSize() < 1e6
     assert {origin.parameter for origin in found.values()} == {
@@ -426,7 +430,7 @@ def test_compare_fails_what_cannot_be_compared(bad: np.ndarray) -> None:
 def test_export_refuses_a_model_that_is_not_float32(checkpoint: Checkpoint) -> None:
     half = build.make_model(build.make_tokenizer()).to(torch.bfloat16)
     with pytest.raises(LvrError, match="needs a float32 model"):
-        graphs.specs(half, checkpoint.family, checkpoint.image_spec)
+        graphs.specs(half, checkpoint.processor)
 
 
 def test_export_refuses_a_folder_that_is_not_a_bundle(small: Checkpoint, tmp_path: Path) -> None:

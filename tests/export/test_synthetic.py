@@ -23,24 +23,33 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant import quantize as weights
 
 
 @pytest.mark.parametrize("name", synthetic.SHAPES)
 def test_a_shape_is_a_checkpoint_whose_graphs_can_be_made(name: str) -> None:
     made = shape_of(name)
-    model = empty_model(made.config, made.family)
-    found = graphs.specs(model, made.family, made.image_spec)
+    model = empty_model(made.config, made.processor.family)
+    found = graphs.specs(model, made.processor)
     assert set(found) == set(bundle.GRAPHS)
     layers = made.config["text_config"]["num_hidden_layers"]
     assert len(found["decoder"].outputs) == 1 + 2 * layers
     vocabulary = made.config["text_config"]["vocab_size"]
     assert (
-        max(made.tokens.image, made.tokens.lvr_start, made.tokens.lvr_end, *made.tokens.end)
-        < made.tokenizer.get_vocab_size()
+        max(
+            made.processor.tokens.image,
+            made.processor.tokens.lvr_start,
+            made.processor.tokens.lvr_end,
+            *made.processor.tokens.end,
+        )
+        < made.processor.tokenizer.get_vocab_size()
         <= vocabulary
     )
-    assert made.tokenizer.token_to_id(made.family.IMAGE_TOKEN) == made.tokens.image
+    assert (
+        made.processor.tokenizer.token_to_id(made.processor.family.image_token)
+        == made.processor.tokens.image
+    )
 
 
 def test_an_unknown_shape_is_a_usage_error_that_names_the_known_ones() -> None:
@@ -116,7 +125,7 @@ def test_a_bundle_of_a_shape_runs(
     assert told["decoder"]["replaced"] == 2 * 7
     assert told["lm_head"]["shared"] == shape["tie_word_embeddings"]
     weights.check_form(tmp_path / "out", manifest.graphs)
-    runtime = OnnxRuntime(tmp_path / "out")
+    runtime = OnnxRuntime(Bundle.open(tmp_path / "out"))
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
     )

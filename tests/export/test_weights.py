@@ -22,7 +22,7 @@ NAME = "model.language_model.layers.1.mlp.up_proj.weight"
 
 def read(folder: Path) -> StoredWeights:
     checkpoint = read_checkpoint(folder)
-    return StoredWeights(checkpoint, empty_model(checkpoint.config, checkpoint.family))
+    return StoredWeights(checkpoint, empty_model(checkpoint.config, checkpoint.processor.family))
 
 
 def key_of(tensors: dict[str, Any], name: str) -> str:
@@ -118,7 +118,7 @@ def test_what_is_read_may_be_written_to(small_checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_empty_model_takes_no_memory_and_ties_what_is_tied(name: str) -> None:
     checkpoint = shape_of(name)
-    model = empty_model(checkpoint.config, checkpoint.family)
+    model = empty_model(checkpoint.config, checkpoint.processor.family)
     assert sum(parameter.numel() for parameter in model.parameters()) > 2e8
     assert sum(parameter.untyped_storage().nbytes() for parameter in model.parameters()) < 10_000
     tied = checkpoint.config["tie_word_embeddings"]
@@ -146,4 +146,4 @@ def test_a_config_that_transformers_cannot_read_is_one_line(small_checkpoint: Pa
     with pytest.raises(
         BundleError, match=r"^config\.json: transformers cannot make a qwen2_5_vl of it"
     ):
-        empty_model(wrong, checkpoint.family)
+        empty_model(wrong, checkpoint.processor.family)

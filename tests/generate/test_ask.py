@@ -12,6 +12,7 @@ from PIL import Image
 from lvr_lite.generate.ask import Pictures, prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, decode
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 
 
 class Counting:
@@ -35,7 +36,7 @@ class Counting:
 
 @pytest.fixture
 def runtime(small_fp32: Path) -> Counting:
-    return Counting(OnnxRuntime(small_fp32, threads=1))
+    return Counting(OnnxRuntime(Bundle.open(small_fp32), threads=1))
 
 
 def picture(seed: int) -> Image.Image:
@@ -56,7 +57,7 @@ def test_a_second_question_reads_its_own_words_alone(runtime: Counting) -> None:
     second, seconds = known.prepare_prompt([picture(0)], "where heart")
     assert seconds["vision"] == 0
     answered(runtime, second)
-    last_seen = int(np.flatnonzero(second.ids == runtime.tokens.image)[-1])
+    last_seen = int(np.flatnonzero(second.ids == runtime.processor.tokens.image)[-1])
     assert (runtime.encoded, runtime.read) == (1, len(first.ids) + len(second.ids) - last_seen - 1)
 
 

@@ -18,6 +18,7 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
@@ -75,7 +76,7 @@ class StartsLatents:
 
 @pytest.fixture(scope="module")
 def onnx(small_fp32: Path) -> OnnxRuntime:
-    return OnnxRuntime(small_fp32, threads=1)
+    return OnnxRuntime(Bundle.open(small_fp32), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_buffers_of_a_batch_before_leave_no_trace(
     onnx: OnnxRuntime, asked: list[Prompt], small_fp32: Path
 ) -> None:
     short, long = asked[4:5], asked[3:4]
-    fresh, _ = run(OnnxRuntime(small_fp32, threads=1), short, latents=1)
+    fresh, _ = run(OnnxRuntime(Bundle.open(small_fp32), threads=1), short, latents=1)
     run(onnx, long, latents=1)
     buffers = onnx._state
     again, _ = run(onnx, short, latents=1)
@@ -224,7 +225,7 @@ class Counting(np.ndarray):
 def test_latents_are_fed_from_the_buffer_that_they_lie_in_and_are_what_copying_would_feed(
     small_fp32: Path, asked: list[Prompt]
 ) -> None:
-    runtime = OnnxRuntime(small_fp32, threads=1)
+    runtime = OnnxRuntime(Bundle.open(small_fp32), threads=1)
     run(runtime, asked[:1])  # makes the buffers, which the next batch of one row uses again
     results, copies = [], []
     for copying in (False, True):
@@ -360,7 +361,7 @@ def test_rows_beside_one_that_is_handed_over_go_on_as_if_alone(
 def test_a_batch_after_one_that_was_handed_over_finds_no_trace_of_it(
     onnx: OnnxRuntime, small_fp32: Path, asked: list[Prompt], spec: LatentSpec, together: int
 ) -> None:
-    fresh = OnnxRuntime(small_fp32, threads=1)
+    fresh = OnnxRuntime(Bundle.open(small_fp32), threads=1)
     following = [asked[i] for i in (4, 2, 0, 1, 3)]
     run_spec(onnx, [asked[3]] * 5, spec, together)  # the longest prompt in every row
     for next_spec in (spec, LatentSpec(LONG)):
@@ -368,7 +369,7 @@ def test_a_batch_after_one_that_was_handed_over_finds_no_trace_of_it(
         again, _ = run_spec(onnx, following, next_spec, 2)
         assert onnx._state is buffers, "the buffers were made anew, so nothing was tested"
         assert_same(again, run_spec(fresh, following, next_spec, 2)[0], tolerance=1e-6)
-        fresh = OnnxRuntime(small_fp32, threads=1)
+        fresh = OnnxRuntime(Bundle.open(small_fp32), threads=1)
 
 
 def test_a_provider_that_does_not_start_is_one_line_and_not_the_cpu_in_silence(
@@ -379,4 +380,4 @@ def test_a_provider_that_does_not_start_is_one_line_and_not_the_cpu_in_silence(
         lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
     )
     with pytest.raises(BundleError, match=r"provider cuda: did not start here|cannot load it"):
-        OnnxRuntime(small_fp32, provider="cuda")
+        OnnxRuntime(Bundle.open(small_fp32), provider="cuda")

@@ -14,11 +14,11 @@ from lvr_lite.errors import BundleError
 from lvr_lite.files import fresh_folder, sha256, write_atomically
 from lvr_lite.model.bundle import (
     GRAPHS,
+    Bundle,
     Graph,
     Manifest,
     graph_files,
     is_bundle,
-    read_manifest,
     write_manifest,
 )
 from lvr_lite.model.spec import LatentSpec
@@ -70,13 +70,13 @@ def edit_graph(folder: Path, name: str, **fields: Any) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(BundleError) as caught:
-        read_manifest(folder)
+        Bundle.open(folder).manifest
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_what_was_written_is_read_back(bundle: Path) -> None:
-    manifest = read_manifest(bundle)
+    manifest = Bundle.open(bundle).manifest
     assert is_bundle(bundle)
     assert manifest.latent == LatentSpec(4)
     assert list(manifest.graphs) == list(GRAPHS)
@@ -109,7 +109,7 @@ def test_a_truncated_file_is_named(bundle: Path) -> None:
 
 def test_files_are_not_hashed_where_no_check_is_asked(bundle: Path) -> None:
     (bundle / "tokenizer.json").unlink()
-    assert read_manifest(bundle, check=False).family == "qwen2_5_vl"
+    assert Bundle.open(bundle, check=False).manifest.family == "qwen2_5_vl"
 
 
 def test_another_version_is_refused_with_both_numbers(bundle: Path) -> None:

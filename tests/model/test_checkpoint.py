@@ -53,20 +53,29 @@ def test_tiny_is_the_model_that_ships() -> None:
 
 def test_the_markers_take_rows_that_the_embedding_has(small_checkpoint: Path) -> None:
     checkpoint = read_checkpoint(small_checkpoint)
-    markers = (checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end)
-    assert [checkpoint.tokenizer.id_to_token(i) for i in markers] == [
+    markers = (
+        checkpoint.processor.tokens.lvr_start,
+        checkpoint.processor.tokens.lvr,
+        checkpoint.processor.tokens.lvr_end,
+    )
+    assert [checkpoint.processor.tokenizer.id_to_token(i) for i in markers] == [
         latent.START,
         latent.LATENT,
         latent.END,
     ]
     assert max(markers) < checkpoint.config["text_config"]["vocab_size"]
-    assert [checkpoint.tokenizer.id_to_token(i) for i in checkpoint.tokens.end] == ["<|im_end|>"]
+    assert [
+        checkpoint.processor.tokenizer.id_to_token(i) for i in checkpoint.processor.tokens.end
+    ] == ["<|im_end|>"]
 
 
 def test_markers_that_a_tokenizer_lacks_are_added(small_checkpoint: Path, copied: Copy) -> None:
     folder = copied(small_checkpoint)
     edit(folder / "tokenizer.json", lambda data: data["added_tokens"].__delitem__(slice(-3, None)))
-    assert read_checkpoint(folder).tokens == read_checkpoint(small_checkpoint).tokens
+    assert (
+        read_checkpoint(folder).processor.tokens
+        == read_checkpoint(small_checkpoint).processor.tokens
+    )
 
 
 @pytest.mark.parametrize("marker", [latent.START, latent.LATENT, latent.END])
@@ -90,7 +99,7 @@ def test_a_tuned_checkpoint_brings_its_loop_its_picture_size_and_its_base(
     assert checkpoint.adapter
     assert checkpoint.base == small_checkpoint
     assert checkpoint.latent == LatentSpec(steps=4)
-    assert checkpoint.image_spec == read_checkpoint(small_checkpoint).image_spec | {
+    assert checkpoint.processor.image == read_checkpoint(small_checkpoint).processor.image | {
         "max_pixels": 50176
     }
 
@@ -190,7 +199,7 @@ def test_a_preprocessor_without_its_numbers_is_refused(
 
 def test_a_vocabulary_without_spare_rows_is_refused(small_checkpoint: Path, copied: Copy) -> None:
     folder = copied(small_checkpoint)
-    rows = read_checkpoint(folder).tokens.lvr_end  # one too few for the last marker
+    rows = read_checkpoint(folder).processor.tokens.lvr_end  # one too few for the last marker
     edit(folder / "config.json", lambda data: data["text_config"].update(vocab_size=rows))
     assert (
         refusal(folder)

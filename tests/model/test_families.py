@@ -27,6 +27,7 @@ from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model import families
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.quant.calibrate import Products
@@ -108,11 +109,11 @@ def make_model(model_type: str) -> tuple[Any, Any]:
     }  # fmt: skip
     config = getattr(transformers, CONFIGS[model_type])(
         text_config=text, vision_config=VISION[model_type], tie_word_embeddings=True,
-        image_token_id=tokenizer.token_to_id(families.get(model_type).IMAGE_TOKEN), video_token_id=ids["<|video_pad|>"],
+        image_token_id=tokenizer.token_to_id(families.get(model_type).image_token), video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     torch.manual_seed(3)
-    model = getattr(transformers, families.get(model_type).ARCHITECTURE)(config).float().eval()
+    model = getattr(transformers, families.get(model_type).architecture)(config).float().eval()
     return model, tokenizer
 
 
@@ -142,7 +143,7 @@ def bundle(
     """The case as an fp32 bundle; writing it runs the export's own gate: each graph, and decodings
     through the latent loop.
     """
-    target = tmp_path_factory.mktemp("bundles") / case.checkpoint.family.MODEL_TYPE
+    target = tmp_path_factory.mktemp("bundles") / case.checkpoint.processor.family.model_type
     export(case.checkpoint, target)
     return target
 
@@ -170,7 +171,7 @@ def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) 
     import transformers
 
     settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
-    if case.checkpoint.family.MODEL_TYPE == "smolvlm":
+    if case.checkpoint.processor.family.model_type == "smolvlm":
         names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
         processor = (
             transformers.models.smolvlm.image_processing_pil_smolvlm.SmolVLMImageProcessorPil(
@@ -204,22 +205,22 @@ def by_transformers(
         for pictures, q in zip(groups, questions, strict=True)
     ]
     longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), c.tokens.end[0])
+    ids = torch.full((len(rows), longest), c.processor.tokens.end[0])
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.from_numpy(row), 1
     inputs: dict[str, Any] = {}
     if any(groups):
         inputs = inputs_of_transformers(case, groups)
-        if c.family.POSITION_AXES == 3:
-            inputs["mm_token_type_ids"] = (ids == c.tokens.image).int()
+        if c.processor.family.position_axes == 3:
+            inputs["mm_token_type_ids"] = (ids == c.processor.tokens.image).int()
     with torch.no_grad():
         out = case.model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
     return [state.numpy() for state in out.last_hidden_state[:, -1]]
 
 
 def test_weights_are_read_one_by_one_as_transformers_reads_them(case: Case) -> None:
-    empty = empty_model(case.checkpoint.config, case.checkpoint.family)
+    empty = empty_model(case.checkpoint.config, case.checkpoint.processor.family)
     stored, wanted = (
         StoredWeights(case.checkpoint, empty),
         nf4.load_plain(case.checkpoint).state_dict(),
@@ -240,7 +241,7 @@ def test_prompts_are_read_as_transformers_reads_them(case: Case, bundle: Path, n
         : len(groups)
     ]
     wanted = by_transformers(case, groups, questions)
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
         prompts = [
             prepare_prompt(runtime, pictures, q)[0]
             for pictures, q in zip(groups, questions, strict=True)
@@ -255,7 +256,7 @@ def test_torch_and_onnx_say_the_same_through_latents(case: Case, bundle: Path, m
     spec = LatentSpec(STEPS, "norm-matched", mode, 5.0)
     groups = [PICTURES["wide"][0], PICTURES["two pictures"][0], PICTURES["tall and small"][0]]
     outcomes = []
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
         runtime.latent = spec
         prompts = [
             prepare_prompt(runtime, pictures, "what pattern is the cross")[0] for pictures in groups
@@ -274,7 +275,7 @@ def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: 
     """What trains scales and norms after rounding (quant/tune.py) computes what the runtime does,
     through latents and deepstack.
     """
-    runtime = OnnxRuntime(bundle)
+    runtime = OnnxRuntime(Bundle.open(bundle))
     runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
     prompts = [
         prepare_prompt(runtime, pictures, "where heart")[0]
@@ -284,7 +285,7 @@ def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: 
     tuning = Tuning(bundle, runtime.manifest, runtime, readings)
     assert len(readings) == (2 if mode == "open" else 4)
     for reading in readings:
-        assert (reading.ids == runtime.tokens.lvr).sum() > 0
+        assert (reading.ids == runtime.processor.tokens.lvr).sum() > 0
         with torch.no_grad():
             compare("states", tuning.states(reading).numpy(), reading.states, 1e-5)
 
@@ -295,7 +296,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
     case: Case, bundle: Path, mode: str, name: str
 ) -> None:
     options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(bundle)):
+    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
         runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
         known = Pictures(runtime)
         for question in ("what pattern is the cross", "where heart", "how many are red"):
@@ -323,9 +324,9 @@ def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> 
     ]
     folders = (bundle, tmp_path / "int8")
     whole, rounded = (
-        decode(OnnxRuntime(f), prompts, Options(max_tokens=1, steps=0, keep_hidden=True))[0].hidden[
-            0
-        ]
+        decode(
+            OnnxRuntime(Bundle.open(f)), prompts, Options(max_tokens=1, steps=0, keep_hidden=True)
+        )[0].hidden[0]
         for f in folders
     )
     compare("int8", rounded, whole, 0.1)
@@ -344,7 +345,7 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
         for i, q in enumerate(("what colour is the star", "where heart"))
     ]
     sft = LatentSFT(
-        SimpleNamespace(get_base_model=lambda: case.model), c.tokens, settings, 5.0
+        SimpleNamespace(get_base_model=lambda: case.model), c.processor.tokens, settings, 5.0
     ).eval()
     batch = Collator(c, settings)([(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
     with torch.no_grad():
@@ -384,7 +385,9 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
 def sft_loss(case: Case, method: str, items: Sequence[Any]) -> float:
     settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")  # type: ignore[arg-type]
     sft = LatentSFT(
-        SimpleNamespace(get_base_model=lambda: case.model), case.checkpoint.tokens, settings
+        SimpleNamespace(get_base_model=lambda: case.model),
+        case.checkpoint.processor.tokens,
+        settings,
     ).eval()
     return float(sft(**Collator(case.checkpoint, settings)(items))["loss"])
 
@@ -422,7 +425,7 @@ def test_it_is_tuned_in_4_bits_and_exported(
     )
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)
-    assert tuned.family.MODEL_TYPE == case.checkpoint.family.MODEL_TYPE
+    assert tuned.processor.family.model_type == case.checkpoint.processor.family.model_type
     assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
     manifest = export(tuned, tmp_path / "bundle")
     assert manifest.parity["decoding"]["relative"] < 1e-4

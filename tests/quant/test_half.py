@@ -17,7 +17,7 @@ from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
-from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant import drift, half
 from lvr_lite.quant.quantize import quantize_bundle
 
@@ -31,7 +31,7 @@ def made(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
     outcomes = []
     for folder in (small_fp32, made[0]):
-        runtime = OnnxRuntime(folder)
+        runtime = OnnxRuntime(Bundle.open(folder))
         options = Options(max_tokens=3, min_tokens=3, keep_hidden=True)
         outcomes.append(decode(StartsWithLatents(runtime, 3), drift.prompts(runtime, 3), options))
     for want, got in zip(*outcomes, strict=True):
@@ -44,12 +44,12 @@ def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(
     made: tuple[Path, dict[str, Any]], small_fp32: Path
 ) -> None:
     folder, report = made
-    manifest = bundle.read_manifest(folder)
+    manifest = Bundle.open(folder).manifest
     assert manifest.precision == "fp16"
     assert {graph.precision for graph in manifest.graphs.values()} == {"fp16"}
     assert 0.45 < report["bytes"] / report["bytes_before"] < 0.6
     assert report["bits_per_weight"] == 16
-    decoder, before = manifest.graphs["decoder"], bundle.read_manifest(small_fp32).graphs["decoder"]
+    decoder, before = manifest.graphs["decoder"], Bundle.open(small_fp32).manifest.graphs["decoder"]
     kinds = {name: port["dtype"] for name, port in {**decoder.inputs, **decoder.outputs}.items()}
     assert {name for name, kind in kinds.items() if kind == "float16"} == {
         f"{prefix}.{i}.{part}"
@@ -73,7 +73,7 @@ def test_positions_beyond_what_16_bits_hold_are_told_apart(
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((1, 8, 256)).astype(np.float32)
     positions = np.broadcast_to(np.arange(30_001, 30_009), (3, 1, 8)).astype(np.int64)
-    both = [DecoderLayers(folder, bundle.read_manifest(folder)) for folder in (small_fp32, made[0])]
+    both = [DecoderLayers(folder, Bundle.open(folder).manifest) for folder in (small_fp32, made[0])]
     want, got = (layers.run(0, [LayerCall(hidden, positions, np.array([8]))])[0] for layers in both)
     compare("layer", got - hidden, want - hidden, 0.01)
 

@@ -22,6 +22,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.generate.onnx import OnnxRuntime, open_session, share_pools
 from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.quant import blocks, drift
 from lvr_lite.quant import quantize as weights
@@ -256,7 +257,7 @@ def test_every_weight_of_every_graph_is_replaced_and_counted(
     }
     assert all(graph["kept"] == {} for graph in reports[precision]["graphs"].values())
     folder = source.parent / precision
-    manifest = bundle.read_manifest(folder)  # with its hashes
+    manifest = Bundle.open(folder).manifest  # with its hashes
     assert manifest.precision == precision
     assert {name: graph.precision for name, graph in manifest.graphs.items()} == {
         "vision_encoder": "int8", "embed_tokens": "int8", "decoder": precision, "lm_head": "int8",
@@ -271,7 +272,7 @@ def test_every_weight_of_every_graph_is_replaced_and_counted(
 
 
 def test_inputs_and_outputs_stay_those_of_the_source(source: Path, reports: dict[str, Any]) -> None:
-    before, after = bundle.read_manifest(source), bundle.read_manifest(source.parent / "int4")
+    before, after = Bundle.open(source).manifest, Bundle.open(source.parent / "int4").manifest
     assert reports
     for name in bundle.GRAPHS:
         assert after.graphs[name].inputs == before.graphs[name].inputs
@@ -312,7 +313,7 @@ def test_a_large_bundle_is_compared_layer_by_layer_alone(
 def test_the_report_says_how_each_weight_was_rounded(source: Path, reports: dict[str, Any]) -> None:
     for precision, bits in (("int8", 8), ("int4", 4)):
         folder, told = source.parent / precision, reports[precision]["graphs"]
-        for name, graph in bundle.read_manifest(folder).graphs.items():
+        for name, graph in Bundle.open(folder).manifest.graphs.items():
             nodes = [
                 n
                 for n in onnxfile.load(folder / graph.path).graph.node
@@ -370,7 +371,7 @@ def test_an_embedding_and_its_head_share_their_bytes(
     source: Path, reports: dict[str, Any], tmp_path: Path
 ) -> None:
     folder, told = source.parent / "int8", reports["int8"]["graphs"]
-    manifest = bundle.read_manifest(folder)
+    manifest = Bundle.open(folder).manifest
     head, table = manifest.graphs["lm_head"], manifest.graphs["embed_tokens"]
     assert (told["lm_head"]["shared"], told["embed_tokens"]["shared"]) == (True, False)
     assert list(head.files) == ["onnx/lm_head.onnx", "onnx/embed_tokens.onnx_data"]
@@ -390,7 +391,7 @@ def test_an_embedding_and_its_head_share_their_bytes(
         np.asarray(session.run(None, {"last_hidden_state": hidden[:, None]})[0]) for session in both
     )
     np.testing.assert_array_equal(mine, apart)
-    rows = OnnxRuntime(folder).embed(np.array([[3, 400]]))[0]
+    rows = OnnxRuntime(Bundle.open(folder)).embed(np.array([[3, 400]]))[0]
     np.testing.assert_allclose(
         mine[:, 0, [3, 400]], hidden @ rows.T, atol=0.02 * float(np.abs(mine).max())
     )
@@ -463,7 +464,7 @@ def test_a_form_that_runs_slowly_is_refused_by_its_node(
 ) -> None:
     assert reports
     folder = Path(shutil.copytree(source.parent / "int8", tmp_path / "copy"))
-    graphs = bundle.read_manifest(folder).graphs
+    graphs = Bundle.open(folder).manifest.graphs
     weights.check_form(folder, graphs)
     path = folder / graphs["decoder"].path
     model = onnxfile.load(path)
@@ -479,7 +480,7 @@ def test_the_same_bytes_written_twice_are_refused(
 ) -> None:
     assert reports
     folder = Path(shutil.copytree(source.parent / "int8", tmp_path / "copy"))
-    graphs = bundle.read_manifest(folder).graphs
+    graphs = Bundle.open(folder).manifest.graphs
     shutil.copy(folder / "onnx" / "embed_tokens.onnx_data", folder / "onnx" / "lm_head.onnx_data")
     model = onnxfile.load(folder / graphs["lm_head"].path)
     for tensor in model.graph.initializer:
@@ -499,7 +500,7 @@ def test_a_quantized_bundle_decodes(source: Path, reports: dict[str, Any]) -> No
     from lvr_lite.generate.ask import prepare_prompt
     from lvr_lite.generate.decode import Options, decode
 
-    runtime = OnnxRuntime(source.parent / "int4")
+    runtime = OnnxRuntime(Bundle.open(source.parent / "int4"))
     prompt, _ = prepare_prompt(runtime, [Image.new("RGB", (90, 60), "red")], "What is here?")
     assert len(decode(runtime, [prompt], Options(max_tokens=3, min_tokens=3))[0].tokens) == 3
 

@@ -19,7 +19,7 @@ from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
-from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant import calibrate, drift, search
 from lvr_lite.quant import quantize as weights
 from lvr_lite.quant.blocks import gptq
@@ -63,7 +63,7 @@ def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None
 
 def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[str, Any]]) -> None:
     folder, report = mixed
-    manifest = bundle.read_manifest(folder)
+    manifest = Bundle.open(folder).manifest
     assert manifest.precision == "mixed"
     found: dict[str, dict[str, int]] = {}
     for name, graph in manifest.graphs.items():
@@ -108,7 +108,7 @@ def test_what_is_written_is_rounded_as_it_would_be_anew(
     )
     assert len(calls) == 2 * once
     digests = [
-        [graph.files for graph in bundle.read_manifest(tmp_path / name).graphs.values()]
+        [graph.files for graph in Bundle.open(tmp_path / name).manifest.graphs.values()]
         for name in ("kept", "anew")
     ]
     assert digests[0] == digests[1]
@@ -136,10 +136,10 @@ def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(
 def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(
     mixed: tuple[Path, dict[str, Any]], small_fp32: Path
 ) -> None:
-    runtime = OnnxRuntime(mixed[0])
+    runtime = OnnxRuntime(Bundle.open(mixed[0]))
     result = decode(runtime, drift.prompts(runtime, 1), Options(max_tokens=3, min_tokens=3))[0]
     assert len(result.tokens) == 3
-    reference = OnnxRuntime(small_fp32)
+    reference = OnnxRuntime(Bundle.open(small_fp32))
     asked = calibrate.load_prompts(reference, "scenes", 4)
     said = calibrate.listen(reference, asked)
     itself = calibrate.loss(reference, asked, said)
@@ -182,12 +182,13 @@ def test_four_bits_that_are_calibrated_are_nearer_and_a_large_bundle_is_calibrat
 
 
 def test_calibration_may_be_a_file_of_samples(small_fp32: Path, tmp_path: Path) -> None:
-    runtime = OnnxRuntime(small_fp32)
+    runtime = OnnxRuntime(Bundle.open(small_fp32))
     path = write_scenes(tmp_path / "scenes", 3, 0, "train")
     asked = calibrate.load_prompts(runtime, str(path), 2)
     assert len(asked) == 2
     assert all(
-        (prompt.ids == runtime.tokens.image).sum() == len(prompt.features) for prompt in asked
+        (prompt.ids == runtime.processor.tokens.image).sum() == len(prompt.features)
+        for prompt in asked
     )
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError):
@@ -198,9 +199,11 @@ def test_products_are_those_of_what_flows_into_a_weight(
     small_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibrate, "TOKENS", 3)
-    runtime = OnnxRuntime(small_fp32)
+    runtime = OnnxRuntime(Bundle.open(small_fp32))
     runtime.latent = replace(runtime.latent, steps=0)
-    runtime.tokens = replace(runtime.tokens, end=(-1,))  # so that three tokens come
+    runtime.processor.tokens = replace(
+        runtime.processor.tokens, end=(-1,)
+    )  # so that three tokens come
     prompt = prepare_prompt(runtime, [], "where heart")[0]
     found = Products(runtime, [prompt, prompt])
     assert len(found) == 2 * 7
@@ -244,7 +247,7 @@ def test_the_loss_follows_the_latents_step_by_step(
     small_fp32: Path, small_int8: Path, tmp_path: Path
 ) -> None:
     quantize_bundle(small_fp32, tmp_path / "int4", "int4", [].append)
-    reference = OnnxRuntime(small_fp32)
+    reference = OnnxRuntime(Bundle.open(small_fp32))
     asked = calibrate.load_prompts(reference, "scenes", 3)
     latents: list[np.ndarray] = []
     said = calibrate.listen(StartsSurely(reference, 3), asked)  # type: ignore[arg-type]
@@ -258,7 +261,7 @@ def test_the_loss_follows_the_latents_step_by_step(
         latents += result.latents
     assert len(latents) == 9
     found = [
-        calibrate.loss(StartsSurely(OnnxRuntime(folder), 3), asked, said)
+        calibrate.loss(StartsSurely(OnnxRuntime(Bundle.open(folder)), 3), asked, said)
         for folder in (small_fp32, small_int8, tmp_path / "int4")
     ]  # type: ignore[arg-type]
     assert [one["loss"] for one in found] == [

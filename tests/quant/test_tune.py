@@ -14,7 +14,7 @@ import torch
 from lvr_lite.errors import BundleError, DataError
 from lvr_lite.export import onnxfile
 from lvr_lite.generate.onnx import OnnxRuntime, open_session
-from lvr_lite.model import bundle
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant import calibrate, search, tune
 from lvr_lite.quant.blocks import pack, unpack
 from lvr_lite.quant.quantize import quantize_bundle
@@ -65,7 +65,7 @@ def test_only_scales_and_norms_change_and_they_do(trained: tuple[Path, dict[str,
         for name in ("rounded", "trained")
     ]
     assert sizes[0] == sizes[1]
-    bundle.read_manifest(folder / "trained")  # its hashes are those of the files as they are now
+    Bundle.open(folder / "trained").manifest  # its hashes are those of the files as they are now
     assert report["tuning"]["kept"]
     assert report["tuning"]["steps"] == 8
 
@@ -76,12 +76,12 @@ def test_training_mends_scales_that_were_spoiled(
     """Learned from some questions, seen in the answers to others, under ONNX Runtime."""
     monkeypatch.setattr(tune, "RATE", 5e-3)  # the way back is long
     quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)
-    reference = OnnxRuntime(small_fp32)
+    reference = OnnxRuntime(Bundle.open(small_fp32))
     prompts = calibrate.load_prompts(reference, "scenes", 32)
     taught, asked = prompts[:16], prompts[16:]
     readings = calibrate.Products(reference, taught).readings()
     said = calibrate.listen(reference, asked)
-    manifest, losses = bundle.read_manifest(tmp_path / "int8"), []
+    manifest, losses = Bundle.open(tmp_path / "int8").manifest, []
     spoiled = tune.Graph(tmp_path / "int8" / "onnx" / "decoder.onnx")
     with torch.no_grad():
         for factors in spoiled.factors.values():
@@ -145,7 +145,9 @@ def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(
     quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)  # has zero points
     graph = tune.Graph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
     x = torch.randn(
-        4, OnnxRuntime(small_fp32).hidden_size, generator=torch.Generator().manual_seed(0)
+        4,
+        OnnxRuntime(Bundle.open(small_fp32)).hidden_size,
+        generator=torch.Generator().manual_seed(0),
     )
     with torch.no_grad():
         found = graph({"last_hidden_state": x}).numpy()

@@ -41,7 +41,7 @@ def test_the_fast_vision_forward_equals_that_of_transformers(
     pixels, grids = prepare(
         [scenes.draw(s) for s in pictures.scenes],
         family,
-        read_checkpoint(small_checkpoint).image_spec,
+        read_checkpoint(small_checkpoint).processor.image,
     )
     assert grids == [pictures.grid] * 2
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
     pictures = Pictures([scene])
     conversation = turns(np.random.default_rng(1), scene, captions=True, worded=0.5)
     assert len(conversation) > 5
-    packed = Packer(checkpoint.tokenizer).pack(pictures, [conversation])
+    packed = Packer(checkpoint.processor.tokenizer).pack(pictures, [conversation])
     rows, columns = family.token_grid(pictures.grid, SPEC)
     features = torch.randn(rows * columns, small_model.config.text_config.hidden_size)
 
@@ -94,13 +94,15 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
     at = prefix
     for question, answer in conversation:
         asked = prompt_ids(
-            checkpoint.tokenizer,
-            checkpoint.template,
+            checkpoint.processor.tokenizer,
+            checkpoint.processor.template,
             question,
-            family.IMAGE_TOKEN,
-            [family.IMAGE_TOKEN * rows * columns],
+            family.image_token,
+            [family.image_token * rows * columns],
         )
-        said = checkpoint.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False).ids
+        said = checkpoint.processor.tokenizer.encode(
+            answer + "<|im_end|>", add_special_tokens=False
+        ).ids
         ids = np.array(asked + said)
         own = slice(at, at + len(ids) - prefix)
         assert packed["ids"][0, own].tolist() == ids[prefix:].tolist()
@@ -166,15 +168,15 @@ def test_the_model_that_ships_is_of_the_making_that_is_in_the_repository() -> No
 
 
 def test_every_word_of_the_scenes_is_one_token() -> None:
-    tokenizer = read_checkpoint("tiny").tokenizer
+    tokenizer = read_checkpoint("tiny").processor.tokenizer
     words = [*scenes.SHAPES, *scenes.COLOURS, *scenes.PATTERNS, *scenes.GLYPHS, *scenes.NUMBERS]
     assert [w for w in words if len(tokenizer.encode(w, add_special_tokens=False).ids) != 1] == []
 
 
 def test_the_markers_have_rows_in_the_model_that_ships() -> None:
     checkpoint = read_checkpoint("tiny")
-    assert [checkpoint.tokenizer.token_to_id(t) for t in build.LATENT_TOKENS] == [
-        checkpoint.tokens.lvr_start,
-        checkpoint.tokens.lvr,
-        checkpoint.tokens.lvr_end,
+    assert [checkpoint.processor.tokenizer.token_to_id(t) for t in build.LATENT_TOKENS] == [
+        checkpoint.processor.tokens.lvr_start,
+        checkpoint.processor.tokens.lvr,
+        checkpoint.processor.tokens.lvr_end,
     ]

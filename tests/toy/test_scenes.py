@@ -18,7 +18,7 @@ from PIL import Image
 
 from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import BundleError, DataError, UsageError
-from lvr_lite.model.checkpoint import vision_of
+from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import scenes
 from lvr_lite.toy.make import scene_samples, write_scenes
@@ -264,7 +264,7 @@ def test_a_preview_washes_out_all_tokens_but_those_that_the_boxes_select(tmp_pat
     }
     (tmp_path / "s.jsonl").write_text(json.dumps(line))
     samples = read_samples(tmp_path / "s.jsonl")
-    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", *vision_of("tiny"))
+    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", *processor_of("tiny"))
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width == 16 + 4 * 336  # four in a row, and a second row
     assert sheet.getpixel((16 + 40, 16 + 40)) == (200, 0, 0)
@@ -285,7 +285,7 @@ def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path
         )
     )
     samples = read_samples(tmp_path / "s.jsonl")
-    family, spec = vision_of("tiny")
+    family, spec = processor_of("tiny")
     rows, columns = family.token_grid(family.grid_of(400, 500, spec), spec)
     preview(samples, 1, tmp_path / "sheet.png", family, spec)
     with Image.open(tmp_path / "sheet.png") as opened:
@@ -306,6 +306,6 @@ def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path
 def test_a_preview_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "data", 2, 0, "train")
     with pytest.raises(DataError, match="no samples to show"):
-        preview([], 3, tmp_path / "sheet.png", *vision_of("tiny"))
+        preview([], 3, tmp_path / "sheet.png", *processor_of("tiny"))
     with pytest.raises(DataError, match="cannot be written"):
-        preview(read_samples(path), 3, tmp_path / "data", *vision_of("tiny"))
+        preview(read_samples(path), 3, tmp_path / "data", *processor_of("tiny"))

@@ -116,7 +116,9 @@ def test_a_batch_has_the_loss_of_its_samples_alone(
     model.get_base_model = lambda: small_model  # type: ignore[assignment]
 
     def losses(chosen: list[Any]) -> dict[str, float]:
-        found = LatentSFT(model, checkpoint.tokens, settings, 0.0).eval()(**collator(chosen))
+        found = LatentSFT(model, checkpoint.processor.tokens, settings, 0.0).eval()(
+            **collator(chosen)
+        )
         return {name: float(found[name]) for name in ("ce", "latent")}
 
     together, alone = losses(items), [losses([item]) for item in items]

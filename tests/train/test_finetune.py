@@ -290,7 +290,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     monkeypatch.setattr(
         module,
         "Collator",
-        lambda c, settings: seen.append(c.image_spec["max_pixels"]) or collator(c, settings),
+        lambda c, settings: seen.append(c.processor.image.max_pixels) or collator(c, settings),
     )
     monkeypatch.setattr(module, "arguments", lambda *_: _stop())
     with pytest.raises(_Stopped):
@@ -309,7 +309,7 @@ def _stop() -> Any:
 def read_checkpoint_spec(out: Path) -> dict[str, Any]:
     """The picture sizes with which a run that was stopped early would be read."""
     (out / "adapter_model.safetensors").touch()
-    return read_checkpoint(out).image_spec
+    return read_checkpoint(out).processor.image
 
 
 def test_a_full_disk_ends_the_run_in_one_line(

@@ -98,9 +98,9 @@ def hesitant(small_model: Any, small_checkpoint: Path) -> tuple[Any, Checkpoint]
     rows = model.get_input_embeddings().weight
     with torch.no_grad():
         wanted = (states @ rows.float().T).logsumexp(1) - 1
-        rows[checkpoint.tokens.lvr_start] = torch.linalg.lstsq(states, wanted[:, None]).solution[
-            :, 0
-        ]
+        rows[checkpoint.processor.tokens.lvr_start] = torch.linalg.lstsq(
+            states, wanted[:, None]
+        ).solution[:, 0]
     return model, checkpoint
 
 
@@ -113,7 +113,7 @@ def policy_of(
 ) -> Policy:
     held = torch.nn.Module()
     held.get_base_model = lambda: model  # type: ignore[assignment]
-    return Policy(held, checkpoint.tokens, spec, temperature, latents)
+    return Policy(held, checkpoint.processor.tokens, spec, temperature, latents)
 
 
 def drawn(
@@ -140,7 +140,7 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     assert len({len(p.ids) for p, _ in found}) > 2, "the prompts are equally long"
     reasoned = [bool(r.latents) for _, r in found]
     assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
-    made = [readings(p, r, checkpoint.tokens, spec.mode) for p, r in found]
+    made = [readings(p, r, checkpoint.processor.tokens, spec.mode) for p, r in found]
     with torch.no_grad():
         again = policy_of(model, checkpoint, spec, temperature, latents)(batches_of(made)).numpy()
     # the choices of first readings, then those of second ones
@@ -163,7 +163,9 @@ def test_the_gradient_goes_through_recomputed_latents(
 ) -> None:
     model, checkpoint = copy.deepcopy(hesitant[0]), hesitant[1]
     found = [(p, r) for p, r in drawn(*hesitant, SPECS[name], 1.0) if r.latents and r.tokens]
-    batches = batches_of([readings(p, r, checkpoint.tokens, SPECS[name].mode) for p, r in found])
+    batches = batches_of(
+        [readings(p, r, checkpoint.processor.tokens, SPECS[name].mode) for p, r in found]
+    )
     spoken = torch.cat(
         [~batch["may_start"] for batch in batches]
     )  # what was chosen after the latents
@@ -212,7 +214,7 @@ def test_answers_to_one_question_read_it_once(
     rows = [
         row
         for p, r in zip(decoding.prompts, decoding.results, strict=True)
-        for row in readings(p, r, checkpoint.tokens, "open")
+        for row in readings(p, r, checkpoint.processor.tokens, "open")
     ]
     assert len({tuple(row.chosen) for row in rows[:5]}) > 1, "all answers are alike"
     twice, once = batch_of([*rows, *rows]), batch_of(rows)
@@ -449,7 +451,7 @@ def test_pictures_stay_as_large_as_they_were_tuned_on(
     (tuned / "lvr_config.json").write_text(json.dumps(config | {"image": {"max_pixels": 6272}}))
     for overrides, wanted in (([], 6272), (["max_pixels=3136"], 3136)):
         reinforce(tuned, tmp_path / f"{wanted}", "train.steps=1", *overrides)
-        assert read_checkpoint(tmp_path / f"{wanted}").image_spec["max_pixels"] == wanted
+        assert read_checkpoint(tmp_path / f"{wanted}").processor.image.max_pixels == wanted
 
 
 def test_a_run_goes_on_where_it_was_stopped(

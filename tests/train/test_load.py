@@ -24,7 +24,7 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
-from lvr_lite.model.bundle import Manifest
+from lvr_lite.model.bundle import Bundle, Manifest
 from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.toy import build
@@ -53,7 +53,11 @@ def test_weights_one_by_one_are_those_of_the_merged_model(small_tuned: Path) -> 
     assert not [name for name in changed if "visual" in name]
     rows = (merged["lm_head.weight"] != base["lm_head.weight"]).any(1).nonzero().flatten().tolist()
     assert rows == sorted(
-        [checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end]
+        [
+            checkpoint.processor.tokens.lvr_start,
+            checkpoint.processor.tokens.lvr,
+            checkpoint.processor.tokens.lvr_end,
+        ]
     )
 
 
@@ -198,7 +202,7 @@ def test_an_exact_bundle_decodes_what_was_trained(
         [],
     )
     noise = np.random.default_rng(4).integers(0, 256, (80, 110, 3), dtype=np.uint8)
-    for runtime in (torch_runtime, OnnxRuntime(exact[0])):
+    for runtime in (torch_runtime, OnnxRuntime(Bundle.open(exact[0]))):
         prompts = [
             prepare_prompt(runtime, [Image.fromarray(noise)], q)[0]
             for q in ("what colour is the star", "where heart")
@@ -220,7 +224,7 @@ def test_an_exact_bundle_is_not_the_merged_one(
     """
     checkpoint = read_checkpoint(small_tuned)
     hidden = {}
-    prompt = prepare_prompt(OnnxRuntime(exact[0]), [], "where heart")[0]
+    prompt = prepare_prompt(OnnxRuntime(Bundle.open(exact[0])), [], "where heart")[0]
     bare = replace(checkpoint, adapter=False)
     weights = nf4.TrainedWeights(bare, unmerged=True)
     write_bundle(
@@ -238,7 +242,9 @@ def test_an_exact_bundle_is_not_the_merged_one(
         ("merged", tmp_path / "merged"),
     ):
         hidden[name] = decode(
-            OnnxRuntime(folder), [prompt], Options(max_tokens=1, steps=0, keep_hidden=True)
+            OnnxRuntime(Bundle.open(folder)),
+            [prompt],
+            Options(max_tokens=1, steps=0, keep_hidden=True),
         )[0].hidden[0]
     compare("merged", hidden["merged"], hidden["exact"], 1e-4)
     assert np.linalg.norm(hidden["bare"] - hidden["exact"]) / np.linalg.norm(hidden["exact"]) > 0.01

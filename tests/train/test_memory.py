@@ -86,7 +86,7 @@ def test_parameters_are_those_of_transformers_model(
     import transformers
 
     config = memory.config_of(name, None)
-    family = memory.ARCHITECTURES[config["model_type"]]
+    family = memory.architectureS[config["model_type"]]
     made = getattr(transformers, f"{family}Config")(
         **{k: v for k, v in config.items() if k != "model_type"}
     )
@@ -290,17 +290,23 @@ def test_so_is_a_replay_of_stage_2(
             module.gradient_checkpointing = checkpointing == "true"
     runtime = TorchRuntime(model.eval(), checkpoint)
     latents = [np.full(runtime.hidden_size, 0.1, np.float32)] * steps
-    result = Result(choices=[checkpoint.tokens.lvr_start] + [5] * (answer + 1), latents=latents)
+    result = Result(
+        choices=[checkpoint.processor.tokens.lvr_start] + [5] * (answer + 1), latents=latents
+    )
     prompts = [
         prepare_prompt(runtime, pictures, sample.question)[0]
         for sample, pictures in memory.items_of(64, rows)
     ]
     length = len(prompts[0].ids)
     prompts = [replace(p, ids=p.ids[:length], positions=p.positions[:, :length]) for p in prompts]
-    policy = Policy(model, checkpoint.tokens, LatentSpec(steps, mode=mode), 1.0, found).train()
+    policy = Policy(
+        model, checkpoint.processor.tokens, LatentSpec(steps, mode=mode), 1.0, found
+    ).train()
     # rows that read the same would be read once, and the plan is for those that do not
     made = [
-        readings(p, replace(result, latents=[v + i for v in latents]), checkpoint.tokens, mode)
+        readings(
+            p, replace(result, latents=[v + i for v in latents]), checkpoint.processor.tokens, mode
+        )
         for i, p in enumerate(prompts)
     ]
     batches = batches_of(made)

@@ -112,20 +112,22 @@ def test_every_method_that_can_be_set_is_there() -> None:
 def test_a_response_is_markers_around_latents_then_the_answer_then_the_end(
     checkpoint: Checkpoint, items: list[Item], method: str
 ) -> None:
-    batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.tokens
+    batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.processor.tokens
     for row, (sample, _) in enumerate(items):
         ids = batch["ids"][row, batch["mask"][row] == 1].tolist()
         start = ids.index(tokens.lvr_start)
         assert ids[start + 1 : start + 1 + STEPS] == [tokens.lvr] * STEPS
         assert ids[start + 1 + STEPS] == tokens.lvr_end
-        assert checkpoint.tokenizer.decode(ids[start + 2 + STEPS :]).strip() == sample.answer
+        assert (
+            checkpoint.processor.tokenizer.decode(ids[start + 2 + STEPS :]).strip() == sample.answer
+        )
         assert ids[-1] == tokens.end[0]
 
 
 def test_all_responses_begin_in_one_column(checkpoint: Checkpoint, items: list[Item]) -> None:
     batch = batch_of(checkpoint, items)
     column = int(batch["response"])
-    assert (batch["ids"][:, column] == checkpoint.tokens.lvr_start).all()
+    assert (batch["ids"][:, column] == checkpoint.processor.tokens.lvr_start).all()
     assert (batch["labels"][:, :column] == -100).all()
     extents = [extent(batch, row) for row in range(len(items))]
     assert min(first for first, _ in extents) == 0
@@ -142,7 +144,7 @@ def test_the_latents_alone_have_targets(
 ) -> None:
     batch = batch_of(checkpoint, items, method=method)
     assert batch["target_at"].sum(1).tolist() == [STEPS] * len(items)
-    assert torch.equal(batch["target_at"], batch["ids"] == checkpoint.tokens.lvr)
+    assert torch.equal(batch["target_at"], batch["ids"] == checkpoint.processor.tokens.lvr)
     assert len(batch["pool"]) == STEPS * len(items)
 
 
@@ -159,14 +161,14 @@ def test_dummy_has_latent_places_and_no_targets(checkpoint: Checkpoint, items: l
 
 def test_sft_has_the_answer_alone(checkpoint: Checkpoint, items: list[Item]) -> None:
     items = in_order(items, replace(SETTINGS.latent, method="sft"))
-    batch, tokens = rows_of(batch_of(checkpoint, items, method="sft")), checkpoint.tokens
+    batch, tokens = rows_of(batch_of(checkpoint, items, method="sft")), checkpoint.processor.tokens
     assert not torch.isin(
         batch["ids"], torch.tensor([tokens.lvr_start, tokens.lvr, tokens.lvr_end])
     ).any()
     for row, (sample, _) in enumerate(items):
         (_, end), response = extent(batch, row), int(batch["response"])
         said = batch["ids"][row, response:end].tolist()
-        assert checkpoint.tokenizer.decode(said).strip() == sample.answer
+        assert checkpoint.processor.tokenizer.decode(said).strip() == sample.answer
         assert said[-1] == tokens.end[0]
         assert [
             i for i, label in enumerate(batch["labels"][row].tolist()) if label != -100
@@ -185,7 +187,7 @@ def test_sft_has_the_answer_alone(checkpoint: Checkpoint, items: list[Item]) -> 
 def test_markers_answer_and_end_are_learned_and_nothing_else(
     checkpoint: Checkpoint, items: list[Item], method: str
 ) -> None:
-    batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.tokens
+    batch, tokens = batch_of(checkpoint, items, method=method), checkpoint.processor.tokens
     for row in range(len(items)):
         ids, labels = batch["ids"][row].tolist(), batch["labels"][row].tolist()
         start, (_, end) = ids.index(tokens.lvr_start), extent(batch, row)
@@ -208,7 +210,7 @@ def test_a_training_prompt_is_the_prompt_that_the_model_meets_later(
         prompt, _ = prepare_prompt(runtime, pictures, sample.question)  # type: ignore[arg-type]
         (first, _), response = extent(batch, row), int(batch["response"])
         assert batch["ids"][row, first:response].tolist() == prompt.ids.tolist()
-        assert batch["ids"][row, response] == checkpoint.tokens.lvr_start
+        assert batch["ids"][row, response] == checkpoint.processor.tokens.lvr_start
         np.testing.assert_array_equal(batch["positions"][:, row, first:response], prompt.positions)
 
 
@@ -283,7 +285,7 @@ def test_all_takes_each_token_of_the_boxes_once_and_in_order(
 def test_a_second_reading_is_the_prompt_with_latents_for_its_picture_then_the_answer(
     checkpoint: Checkpoint, items: list[Item]
 ) -> None:
-    mixed, tokens = [*items[:5], two_pictures(items)], checkpoint.tokens
+    mixed, tokens = [*items[:5], two_pictures(items)], checkpoint.processor.tokens
     batch = batch_of(checkpoint, mixed, method="lvr-bottleneck")
     widths = []
     for row in range(len(mixed)):
@@ -455,7 +457,7 @@ def sft_of(model: Any, checkpoint: Checkpoint, **settings: Any) -> Watched:
     core = (
         model if hasattr(model, "get_base_model") else SimpleNamespace(get_base_model=lambda: model)
     )
-    return Watched(core, checkpoint.tokens, replace(SETTINGS.latent, **settings), NORM)
+    return Watched(core, checkpoint.processor.tokens, replace(SETTINGS.latent, **settings), NORM)
 
 
 @dataclass
@@ -500,7 +502,7 @@ def read_by_hand(
     states (S, H), and the columns of its answer. Latents that are nearest to one visual token are
     one, their mean.
     """
-    tokens, embedding = checkpoint.tokens, model.get_input_embeddings().weight
+    tokens, embedding = checkpoint.processor.tokens, model.get_input_embeddings().weight
     start = ids.index(tokens.lvr_start)
     seen = [i for i in range(start) if ids[i] == tokens.image]
     fed, where = [], []
@@ -530,7 +532,7 @@ def by_hand(
     """A sample's pass written out, position by position and without a cache. taught: feed the
     targets; None: as the method does.
     """
-    chosen, tokens = replace(SETTINGS.latent, **settings), checkpoint.tokens
+    chosen, tokens = replace(SETTINGS.latent, **settings), checkpoint.processor.tokens
     taught = chosen.method == "lvr" if taught is None else taught
     batch = rows_of(batch_of(checkpoint, [item], **settings))
     ids, places = batch["ids"][0].tolist(), list(batch["positions"][:, 0].T)
@@ -895,7 +897,7 @@ def test_the_second_reading_by_hand(
         for column in (
             batch["reader_mask"][row].nonzero().flatten().tolist()
         ):  # a latent that another of its place stands for is not read
-            is_latent = int(batch["reader_ids"][row, column]) == checkpoint.tokens.lvr
+            is_latent = int(batch["reader_ids"][row, column]) == checkpoint.processor.tokens.lvr
             if not is_latent or hand.places[lvr] not in hand.places[:lvr]:
                 kept.append(column)
             lvr += is_latent
@@ -979,7 +981,7 @@ def test_what_is_trained_is_what_the_decode_loop_does(
     with torch.no_grad():
         sft(**batch)
     batch = rows_of(batch)
-    tokens, response = checkpoint.tokens, int(batch["response"])
+    tokens, response = checkpoint.processor.tokens, int(batch["response"])
     at = batch["ids"] == tokens.lvr
     fed = [
         sft.latents[row] if method == "lvr-bottleneck" else sft.fed[row, at[row]]
@@ -1131,7 +1133,10 @@ def test_the_markers_that_are_fed_get_gradients_as_inputs_and_no_others(
     found = {
         name
         for name in ("lvr_start", "lvr", "lvr_end")
-        if sum(float(slope[ids == getattr(checkpoint.tokens, name)].sum()) for ids, slope in slopes)
+        if sum(
+            float(slope[ids == getattr(checkpoint.processor.tokens, name)].sum())
+            for ids, slope in slopes
+        )
         > 0
     }
     assert found == learned
@@ -1198,17 +1203,25 @@ def test_an_optimizer_step_leaves_every_other_embedding_row_as_it_was(
     optimizer.step()
     changed = (core.get_input_embeddings()(every) != before).any(1).nonzero().flatten().tolist()
     assert changed == sorted(
-        (checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end)
+        (
+            checkpoint.processor.tokens.lvr_start,
+            checkpoint.processor.tokens.lvr,
+            checkpoint.processor.tokens.lvr_end,
+        )
     )
 
 
 def test_markers_begin_where_the_base_model_understands_them(checkpoint: Checkpoint) -> None:
     model = adapted(nf4.load_nf4(checkpoint, torch.float32), checkpoint, SETTINGS).get_base_model()
     picture, closing = (
-        checkpoint.tokenizer.encode(text).ids[-1]
+        checkpoint.processor.tokenizer.encode(text).ids[-1]
         for text in ("<|image_pad|>", "<|im_start|>assistant")
     )
-    markers = [checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end]
+    markers = [
+        checkpoint.processor.tokens.lvr_start,
+        checkpoint.processor.tokens.lvr,
+        checkpoint.processor.tokens.lvr_end,
+    ]
     embed = model.get_input_embeddings()
     torch.testing.assert_close(
         embed(torch.tensor(markers)), embed(torch.tensor([closing, picture, closing]))
@@ -1228,7 +1241,11 @@ def test_a_marker_row_is_trained_as_an_output_too(tuned: Any, checkpoint: Checkp
                 parameter.add_(1.0)
     changed = (core.lm_head(hidden) != before)[0].nonzero().flatten().tolist()
     assert changed == sorted(
-        (checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end)
+        (
+            checkpoint.processor.tokens.lvr_start,
+            checkpoint.processor.tokens.lvr,
+            checkpoint.processor.tokens.lvr_end,
+        )
     )
 
 
@@ -1255,7 +1272,7 @@ def test_a_skip_list_that_matches_nothing_is_noticed(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        checkpoint.family, "KEEP_UNQUANTIZED", ["visual"]
+        checkpoint.processor.family, "KEEP_UNQUANTIZED", ["visual"]
     )  # transformers ignores it in silence (docs/decisions.md)
     with pytest.raises(BundleError, match="4-bit loading went wrong"):
         nf4.load_nf4(checkpoint, torch.float32)
@@ -1368,7 +1385,11 @@ def test_merging_keeps_the_marker_rows_in_embedding_and_head(
     model, folder = saved
     merged, core = nf4.load_merged(read_checkpoint(folder)), model.get_base_model()
     markers = torch.tensor(
-        [checkpoint.tokens.lvr_start, checkpoint.tokens.lvr, checkpoint.tokens.lvr_end]
+        [
+            checkpoint.processor.tokens.lvr_start,
+            checkpoint.processor.tokens.lvr,
+            checkpoint.processor.tokens.lvr_end,
+        ]
     )
     torch.testing.assert_close(
         merged.get_input_embeddings()(markers), core.get_input_embeddings()(markers)

@@ -21,6 +21,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Result
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.images import open_picture
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
@@ -177,7 +178,7 @@ def test_a_full_disk_leaves_the_drawing_of_before(
 
 
 def test_each_picture_is_looked_at_by_its_own_tokens(small_int8: Path) -> None:
-    runtime = OnnxRuntime(small_int8, threads=1)
+    runtime = OnnxRuntime(Bundle.open(small_int8), threads=1)
     pictures = [picture for _, picture in scene_samples(2, 0, "test")]
     pictures[1] = pictures[1].resize((84, 140))
     prompt, _ = prepare_prompt(runtime, pictures, "what differs")

@@ -1,7 +1,5 @@
 """The demo's page: whole, self-contained, and safe with whatever a model says."""
 
-
-
 from __future__ import annotations
 
 import re

@@ -1,179 +1,170 @@
 """What the Qwen-VL families share: patches, visual tokens, positions. May import: numpy, Pillow.
 
 Arrays follow transformers' layout: patches come in blocks of `merge` x `merge`, so that each run of
-merge**2 patches is one visual token; tokens are in reading order. A grid is (rows, columns) of
-patches.
+merge**2 patches is one visual token; tokens are in reading order. A grid counts patches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# What a family is made of (docs/families.md); those that share it import all and define anew what
-# differs.
-__all__ = [
-    "IMAGE_TOKEN", "KEEP_UNQUANTIZED", "LANGUAGE_MODEL", "LORA_TARGETS", "PICTURE_TOKENS", "POSITION_AXES", "VISION_AXES", "frames",
-    "grid_of", "image_inputs", "image_spec", "patches", "picture_text", "positions", "rope_axes", "token_grid", "token_places",
-    "vision_inputs",
-]  # fmt: skip
-
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-KEEP_UNQUANTIZED = ["model.visual", "lm_head"]  # "visual" alone matches nothing (docs/decisions.md)
-IMAGE_TOKEN = "<|image_pad|>"
-LANGUAGE_MODEL = "language_model"  # what transformers calls it
-POSITION_AXES = 3
-PICTURE_TOKENS: tuple[str, ...] = ()  # others that `picture_text` writes
+from lvr_lite.model.families.base import Grid, ImageSpec
 
 
-def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's `image` block from a checkpoint's config.json and preprocessor_config.json."""
-    size = preprocessor.get("size") or {}
-    return {
-        "patch": config["vision_config"]["patch_size"],
-        "merge": config["vision_config"]["spatial_merge_size"],
-        "temporal_patch": config["vision_config"].get("temporal_patch_size", 2),
-        "mean": preprocessor["image_mean"],
-        "std": preprocessor["image_std"],
-        "min_pixels": preprocessor.get("min_pixels") or size["shortest_edge"],
-        "max_pixels": preprocessor.get("max_pixels") or size["longest_edge"],
-        "resample": "bicubic",
-    }
+class QwenVL:
+    """The base of the Qwen-VL families; each sets `model_type` and `architecture`."""
+
+    model_type = ""
+    architecture = ""
+    language_model = "language_model"
+    lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    # "visual" alone would match nothing (docs/decisions.md).
+    keep_unquantized: Sequence[str] = ("model.visual", "lm_head")
+    image_token = "<|image_pad|>"
+    picture_tokens: Sequence[str] = ()
+    position_axes = 3
+    vision_axes: Mapping[str, str] = {"position_ids": "patches", "image_id": "patches"}
+    tiled = False
+
+    def image_spec(self, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ImageSpec:
+        size = preprocessor.get("size") or {}
+        vision = config["vision_config"]
+        return ImageSpec(
+            patch=vision["patch_size"],
+            merge=vision["spatial_merge_size"],
+            temporal_patch=vision.get("temporal_patch_size", 2),
+            mean=tuple(preprocessor["image_mean"]),
+            std=tuple(preprocessor["image_std"]),
+            min_pixels=preprocessor.get("min_pixels") or size["shortest_edge"],
+            max_pixels=preprocessor.get("max_pixels") or size["longest_edge"],
+            resample="bicubic",
+            own=self._own(vision),
+        )
+
+    def _own(self, vision: Mapping[str, Any]) -> dict[str, int]:  # noqa: ARG002
+        """What `ImageSpec.own` holds, from config.json's `vision_config`."""
+        return {}
+
+    def grid_of(self, height: int, width: int, image: ImageSpec) -> Grid:
+        """Rows and columns of patches."""
+        resized_height, resized_width = resized(height, width, image)
+        return Grid(resized_height // image.patch, resized_width // image.patch)
+
+    def frames(self, picture: Image.Image, image: ImageSpec) -> tuple[list[Image.Image], Grid]:
+        """The whole picture, resized."""
+        height, width = resized(picture.height, picture.width, image)
+        frame = picture.resize((width, height), Image.Resampling.BICUBIC)
+        return [frame], self.grid_of(picture.height, picture.width, image)
+
+    def patches(self, pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
+        return cut_patches(pixels, values, image)
+
+    def vision_inputs(self, grids: Sequence[Grid], image: ImageSpec) -> dict[str, np.ndarray]:
+        """Row and column of each patch, position_ids (N, 2) int64, and the picture in which it
+        attends, image_id (N,) int64."""
+        positions = [rows_columns(grid, image.merge) for grid in grids]
+        return {
+            "position_ids": np.concatenate(positions).astype(np.int64),
+            "image_id": np.repeat(np.arange(len(grids)), [len(p) for p in positions]).astype(
+                np.int64
+            ),
+        }
+
+    def token_grid(self, grid: Grid, image: ImageSpec) -> Grid:
+        return Grid(grid.rows // image.merge, grid.columns // image.merge)
+
+    def token_places(self, grid: Grid, image: ImageSpec) -> np.ndarray:
+        """All visual tokens of a picture are those of its token grid, in reading order."""
+        return np.arange(math.prod(self.token_grid(grid, image)))
+
+    def picture_text(self, grid: Grid, image: ImageSpec) -> str:
+        return self.image_token * math.prod(self.token_grid(grid, image))
+
+    def positions(
+        self, ids: np.ndarray, image_token: int, grids: Sequence[Grid], image: ImageSpec
+    ) -> np.ndarray:
+        """mRoPE: text counts on, a picture's tokens carry (start, row, column) (transformers:
+        get_rope_index)."""
+        out = np.zeros((3, len(ids)), np.int64)
+        i = 0
+        position = 0
+        picture = 0
+        while i < len(ids):
+            if ids[i] != image_token:
+                out[:, i] = position
+                position += 1
+                i += 1
+                continue
+            rows, columns = self.token_grid(grids[picture], image)
+            n = rows * columns
+            out[0, i : i + n] = position
+            out[1, i : i + n] = position + np.repeat(np.arange(rows), columns)
+            out[2, i : i + n] = position + np.tile(np.arange(columns), rows)
+            position += max(rows, columns)
+            picture += 1
+            i += n
+        return out
+
+    def rope_axes(self, sections: Sequence[int] | None, frequencies: int) -> np.ndarray:
+        """One section of frequencies after another."""
+        assert sections is not None
+        assert sum(sections) == frequencies
+        return np.repeat(np.arange(len(sections)) % 3, sections)
+
+    def learned_places(self, side: int, merge: int) -> np.ndarray:
+        raise NotImplementedError("only tiled families have learned places")
+
+    def image_inputs(self, pixel_values: Any, grid_thw: Any, config: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {"pixel_values": pixel_values, "image_grid_thw": grid_thw}
 
 
-def resized(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels that a picture is resized to: multiples of patch * merge, area
-    within the spec's limits.
+def resized(height: int, width: int, image: ImageSpec) -> tuple[int, int]:
+    """Height and width in pixels that a picture is resized to.
+
+    Both are multiples of a visual token's side; their area lies within the spec's limits
+    (transformers: smart_resize).
     """
-    factor = spec["patch"] * spec["merge"]
-    h, w = (
-        round(height / factor) * factor,
-        round(width / factor) * factor,
-    )  # 0 for a thin side: then below min_pixels, as in transformers
-    if h * w > spec["max_pixels"]:
-        beta = math.sqrt(height * width / spec["max_pixels"])
+    factor = image.token_side
+    # A thin side becomes 0: then the area lies below min_pixels, as in transformers.
+    h = round(height / factor) * factor
+    w = round(width / factor) * factor
+    if h * w > image.max_pixels:
+        beta = math.sqrt(height * width / image.max_pixels)
         h = max(factor, math.floor(height / beta / factor) * factor)
         w = max(factor, math.floor(width / beta / factor) * factor)
-    elif h * w < spec["min_pixels"]:
-        beta = math.sqrt(spec["min_pixels"] / (height * width))
-        h, w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    elif h * w < image.min_pixels:
+        beta = math.sqrt(image.min_pixels / (height * width))
+        h = math.ceil(height * beta / factor) * factor
+        w = math.ceil(width * beta / factor) * factor
     return h, w
 
 
-def grid_of(height: int, width: int, spec: dict[str, Any]) -> tuple[int, int]:
-    """The grid of a picture of this size in pixels."""
-    h, w = resized(height, width, spec)
-    return h // spec["patch"], w // spec["patch"]
-
-
-def frames(picture: Image.Image, spec: dict[str, Any]) -> tuple[list[Image.Image], tuple[int, int]]:
-    """What the tower sees of an RGB picture, and its grid: the whole picture, resized."""
-    height, width = resized(picture.height, picture.width, spec)
-    return [picture.resize((width, height), Image.Resampling.BICUBIC)], grid_of(
-        picture.height, picture.width, spec
-    )
-
-
-def patches(pixels: np.ndarray, values: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
-    """Pixels (H, W, 3) uint8, H and W multiples of patch * merge -> (N, 3 * temporal * patch**2)
-    float32; values (3, 256) float32: what each pixel becomes, by channel.
-    """
-    p, m, t = spec["patch"], spec["merge"], spec["temporal_patch"]
-    gh, gw = pixels.shape[0] // p, pixels.shape[1] // p
-    blocks = pixels.reshape(gh // m, m, p, gw // m, m, p, 3).transpose(
-        0, 3, 1, 4, 6, 2, 5
-    )  # (bh, bw, m, m, 3, p, p)
-    blocks = np.ascontiguousarray(
-        blocks
-    )  # while they are bytes: as floats it takes three times as long
+def cut_patches(pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
+    """See `Family.patches`; H and W are multiples of patch * merge."""
+    p = image.patch
+    m = image.merge
+    t = image.temporal_patch
+    rows = pixels.shape[0] // p
+    columns = pixels.shape[1] // p
+    blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
+    # (block rows, block columns, m, m, 3, p, p), copied while pixels are bytes: as floats it takes
+    # three times as long.
+    blocks = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
     out = np.empty((*blocks.shape[:5], t, p, p), np.float32)
     for c in range(3):
-        out[:, :, :, :, c] = values[c].take(blocks[:, :, :, :, c])[
-            :, :, :, :, None
-        ]  # a still picture fills every temporal slot
-    return out.reshape(gh * gw, 3 * t * p * p)
+        # A still picture fills every temporal slot.
+        out[:, :, :, :, c] = values[c].take(blocks[:, :, :, :, c])[:, :, :, :, None]
+    return out.reshape(rows * columns, 3 * t * p * p)
 
 
-def rows_columns(grid: tuple[int, int], merge: int) -> np.ndarray:
+def rows_columns(grid: Grid, merge: int) -> np.ndarray:
     """Row and column (N, 2) of each patch of a picture, block by block."""
-    gh, gw = grid
-    rows, columns = np.meshgrid(np.arange(gh), np.arange(gw), indexing="ij")
-    blocks = np.stack([rows, columns], -1).reshape(gh // merge, merge, gw // merge, merge, 2)
+    rows, columns = np.meshgrid(np.arange(grid.rows), np.arange(grid.columns), indexing="ij")
+    blocks = np.stack([rows, columns], -1)
+    blocks = blocks.reshape(grid.rows // merge, merge, grid.columns // merge, merge, 2)
     return np.asarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
-
-
-VISION_AXES = {"position_ids": "patches", "image_id": "patches"}
-
-
-def vision_inputs(grids: list[tuple[int, int]], spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What the vision graph needs beside pixels, for pictures of `grids` (rows, columns in
-    patches), one after another: row and column of each patch, position_ids (N, 2) int64, and in
-    which picture it attends, image_id (N,) int64. VISION_AXES names their first axes.
-    """
-    positions = [rows_columns(grid, spec["merge"]) for grid in grids]
-    return {
-        "position_ids": np.concatenate(positions).astype(np.int64),
-        "image_id": np.repeat(np.arange(len(grids)), [len(p) for p in positions]).astype(np.int64),
-    }
-
-
-def token_grid(grid: tuple[int, int], spec: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of visual tokens for a patch grid."""
-    return grid[0] // spec["merge"], grid[1] // spec["merge"]
-
-
-def token_places(grid: tuple[int, int], spec: dict[str, Any]) -> np.ndarray:
-    """Where each token of the token grid (rows * columns,) stands among the visual tokens of its
-    picture: there are no others.
-    """
-    return np.arange(math.prod(token_grid(grid, spec)))
-
-
-def picture_text(grid: tuple[int, int], spec: dict[str, Any]) -> str:
-    """What stands in the prompt for a picture."""
-    return IMAGE_TOKEN * math.prod(token_grid(grid, spec))
-
-
-def image_inputs(pixel_values: Any, grid_thw: Any, config: Any) -> dict[str, Any]:
-    """Patches (N, C) and (1, rows, columns) of each picture -> what transformers'
-    get_image_features takes.
-    """
-    return {"pixel_values": pixel_values, "image_grid_thw": grid_thw}
-
-
-def positions(
-    ids: np.ndarray, image_token: int, grids: list[tuple[int, int]], spec: dict[str, Any]
-) -> np.ndarray:
-    """mRoPE position ids (3, S) int64 of one prompt (S,): text counts on, a picture's tokens carry
-    (start, row, column).
-
-    The next position after the prompt is `positions.max() + 1` (transformers: get_rope_index).
-    """
-    out = np.zeros((3, len(ids)), np.int64)
-    i = following = picture = 0
-    while i < len(ids):
-        if ids[i] == image_token:
-            rows, columns = token_grid(grids[picture], spec)
-            n = rows * columns
-            out[0, i : i + n] = following
-            out[1, i : i + n] = following + np.repeat(np.arange(rows), columns)
-            out[2, i : i + n] = following + np.tile(np.arange(columns), rows)
-            following += max(rows, columns)
-            picture += 1
-            i += n
-        else:
-            out[:, i] = following
-            following += 1
-            i += 1
-    return out
-
-
-def rope_axes(sections: list[int], frequencies: int) -> np.ndarray:
-    """Which of time, row, column (0, 1, 2) each rotary frequency (head_dim / 2,) follows: one
-    section after another.
-    """
-    assert sum(sections) == frequencies
-    return np.repeat(np.arange(len(sections)) % 3, sections)

@@ -1,9 +1,14 @@
-"""Qwen2-VL: the vision tower attends within whole pictures. May import: numpy.
+"""Qwen2-VL: the vision tower attends within whole pictures. May import: numpy, Pillow.
 
-Checked against transformers in tests/families/test_families.py.
+Checked against transformers in tests/model/test_families.py.
 """
 
-from lvr_lite.model.families.qwen import *
+from lvr_lite.model.families.qwen import QwenVL
 
-MODEL_TYPE = "qwen2_vl"
-ARCHITECTURE = "Qwen2VLForConditionalGeneration"
+
+class Qwen2VL(QwenVL):
+    model_type = "qwen2_vl"
+    architecture = "Qwen2VLForConditionalGeneration"
+
+
+FAMILY = Qwen2VL()

@@ -1,60 +1,67 @@
-"""Qwen3-VL: learned positions of patches, interleaved mRoPE, and features of the vision tower that
-enter several decoder layers.
+"""Qwen3-VL: learned positions of patches, interleaved mRoPE, features for several decoder layers.
 
 A visual token is (1 + D) * H wide: what stands in the prompt, then what is added after each of the
-first D decoder layers (deepstack). May import: numpy. Checked against transformers in
-tests/families/test_families.py.
+first D decoder layers (deepstack). May import: numpy, Pillow. Checked against transformers in
+tests/model/test_families.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lvr_lite.model.families import qwen
-from lvr_lite.model.families.qwen import *
-from lvr_lite.model.families.qwen import rows_columns
-
-MODEL_TYPE = "qwen3_vl"
-ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-VISION_AXES = qwen.VISION_AXES | {"near_ids": "patches", "near_weights": "patches"}
+from lvr_lite.model.families.base import Grid, ImageSpec
+from lvr_lite.model.families.qwen import QwenVL, rows_columns
 
 
-def image_spec(config: dict[str, Any], preprocessor: dict[str, Any]) -> dict[str, Any]:
-    side = int(config["vision_config"]["num_position_embeddings"] ** 0.5)
-    return qwen.image_spec(config, preprocessor) | {"position_side": side}
+class Qwen3VL(QwenVL):
+    """`ImageSpec.own` holds position_side: the learned positions along one side of their square."""
 
-
-def vision_inputs(grids: list[tuple[int, int]], spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What the vision graph needs beside pixels (`qwen.vision_inputs`), and for each patch the four
-    learned positions that it lies between, near_ids (N, 4) int64, of a square of `position_side`,
-    with their bilinear weights, near_weights (N, 4) float32.
-    """
-    side = spec["position_side"]
-    ids, weights = [], []
-    for grid in grids:
-        at = rows_columns(grid, spec["merge"]).astype(np.float32)
-        place = (
-            at * np.float32(side - 1) / np.maximum(np.array(grid, np.float32) - 1, 1)
-        )  # the corners on the corners
-        low = np.floor(place)
-        part = place - low
-        taps = np.stack([low, np.minimum(low + 1, side - 1)], -1).astype(np.int64)  # (N, axis, 2)
-        shares = np.stack([1 - part, part], -1)
-        ids.append((taps[:, 0, :, None] * side + taps[:, 1, None]).reshape(-1, 4))
-        weights.append((shares[:, 0, :, None] * shares[:, 1, None]).reshape(-1, 4))
-    return qwen.vision_inputs(grids, spec) | {
-        "near_ids": np.concatenate(ids),
-        "near_weights": np.concatenate(weights).astype(np.float32),
+    model_type = "qwen3_vl"
+    architecture = "Qwen3VLForConditionalGeneration"
+    vision_axes: Mapping[str, str] = QwenVL.vision_axes | {  # type: ignore[operator]
+        "near_ids": "patches",
+        "near_weights": "patches",
     }
 
+    def _own(self, vision: Mapping[str, Any]) -> dict[str, int]:
+        return {"position_side": int(vision["num_position_embeddings"] ** 0.5)}
 
-def rope_axes(sections: list[int], frequencies: int) -> np.ndarray:
-    """Which of time, row, column (0, 1, 2) each rotary frequency (head_dim / 2,) follows: in turn,
-    as far as row and column reach.
-    """
-    axes = np.zeros(frequencies, np.int64)
-    for axis in (1, 2):
-        axes[axis : 3 * sections[axis] : 3] = axis
-    return axes
+    def vision_inputs(self, grids: Sequence[Grid], image: ImageSpec) -> dict[str, np.ndarray]:
+        """Beside those of `QwenVL`, of each patch:
+
+        near_ids (N, 4) int64: the four learned positions that it lies between.
+        near_weights (N, 4) float32: their bilinear weights.
+        """
+        side = image.own["position_side"]
+        ids = []
+        weights = []
+        for grid in grids:
+            at = rows_columns(grid, image.merge).astype(np.float32)
+            # The corners of the picture lie on the corners of the square.
+            steps = np.maximum(np.array(grid, np.float32) - 1, 1)
+            place = at * np.float32(side - 1) / steps
+            low = np.floor(place)
+            part = place - low
+            # (N, axis, 2): the positions below and above, and their shares
+            taps = np.stack([low, np.minimum(low + 1, side - 1)], -1).astype(np.int64)
+            shares = np.stack([1 - part, part], -1)
+            ids.append((taps[:, 0, :, None] * side + taps[:, 1, None]).reshape(-1, 4))
+            weights.append((shares[:, 0, :, None] * shares[:, 1, None]).reshape(-1, 4))
+        return super().vision_inputs(grids, image) | {
+            "near_ids": np.concatenate(ids),
+            "near_weights": np.concatenate(weights).astype(np.float32),
+        }
+
+    def rope_axes(self, sections: Sequence[int] | None, frequencies: int) -> np.ndarray:
+        """Time, row and column take turns, as far as the sections of row and column reach."""
+        assert sections is not None
+        axes = np.zeros(frequencies, np.int64)
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+        return axes
+
+
+FAMILY = Qwen3VL()

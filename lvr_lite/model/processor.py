@@ -1,0 +1,123 @@
+"""From pictures and words to what a model reads, and from its ids back to words.
+
+May import: numpy, Pillow, tokenizers and this folder.
+
+    pixels = processor.see([picture])
+    prompt = processor.prompt("what colour is the star", pixels.grids)
+    processor.text([17, 23])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from lvr_lite.model import images
+from lvr_lite.model.families import Family, Grid, ImageSpec
+from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.spec import TokenIds
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures as the vision tower takes them.
+
+    patches: (N, C) float32, those of all pictures one after another.
+    grids: one a picture; a family says what it counts.
+    """
+
+    patches: np.ndarray
+    grids: list[Grid]
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """A prompt without its visual tokens' values.
+
+    ids: (S,) int64, the image token in the place of each visual token.
+    positions: (3, S) int64.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Everything about a model that is neither its weights nor its latent loop.
+
+    family: the architecture's rules.
+    image: how pictures are resized and cut.
+    template: chat template (jinja).
+    tokenizer: with the three latent markers.
+    tokens: ids that decoding needs.
+    """
+
+    family: Family
+    image: ImageSpec
+    template: str
+    tokenizer: Tokenizer
+    tokens: TokenIds
+
+    def see(self, pictures: Sequence[Image.Image]) -> Pixels:
+        """RGB pictures as patches. Raises DataError for a picture of extreme proportions."""
+        values = images.normalized(self.image)
+        patches: list[np.ndarray] = []
+        grids = []
+        for number, picture in enumerate(pictures, 1):
+            images.refuse_extreme(picture, number)
+            frames, grid = self.family.frames(picture, self.image)
+            patches += [
+                self.family.patches(np.asarray(frame), values, self.image) for frame in frames
+            ]
+            grids.append(grid)
+        # A single one is not copied once more.
+        return Pixels(patches[0] if len(patches) == 1 else np.concatenate(patches), grids)
+
+    def prompt(self, question: str, grids: Sequence[Grid]) -> PromptIds:
+        """One user turn of pictures with these grids and a question, up to where the answer begins.
+
+        Raises LvrError where the question holds the image token, or the template cannot be filled.
+        """
+        pictures = [self.family.picture_text(grid, self.image) for grid in grids]
+        ids = np.array(
+            prompt_ids(self.tokenizer, self.template, question, self.family.image_token, pictures),
+            np.int64,
+        )
+        return PromptIds(ids, self.family.positions(ids, self.tokens.image, grids, self.image))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The words of token ids, without the white space around them."""
+        return str(self.tokenizer.decode(list(ids))).strip()
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """The grid of a picture of this size in pixels."""
+        return self.family.grid_of(height, width, self.image)
+
+    def token_grid(self, grid: Grid) -> Grid:
+        """Rows and columns of the visual tokens that boxes select among."""
+        return self.family.token_grid(grid, self.image)
+
+    def token_grid_of(self, picture: Image.Image) -> Grid:
+        """The token grid of a picture."""
+        return self.token_grid(self.grid_of(picture.height, picture.width))
+
+    def token_places(self, grid: Grid) -> np.ndarray:
+        """Places (rows * columns,) of the token grid's tokens among all of their picture."""
+        return self.family.token_places(grid, self.image)
+
+    def visual_tokens(self, grid: Grid) -> int:
+        """How many visual tokens a picture has, those outside the token grid included."""
+        return self.family.picture_text(grid, self.image).count(self.family.image_token)
+
+    def vision_inputs(self, grids: Sequence[Grid]) -> dict[str, np.ndarray]:
+        """What the vision graph needs beside patches."""
+        return self.family.vision_inputs(grids, self.image)
+
+    def with_max_pixels(self, max_pixels: int) -> Processor:
+        """The same with pictures shrunk to this area (pixels)."""
+        return replace(self, image=replace(self.image, max_pixels=max_pixels))
