@@ -86,8 +86,8 @@ def _describe_graph(folder: Path, graph: bundle.Graph) -> dict[str, Any]:
         "bytes": graph.bytes,
         "files": graph.files,
         "files_state": "; ".join(bad) or "ok",
-        "inputs": graph.inputs,
-        "outputs": graph.outputs,
+        "inputs": {name: asdict(port) for name, port in graph.inputs.items()},
+        "outputs": {name: asdict(port) for name, port in graph.outputs.items()},
     }
 
 

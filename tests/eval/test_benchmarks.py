@@ -804,7 +804,7 @@ def test_rotations_of_a_question_count_as_one_in_a_comparison(tmp_path: Path) ->
     said = {"tiny": [*right], "other": [*wrong[:4], *right[4:]]}
     benchmark, other_model = (
         benchmarks.read("hrbench", folder),
-        str(Path(str(benchmarks.__file__)).parents[1] / "tiny" / "model"),
+        str(Path(str(benchmarks.__file__)).parents[1] / "toy" / "model"),
     )
     plan = Plan("hrbench", path=str(folder), steps=(0,))
     result = compare(

@@ -588,13 +588,9 @@ class Looks:
     name, hidden_size = "looks", H
 
     def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
-        checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = (
-            checkpoint.processor.family,
-            checkpoint.processor.image,
-            checkpoint.processor.template,
-        )
-        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
+        self.processor = read_checkpoint("tiny").processor
+        self.tokenizer = self.processor.tokenizer
+        self.tokens = self.processor.tokens
         self.latent = spec or LatentSpec(steps=3)
         self.uses, self.silent = uses, silent
         self.scripts = [
@@ -606,7 +602,8 @@ class Looks:
         self.batches: list[int] = []
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        mean, std = (np.array(self.image_spec[k]) for k in ("mean", "std"))
+        mean = np.array(self.processor.image.mean)
+        std = np.array(self.processor.image.std)
         colours = (
             pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std
             + mean

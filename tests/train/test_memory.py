@@ -153,7 +153,7 @@ def test_bytes_of_a_4_bit_linear_are_those_of_bitsandbytes(out: int, into: int) 
 @pytest.fixture(scope="module")
 def checkpoint(small_checkpoint: Path) -> Checkpoint:
     found = read_checkpoint(small_checkpoint)
-    return replace(found, image_spec=found.image_spec | {"max_pixels": 28 * 28 * 256})
+    return replace(found, processor=found.processor.with_max_pixels(28 * 28 * 256))
 
 
 @pytest.fixture(scope="module")
