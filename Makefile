@@ -61,7 +61,7 @@ results-latents: setup
 
 # Every command of the README, word by word, in an empty folder.
 readme: setup
-	$(BIN)/python tests/readme_commands.py
+	$(BIN)/python tests/doc_commands.py
 
 check: lint types test readme
 
