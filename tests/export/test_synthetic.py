@@ -111,7 +111,7 @@ def test_a_bundle_of_a_shape_runs(
         made,
         SyntheticWeights(made),
         tmp_path / "out",
-        [].append,
+        print,
         precision="int4",
         convert=convert,
         source={"synthetic": name},
