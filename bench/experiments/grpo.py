@@ -24,8 +24,8 @@ from lvr_lite.bench.experiments import tiny
 from lvr_lite.bench.experiments.runner import (
     CORES,
     RESULTS,
-    JsonObject,
     Jobs,
+    JsonObject,
     Out,
     Seeds,
     in_parallel,

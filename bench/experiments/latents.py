@@ -20,8 +20,8 @@ from lvr_lite.bench.experiments import latents_page, tiny
 from lvr_lite.bench.experiments.runner import (
     CORES,
     RESULTS,
-    JsonObject,
     Jobs,
+    JsonObject,
     Out,
     Seeds,
     in_parallel,

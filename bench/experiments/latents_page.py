@@ -170,7 +170,15 @@ def _accuracy(systems: dict[str, list[Scores]]) -> str:
 
 
 def _paired(runs: list[Run]) -> str:
-    titles = "method|against|seed|n|points|95 % interval (paired bootstrap)|McNemar p".split("|")
+    titles = [
+        "method",
+        "against",
+        "seed",
+        "n",
+        "points",
+        "95 % interval (paired bootstrap)",
+        "McNemar p",
+    ]
     rows = []
     methods = dict.fromkeys(run.method for run in runs)
     for method, control in [(m, c) for m in methods for c in ("sft", "dummy")]:

@@ -1,5 +1,5 @@
-"""What of a latent step and of a text step is the loop's own Python, and not one of the graphs. Half
-a minute on two cores.
+"""What of a latent step and of a text step is the loop's own Python, and not one of the graphs.
+Half a minute on two cores.
 
     lvr-lite export --synthetic qwen2-vl-2b q2b --precision int4
     python -m lvr_lite.bench.experiments.loop q2b

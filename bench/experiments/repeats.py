@@ -1,5 +1,5 @@
-"""Does `bench` report the same twice? A bundle measured again and again, and every run compared with
-the one before it.
+"""Does `bench` report the same twice? A bundle measured again and again, and every run compared
+with the one before it.
 
     python -m lvr_lite.bench.experiments.repeats BUNDLE --out build/repeats --tries 20
 
