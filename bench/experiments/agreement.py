@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvr_lite.bench.experiments.runner import header, row, start
+from lvr_lite.bench.experiments.runner import header, launch, row
 from lvr_lite.eval.score import is_correct
 from lvr_lite.eval.suite import load_suite
 from lvr_lite.generate.ask import prepare_prompt, text_of
@@ -85,4 +85,4 @@ def main(checkpoint: Path, bundles: list[Path], limit: int = 300, seed: int = 0)
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

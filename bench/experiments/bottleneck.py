@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import random
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from PIL import Image
 
-from lvr_lite.bench.experiments.runner import Rounds, Threads, start, table, write_results
+from lvr_lite.bench.experiments.runner import Rounds, Threads, launch, table, write_results
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt
@@ -64,30 +62,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Medians:
-    """At one size of the picture, in ms; ratio: of the text steps, open over bottleneck."""
+    """At one size of the picture. Steps in ms; `hand_over_ms` and `latent_ms` of the bottleneck."""
 
     visual_tokens: int
-    text_step_ms: dict[str, float]
+    open_text_ms: float
+    text_ms: float
     ratio: float
     hand_over_ms: float
-    latent_step_ms: float
-
-    @classmethod
-    def of(cls, visual_tokens: int, times: dict[str, Times]) -> Medians:
-        text = {mode: 1e3 * statistics.median(times[mode].text) for mode in MODES}
-        return cls(
-            visual_tokens,
-            text,
-            text["open"] / text["bottleneck"],
-            1e3 * statistics.median(times["bottleneck"].hand_over),
-            1e3 * statistics.median(times["bottleneck"].latent),
-        )
-
-    def cells(self) -> list[str]:
-        text = [f"{self.text_step_ms[mode]:.3f}" for mode in MODES]
-        ratio = f"{self.ratio:.2f}"
-        steps = [f"{self.hand_over_ms:.2f}", f"{self.latent_step_ms:.3f}"]
-        return [str(self.visual_tokens), *text, ratio, *steps]
+    latent_ms: float
 
 
 def open_bundle(bundle: Path, mode: str, threads: int | None) -> OnnxRuntime:
@@ -111,7 +93,7 @@ def main(
     bundle: Path,
     rounds: Rounds = 20,
     threads: Threads = None,
-    json: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+    json: Path | None = None,
 ) -> None:
     runtimes = {mode: open_bundle(bundle, mode, threads) for mode in MODES}
     rng = np.random.default_rng(0)
@@ -120,11 +102,14 @@ def main(
         picture = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
         prompt, _ = prepare_prompt(runtimes["open"], [picture], "what is here")
         assert len(prompt.features) == visual
-        rows.append(Medians.of(visual, measure(runtimes, prompt, rounds)))
-    print(table(TITLES, [medians.cells() for medians in rows]))
+        opened, closed = measure(runtimes, prompt, rounds).values()
+        times = (opened.text, closed.text, closed.hand_over, closed.latent)
+        text, after, hand_over, latent = (1e3 * statistics.median(each) for each in times)
+        rows.append(Medians(visual, text, after, text / after, hand_over, latent))
+    print(table(TITLES, [[f"{value:.4g}" for value in astuple(medians)] for medians in rows]))
     if json is not None:
         write_results(json, {"rows": rows}, threads)
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -5,9 +5,9 @@ probed on held-out scenes. About two hours on two cores.
 
 Two starts: `bottleneck` (the default method) and `grounded` (lvr-free: latents grounded in boxes,
 the text still sees the picture). On the first seed of the bottleneck also with the latents as
-constants (the paper), with the format reward, and with the latent-use reward. Goes on where an
-earlier call stopped. Writes docs/results/grpo.json and grpo_curves.png there, and prints the table
-of grpo.md.
+constants (the paper), with the format reward, and with the latent-use reward (--variants). --n is
+of questions. Goes on where an earlier call stopped. Writes docs/results/grpo.json and
+grpo_curves.png there, and prints the table of grpo.md.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from matplotlib.figure import Figure
 
 from lvr_lite.bench.experiments import tiny
@@ -30,8 +29,8 @@ from lvr_lite.bench.experiments.runner import (
     Seeds,
     in_parallel,
     is_whole,
+    launch,
     read_json,
-    start,
     table,
     write_results,
 )
@@ -232,8 +231,8 @@ def main(
     jobs: Jobs = CORES,
     seeds: Seeds = "0,1,2",
     starts: str = ",".join(STARTS),
-    n: Annotated[int, typer.Option(help="Questions.")] = 2000,
-    variants: Annotated[bool, typer.Option(help="The other ways, on the first seed.")] = True,
+    n: int = 2000,
+    variants: bool = True,
 ) -> None:
     numbers = [int(seed) for seed in seeds.split(",")]
     first = ("bottleneck", numbers[0])
@@ -246,4 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lvr_lite.bench.experiments.runner import command, overrides, run, start
+from lvr_lite.bench.experiments.runner import command, launch, overrides, run
 from lvr_lite.model.bundle import read_manifest
 from lvr_lite.train.finetune import last_whole_checkpoint
 
@@ -99,4 +99,4 @@ def main(checkpoint: Path, fp32: Path, tries: int = 8, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

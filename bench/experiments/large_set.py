@@ -12,12 +12,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
-from lvr_lite.bench.experiments.runner import Out, header, overrides, read_json, row, run, start
+from lvr_lite.bench.experiments.runner import Out, header, launch, overrides, read_json, row, run
 from lvr_lite.toy.make import scene_samples
 
 PICTURES = 100
@@ -68,7 +66,7 @@ def finetune(out: Path, data: Path) -> float:
 
 def main(
     out: Out,
-    lines: Annotated[str, typer.Option(help="With commas between.")] = "1000,1000000",
+    lines: str = "1000,1000000",
 ) -> None:
     write(out / "held-out.jsonl", 4)
     print(header(["lines", "file, MB", "peak RSS, MiB", "seconds"]))
@@ -86,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

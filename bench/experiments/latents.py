@@ -4,6 +4,8 @@
     python -m lvr_lite.bench.experiments.latents --out build/latents
     python -m lvr_lite.bench.experiments.latents --seeds 0 --methods sft,lvr --set train.steps=60
 
+--n is of questions; of 2,400 about 2,100 have boxes, and are probed. --only chooses interventions;
+by default all for the default method, the telling ones for the others. --set is that of `finetune`.
 Goes on where an earlier call stopped: what has its JSON is not made again. Writes
 docs/results/latents.json (all figures) and, from it, docs/results/latents.md and its pictures
 (latents_page).
@@ -12,9 +14,7 @@ docs/results/latents.json (all figures) and, from it, docs/results/latents.md an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from lvr_lite.bench.experiments import latents_page, tiny
 from lvr_lite.bench.experiments.runner import (
@@ -24,10 +24,11 @@ from lvr_lite.bench.experiments.runner import (
     JsonObject,
     Out,
     Seeds,
+    Settings,
     in_parallel,
     is_whole,
+    launch,
     read_json,
-    start,
     write_results,
 )
 from lvr_lite.eval.suite import versus
@@ -138,16 +139,9 @@ def main(
     seeds: Seeds = "0,1,2",
     methods: str = ",".join(METHODS),
     stages: str = ",".join(STAGES),
-    n: Annotated[
-        int, typer.Option(help="Questions; of 2,400 about 2,100 have boxes, and are probed.")
-    ] = 2400,
-    only: Annotated[
-        str | None,
-        typer.Option(help=f"Interventions; by default all for {DEFAULT}, {TELLING} for the rest."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="As of `finetune`, for all methods.")
-    ] = None,
+    n: int = 2400,
+    only: str | None = None,
+    settings: Settings = None,
 ) -> None:
     numbers = [int(seed) for seed in seeds.split(",")]
     chosen = [method for method in METHODS if method in methods.split(",")]
@@ -166,4 +160,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

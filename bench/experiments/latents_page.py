@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lvr_lite.bench.experiments.runner import RESULTS, publish, read_json, start, table
+from lvr_lite.bench.experiments.runner import RESULTS, launch, publish, read_json, table
 
 MARK = "latents_page"
 BEFORE = "before tuning"
@@ -300,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lvr_lite.bench.experiments.runner import start
+from lvr_lite.bench.experiments.runner import launch
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
@@ -95,4 +95,4 @@ def main(bundle: Path) -> None:
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -12,7 +12,8 @@ The same code on a CPU, tensors counted as they are made; real widths with few l
     python -m lvr_lite.bench.experiments.memory --shape 3b --layers 2 --device cpu
 
 Measured are training steps through the collator, LatentSFT and the optimizer of the settings, and
-answering 16 held-out questions.
+answering 16 held-out questions (--answering, and always on a card). Shapes are 3b, 2b, quarter and
+tiny; --layers are of both towers; --visual is of tokens; lists have commas between.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ import torch
 import typer
 from PIL import Image
 
+from lvr_lite.bench.experiments import runner
 from lvr_lite.bench.experiments.live_bytes import Meter, Saved
 from lvr_lite.bench.experiments.memory_model import build, config_of, make_optimizer
 from lvr_lite.bench.experiments.runner import (
     JsonObject,
     header,
+    launch,
     row,
-    start,
     to_json,
     write_results,
 )
@@ -150,7 +152,7 @@ def items_of(visual: int, count: int) -> list[Item]:
     rows, columns = SIDES[visual]
     noise = np.random.default_rng(0).integers(0, 255, (count, 28 * rows, 28 * columns, 3), np.uint8)
     boxes = ((0.2, 0.2, 0.6, 0.6),)
-    items = []
+    items: list[Item] = []
     for i in range(count):
         question = "what colour is the star " * 10 + "left " * (i % 2)
         sample = Sample(str(i), (Path("none"),), question, "red and blue", boxes=boxes)
@@ -375,25 +377,17 @@ SAVED = ("saved", "saved_predicted", "saved_ratio")
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="Of 3b, 2b, quarter and tiny, with commas.")] = "3b,2b",
-    layers: Annotated[
-        int | None, typer.Option(help="Fewer layers in both towers than the model has.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    visual: Annotated[str, typer.Option(help="Visual tokens, with commas.")] = "256,512,1024",
+    shape: str = "3b,2b",
+    layers: int | None = None,
+    device: str = "cuda",
+    precision: str = "bf16",
+    visual: str = "256,512,1024",
     batch: str = "1,2",
     method: str = "lvr,lvr-bottleneck",
-    answering: Annotated[
-        bool, typer.Option("--answering", help="Also 16 held-out questions (always on a card).")
-    ] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, as of `finetune`.")
-    ] = None,
-    only_predict: Annotated[
-        bool, typer.Option("--predict", help="Nothing is built or measured.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    answering: bool = False,
+    settings: runner.Settings = None,
+    only_predict: Annotated[bool, typer.Option("--predict")] = False,
+    out: Path | None = None,
 ) -> None:
     options = Options(
         layers=layers,
@@ -403,7 +397,7 @@ def main(
         batch=[int(rows) for rows in batch.split(",")],
         method=method.split(","),
         answering=answering,
-        overrides=overrides or [],
+        overrides=settings or [],
     )
     warnings.filterwarnings("ignore")
     if only_predict:
@@ -431,4 +425,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -103,14 +103,15 @@ def _empty(config: dict[str, Any]) -> PreTrainedModel:
     sizes = {key: value for key, value in config.items() if key != "model_type"}
     made = getattr(transformers, f"{name}Config")(**sizes)
     with init_empty_weights(include_buffers=False):
-        return getattr(transformers, f"{name}ForConditionalGeneration")(made)
+        model: PreTrainedModel = getattr(transformers, f"{name}ForConditionalGeneration")(made)
+    return model
 
 
 def _quantized(linear: torch.nn.Linear, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """A linear of the same sizes with random weights in NF4."""
     import bitsandbytes as bnb
 
-    quantized = bnb.nn.Linear4bit(
+    quantized: torch.nn.Module = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         linear.bias is not None,
@@ -134,7 +135,10 @@ def make_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.opt
     if "8bit" in name or name.startswith("paged"):
         bits = 8 if "8bit" in name else 32
         paged = name.startswith("paged")
-        return bnb.optim.AdamW(parameters, lr=1e-4, optim_bits=bits, is_paged=paged)
+        optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
+            parameters, lr=1e-4, optim_bits=bits, is_paged=paged
+        )
+        return optimizer
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1e-4)
     return torch.optim.AdamW(parameters, lr=1e-4, fused=name.endswith("fused"))

@@ -6,7 +6,7 @@ the 4-bit torch model that was trained. About 40 minutes on two cores.
 
 Every number but those of `exact` against torch comes from a command of lvr-lite; their JSON files
 stay in OUT, what the tables need goes to OUT/quant.json, and the figure of drift to OUT/drift.png.
-Goes on where an earlier call stopped.
+Goes on where an earlier call stopped. --count is of held-out scenes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import typer
 from lvr_lite.bench.experiments.runner import (
     JsonObject,
     Out,
+    launch,
     once,
     read_json,
-    start,
     write_results,
 )
 from lvr_lite.generate.ask import prepare_prompt
@@ -162,9 +162,9 @@ def probe(out: Path, name: str) -> JsonObject:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="Of the embedded model, tuned.")],
+    checkpoint: Annotated[Path, typer.Option()],
     out: Out,
-    count: Annotated[int, typer.Option(help="Held-out scenes.")] = 2400,
+    count: int = 2400,
 ) -> None:
     log = out / "log.txt"
     for name in ("fp32", "exact"):
@@ -183,4 +183,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -4,44 +4,23 @@
 
 Makes a checkpoint of that shape with random weights in bf16, exports it with `lvr-lite export` in a
 process of its own, and runs the bundle with `lvr-lite run`; writes OUT/SHAPE-PRECISION.json.
+--calibration is of int4; scenes, as `export` has it by default, takes longer.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from safetensors.torch import save_file
 
-from lvr_lite.bench.experiments.runner import Out, read_json, run, start, to_json, write_results
+from lvr_lite.bench.experiments.runner import Out, launch, read_json, run, write_results
 from lvr_lite.export.synthetic import SyntheticWeights, shape_of
 from lvr_lite.model.bundle import read_manifest
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
-
-
-@dataclass(frozen=True)
-class Measured:
-    """seconds: of the export. lines: the last that it printed, with its peak memory.
-    bytes: of each graph.
-    language_bytes, language_fp16_bytes: of the graphs without the vision encoder, and what their
-    weights would take in fp16.
-    run_peak_rss_mb: of one answer, in MiB.
-    """
-
-    shape: str
-    precision: str
-    seconds: int
-    lines: list[str]
-    bytes: dict[str, int]
-    language_bytes: int
-    language_fp16_bytes: int
-    run_peak_rss_mb: float
 
 
 def make_checkpoint(shape: str, folder: Path) -> None:
@@ -87,9 +66,7 @@ def main(
     out: Out,
     shape: str = "qwen2-vl-2b",
     precision: str = "int4",
-    calibration: Annotated[
-        str, typer.Option(help="Of int4; scenes, as `export` has it by default, takes longer.")
-    ] = "none",
+    calibration: str = "none",
 ) -> None:
     checkpoint = out / shape
     bundle = out / f"{shape}-{precision}"
@@ -105,19 +82,20 @@ def main(
     sizes = {name: graph.bytes for name, graph in manifest.graphs.items()}
     embedding = manifest.decoder["vocab_size"] * manifest.decoder["hidden_size"]
     weights = read_json(bundle / "report.json")["graphs"]["decoder"]["weights"]
-    measured = Measured(
-        shape=shape,
-        precision=precision,
-        seconds=seconds,
-        lines=lines[-8:],
-        bytes=sizes,
-        language_bytes=sum(n for name, n in sizes.items() if name != "vision_encoder"),
-        language_fp16_bytes=2 * (weights + embedding),
-        run_peak_rss_mb=answer(out, bundle),
-    )
-    write_results(out / f"{bundle.name}.json", to_json(measured))
-    print(json.dumps(to_json(measured), indent=1))
+    measured = {
+        "shape": shape,
+        "precision": precision,
+        "seconds": seconds,
+        # Of what it printed, with its peak memory.
+        "lines": lines[-8:],
+        "bytes": sizes,
+        "language_bytes": sum(n for name, n in sizes.items() if name != "vision_encoder"),
+        "language_fp16_bytes": 2 * (weights + embedding),
+        "run_peak_rss_mb": answer(out, bundle),
+    }
+    write_results(out / f"{bundle.name}.json", measured)
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

@@ -4,18 +4,15 @@ with the one before it.
     python -m lvr_lite.bench.experiments.repeats BUNDLE --out build/repeats --tries 20
 
 Nothing else should run meanwhile; 20 tries take seven minutes with the embedded model on two cores,
-and go on where they stopped.
+and go on where they stopped. --runs is that of `bench`, which goes on for 15 seconds by default.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from lvr_lite.bench.compare import compare
-from lvr_lite.bench.experiments.runner import Out, once, start
+from lvr_lite.bench.experiments.runner import Out, launch, once
 from lvr_lite.bench.report import read
 
 
@@ -23,9 +20,7 @@ def main(
     bundle: Path,
     out: Out,
     tries: int = 20,
-    runs: Annotated[
-        int | None, typer.Option(help="As of `bench`, which goes on for 15 seconds by default.")
-    ] = None,
+    runs: int | None = None,
 ) -> None:
     rounds = [] if runs is None else ["--runs", runs]
     unchanged = near = 0
@@ -52,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(main, __doc__)
+    launch(main, __doc__)

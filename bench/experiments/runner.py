@@ -6,7 +6,7 @@ An experiment is a function whose parameters are its options:
     def main(out: Out, seeds: Seeds = "0,1,2") -> None: ...
 
     if __name__ == "__main__":
-        start(main, __doc__)
+        launch(main, __doc__)
 
 May import: typer, lvr_lite.bench.machine and what stands below it.
 """
@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -42,13 +42,15 @@ Jobs = Annotated[int, typer.Option(help="Processes at a time, each on one thread
 Seeds = Annotated[str, typer.Option(help="With commas between.")]
 Rounds = Annotated[int, typer.Option(help="Each measures everything once, in another order.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of a runtime.")]
+Names = Annotated[str | None, typer.Option(help="Names with | between.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="As of `finetune`.")]
 Page = Annotated[
     Path | None,
     typer.Option(help="Markdown page whose table of the same mark is replaced, or added."),
 ]
 
 
-def start(main: Callable[..., None], doc: str | None) -> None:
+def launch(main: Callable[..., None], doc: str | None) -> None:
     """Make a command of `main` and run it. doc: the module's docstring, shown by --help."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     # "\b" keeps the lines of a paragraph: the example commands stay as they are.
@@ -127,7 +129,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=1, default=to_json))
 
 
-def write_results(path: Path, measured: JsonObject, threads: int | None = None) -> None:
+def write_results(path: Path, measured: Mapping[str, object], threads: int | None = None) -> None:
     """What was measured, with the card of the machine. threads: that the runtimes used."""
     write_json(path, {"machine": machine.card(threads), **measured})
 
