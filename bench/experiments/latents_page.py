@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,24 +38,20 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Scores:
-    """What `eval` reports, as shares of right answers.
-
-    accuracy: of the suite.
-    by_type: of each type of question of the suite.
-    skills: of each type of question outside of it.
+    """What `eval` reports: the share of right answers by type of question, in the suite ("all" is
+    of the whole suite) and outside of it.
     """
 
-    accuracy: float
-    by_type: dict[str, float]
+    suite: dict[str, float]
     skills: dict[str, float]
 
     @classmethod
     def of(cls, report: Any) -> Scores:
-        by_type, skills = (
+        suite, skills = (
             {kind: part["accuracy"] for kind, part in one["by_type"].items()}
             for one in (report, report["skills"])
         )
-        return cls(report["accuracy"], by_type, skills)
+        return cls({"all": report["accuracy"], **suite}, skills)
 
 
 @dataclass(frozen=True)
@@ -160,13 +157,12 @@ def write(results: Path, folder: Path = RESULTS) -> None:
 
 
 def _accuracy(systems: dict[str, list[Scores]]) -> str:
-    kinds = list(systems[BEFORE][0].by_type)
+    kinds = list(systems[BEFORE][0].suite)
     rows = []
     for name, group in systems.items():
-        overall = spread(scores.accuracy for scores in group)
-        cells = [spread(scores.by_type[kind] for scores in group) for kind in kinds]
+        overall, *cells = (spread(scores.suite[kind] for scores in group) for kind in kinds)
         rows.append([name, overall if name == BEFORE else f"**{overall}**", *cells])
-    return f"{table(['method', 'all', *kinds], rows)}\n\n![accuracy](latents_accuracy.png)"
+    return f"{table(['method', *kinds], rows)}\n\n![accuracy](latents_accuracy.png)"
 
 
 def _paired(runs: list[Run]) -> str:
@@ -254,21 +250,17 @@ def _cost(by_method: dict[str, list[Run]]) -> str:
 
 
 def _draw_accuracy(systems: dict[str, list[Scores]]) -> Figure:
-    kinds = list(systems[BEFORE][0].by_type)
+    kinds = list(systems[BEFORE][0].suite)
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.85 / len(systems)
     for i, (name, group) in enumerate(systems.items()):
-        shares = [[100 * scores.accuracy for scores in group]]
-        shares += [[100 * scores.by_type[kind] for scores in group] for kind in kinds]
-        means = [statistics.fmean(share) for share in shares]
-        below = [max(0.0, mean - min(s)) for mean, s in zip(means, shares, strict=True)]
-        above = [max(0.0, max(s) - mean) for mean, s in zip(means, shares, strict=True)]
-        shift = (i - len(systems) / 2 + 0.5) * width
-        places = [x + shift for x in range(len(shares))]
-        label = name.strip("`")
-        axes.bar(places, means, width, yerr=[below, above], label=label, capsize=1.5)
-    axes.set_xticks(range(len(kinds) + 1), ["all", *kinds])
+        shares = 100 * np.array([[scores.suite[kind] for scores in group] for kind in kinds])
+        means = shares.mean(1)
+        errors = np.maximum(0, [means - shares.min(1), shares.max(1) - means])
+        places = np.arange(len(kinds)) + (i - len(systems) / 2 + 0.5) * width
+        axes.bar(places, means, width, yerr=errors, label=name.strip("`"), capsize=1.5)
+    axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("accuracy, % (bars: all seeds)")
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     return figure

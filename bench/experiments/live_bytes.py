@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,47 +92,34 @@ class Saved:
         return sum(size for place, size in sizes.items() if place not in self._own)
 
 
-class Meter:
-    """Peak bytes of tensors while it is entered, the model's own included.
-
-    peak: of live tensors. On a card also `reserved` by torch's allocator, and `context`, what the
-    card holds besides (of other processes too).
+@dataclass
+class Peak:
+    """In bytes. live: of tensors, the model's own included. On a card also `reserved` by torch's
+    allocator, and `context`, what the card holds besides (of other processes too).
     """
 
-    def __init__(self, model: torch.nn.Module, device: str) -> None:
-        self.device = device
-        self.peak = 0
-        self.reserved = 0
-        self.context = 0
-        self._live = LiveBytes(model_tensors(model) if device == "cpu" else [])
+    live: int = 0
+    reserved: int = 0
+    context: int = 0
 
-    def __enter__(self) -> None:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._live.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.device == "cuda":
-            self.peak = torch.cuda.max_memory_allocated()
-            self.reserved = torch.cuda.max_memory_reserved()
-            free, total = torch.cuda.mem_get_info()
-            self.context = total - free - torch.cuda.memory_reserved()
-        else:
-            self._live.__exit__(kind, error, trace)
-            self.peak = self._live.peak
-
-    def wait(self) -> None:
-        """Until the device has done its work."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+@contextlib.contextmanager
+def metered(model: torch.nn.Module, device: str) -> Iterator[Peak]:
+    """A context whose peak is known when it is left."""
+    gc.collect()
+    peak = Peak()
+    if device == "cpu":
+        with LiveBytes(model_tensors(model)) as counter:
+            yield peak
+        peak.live = counter.peak
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield peak
+    free, total = torch.cuda.mem_get_info()
+    peak.live = torch.cuda.max_memory_allocated()
+    peak.reserved = torch.cuda.max_memory_reserved()
+    peak.context = total - free - torch.cuda.memory_reserved()
 
 
 def model_tensors(model: torch.nn.Module) -> list[torch.Tensor]:

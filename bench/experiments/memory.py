@@ -33,7 +33,7 @@ import typer
 from PIL import Image
 
 from lvr_lite.bench.experiments import runner
-from lvr_lite.bench.experiments.live_bytes import Meter, Saved
+from lvr_lite.bench.experiments.live_bytes import Peak, Saved, metered
 from lvr_lite.bench.experiments.memory_model import build, config_of, make_optimizer
 from lvr_lite.bench.experiments.runner import (
     JsonObject,
@@ -111,7 +111,7 @@ class Measured:
 
     predicted, saved_predicted, phase: of the prediction.
     peak: of live tensors. saved: what autograd holds between forward and backward.
-    reserved, context: see live_bytes.Meter.
+    reserved, context: see live_bytes.Peak.
     """
 
     phase: str
@@ -127,20 +127,20 @@ class Measured:
 
     @classmethod
     def of(
-        cls, prediction: Prediction, meter: Meter, seconds: float, saved: int | None = None
+        cls, prediction: Prediction, peak: Peak, seconds: float, saved: int | None = None
     ) -> Measured:
         saved_ratio = prediction.saved / saved if prediction.saved and saved else None
         return cls(
             phase=prediction.phase,
             predicted=prediction.peak,
-            peak=meter.peak,
-            ratio=prediction.peak / meter.peak,
+            peak=peak.live,
+            ratio=prediction.peak / peak.live,
             saved=saved,
             saved_predicted=prediction.saved,
             saved_ratio=saved_ratio,
             seconds=seconds,
-            reserved=meter.reserved,
-            context=meter.context,
+            reserved=peak.reserved,
+            context=peak.context,
         )
 
 
@@ -219,11 +219,10 @@ def measure_training(
     sft = LatentSFT(model, checkpoint.tokens, settings.latent).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(settings.train.optimizer, trained)
-    meter = Meter(model, device)
     saved = Saved(sft)
     saved_bytes = 0
     seconds = []
-    with meter:
+    with metered(model, device) as peak:
         for _ in range(3 if device == "cuda" else 2):
             began = time.perf_counter()
             there = copied(batch, device)
@@ -237,12 +236,13 @@ def measure_training(
             optimizer.step()
             optimizer.zero_grad()
             del loss, there
-            meter.wait()
+            if device == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
     prediction = predict_training(plan.shape_of(checkpoint.config), settings, tokens, device)
     if device == "cuda":
-        return Measured.of(replace(prediction, saved=None), meter, min(seconds))
-    return Measured.of(prediction, meter, min(seconds), saved_bytes)
+        return Measured.of(replace(prediction, saved=None), peak, min(seconds))
+    return Measured.of(prediction, peak, min(seconds), saved_bytes)
 
 
 def predict_training(
@@ -267,14 +267,13 @@ def measure_answering(
 ) -> Measured:
     """Peak bytes of answering held-out questions, as evaluation during training does."""
     runtime = TorchRuntime(model.eval(), checkpoint)
-    meter = Meter(model, device)
     began = time.perf_counter()
-    with meter:
+    with metered(model, device) as peak:
         accuracy_on(runtime, items_of(visual, plan.EVAL_ROWS))
     seconds = time.perf_counter() - began
     shape = plan.shape_of(checkpoint.config)
     prediction = predict_answering(shape, settings, visual, device, optimizer=False)
-    return Measured.of(prediction, meter, seconds)
+    return Measured.of(prediction, peak, seconds)
 
 
 def predict_answering(
