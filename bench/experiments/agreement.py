@@ -67,7 +67,12 @@ def worst_differences(reference: Answers, other: Answers, steps: int) -> list[fl
     ]
 
 
-def main(checkpoint: Path, bundles: list[Path], limit: int = 300, seed: int = 0) -> None:
+def main(
+    checkpoint: Path,
+    bundles: list[Path],
+    limit: int = 300,
+    seed: int = 0,
+) -> None:
     tuned = read_checkpoint(str(checkpoint))
     steps = tuned.latent.steps
     reference = answer(TorchRuntime(load.load_merged(tuned), tuned), limit, seed)

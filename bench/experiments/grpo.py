@@ -50,7 +50,12 @@ VARIANTS = {
     "with-format": ("grpo.rewards=accuracy=1,format=0.2", "grpo.latents=recomputed"),
     "latent-use": ("grpo.rewards=accuracy=1,latent-use=0.5", "grpo.latents=recomputed"),
 }
-STYLES = {"accuracy": "-", "recorded": ":", "with-format": "--", "latent-use": "-."}
+STYLES = {
+    "accuracy": "-",
+    "recorded": ":",
+    "with-format": "--",
+    "latent-use": "-.",
+}
 INTERVENTIONS = "noise,donor_same_question,self"
 # Evaluation while training is not looked at.
 QUIET = ("train.eval_every=1000", "data.eval_count=16")
@@ -84,7 +89,13 @@ class Run:
     history: list[dict[str, float]] | None
 
 
-def sft(folder: Path, start: str, seed: int, name: str, steps: int) -> Path:
+def sft(
+    folder: Path,
+    start: str,
+    seed: int,
+    name: str,
+    steps: int,
+) -> Path:
     """SFT of so many steps."""
     seeds = (f"data.seed={seed}", f"train.seed={seed}", f"train.steps={steps}")
     report = folder / f"{name}.json"
@@ -111,7 +122,13 @@ def score(model: Path, questions: int, probe: bool) -> None:
         tiny.probe(bundle, report, questions // 4, INTERVENTIONS)
 
 
-def job(out: Path, start: str, seed: int, questions: int, variants: bool) -> None:
+def job(
+    out: Path,
+    start: str,
+    seed: int,
+    questions: int,
+    variants: bool,
+) -> None:
     """All models of one start and seed."""
     folder = out / f"{start}-{seed}"
     first, *others = VARIANTS
@@ -138,7 +155,12 @@ def collect(out: Path, seeds: list[int]) -> list[Run]:
     return runs
 
 
-def _run(folder: Path, start: str, seed: int, name: str) -> Run:
+def _run(
+    folder: Path,
+    start: str,
+    seed: int,
+    name: str,
+) -> Run:
     scores = read_json(folder / f"{name}-eval.json")
     training = read_json(folder / f"{name}.json")
     gain: dict[str, Any] = {}
@@ -215,7 +237,13 @@ def draw(runs: list[Run]) -> Figure:
                 steps = [step["step"] for step in run.history]
                 shares = [step[key] for step in run.history]
                 color = "tab:blue" if run.start == "bottleneck" else "tab:orange"
-                axes.plot(steps, shares, STYLES[run.model], color=color, linewidth=1)
+                axes.plot(
+                    steps,
+                    shares,
+                    STYLES[run.model],
+                    color=color,
+                    linewidth=1,
+                )
         axes.set(title=title, xlabel="step", ylim=(0, 1))
     panels[0].set_ylabel("share of rollouts")
     legend = (

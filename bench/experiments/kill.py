@@ -83,7 +83,12 @@ def train(out: Path) -> None:
             break
 
 
-def main(checkpoint: Path, fp32: Path, tries: int = 8, seed: int = 0) -> None:
+def main(
+    checkpoint: Path,
+    fp32: Path,
+    tries: int = 8,
+    seed: int = 0,
+) -> None:
     random.seed(seed)
     began = time.time()
     with tempfile.TemporaryDirectory() as name:

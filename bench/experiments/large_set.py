@@ -60,7 +60,14 @@ def finetune(out: Path, data: Path) -> float:
     # Of the large file's own pictures ten thousand questions each would be held out.
     settings = overrides(*SETTINGS, f"data.eval_file={out / 'held-out.jsonl'}")
     source = ("finetune", "--model", "tiny", "--data", data, *settings)
-    run(*source, "--out", tuned, "--json", report, log=out / "log.txt")
+    run(
+        *source,
+        "--out",
+        tuned,
+        "--json",
+        report,
+        log=out / "log.txt",
+    )
     return float(read_json(report)["peak_memory_gb"]) * 1024
 
 

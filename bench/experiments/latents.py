@@ -52,7 +52,12 @@ def base(out: Path, seed: int, questions: int) -> None:
     tiny.evaluate(bundle, report, questions, SKILLS, "--seed", seed)
 
 
-def train(folder: Path, method: str, seed: int, settings: list[str]) -> None:
+def train(
+    folder: Path,
+    method: str,
+    seed: int,
+    settings: list[str],
+) -> None:
     checkpoint = folder / "checkpoint"
     seeds = (f"data.seed={seed}", f"train.seed={seed}")
     # Evaluation while training is not looked at.
@@ -61,7 +66,13 @@ def train(folder: Path, method: str, seed: int, settings: list[str]) -> None:
     tiny.export(checkpoint, folder / "int8")
 
 
-def probe(folder: Path, method: str, seed: int, questions: int, only: str | None) -> None:
+def probe(
+    folder: Path,
+    method: str,
+    seed: int,
+    questions: int,
+    only: str | None,
+) -> None:
     if method != DEFAULT:
         questions //= 2
         only = only or TELLING

@@ -259,23 +259,46 @@ def _draw_accuracy(systems: dict[str, list[Scores]]) -> Figure:
         means = shares.mean(1)
         errors = np.maximum(0, [means - shares.min(1), shares.max(1) - means])
         places = np.arange(len(kinds)) + (i - len(systems) / 2 + 0.5) * width
-        axes.bar(places, means, width, yerr=errors, label=name.strip("`"), capsize=1.5)
+        axes.bar(
+            places,
+            means,
+            width,
+            yerr=errors,
+            label=name.strip("`"),
+            capsize=1.5,
+        )
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("accuracy, % (bars: all seeds)")
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    axes.legend(
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.2),
+    )
     return figure
 
 
 def _draw_interventions(probes: dict[str, list[Probe]]) -> Figure:
     size = (2.6 * len(probes) + 1, 4)
     figure = Figure(figsize=size, layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, len(probes), sharey=True, squeeze=False)[0]
+    panels: Sequence[Axes] = figure.subplots(
+        1,
+        len(probes),
+        sharey=True,
+        squeeze=False,
+    )[0]
     names = ["none", *SHOWN]
     for axes, (method, group) in zip(panels, probes.items(), strict=True):
         for probe in group:
             places = [i for i, name in enumerate(names) if name in probe.accuracy]
             shares = [100 * probe.accuracy[names[i]] for i in places]
-            axes.plot(shares, places, "o", alpha=0.6, markersize=5)
+            axes.plot(
+                shares,
+                places,
+                "o",
+                alpha=0.6,
+                markersize=5,
+            )
         untouched = statistics.fmean(probe.accuracy["none"] for probe in group)
         axes.axvline(100 * untouched, color="grey", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)

@@ -55,7 +55,13 @@ from lvr_lite.train.sft import LatentSFT
 
 ANSWERING = "answering held-out questions"
 # Visual tokens: rows and columns of a picture.
-SIDES = {64: (8, 8), 256: (16, 16), 512: (16, 32), 1024: (32, 32), 2048: (32, 64)}
+SIDES = {
+    64: (8, 8),
+    256: (16, 16),
+    512: (16, 32),
+    1024: (32, 32),
+    2048: (32, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,13 @@ def items_of(visual: int, count: int) -> list[Item]:
     items: list[Item] = []
     for i in range(count):
         question = "what colour is the star " * 10 + "left " * (i % 2)
-        sample = Sample(str(i), (Path("none"),), question, "red and blue", boxes=boxes)
+        sample = Sample(
+            str(i),
+            (Path("none"),),
+            question,
+            "red and blue",
+            boxes=boxes,
+        )
         items.append((sample, (Image.fromarray(noise[i]),)))
     return items
 
@@ -272,7 +284,13 @@ def measure_answering(
         accuracy_on(runtime, items_of(visual, plan.EVAL_ROWS))
     seconds = time.perf_counter() - began
     shape = plan.shape_of(checkpoint.config)
-    prediction = predict_answering(shape, settings, visual, device, optimizer=False)
+    prediction = predict_answering(
+        shape,
+        settings,
+        visual,
+        device,
+        optimizer=False,
+    )
     return Measured.of(prediction, peak, seconds)
 
 
@@ -334,7 +352,13 @@ def predict(shape: str, options: Options) -> Iterator[tuple[Case, Measured]]:
     for case in cases(options):
         settings = case.settings
         if case.method == "answering":
-            prediction = predict_answering(sizes, settings, case.visual, "cuda", optimizer=True)
+            prediction = predict_answering(
+                sizes,
+                settings,
+                case.visual,
+                "cuda",
+                optimizer=True,
+            )
         else:
             prediction = predict_training(sizes, settings, plan.Tokens(case.visual), "cuda")
         yield case, Measured(prediction.phase, prediction.peak, saved_predicted=prediction.saved)
@@ -419,7 +443,12 @@ def main(
             rows.append(values)
             print(row(column.cell(values) for column in columns), flush=True)
     if out is not None:
-        results = {"device": place, "torch": torch.__version__, "layers": layers, "rows": rows}
+        results = {
+            "device": place,
+            "torch": torch.__version__,
+            "layers": layers,
+            "rows": rows,
+        }
         write_results(out, results)
 
 

@@ -42,7 +42,12 @@ def weights_of(case: Case, i: int) -> dict[str, np.ndarray]:
     blocks = -(-columns // case.block)
     shape = (rows, blocks, case.block * case.bits // 8)
     weights: dict[str, np.ndarray] = {
-        f"q{i}": np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8),
+        f"q{i}": np.random.default_rng(i).integers(
+            0,
+            256,
+            shape,
+            dtype=np.uint8,
+        ),
         f"s{i}": np.full((rows, blocks), 1e-3, np.float32),
     }
     if not case.symmetric:

@@ -130,7 +130,13 @@ def evaluate(out: Path, name: str, count: int) -> Bundle:
     arguments: list[object] = ["--limit", count, "--skills", 0, "--json", scores_file]
     if name != "fp32":
         arguments += ["--against", reference]
-    once(scores_file, "eval", out / name, *arguments, log=out / "log.txt")
+    once(
+        scores_file,
+        "eval",
+        out / name,
+        *arguments,
+        log=out / "log.txt",
+    )
     scores = read_json(scores_file)
     written = read_json(out / name / "report.json")
     pairs = zip(scores["answers"], read_json(reference)["answers"], strict=True)
@@ -150,7 +156,15 @@ def probe(out: Path, name: str) -> JsonObject:
     """What noise and a donor's latents do to the answers of one bundle."""
     file = out / f"probe-{name}.json"
     chosen = ("--limit", 800, "--only", "noise,donor_same_question")
-    once(file, "probe", out / name, *chosen, "--json", file, log=out / "log.txt")
+    once(
+        file,
+        "probe",
+        out / name,
+        *chosen,
+        "--json",
+        file,
+        log=out / "log.txt",
+    )
     report = read_json(file)
     interventions = report["interventions"]
     return {
@@ -171,7 +185,14 @@ def main(
         arguments = ("export", checkpoint, out / name, "--precision", name)
         once(out / name / "lvr.json", *arguments, log=log)
     for name, how in BUNDLES.items():
-        once(out / name / "lvr.json", "quantize", out / "fp32", out / name, *how, log=log)
+        once(
+            out / name / "lvr.json",
+            "quantize",
+            out / "fp32",
+            out / name,
+            *how,
+            log=log,
+        )
     exact = exactness(checkpoint, out / "exact")
     bundles: dict[str, Bundle] = {}
     for name in ("fp32", "exact", *BUNDLES):

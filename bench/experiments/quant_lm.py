@@ -107,7 +107,13 @@ class Table:
     def wants(self, name: str) -> bool:
         return bool(re.search(self._pattern, name))
 
-    def add(self, name: str, runtime: OnnxRuntime, bits: float, seconds: float) -> None:
+    def add(
+        self,
+        name: str,
+        runtime: OnnxRuntime,
+        bits: float,
+        seconds: float,
+    ) -> None:
         scores = (self._scorer.perplexity(runtime), self._scorer.greedy_agreement(runtime))
         row = Row(name, round(bits, 3), round(seconds, 1), *scores)
         self._rows.pop(name, None)
@@ -172,7 +178,12 @@ def _compute_in_int8(node: onnx.NodeProto) -> None:
         node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
 
 
-def add_own(table: Table, out: Path, fp32: OnnxRuntime, products: Products) -> None:
+def add_own(
+    table: Table,
+    out: Path,
+    fp32: OnnxRuntime,
+    products: Products,
+) -> None:
     """As this project rounds it, without and with GPTQ."""
     for block in BLOCKS:
         for how, inputs in (("ours", {}), ("ours with GPTQ", products)):
@@ -195,7 +206,12 @@ def add_own(table: Table, out: Path, fp32: OnnxRuntime, products: Products) -> N
 # whole bundles
 
 
-def add_bundles(table: Table, out: Path, desk: search.Desk, products: Products) -> None:
+def add_bundles(
+    table: Table,
+    out: Path,
+    desk: search.Desk,
+    products: Products,
+) -> None:
     """int8, fp16, and int4 without and with training of scales and norms."""
     rounded = replace(quantize.whole("int4"), products=products)
     for name in ("int8", "fp16", "int4, not trained", "int4"):

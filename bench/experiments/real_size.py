@@ -58,7 +58,14 @@ def answer(out: Path, bundle: Path) -> float:
     image.resize((448, 448)).save(picture)
     report = out / "run.json"
     question = (picture, sample.question, "--max-tokens", 8)
-    run("run", bundle, *question, "--json", report, log=out / "log.txt")
+    run(
+        "run",
+        bundle,
+        *question,
+        "--json",
+        report,
+        log=out / "log.txt",
+    )
     return float(read_json(report)["peak_rss_mb"])
 
 
@@ -76,7 +83,13 @@ def main(
     how = ["--precision", precision]
     if precision == "int4":
         how += ["--calibration", calibration]
-    lines = run("export", checkpoint, bundle, *how, log=out / "log.txt").splitlines()
+    lines = run(
+        "export",
+        checkpoint,
+        bundle,
+        *how,
+        log=out / "log.txt",
+    ).splitlines()
     seconds = round(time.time() - began)
     manifest = read_manifest(bundle, check=False)
     sizes = {name: graph.bytes for name, graph in manifest.graphs.items()}

@@ -26,7 +26,15 @@ def main(
     unchanged = near = 0
     for i in range(tries + 1):
         file = out / f"{i:02}.json"
-        once(file, "bench", bundle, *rounds, "--json", file, log=out / "log.txt")
+        once(
+            file,
+            "bench",
+            bundle,
+            *rounds,
+            "--json",
+            file,
+            log=out / "log.txt",
+        )
         if i == 0:
             continue
         comparison = compare(read(out / f"{i - 1:02}.json"), read(file))

@@ -28,13 +28,23 @@ def _train(checkpoint: Path, report: Path, *arguments: object) -> None:
     if not is_whole(report):
         shutil.rmtree(checkpoint, ignore_errors=True)
         target = ("--out", checkpoint, "--json", report)
-        run(*arguments, *target, log=report.parent / "log.txt", threads=1)
+        run(
+            *arguments,
+            *target,
+            log=report.parent / "log.txt",
+            threads=1,
+        )
 
 
 def export(model: Path | str, bundle: Path) -> None:
     """Export to int8."""
     arguments = ("export", model, bundle, "--precision", "int8")
-    once(bundle / "lvr.json", *arguments, log=bundle.parent / "log.txt", threads=1)
+    once(
+        bundle / "lvr.json",
+        *arguments,
+        log=bundle.parent / "log.txt",
+        threads=1,
+    )
 
 
 def evaluate(bundle: Path, report: Path, limit: int, skills: int, *more: object) -> None:
@@ -50,4 +60,10 @@ def probe(bundle: Path, report: Path, limit: int, only: str | None, *more: objec
 
 def _score(report: Path, *arguments: object) -> None:
     output = ("--threads", 1, "--json", report)
-    once(report, *arguments, *output, log=report.parent / "log.txt", threads=1)
+    once(
+        report,
+        *arguments,
+        *output,
+        log=report.parent / "log.txt",
+        threads=1,
+    )

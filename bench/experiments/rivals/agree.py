@@ -140,7 +140,14 @@ def _quantize(out: Path, precision: str) -> None:
     products = desk.products()
     plan = replace(quantize.whole(precision), products=products)
     tune = desk.tuning(products)
-    quantize.quantize_bundle(out / "fp32", out / precision, precision, print, plan=plan, tune=tune)
+    quantize.quantize_bundle(
+        out / "fp32",
+        out / precision,
+        precision,
+        print,
+        plan=plan,
+        tune=tune,
+    )
 
 
 def genai_reader(out: Path) -> Reader:
@@ -192,7 +199,13 @@ def llama_reader(out: Path) -> Reader:
         config = read_json(folder / "config.json")
         write_gguf(path, "llama", config, _tensors(folder, config))
     window = smollm2.WINDOW
-    model = llama_cpp.Llama(str(path), n_ctx=window, n_batch=window, logits_all=True, verbose=False)
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=window,
+        n_batch=window,
+        logits_all=True,
+        verbose=False,
+    )
 
     def read(ids: np.ndarray) -> np.ndarray:
         model.reset()
@@ -297,7 +310,12 @@ def report(rows: dict[str, Row]) -> str:
     return table(TITLES, cells)
 
 
-def main(out: Out, only: Names = None, without: Names = None, page: Page = None) -> None:
+def main(
+    out: Out,
+    only: Names = None,
+    without: Names = None,
+    page: Page = None,
+) -> None:
     packages = {name: entry.package for name, entry in READERS.items()}
     names = choose(packages, only, without, out)
     language_model(out)

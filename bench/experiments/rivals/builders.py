@@ -41,7 +41,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def choose(packages: dict[str, str], only: str | None, without: str | None, out: Path) -> list[str]:
+def choose(
+    packages: dict[str, str],
+    only: str | None,
+    without: str | None,
+    out: Path,
+) -> list[str]:
     """The names of `only`, or all whose package is installed, but those of `without`; each with |
     between. Raises BadParameter for a name that is not known.
 
@@ -183,7 +188,12 @@ def write_head(path: Path, block: int = 128) -> None:
     columns = SIZES["hidden_size"]
     rows = SIZES["vocab_size"]
     shape = (rows, columns // block, block // 2)
-    q = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    q = np.random.default_rng(0).integers(
+        0,
+        256,
+        shape,
+        dtype=np.uint8,
+    )
     scales = np.full(shape[:2], 1e-3, np.float32)
     weights = [numpy_helper.from_array(q, "q"), numpy_helper.from_array(scales, "s")]
     node = helper.make_node(
@@ -257,6 +267,11 @@ def _random_tensors() -> Iterator[tuple[str, np.ndarray]]:
 def _random_blocks(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """A matrix of random values in Q4_0, all of one scale."""
     shape = (rows, columns // Q4_0_BLOCK, Q4_0_BYTES)
-    blocks = rng.integers(0, 256, shape, dtype=np.uint8)
+    blocks = rng.integers(
+        0,
+        256,
+        shape,
+        dtype=np.uint8,
+    )
     blocks[..., :2] = np.array([0.005], np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
