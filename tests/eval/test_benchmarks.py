@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from test_suite import Table, never
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
+from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
@@ -989,9 +990,9 @@ def test_a_model_is_probed_through_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    opened: Callable[..., Any] = cli._open
+    opened: Callable[..., Any] = models.open_runtime
     monkeypatch.setattr(
-        cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
+        models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
     )
     model, out = small_int8 if kind == "bundle" else small_checkpoint, tmp_path / "probe.json"
     code = call(
@@ -1032,8 +1033,8 @@ def test_a_model_is_probed_through_the_command_line(
 def test_a_file_of_samples_is_probed(
     small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: Callable[..., Any] = cli._open
-    monkeypatch.setattr(cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
+    opened: Callable[..., Any] = models.open_runtime
+    monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
     path, out = write_scenes(tmp_path / "scenes", 4, 1, "test"), tmp_path / "probe.json"
     assert (
         call(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvr_lite.commands.inspect import count_parameters
+from lvr_lite.commands.inspect import read_weights
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.model.families.qwen2_5_vl import FAMILY as family
 from lvr_lite.model.prompt import prompt_ids
@@ -132,7 +132,7 @@ def test_the_model_that_ships_is_small_and_in_formats_that_run_no_code() -> None
 def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
     assert (
         5e6
-        <= sum(count_parameters(p)["parameters"] for p in resolve("tiny").glob("*.safetensors"))
+        <= sum(read_weights(p).parameters for p in resolve("tiny").glob("*.safetensors"))
         <= 15e6
     )
 
@@ -140,7 +140,7 @@ def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
 def test_the_model_that_ships_loads_offline_with_every_weight_there() -> None:
     checkpoint = read_checkpoint("tiny")
     model = nf4.load_plain(checkpoint)
-    stored = sum(count_parameters(p)["parameters"] for p in checkpoint.base.glob("*.safetensors"))
+    stored = sum(read_weights(p).parameters for p in checkpoint.base.glob("*.safetensors"))
     assert sum(p.numel() for p in model.parameters()) == stored
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lvr_lite import cli
 from lvr_lite.bench.experiments import memory, memory_model
 from lvr_lite.bench.experiments.live_bytes import Saved, model_tensors
+from lvr_lite.cli import app as cli
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
