@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lvr_lite.data.boxes import COVERED, Box
-from lvr_lite.data.samples import Problem, Sample, placed_samples
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import Sample, placed_samples
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import MAX_ASPECT, open_picture
 
@@ -79,7 +80,7 @@ def validate(
             file.keep_apart(path, pictures)
         problems = sorted(file.problems, key=lambda p: p.line or p.item or 0)
         bad = {(p.line, p.item) for p in problems if not p.note}
-        yield sum((line, item) not in bad for _, line, item in file.placed), problems
+        yield sum((p.line, p.item) not in bad for p in file.placed), problems
 
 
 class _File:
@@ -88,32 +89,34 @@ class _File:
     def __init__(self, path: Path, family: Any, spec: dict[str, Any]) -> None:
         self.path, self.family, self.spec = path, family, spec
         self.placed, self.problems = placed_samples(path)
-        self.looks = look_at(p for sample, _, _ in self.placed for p in sample.images)
+        self.looks = look_at(p for placed in self.placed for p in placed.sample.images)
         self.asked: dict[
             tuple[str, ...], tuple[str, str]
         ] = {}  # digests and question -> answer, and where
-        for sample, line, item in self.placed:
+        for placed in self.placed:
             self.problems += [
-                replace(p, line=line, item=item)
-                for p in self._beyond(sample, f"line {line}" if line else f"item {item}")
+                replace(p, line=placed.line, item=placed.item)
+                for p in self._beyond(placed.sample, placed.place)
             ]
 
     def pictures(self) -> dict[str, str]:
         """Where each picture is first, by its digest."""
         found: dict[str, str] = {}
-        for sample, line, item in self.placed:
-            for path in sample.images:
+        for placed in self.placed:
+            for path in placed.sample.images:
                 if isinstance(look := self.looks[path], Look):
-                    found.setdefault(look.digest, f"line {line}" if line else f"item {item}")
+                    found.setdefault(look.digest, placed.place)
         return found
 
     def keep_apart(self, other: Path, pictures: dict[str, str]) -> None:
-        for sample, line, item in self.placed:
-            for path in sample.images:
+        for placed in self.placed:
+            for path in placed.sample.images:
                 look = self.looks[path]
                 if isinstance(look, Look) and look.digest in pictures:
                     message = f"{path} is also in {other} ({pictures[look.digest]}); a picture may be in one of them only"
-                    self.problems.append(Problem(self.path, "image", message, line, item))
+                    self.problems.append(
+                        Problem(self.path, "image", message, placed.line, placed.item)
+                    )
 
     def _beyond(self, sample: Sample, where: str) -> Iterator[Problem]:
         """What only shows in the pictures, and beside other questions about them."""

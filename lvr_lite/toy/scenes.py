@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lvr_lite.data.boxes import Box
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "arrow", "heart")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -108,14 +110,14 @@ class Scene:
     things: tuple[Thing, ...]
     clutter: int
 
-    def box(self, thing: Thing) -> list[float]:
+    def box(self, thing: Thing) -> Box:
         """Normalized xyxy box of `thing`."""
-        return [
+        return (
             round(thing.x / self.width, 5),
             round(thing.y / self.height, 5),
             round((thing.x + thing.size) / self.width, 5),
             round((thing.y + thing.size) / self.height, 5),
-        ]
+        )
 
     def cell_words(self, thing: Thing) -> str:
         """Where a thing is on a 3 x 3 grid, such as "top left"."""

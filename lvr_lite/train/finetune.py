@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import Picked, Samples, read_samples
+from lvr_lite.data.samples import PickedSamples, SampleFile
+from lvr_lite.data.sources import FileSource, Item, JoinedSource, Source, open_source
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.files import write_atomically
 from lvr_lite.generate.runtime import Runtime
@@ -33,7 +34,7 @@ from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint, trained_over
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.system import peak_rss_mb
-from lvr_lite.train.batches import Collator, Examples, Item, LengthGrouped, check_samples
+from lvr_lite.train.batches import Collator, LengthGrouped, check_samples
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
@@ -131,7 +132,7 @@ def _begin_markers(model: Any, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def norm_of_visual_tokens(
-    core: Any, collator: Collator, examples: Examples, samples: int = 32
+    core: Any, collator: Collator, examples: Source | list[Item], samples: int = 32
 ) -> float:
     """Mean L2 norm of the visual tokens of the first samples."""
     width = core.config.text_config.hidden_size
@@ -145,23 +146,23 @@ def norm_of_visual_tokens(
     return float(torch.cat(norms).mean())
 
 
-def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
+def load_examples(data: str, settings: Settings) -> tuple[Source, Source]:
     """Training examples, replayed ones among them, and held-out ones, for `--data scenes` or a file
     of samples with boxes.
     """
     train, held_out = _load_own(data, settings)
-    replay, share = settings.data.replay, settings.data.replay_share
+    replay = settings.data.replay
     if replay is None:
         return train, held_out
+    share = settings.data.replay_share
     count = round(len(train) * share / (1 - share))
     if replay == "skills":
-        return train.and_also(
-            Examples.of_skills(settings.data.seed, max(1, count)), count
-        ), held_out
+        skills = open_source(replay, "train", settings.data.seed, max(1, count))
+        return JoinedSource(train, skills, count), held_out
     if not Path(replay).is_file():
         raise UsageError(f"data.replay={replay}: neither skills nor a file of samples")
     held = {picture.resolve() for sample in held_out.samples for picture in sample.images}
-    others = Samples(Path(replay))
+    others = SampleFile(Path(replay))
     free = [
         i
         for i in range(len(others))
@@ -171,15 +172,15 @@ def load_examples(data: str, settings: Settings) -> tuple[Examples, Examples]:
         raise DataError(
             f"{replay}: all of its pictures are held out, so none can be replayed; give samples of other pictures"
         )
-    return train.and_also(Examples.of_samples(Picked.of(others, free)), count), held_out
+    return JoinedSource(train, FileSource(PickedSamples(others, free)), count), held_out
 
 
-def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
+def _load_own(data: str, settings: Settings) -> tuple[Source, Source]:
     if data == "scenes":
-        return Examples.of_scenes(
-            settings.data.seed, "train", settings.data.count
-        ), Examples.of_scenes(settings.data.seed + EVAL_SEED, "test", settings.data.eval_count)
-    samples = Samples(Path(data))
+        own = settings.data
+        held_out = open_source(data, "test", own.seed + EVAL_SEED, own.eval_count)
+        return open_source(data, "train", own.seed, own.count), held_out
+    samples = SampleFile(Path(data))
     if (
         METHODS[settings.latent.method].latents
         and settings.latent.samples == "boxed"
@@ -191,8 +192,10 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
             f"{data}: no sample has boxes, so none would be answered through latents; add `boxes` (normalized xyxy), or set {untargeted}"
         )
     if settings.data.eval_file is not None:
-        held_out = read_samples(Path(settings.data.eval_file))[: settings.data.eval_count]
-        return Examples.of_samples(samples), Examples.of_samples(held_out)
+        held_out = open_source(
+            settings.data.eval_file, count=settings.data.eval_count, registered=()
+        )
+        return FileSource(samples), held_out
     numbers, first = np.unique(np.array(samples.pictures), return_index=True)
     last = np.argsort(first)[
         -max(1, min(settings.data.eval_count, len(first) // 10)) :
@@ -203,7 +206,7 @@ def _load_own(data: str, settings: Settings) -> tuple[Examples, Examples]:
             f"{data}: all samples share one picture, so none can be held out; add pictures, or name data.eval_file"
         )
     train, last_ones = (
-        Examples.of_samples(Picked.of(samples, array("q", np.flatnonzero(which))))
+        FileSource(PickedSamples(samples, array("q", np.flatnonzero(which))))
         for which in (~held, held)
     )
     return train, last_ones

@@ -24,6 +24,7 @@ import torch
 
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item, Source
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.generate.ask import prepare_prompt, text_of
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode, second_reading
@@ -31,7 +32,7 @@ from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime, distinct
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.spec import LatentSpec, TokenIds
-from lvr_lite.train.batches import Examples, Item, check_samples
+from lvr_lite.train.batches import check_samples
 from lvr_lite.train.finetune import (
     SMALL,
     arguments,
@@ -423,7 +424,7 @@ class Roller:
         return text_of(self.runtime, own), text_of(self.runtime, swapped)
 
 
-def donors_of(examples: Examples) -> Callable[[Sample], Item | None]:
+def donors_of(examples: Source) -> Callable[[Sample], Item | None]:
     """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise.
     Raises DataError where no pair is one.
     """

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite.data.samples import read_samples
-from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import vision_of
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import scenes
@@ -231,7 +231,7 @@ def test_an_earlier_set_is_replaced_and_other_peoples_files_are_not(tmp_path: Pa
     with pytest.raises(DataError, match=r"holds images/cat\.png"):
         write_scenes(tmp_path / "data", 4, 1, "train")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="file: exists"):
+    with pytest.raises(OutputError, match="file: exists"):
         write_scenes(tmp_path / "file", 4, 1, "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "file"]
 

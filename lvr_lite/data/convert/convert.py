@@ -17,7 +17,8 @@ from pathlib import Path
 from lvr_lite.data.convert.detections import questions
 from lvr_lite.data.convert.formats import READERS
 from lvr_lite.data.convert.reading import Found
-from lvr_lite.data.samples import Problem, Sample, sample_json
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.validate import Look, look_at
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.files import write_atomically

@@ -6,7 +6,6 @@ May import: PyYAML (in a function), the standard library, the core.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,14 +16,13 @@ from lvr_lite.data.convert.detections import Thing
 from lvr_lite.data.convert.labelstudio import labelstudio
 from lvr_lite.data.convert.reading import (
     SUFFIXES,
-    BrokenError,
     Found,
     Frame,
     class_name,
-    numbers,
     size_of,
 )
-from lvr_lite.data.samples import Reader, Sample, placed_samples
+from lvr_lite.data.rows import FieldError, Row, numbers, parse_json, plain_text
+from lvr_lite.data.samples import Sample, placed_samples
 from lvr_lite.errors import DataError, UsageError
 
 
@@ -55,9 +53,9 @@ def coco(found: Found) -> None:
                 unsure[image].add(name)
                 continue
             if (number := str(annotation.get("id", f"a{i}"))) in boxes[image]:
-                raise BrokenError(f"id {number} is there twice; give every annotation its own")
+                raise FieldError(f"id {number} is there twice; give every annotation its own")
             boxes[image][number] = own, name, numbers(annotation.get("bbox"), 4)
-        except BrokenError as error:
+        except FieldError as error:
             found.broken(own, str(error))
             if isinstance(annotation, dict):
                 unsure[str(annotation.get("image_id"))] |= set(names.values())
@@ -98,7 +96,7 @@ def _coco_names(found: Found, categories: list[Any]) -> dict[Any, str]:
     for i, category in enumerate(categories):
         with found.row(f"categories[{i}]"):
             if not isinstance(category, dict) or not isinstance(category.get("id"), int | str):
-                raise BrokenError("must be an object with an id and a name")
+                raise FieldError("must be an object with an id and a name")
             names[category["id"]] = class_name(category.get("name"))
     return names
 
@@ -106,12 +104,12 @@ def _coco_names(found: Found, categories: list[Any]) -> dict[Any, str]:
 def _coco_annotation(annotation: Any, known: set[str], names: dict[Any, str]) -> tuple[str, str]:
     """The image's id as text, and the class."""
     if not isinstance(annotation, dict):
-        raise BrokenError("must be an object")
+        raise FieldError("must be an object")
     if str(annotation.get("image_id")) not in known:
-        raise BrokenError(f"image_id {annotation.get('image_id')} is not among the images")
+        raise FieldError(f"image_id {annotation.get('image_id')} is not among the images")
     category = annotation.get("category_id")
     if not isinstance(category, int | str) or category not in names:
-        raise BrokenError(f"category_id {category} is not among the categories")
+        raise FieldError(f"category_id {category} is not among the categories")
     return str(annotation["image_id"]), names[category]
 
 
@@ -125,12 +123,12 @@ def _coco_images(
     for i, image in enumerate(images):
         with found.row(f"images[{i}]"):
             if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
-                raise BrokenError("must be an object with an id and a file_name")
+                raise FieldError("must be an object with an id and a file_name")
             name = image.get("file_name") or str(image.get("coco_url") or "").split("/")[-1]
             if not isinstance(name, str) or not name or "\0" in name:
-                raise BrokenError("file_name is missing; it must name the picture")
+                raise FieldError("file_name is missing; it must name the picture")
             if str(image["id"]) in whole:
-                raise BrokenError(f"id {image['id']} is there twice; give every image its own")
+                raise FieldError(f"id {image['id']} is there twice; give every image its own")
             path, said = found.find(name), size_of(image, "width", "height")
             found.tells(path, said)
             whole[str(image["id"])] = path, said, image
@@ -213,7 +211,7 @@ def _yolo_things(
     unsure: set[str] = set()
     try:
         frame = replace(found.frame(path, None), width=1, height=1)
-    except BrokenError as error:
+    except FieldError as error:
         found.broken("", str(error).removeprefix(f"{path} "), file=path)
         return things, unsure
     lines = (
@@ -232,7 +230,7 @@ def _yolo_things(
                         f"L{number}",
                     )
                 )
-        except BrokenError as error:
+        except FieldError as error:
             found.broken("", str(error), line=number, file=label)
             unsure |= set(given.names.values())
     return things, unsure
@@ -240,7 +238,7 @@ def _yolo_things(
 
 def _yolo_class(word: str, names: dict[int, str]) -> str:
     if not word.isdecimal() or int(word) not in names:
-        raise BrokenError(
+        raise FieldError(
             f"class {word[:20]} is not one of the {len(names)} that have a name; correct the number, or name it"
         )
     return names[int(word)]
@@ -250,14 +248,14 @@ def _yolo_corners(words: list[str], keypoints: bool) -> tuple[float, float, floa
     try:
         values = [float(word) for word in words[1:]]
     except ValueError:
-        raise BrokenError(
+        raise FieldError(
             f"{' '.join(words)[:60]!r} holds what is no number; an object is `class cx cy w h`"
         ) from None
     if len(values) == 4 or (keypoints and len(values) > 4):
         x, y, w, h = values[:4]
         return x - w / 2, y - h / 2, x + w / 2, y + h / 2
     if len(values) < 6 or len(values) % 2:
-        raise BrokenError(
+        raise FieldError(
             f"has {len(words)} values; an object is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for an outline"
         )
     return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
@@ -349,7 +347,7 @@ def _yolo_names(found: Found, data: dict[str, Any], base: Path, root: Path) -> d
     try:
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
         return {int(number): class_name(str(name)) for number, name in pairs}
-    except (BrokenError, TypeError, ValueError) as error:
+    except (FieldError, TypeError, ValueError) as error:
         raise DataError(
             f"{found.source}: names: must be a list of names, or number: name ({error})"
         ) from error
@@ -397,13 +395,11 @@ def viscot(found: Found) -> None:
                 rows.append((line, item, *_viscot_row(found, data)))
     found.learn((path, size) for *_, path, size in rows)
     for line, item, data, path, size in rows:
-        read = Reader(data)
-        question, answer = (
-            read.plain_text(f, v) if (v := read.get(f, needed=True)) is not None else ""
-            for f in ("question", "answer")
-        )
-        for flaw in read.flaws:
-            found.broken(flaw.field, flaw.message, line, item)
+        row = Row(data)
+        question = row.need("question", plain_text)
+        answer = row.need("answer", plain_text)
+        for error in row.errors:
+            found.broken(error.field, str(error), line, item)
         with found.row("bboxs", line, item):
             frame = found.frame(path, size)
             corners = [numbers(box, 4) for box in data.get("bboxs") or []]
@@ -412,7 +408,7 @@ def viscot(found: Found) -> None:
             name = "-".join(
                 str(part) for part in (kind, data.get("split"), path.stem, line or item) if part
             )
-            if not read.flaws:
+            if question is not None and answer is not None:
                 found.samples.append(
                     Sample(name, (path,), question.strip(), answer.strip(), None, boxes, kind)
                 )
@@ -430,23 +426,21 @@ def _rows(found: Found) -> Iterator[tuple[int | None, int | None, Any]]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            found.broken(
-                "", f"not valid JSON ({error}); every line must be one whole object", number
-            )
+            data = parse_json(line)
+        except FieldError as error:
+            found.broken("", str(error), number)
             continue
         yield number, None, data
 
 
 def _viscot_row(found: Found, data: Any) -> tuple[dict[str, Any], Path, tuple[float, float] | None]:
     if not isinstance(data, dict):
-        raise BrokenError("must be an object with question, answer, image and bboxs")
+        raise FieldError("must be an object with question, answer, image and bboxs")
     name, dataset = data.get("image"), data.get("dataset")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise BrokenError("image: is missing; it must name the picture")
+        raise FieldError("image: is missing; it must name the picture")
     if not isinstance(data.get("bboxs") or [], list):
-        raise BrokenError("bboxs: must be a list of [x0, y0, x1, y1] in pixels")
+        raise FieldError("bboxs: must be a list of [x0, y0, x1, y1] in pixels")
     in_its_folder = f"{dataset}/{name}" if isinstance(dataset, str) and dataset else name
     path = found.folder / name if (found.folder / name).is_file() else found.find(in_its_folder)
     size = size_of(data, "width", "height")
@@ -460,8 +454,9 @@ def lvr(found: Found) -> None:
     """
     placed, problems = placed_samples(found.source, found.images)
     found.problems += problems
-    for sample, line, item in placed:
-        with found.row("", line, item):
+    for one in placed:
+        sample = one.sample
+        with found.row("", one.line, one.item):
             frame = replace(found.frame(sample.images[0], None), width=1, height=1)
             found.samples.append(
                 replace(sample, boxes=tuple(found.box(frame, *box) for box in sample.boxes))

@@ -16,14 +16,13 @@ from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Thing
 from lvr_lite.data.convert.reading import (
     SUFFIXES,
-    BrokenError,
     Found,
     Frame,
     class_name,
-    numbers,
     size_of,
 )
-from lvr_lite.data.samples import Reader, Sample
+from lvr_lite.data.rows import FieldError, Row, numbers, plain_text
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 
 
@@ -79,7 +78,7 @@ def _task(found: Found, data: Any, item: int) -> _Task | None:
             or not isinstance(data.get("data"), dict)
             or not isinstance(data.get("annotations"), list)
         ):
-            raise BrokenError(
+            raise FieldError(
                 "must be a task with data and annotations; export as JSON, not as JSON-MIN"
             )
         done = [
@@ -88,7 +87,7 @@ def _task(found: Found, data: Any, item: int) -> _Task | None:
             if isinstance(a, dict) and isinstance(a.get("result"), list)
         ]
         if len(done) < len(data["annotations"]):
-            raise BrokenError("annotations: each must be an object with a list of results")
+            raise FieldError("annotations: each must be an object with a list of results")
         kept = [a for a in done if not a.get("was_cancelled")]
         found.skipped["cancelled annotations"] += len(done) - len(kept)
         if not kept:
@@ -100,9 +99,9 @@ def _task(found: Found, data: Any, item: int) -> _Task | None:
             isinstance(r, dict) and isinstance(r.get("value") or {}, dict)
             for r in kept[0]["result"]
         ):
-            raise BrokenError("result: each must be an object with a value")
+            raise FieldError("result: each must be an object with a value")
         if any(r.get("image_rotation") for r in kept[0]["result"]):
-            raise BrokenError(
+            raise FieldError(
                 "image_rotation: was turned in Label Studio; turn it back there and export again"
             )
         size = next(
@@ -116,7 +115,7 @@ def _task(found: Found, data: Any, item: int) -> _Task | None:
         path = _studio_picture(found, data["data"])
         found.tells(path, size)
         return _Task(item, str(data.get("id", f"task{item}")), data["data"], kept[0], path, size)
-    except BrokenError as error:
+    except FieldError as error:
         found.broken("", str(error), item=item)
         return None
 
@@ -130,12 +129,12 @@ def _studio_picture(found: Found, data: dict[str, Any]) -> Path:
             if isinstance(v, str) and urlsplit(v).path.lower().endswith(SUFFIXES)
         ]
         if len(named) != 1:
-            raise BrokenError("data.image is missing; it must name the picture")
+            raise FieldError("data.image is missing; it must name the picture")
         (value,) = named
     name = value
     url = urlsplit(value)
     if value.startswith("data:"):
-        raise BrokenError("data.image holds the picture itself; save it as a file and name that")
+        raise FieldError("data.image holds the picture itself; save it as a file and name that")
     if found.images is None or not (found.images / value).is_file():
         if "local-files" in url.path and "d" in parse_qs(url.query):
             name = parse_qs(url.query)["d"][0]
@@ -143,7 +142,7 @@ def _studio_picture(found: Found, data: dict[str, Any]) -> Path:
             name = unquote(url.path).removeprefix("/data/upload/").lstrip("/")
     try:
         return found.find(name)
-    except BrokenError:
+    except FieldError:
         folder, _, last = name.rpartition("/")
         if (
             not (bare := re.sub(r"^[0-9a-f]{8}-", "", last)) or bare == last
@@ -171,7 +170,7 @@ def _rectangles(found: Found, task: _Task) -> tuple[list[Thing], set[str | None]
         try:
             names = [class_name(label) for label in labels]
             box = _rectangle(found, frame, value)
-        except BrokenError as error:
+        except FieldError as error:
             found.broken(f"result[{number}] (id {result.get('id')})", str(error), item=task.item)
             unsure.add(None)
             continue
@@ -226,15 +225,13 @@ def _answered(found: Found, task: _Task, things: list[Thing]) -> bool:
                 item=task.item,
             )
             continue
-        for i, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-            read = Reader({})
-            texts = [
-                read.plain_text(field, text).strip()
-                for field, text in (("question", question), ("answer", answer))
-            ]
-            for flaw in read.flaws:
-                found.broken(flaw.field, flaw.message, item=task.item)
-            if not read.flaws:
+        for i, texts in enumerate(zip(asked, answers, strict=True)):
+            row = Row({})
+            question = row.check("question", texts[0], plain_text)
+            answer = row.check("answer", texts[1], plain_text)
+            for error in row.errors:
+                found.broken(error.field, str(error), item=task.item)
+            if question is not None and answer is not None:
                 name = "-".join(
                     [
                         task.id,
@@ -244,6 +241,14 @@ def _answered(found: Found, task: _Task, things: list[Thing]) -> bool:
                     ]
                 )
                 found.samples.append(
-                    Sample(name, (task.path,), texts[0], texts[1], None, boxes, "question")
+                    Sample(
+                        name,
+                        (task.path,),
+                        question.strip(),
+                        answer.strip(),
+                        None,
+                        boxes,
+                        "question",
+                    )
                 )
     return made

@@ -21,7 +21,8 @@ from typing import Any
 
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.convert.detections import Picture, Thing, not_there
-from lvr_lite.data.samples import Problem, Reader, Sample
+from lvr_lite.data.rows import FieldError, Problem, numbers, plain_text
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import stored_shape
 
@@ -37,10 +38,6 @@ SUFFIXES = (
     ".webp",
 )  # of pictures, where a folder is searched
 _SLACK = 0.01  # of a side: so far a box may reach over the edge by rounding; it is cut there
-
-
-class BrokenError(Exception):
-    """What is wrong with a row."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Found:
         """A row that may be broken: it is named, and reading goes on."""
         try:
             yield
-        except BrokenError as error:
+        except FieldError as error:
             self.broken(where, str(error), line, item, file)
 
     def text(self) -> str:
@@ -121,7 +118,7 @@ class Found:
         """The picture of a name: at that place in the folder, or the one in it whose path has most
         of its end in common.
 
-        Raises BrokenError where there is none, or no single one.
+        Raises FieldError where there is none, or no single one.
         """
         name = name.replace("\\", "/")
         try:
@@ -130,7 +127,7 @@ class Found:
         except (
             OSError
         ) as error:  # a name that no file can have, such as a whole picture written as text
-            raise BrokenError(f"{name[:40]}… names no picture ({error.strerror})") from error
+            raise FieldError(f"{name[:40]}… names no picture ({error.strerror})") from error
         if self.index is None:
             self.index = defaultdict(list)
             for folder, _, files in os.walk(self.folder):
@@ -146,24 +143,24 @@ class Found:
         most = max((common for common, _ in alikes), default=0)
         best = sorted(path for common, path in alikes if common == most)
         if not best:
-            raise BrokenError(
+            raise FieldError(
                 f"{name} is not in {self.folder}; name the folder of the pictures with --images"
             )
         if len(best) > 1:
-            raise BrokenError(
+            raise FieldError(
                 f"{name} may be {best[0]} or {best[1]}; name the folder of the right one with --images"
             )
         return best[0]
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises
-        BrokenError.
+        FieldError.
         """
         if path not in self.shapes:
             try:
                 self.shapes[path] = stored_shape(path)
             except DataError as error:
-                raise BrokenError(str(error)) from error
+                raise FieldError(str(error)) from error
         return self.shapes[path]
 
     def learn(self, said: Iterable[tuple[Path, tuple[float, float] | None]]) -> None:
@@ -173,7 +170,7 @@ class Found:
             self.otherwise = next(iter(telling))
 
     def tells(self, path: Path, said: tuple[float, float] | None) -> str | None:
-        """What the size that a source says tells of a turned picture. Raises BrokenError where it
+        """What the size that a source says tells of a turned picture. Raises FieldError where it
         is of another picture.
         """
         stored, orientation = self.shape(path)
@@ -183,14 +180,14 @@ class Found:
         alike = [name for name, size in sizes.items() if _same_shape(size, said)]
         if not alike:
             one = f"{stored[0]} x {stored[1]} pixels"
-            raise BrokenError(
+            raise FieldError(
                 f"{path} has {one}, and its boxes are of a picture of {said[0]:g} x {said[1]:g}; find the right picture"
             )
         return alike[0] if len(alike) == 1 else None
 
     def frame(self, path: Path, said: tuple[float, float] | None) -> Frame:
         """The pixels that the boxes of a picture are of. said: the width and height that the source
-        has for it. Raises BrokenError.
+        has for it. Raises FieldError.
         """
         stored, orientation = self.shape(path)
         told = self.tells(path, said)
@@ -213,14 +210,14 @@ class Found:
         self, frame: Frame, x0: float, y0: float, x1: float, y1: float, cut: bool = False
     ) -> Box:
         """A box in pixels of the frame, on the upright picture. cut: what is outside is meant to be
-        lost. Raises BrokenError.
+        lost. Raises FieldError.
         """
         corners = (x0, y0, x1, y1)
         shown = f"[{', '.join(f'{v:.6g}' for v in corners)}]"
         if not all(math.isfinite(v) for v in corners):
-            raise BrokenError(f"{shown} holds a value that is no number; write the box again")
+            raise FieldError(f"{shown} holds a value that is no number; write the box again")
         if x1 <= x0 or y1 <= y0:
-            raise BrokenError(f"{shown} is empty or inverted; width and height must be more than 0")
+            raise FieldError(f"{shown} is empty or inverted; width and height must be more than 0")
         w, h = frame.width, frame.height
         over = max(-x0 / w, -y0 / h, x1 / w - 1, y1 / h - 1)
         inside = (
@@ -230,7 +227,7 @@ class Found:
             min(max(y1 / h, 0), 1),
         )
         if (over > _SLACK and not cut) or inside[0] >= inside[2] or inside[1] >= inside[3]:
-            raise BrokenError(
+            raise FieldError(
                 f"{shown} lies outside the picture of {w:g} x {h:g}; correct or remove the box"
             )
         if over > 1e-4:
@@ -260,34 +257,22 @@ def _same_shape(size: tuple[int, int], said: tuple[float, float]) -> bool:
     return abs(size[0] * said[1] - size[1] * said[0]) <= max(*size, *said) if size != said else True
 
 
-def numbers(value: Any, count: int) -> list[float]:
-    if (
-        not isinstance(value, list)
-        or len(value) != count
-        or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value)
-    ):
-        raise BrokenError(f"must be {count} numbers, not {json.dumps(value)[:60]}")
-    return [
-        float(v) if isinstance(v, float) or abs(v) < 1e300 else math.inf for v in value
-    ]  # JSON's whole numbers have no limit, and floats have
-
-
 def size_of(data: dict[str, Any], width: str, height: str) -> tuple[float, float] | None:
-    """The width and height that an object has, if it has both. Raises BrokenError where they are
+    """The width and height that an object has, if it has both. Raises FieldError where they are
     none.
     """
     if data.get(width) is None or data.get(height) is None:
         return None
     w, h = numbers([data[width], data[height]], 2)
     if not (0 < w < math.inf and 0 < h < math.inf):
-        raise BrokenError(f"{width} and {height} must be more than 0, not {w:g} and {h:g}")
+        raise FieldError(f"{width} and {height} must be more than 0, not {w:g} and {h:g}")
     return w, h
 
 
 def class_name(name: Any) -> str:
-    """A class as questions name it. Raises BrokenError."""
-    read = Reader({})
-    text = read.plain_text("name", name)
-    if read.flaws:
-        raise BrokenError(f"the name of a class {read.flaws[0].message}")
-    return " ".join(text.replace("_", " ").split())
+    """A class as questions name it. Raises FieldError."""
+    try:
+        words = plain_text(name)
+    except FieldError as error:
+        raise FieldError(f"the name of a class {error}") from error
+    return " ".join(words.replace("_", " ").split())
