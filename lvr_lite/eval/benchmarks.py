@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lvr_lite.data.rows import JsonObject
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.eval import score
 from lvr_lite.eval.benchmark_files import Broken, Pictures, Question, read_rows
+from lvr_lite.eval.journal import Answer
 
 HOLDS = {
     "mmvp": 'Questions.csv and the folder "MMVP Images" (or MMVP_Images, or images)',
@@ -26,9 +26,6 @@ HOLDS = {
 BENCHMARKS = tuple(HOLDS)
 # tokens of an answer at most: a letter in a sentence
 MAX_TOKENS = 64
-
-# An answer as the `eval` JSON has it, with the field "pair".
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,9 @@ def grade(sample: Sample, answer: str) -> float:
 
 
 def scores(name: str, answers: Sequence[Answer]) -> list[JsonObject]:
-    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}."""
+    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}. answers: with the
+    field "pair".
+    """
     shares = _shares(name, answers)
     return [{"name": title} | share.to_json() for title, share in shares.items()]
 
