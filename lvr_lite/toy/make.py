@@ -72,17 +72,19 @@ def _instances(source: sources.DrawnSource) -> JsonObject:
         _image_json(number, sample, scene)
         for number, (sample, scene) in enumerate(zip(source.samples, source.scenes, strict=True))
     ]
-    things = [(image, thing) for image, scene in enumerate(source.scenes) for thing in scene.things]
+    figures = [
+        (image, figure) for image, scene in enumerate(source.scenes) for figure in scene.figures
+    ]
     annotations = [
         {
             "id": number,
             "image_id": image,
-            "category_id": SHAPES.index(thing.shape),
-            "bbox": [thing.x, thing.y, thing.size, thing.size],
-            "area": thing.size**2,
+            "category_id": SHAPES.index(figure.shape),
+            "bbox": [figure.x, figure.y, figure.size, figure.size],
+            "area": figure.size**2,
             "iscrowd": 0,
         }
-        for number, (image, thing) in enumerate(things)
+        for number, (image, figure) in enumerate(figures)
     ]
     categories = [{"id": number, "name": name} for number, name in enumerate(SHAPES)]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -12,6 +12,7 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Pictures, Sizes, Source
 from lvr_lite.errors import UsageError
 from lvr_lite.toy import scenes as world
+from lvr_lite.toy.drawing import draw
 
 SPLITS = ("train", "test")
 # The seeds above are those of the embedded model's pre-training (lvr_lite/toy/pretrain.py).
@@ -33,7 +34,7 @@ class DrawnSource(Source):
         self.scenes = scenes
 
     def pictures(self, index: int) -> Pictures:
-        return (world.draw(self.scenes[index]),)
+        return (draw(self.scenes[index]),)
 
     def sizes(self, index: int) -> Sizes:
         scene = self.scenes[index]
@@ -63,7 +64,7 @@ def scene_sample(
     name: str, scene: world.Scene, question: world.Question, pair: str | None
 ) -> Sample:
     """A planned question as a sample without a picture."""
-    boxes = tuple(scene.box(thing) for thing in question.things)
+    boxes = tuple(scene.box(figure) for figure in question.figures)
     return Sample(
         name, (), question.text, question.answer, question.choices, boxes, question.type, pair
     )

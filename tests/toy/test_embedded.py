@@ -17,6 +17,7 @@ from lvr_lite.model.families import qwen2_5_vl as family
 from lvr_lite.model.images import prepare
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.toy import build, scenes
+from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.pretrain import Packer, Pictures, see, turns
 from lvr_lite.train import load as nf4
 
@@ -39,7 +40,7 @@ def test_the_fast_vision_forward_equals_that_of_transformers(
         k: torch.from_numpy(v) for k, v in family.vision_inputs([pictures.grid], SPEC).items()
     }
     pixels, grids = prepare(
-        [scenes.draw(s) for s in pictures.scenes],
+        [draw(s) for s in pictures.scenes],
         family,
         read_checkpoint(small_checkpoint).image_spec,
     )
