@@ -244,7 +244,7 @@ class _Texts:
                 place = (_kind_of(result), region if region in regions else "")
                 self._texts[place] += texts if isinstance(texts, list) else [texts]
         question, answer = (task.data.get(name) for name in ("question", "answer"))
-        self._own_question = [question] if isinstance(question, str) else []
+        self._own_question: list[object] = [question] if isinstance(question, str) else []
         answered = any(kind == "answer" for kind, _ in self._texts)
         if self._own_question and isinstance(answer, str) and not answered:
             self._texts["answer", ""] = [answer]
