@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
+from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
     COSTLY,
@@ -46,7 +48,6 @@ from lvr_lite.eval.probe import (
 from lvr_lite.eval.report import show_probe, write_probe_page
 from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
-from lvr_lite.eval.suite import Item
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.spec import LatentSpec
@@ -884,9 +885,9 @@ def test_a_model_is_probed_through_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    opened: Callable[..., Any] = cli._open
+    opened: Callable[..., Any] = models.open_runtime
     monkeypatch.setattr(
-        cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
+        models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
     )
     model, out = small_int8 if kind == "bundle" else small_checkpoint, tmp_path / "probe.json"
     code = call(
@@ -927,8 +928,8 @@ def test_a_model_is_probed_through_the_command_line(
 def test_a_file_of_samples_is_probed(
     small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: Callable[..., Any] = cli._open
-    monkeypatch.setattr(cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
+    opened: Callable[..., Any] = models.open_runtime
+    monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
     path, out = write_scenes(tmp_path / "scenes", 4, 1, "test"), tmp_path / "probe.json"
     assert (
         call(

@@ -422,9 +422,7 @@ def test_it_is_tuned_in_4_bits_and_exported(
         "train.dequantize=never",
     ]
     out = tmp_path / "tuned"
-    metrics = finetune(
-        case.checkpoint, nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=print
-    )
+    metrics = finetune(case.checkpoint, "scenes", out, load_settings(None, overrides), say=print)
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)
     assert tuned.processor.family.model_type == case.checkpoint.processor.family.model_type

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from lvr_lite.commands.inspect import count_parameters
+from lvr_lite.commands.inspect import read_weights
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.model.families.qwen2_5_vl import FAMILY as family
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.toy import build, scenes
+from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.pretrain import IMAGE_SPEC, Packer, Pictures, see, turns
 from lvr_lite.train import load as nf4
 
@@ -36,7 +37,7 @@ def test_the_fast_vision_forward_equals_that_of_transformers(
         k: torch.from_numpy(v) for k, v in family.vision_inputs([pictures.grid], IMAGE_SPEC).items()
     }
     processor = read_checkpoint(small_checkpoint).processor
-    pixels = processor.see([scenes.draw(s) for s in pictures.scenes])
+    pixels = processor.see([draw(s) for s in pictures.scenes])
     assert pixels.grids == [pictures.grid] * 2
     with torch.no_grad():
         got = see(small_model, torch.from_numpy(pictures.patches), inputs)
@@ -132,7 +133,7 @@ def test_the_model_that_ships_is_small_and_in_formats_that_run_no_code() -> None
 def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
     assert (
         5e6
-        <= sum(count_parameters(p)["parameters"] for p in resolve("tiny").glob("*.safetensors"))
+        <= sum(read_weights(p).parameters for p in resolve("tiny").glob("*.safetensors"))
         <= 15e6
     )
 
@@ -140,7 +141,7 @@ def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
 def test_the_model_that_ships_loads_offline_with_every_weight_there() -> None:
     checkpoint = read_checkpoint("tiny")
     model = nf4.load_plain(checkpoint)
-    stored = sum(count_parameters(p)["parameters"] for p in checkpoint.base.glob("*.safetensors"))
+    stored = sum(read_weights(p).parameters for p in checkpoint.base.glob("*.safetensors"))
     assert sum(p.numel() for p in model.parameters()) == stored
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
 from lvr_lite.commands import demo
 from lvr_lite.errors import OutputError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
