@@ -151,17 +151,14 @@ def test_a_one_word_answer_is_made_to_go_on_while_it_is_timed() -> None:
 
 
 def test_latents_between_two_tokens_are_no_time_per_token() -> None:
-    def at(kind: str, second: float) -> Event:
-        return Event(0, kind, at=second)
-
     events = [
-        at("token", 1),
-        at("start", 2),
-        at("latent", 3),
-        at("end", 4),
-        at("token", 5),
-        at("token", 7),
-        at("done", 7),
+        Event(0, "token", at=1),
+        Event(0, "start", at=2),
+        Event(0, "latent", at=3),
+        Event(0, "end", at=4),
+        Event(0, "token", at=5),
+        Event(0, "token", at=7),
+        Event(0, "done", at=7),
     ]
     assert measure._between_tokens(events) == [2]
 
@@ -346,7 +343,7 @@ def test_a_run_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize("option", ["rounds", "threads", "tokens", "warmup"])
 def test_a_plan_names_the_option_that_is_wrong(option: str) -> None:
     with pytest.raises(UsageError, match=option):
-        measure.Plan(**{option: -1})
+        replace(PLAN, **{option: -1})
 
 
 @pytest.mark.parametrize("option", ["steps", "image_tokens", "batch"])
