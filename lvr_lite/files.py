@@ -15,6 +15,8 @@ from pathlib import Path
 
 from lvr_lite.errors import OutputError
 
+# What a JSON file holds, at the border to typed code.
+JsonObject = dict[str, object]
 MANIFEST = "lvr.json"
 UNWRITABLE = (
     errno.ENOSPC,
