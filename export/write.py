@@ -29,6 +29,7 @@ from lvr_lite.files import JsonObject
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime, language_model
 from lvr_lite.model.bundle import (
+    MANIFEST,
     TOKENIZER,
     Bundle,
     DecoderShape,
@@ -94,7 +95,7 @@ def write_bundle(
     # Other precisions need at least a quarter.
     needed = int(float32_bytes * 1.05) if convert is None else float32_bytes // 4
     files.check_free_space(target, needed)
-    with files.fresh_folder(target) as folder:
+    with files.fresh_folder(target, MANIFEST) as folder:
         (folder / "onnx").mkdir()
         # The empty model is used up by export.
         decoder = _decoder_shape(weights.model)

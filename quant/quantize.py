@@ -128,7 +128,7 @@ def quantize_bundle(
     files.check_free_space(
         target, sum(g.bytes for g in manifest.graphs.values()) // (2 if precision == "fp16" else 3)
     )
-    with files.fresh_folder(target) as folder:
+    with files.fresh_folder(target, bundle.MANIFEST) as folder:
         (folder / "onnx").mkdir()
         graphs, by_graph = {}, {}
         shared = Shared()
