@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint types bench bench-rivals results-latents readme check tiny clean
+.PHONY: setup demo test lint types bench bench-rivals results-latents readme reference check tiny clean
 
 setup: .venv/ready
 
@@ -68,6 +68,10 @@ readme: setup
 	$(BIN)/python tests/doc_commands.py
 
 check: lint types test readme
+
+# The pages of commands and of the Python API, from what the code says of itself.
+reference: setup
+	$(BIN)/python -m lvr_lite.cli.reference docs
 
 # How the embedded model was made (see lvr_lite/toy/model/README.md); about an hour on two cores.
 tiny: setup

@@ -86,9 +86,8 @@ def _run(
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
-    share_pools(
-        1
-    )  # once a process has the shared pool, a session with a pool of its own does not load
+    # Once a process has the shared pool, a session with a pool of its own does not load.
+    share_pools()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(
