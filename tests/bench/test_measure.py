@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001, ARG002 - a fake has the parameters of what it stands for
 """The bench on a model made of numpy: what is measured and how it is told, never how long it
 takes.
 """
@@ -91,9 +92,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture is prepared and no memory is read."""
 
     def prepare(
-        runtime: FakeRuntime,  # noqa: ARG001
+        runtime: FakeRuntime,
         pictures: list[Image.Image],
-        question: str,  # noqa: ARG001
+        question: str,
     ) -> tuple[Prompt, Seconds]:
         assert len(pictures) == 1
         positions = np.tile(np.arange(2), (3, 1))
