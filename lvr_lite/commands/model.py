@@ -28,7 +28,10 @@ PARTIAL = "\ufffd"
 
 @dataclass(frozen=True)
 class AskOptions(Options):
-    """How to answer: as `lvr_lite.generate.decode.Options`, with room for a longer answer."""
+    """How to answer: as `lvr_lite.generate.decode.Options`, with room for a longer answer.
+
+    max_tokens: text tokens at most.
+    """
 
     max_tokens: int = 64
 
