@@ -51,12 +51,11 @@ def place(
 ) -> dict[str, Path]:
     """What the words in capitals of a test's call stand for."""
     place = {"FP32": small_fp32, "INT8": small_int8, "SCENES": scenes, "PICTURE": picture}
-    for name in ("out", "empty", "others", "truncated.png", "text.png", "broken.jsonl"):
+    for name in ("out", "empty", "others", "text.png", "broken.jsonl"):
         place[name.split(".")[0].upper()] = tmp_path / name
     place["EMPTY"].mkdir()
     place["OTHERS"].mkdir()
     (place["OTHERS"] / "mine.txt").write_text("mine")
-    place["TRUNCATED"].write_bytes(picture.read_bytes()[:90])
     place["TEXT"].write_text("no picture")
     samples = [json.loads(line) for line in scenes.read_text().splitlines()]
     lines = [json.dumps(s | {"image": str(scenes.parent / s["image"])}) for s in samples]

@@ -13,21 +13,15 @@ from command_line import Call, Refused
     ("arguments", "code", "words"),
     [
         ("eval nosuch --limit 1", 1, "nosuch: no such folder"),
-        ("eval INT8 --suite mmmu", 2, "--suite mmmu: neither a suite"),
         ("eval INT8 --limit 0", 2, "--limit must be 1 or more"),
-        ("eval INT8 --suite BROKEN", 1, "broken.jsonl:3: not valid JSON"),
         ("eval INT8 --limit 2 --against nosuch", 1, "nosuch: no such folder"),
         ("eval INT8 --limit 2 --against none.json", 1, "--against none.json: cannot be read"),
         ("eval INT8 --limit 2 --against TEXT", 1, "not what `lvr-lite eval --json` writes"),
         ("eval INT8 --limit 2 --against EMPTY", 1, "config.json: missing"),
-        ("eval INT8 --suite mmvp", 2, "--suite mmvp needs --path DIR"),
         ("eval INT8 --suite mmvp --path EMPTY", 1, "is not mmvp as it is published"),
         ("eval INT8 --suite vstar --path nosuch", 1, "--path nosuch: no such folder"),
-        ("eval INT8 --path EMPTY", 2, "is for --suite mmvp, vstar, blink, hrbench"),
         ("eval INT8 --steps four", 2, "--steps four: give whole numbers"),
-        ("eval INT8 --steps 0,-1", 2, "--steps -1: latent steps must be 0 or more"),
         ("eval INT8 --limit 1 --answers TEXT", 1, "text.png: exists and holds something else"),
-        ("eval INT8 --suite skills --skills 3", 2, "--suite skills asks them already"),
     ],
 )
 def test_a_wrong_input_is_one_line(refused: Refused, arguments: str, code: int, words: str) -> None:
