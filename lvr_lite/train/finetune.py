@@ -24,8 +24,15 @@ import numpy as np
 import torch
 
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import PickedSamples, SampleFile
-from lvr_lite.data.sources import FileSource, Item, JoinedSource, Source, open_source
+from lvr_lite.data.samples import SampleFile
+from lvr_lite.data.sources import (
+    FileSource,
+    Item,
+    JoinedSource,
+    PickedSamples,
+    Source,
+    open_source,
+)
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.files import write_atomically
 from lvr_lite.generate.runtime import Runtime

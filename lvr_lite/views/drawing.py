@@ -19,11 +19,22 @@ QUIET = (95, 95, 95)
 _BOX_COLOURS = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
 
 
-def token_grid(picture: Image.Image, family: Any, spec: dict[str, Any]) -> tuple[int, int]:
+def token_grid(
+    picture: Image.Image,
+    family: Any,
+    spec: dict[str, Any],
+) -> tuple[int, int]:
     """Rows and columns of the visual tokens that a model of this family and `image` block makes of
     a picture: where boxes select.
     """
-    rows, columns = family.token_grid(family.grid_of(picture.height, picture.width, spec), spec)
+    rows, columns = family.token_grid(
+        family.grid_of(
+            picture.height,
+            picture.width,
+            spec,
+        ),
+        spec,
+    )
     return int(rows), int(columns)
 
 
@@ -48,7 +59,9 @@ def box_colour(box: int) -> Colour:
 
 
 def draw_boxes(
-    draw: ImageDraw.ImageDraw, boxes: Sequence[Sequence[float]], size: tuple[int, int]
+    draw: ImageDraw.ImageDraw,
+    boxes: Sequence[Sequence[float]],
+    size: tuple[int, int],
 ) -> None:
     """Normalized xyxy boxes as outlines over a picture of `size` pixels, each in its colour."""
     width, height = size
@@ -57,7 +70,11 @@ def draw_boxes(
         top = y0 * height
         right = max(x1 * width - 1, left)
         bottom = max(y1 * height - 1, top)
-        draw.rectangle((left, top, right, bottom), outline=box_colour(i), width=2)
+        draw.rectangle(
+            (left, top, right, bottom),
+            outline=box_colour(i),
+            width=2,
+        )
 
 
 def wrapped(text: str, font: Font, width: int) -> list[str]:

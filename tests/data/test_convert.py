@@ -17,7 +17,7 @@ from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.samples import Sample, read_samples
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.model.images import open_picture
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions
 from lvr_lite.toy.make import write_scenes
 
 WIDTH, HEIGHT = 48, 80  # upright
@@ -1185,7 +1185,7 @@ def test_a_source_that_supports_no_question_says_so(tmp_path: Path) -> None:
 def test_scenes_written_as_coco_keep_their_boxes(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "photos", 12, 3, "train", coco=True)
     converted = run(path, "coco", tmp_path / "shapes.jsonl")
-    drawn = {f"{name}.png": scene for name, scene, _, _ in scenes.items(3, "train", 12)}
+    drawn = {f"{name}.png": scene for name, scene, _, _ in questions.items(3, "train", 12)}
     counts = [s for s in converted if s.type == "count"]
     assert counts
     for sample in counts:

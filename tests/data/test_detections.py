@@ -14,8 +14,8 @@ import pytest
 from lvr_lite.data.convert.detections import (
     LARGER,
     MOST,
-    Picture,
     Detection,
+    Picture,
     absent_classes,
     questions,
 )

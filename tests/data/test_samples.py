@@ -15,7 +15,7 @@ from lvr_lite.data.rows import Problem
 from lvr_lite.data.samples import (
     Sample,
     SampleFile,
-    check_samples,
+    placed_samples,
     read_samples,
     sample_json,
 )
@@ -69,9 +69,9 @@ def official_with(
     return {k: v for k, v in item.items() if v is not ...}
 
 
-def refusal(path: Path, need_boxes: bool = False) -> str:
+def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        read_samples(path, need_boxes)
+        read_samples(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -246,7 +246,7 @@ def test_an_empty_file_and_one_that_is_not_utf8_are_refused(
 ) -> None:
     path = folder / "e.jsonl"
     path.write_bytes(content)
-    assert any(str(problem).startswith(f"{path}{message}") for problem in check_samples(path)[1])
+    assert any(str(problem).startswith(f"{path}{message}") for problem in placed_samples(path)[1])
 
 
 def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
@@ -256,18 +256,12 @@ def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
     assert refusal(folder).startswith(f"{folder}: cannot be read (Is a directory")
 
 
-def test_a_sample_without_boxes_is_named_where_boxes_are_needed(folder: Path) -> None:
-    path = jsonl(folder, GOOD, changed(id="bare", boxes=[]))
-    assert len(read_samples(path)) == 2
-    assert refusal(path, need_boxes=True).startswith(f"{path}:2: boxes: sample 'bare' has none")
-
-
 def test_all_problems_are_collected_beside_the_good_samples(folder: Path) -> None:
     path = jsonl(
         folder, changed(answer="", boxes=[[3, 3, 9, 9]]), changed(id="good"), changed(id="good"), 5
     )
-    samples, problems = check_samples(path)
-    assert [s.id for s in samples] == ["good"]
+    placed, problems = placed_samples(path)
+    assert [p.sample.id for p in placed] == ["good"]
     assert [(p.line, p.field) for p in problems] == [
         (1, "answer"),
         (1, "boxes[0]"),
@@ -424,7 +418,7 @@ def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each
     reads: list[Path] = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))  # type: ignore[func-returns-value]
-    _, problems = check_samples(path)
+    _, problems = placed_samples(path)
     said = [str(p).partition("; ")[0] for p in problems]
     assert said == [
         f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)

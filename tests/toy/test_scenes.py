@@ -20,22 +20,22 @@ from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import vision_of
 from lvr_lite.model.images import open_picture
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions, scenes
 from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.make import scene_samples, write_scenes
 from lvr_lite.views.preview import preview
 
-Item = tuple[str, scenes.Scene, scenes.Question, "str | None"]
+Item = tuple[str, scenes.Scene, questions.Question, "str | None"]
 
 
 @pytest.fixture(scope="module")
 def train() -> list[Item]:
-    return list(scenes.items(seed=5, split="train", count=640))
+    return list(questions.items(seed=5, split="train", count=640))
 
 
 @pytest.fixture(scope="module")
 def test() -> list[Item]:
-    return list(scenes.items(seed=5, split="test", count=640))
+    return list(questions.items(seed=5, split="test", count=640))
 
 
 def combinations(items: list[Item]) -> set[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_the_same_seed_draws_the_same_bytes_in_every_version() -> None:
 
 
 def test_more_scenes_begin_with_the_same_scenes(train: list[Item]) -> None:
-    assert list(itertools.islice(scenes.items(5, "train", 10_000), 100)) == train[:100]
+    assert list(itertools.islice(questions.items(5, "train", 10_000), 100)) == train[:100]
 
 
 def test_train_and_test_share_no_scene(train: list[Item], test: list[Item]) -> None:
@@ -73,7 +73,7 @@ def test_test_shows_every_held_out_combination(test: list[Item]) -> None:
 
 
 def test_question_types_are_balanced_and_ids_unique(train: list[Item]) -> None:
-    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(scenes.QUESTION_TYPES, 80)
+    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(questions.QUESTION_TYPES, 80)
     assert len({name for name, *_ in train}) == 640
 
 
