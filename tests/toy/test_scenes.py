@@ -88,30 +88,30 @@ def test_shapes_are_unique_within_a_scene(train: list[Item], test: list[Item]) -
     assert all(len({t.shape for t in s.figures}) == len(s.figures) for _, s, _, _ in train + test)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # answers and boxes
 
 
 def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
     """The answer worked out again from the question's words, apart from the code that asks."""
     by_shape = {t.shape: t for t in scene.figures}
-    if found := re.fullmatch(r"what (colour|pattern) is the (\w+)", text):
-        return str(getattr(by_shape[found[2]], found[1]))
-    if found := re.fullmatch(r"what shape is (\w+)", text):
-        (thing,) = (t for t in scene.figures if t.colour == found[1])
+    if match := re.fullmatch(r"what (colour|pattern) is the (\w+)", text):
+        return str(getattr(by_shape[match[2]], match[1]))
+    if match := re.fullmatch(r"what shape is (\w+)", text):
+        (thing,) = (t for t in scene.figures if t.colour == match[1])
         return thing.shape
-    if found := re.fullmatch(r"what letter is on the (\w+)", text):
-        return by_shape[found[1]].glyph
-    if found := re.fullmatch(r"left or right of the (\w+) is the (\w+)", text):
+    if match := re.fullmatch(r"what letter is on the (\w+)", text):
+        return by_shape[match[1]].glyph
+    if match := re.fullmatch(r"left or right of the (\w+) is the (\w+)", text):
         return (
-            "left" if by_shape[found[2]].centre()[0] < by_shape[found[1]].centre()[0] else "right"
+            "left" if by_shape[match[2]].centre()[0] < by_shape[match[1]].centre()[0] else "right"
         )
-    if found := re.fullmatch(r"above or below the (\w+) is the (\w+)", text):
+    if match := re.fullmatch(r"above or below the (\w+) is the (\w+)", text):
         return (
-            "above" if by_shape[found[2]].centre()[1] < by_shape[found[1]].centre()[1] else "below"
+            "above" if by_shape[match[2]].centre()[1] < by_shape[match[1]].centre()[1] else "below"
         )
-    if found := re.fullmatch(r"how many are (\w+)", text):
-        return scenes.NUMBERS[sum(found[1] in (t.colour, t.pattern) for t in scene.figures)]
+    if match := re.fullmatch(r"how many are (\w+)", text):
+        return scenes.NUMBERS[sum(match[1] in (t.colour, t.pattern) for t in scene.figures)]
     odd = odd_one_out(scene)
     about = {
         "which shape is": odd.shape,
@@ -193,7 +193,7 @@ def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(
         assert second.figures == (b,)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the data set
 
 
@@ -294,8 +294,10 @@ def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path
     assert sheet.width == 16 + columns * 28 + 16
     top = 16 + (columns - rows) * 28 // 2
     shown = np.asarray(sheet.crop((16, top, 16 + columns * 28, top + rows * 28))).astype(int)
-    seen = np.asarray(family.frames(open_picture(tmp_path / "noise.png"), spec)[0][0]).astype(int)
-    inside = np.abs(shown - seen).sum(-1)[
+    model_input = np.asarray(
+        family.frames(open_picture(tmp_path / "noise.png"), spec)[0][0]
+    ).astype(int)
+    inside = np.abs(shown - model_input).sum(-1)[
         2:26, 2:26
     ]  # of one token: its rim and the grid are drawn over it
     assert inside.max() == 0
