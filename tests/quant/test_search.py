@@ -103,9 +103,7 @@ def test_what_is_written_is_rounded_as_it_would_be_anew(
     assert once > 2 * 7
     quantize_bundle(small_fp32, tmp_path / "kept", "mixed", print, plan=plan)
     assert len(calls) == once
-    quantize_bundle(
-        small_fp32, tmp_path / "anew", "mixed", print, plan=replace(plan, kept=None)
-    )
+    quantize_bundle(small_fp32, tmp_path / "anew", "mixed", print, plan=replace(plan, kept=None))
     assert len(calls) == 2 * once
     digests = [
         [graph.files for graph in Bundle.open(tmp_path / name).manifest.graphs.values()]

@@ -30,9 +30,7 @@ def trained(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "PROMPTS", 16)
         patch.setattr(calibrate, "TOKENS", 8)
-        search.quantize_calibrated(
-            small_fp32, folder / "rounded", "int4", "scenes", print, steps=0
-        )
+        search.quantize_calibrated(small_fp32, folder / "rounded", "int4", "scenes", print, steps=0)
         return folder, search.quantize_calibrated(
             small_fp32, folder / "trained", "int4", "scenes", print, steps=8
         )
