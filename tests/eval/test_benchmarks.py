@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
@@ -28,6 +27,7 @@ from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
 from lvr_lite.eval.suite import Plan, compare, exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
+from tests.command_line import Call
 from tests.fakes import Around, Table, never
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -912,44 +912,20 @@ def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> Non
 # the command line
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["lvr-lite", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.mark.parametrize("model", ["small_checkpoint", "small_fp32"])
+@pytest.mark.parametrize(("model", "steps"), [("small_checkpoint", "0"), ("small_fp32", "0,2")])
 def test_a_checkpoint_and_a_bundle_are_scored_alike(
-    model: str,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    model: str, steps: str, request: pytest.FixtureRequest, call: Call, tmp_path: Path
 ) -> None:
-    folder, out = write_mmvp(tmp_path / "m"), tmp_path / "eval.json"
+    folder = write_mmvp(tmp_path / "m")
+    out = tmp_path / "eval.json"
+    journal = tmp_path / "answers.jsonl"
     (folder / "MMVP Images" / "4.jpg").unlink()
-    steps, journal = ("0", "0,2")[model == "small_fp32"], tmp_path / "answers.jsonl"
-    arguments = (
-        "--suite",
-        "mmvp",
-        "--path",
-        folder,
-        "--steps",
-        steps,
-        "--max-tokens",
-        4,
-        "--answers",
-        journal,
-        "--json",
-        out,
-    )
-    assert call(monkeypatch, "eval", request.getfixturevalue(model), *arguments) == 0
-    printed = capsys.readouterr().out
-    assert "5 of 6 rows were asked" in printed
-    assert "pairs, both right" in printed
+    suite = ("--suite", "mmvp", "--path", folder, "--steps", steps, "--max-tokens", 4)
+    files = ("--answers", journal, "--json", out)
+    done = call("eval", request.getfixturevalue(model), *suite, *files)
+    assert done.code == 0, done.err
+    assert "5 of 6 rows were asked" in done.out
+    assert "pairs, both right" in done.out
     result = json.loads(out.read_text())
     runs = result.get("by_steps", [result])
     assert [run["steps"] for run in runs] == [int(k) for k in steps.split(",")]
@@ -963,15 +939,15 @@ def test_a_checkpoint_and_a_bundle_are_scored_alike(
 
 
 def test_parquet_without_pyarrow_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "b" / "Counting").mkdir(parents=True)
     (tmp_path / "b" / "Counting" / "val-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert call(monkeypatch, "eval", "tiny", "--suite", "blink", "--path", tmp_path / "b") == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-        'error: this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"'
+    done = call("eval", "tiny", "--suite", "blink", "--path", tmp_path / "b")
+    assert done.code == 1
+    assert done.error.startswith(
+        'this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"'
     )
 
 
