@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite import AskOptions, EvalOptions, Model, evaluate, open_model
+from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.processor import Processor
 
 RED = Image.new("RGB", (64, 64), (200, 30, 30))
@@ -16,7 +17,7 @@ QUESTION = "what colour is the star"
 
 @pytest.fixture(scope="module")
 def model(small_int8: Path) -> Model:
-    return open_model(small_int8, threads=1)
+    return open_model(small_int8)
 
 
 def test_an_answer_says_what_it_took(model: Model) -> None:
@@ -66,13 +67,17 @@ def test_text_is_sent_in_whole_characters(
 
 
 def test_a_checkpoint_may_stay_in_the_bits_that_it_was_trained_in(small_tuned: Path) -> None:
-    runtimes = [open_model(small_tuned, trained=trained).runtime for trained in (True, False)]
-    kinds = [{type(module).__name__ for module in runtime.model.modules()} for runtime in runtimes]
-    assert ["Linear4bit" in kind for kind in kinds] == [True, False]
+    four_bit = []
+    for trained in (True, False):
+        runtime = open_model(small_tuned, trained=trained).runtime
+        assert isinstance(runtime, TorchRuntime)
+        kinds = {type(module).__name__ for module in runtime.model.modules()}
+        four_bit.append("Linear4bit" in kinds)
+    assert four_bit == [True, False]
 
 
 def test_a_model_is_scored(small_int8: Path) -> None:
-    result = evaluate(small_int8, EvalOptions(limit=2, skills=0, max_tokens=2), threads=1)
+    result = evaluate(small_int8, EvalOptions(limit=2, skills=0, max_tokens=2))
     low, high = result.interval
     assert result.n == 2
     assert low <= result.accuracy <= high

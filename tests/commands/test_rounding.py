@@ -41,7 +41,7 @@ def test_an_option_that_would_do_nothing_is_refused(options: Any, words: str) ->
 def test_every_option_reaches_the_quantization(
     monkeypatch: pytest.MonkeyPatch, rounding: Rounding, kind: str
 ) -> None:
-    calls = {}
+    calls: dict[str, tuple[Any, ...]] = {}
     monkeypatch.setattr(
         "lvr_lite.quant.search.quantize_calibrated",
         lambda source, target, precision, data, _, block, bits, steps: calls.update(

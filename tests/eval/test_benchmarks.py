@@ -22,6 +22,7 @@ from rich.console import Console
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
+from lvr_lite.eval.benchmark_files import Question
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
 from lvr_lite.eval.suite import Plan, compare, exact, lettered
@@ -432,7 +433,7 @@ def problems(benchmark: benchmarks.Benchmark) -> list[str]:
     the folder.
     """
 
-    def problem(row: benchmarks.Question) -> str:
+    def problem(row: Question) -> str:
         try:
             row.pictures()
         except DataError as error:
@@ -490,7 +491,7 @@ def test_broken_rows_are_counted_and_are_in_no_score(tmp_path: Path) -> None:
 def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
     folder = write_vstar(tmp_path / "v")
     good = json.loads((folder / "test_questions.jsonl").read_text().splitlines()[0])
-    bad = [
+    bad: list[Any] = [
         {k: v for k, v in good.items() if k != field}
         for field in ("text", "label", "category", "question_id", "image")
     ]
@@ -894,17 +895,17 @@ def test_a_letter_counts_in_a_file_where_the_question_shows_letters(
 
 def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> None:
     (tmp_path / "p.jpg").write_bytes(jpeg())
+    question = "Which?\n(A) red\n(B) blue"
     line = {
         "id": "x",
         "image": "p.jpg",
-        "question": "Which?\n(A) red\n(B) blue",
+        "question": question,
         "answer": "blue",
         "choices": ["red", "blue"],
     }
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
-    result = compare(
-        "tiny", [], Plan(str(tmp_path / "mine.jsonl")), lambda _: Table({line["question"]: "(B)"})
-    )  # type: ignore[dict-item]
+    plan = Plan(str(tmp_path / "mine.jsonl"))
+    result = compare("tiny", [], plan, lambda _: Table({question: "(B)"}))
     assert (result["accuracy"], result["answers"][0]["expected"]) == (1.0, "blue")
 
 

@@ -462,7 +462,7 @@ def judged(
     **spec: Any,
 ) -> str:
     """The verdict where noise costs so much; intervals are of the cost."""
-    interventions = {
+    interventions: dict[str, dict[str, Any]] = {
         "noise": {
             "n": 50,
             "difference": -cost,
@@ -539,7 +539,7 @@ def test_in_a_bottleneck_flips_come_nearly_by_construction_and_lift_proves_nothi
 
 @pytest.mark.parametrize("missing", ["noise", "donor_same_question"])
 def test_without_what_it_takes_there_is_no_verdict(missing: str) -> None:
-    interventions = {
+    interventions: dict[str, dict[str, Any]] = {
         "noise": {"n": 5, "difference": -0.9, "difference_interval": (-1, -0.8)},
         "donor_same_question": {
             "pairs": 5,
@@ -754,7 +754,7 @@ def test_the_seed_names_the_noise_and_leaving_out_others_does_not_change_it(
 def test_norm_matched_latents_are_probed_at_their_norm() -> None:
     class Recording(Looks):
         def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-            lengths.extend(np.linalg.norm(row) for row in embeds if row[0] < IS_TOKEN)
+            lengths.extend(float(np.linalg.norm(row)) for row in embeds if row[0] < IS_TOKEN)
             return super().step(embeds, positions)
 
     lengths: list[float] = []

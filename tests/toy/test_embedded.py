@@ -66,7 +66,7 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
     checkpoint = read_checkpoint(small_checkpoint)
     (scene,) = scenes_of_size((112, 168), 1)
     pictures = Pictures([scene])
-    conversation = turns(np.random.default_rng(1), scene, captions=True, worded=0.5)
+    conversation = turns(np.random.default_rng(1), scene, captions=True, worded=True)
     assert len(conversation) > 5
     packed = Packer(checkpoint.processor.tokenizer).pack(pictures, [conversation])
     rows, columns = family.token_grid(pictures.grid, IMAGE_SPEC)
@@ -78,9 +78,10 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
         embeds = small_model.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter((ids == packed["image_id"])[..., None], features)
         with torch.no_grad():
-            return eager(
+            states = eager(
                 inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
-            ).last_hidden_state[0]
+            ).last_hidden_state
+        return torch.as_tensor(states[0])
 
     together = hidden(packed["ids"], packed["positions"], packed["mask"])
     prefix = (
@@ -114,7 +115,7 @@ def test_turns_of_one_picture_are_asked_once_each() -> None:
     for seed in range(20):
         scene = scenes.plan(np.random.default_rng(seed), "train")
         questions = [
-            q for q, _ in turns(np.random.default_rng(seed), scene, captions=False, worded=0.0)
+            q for q, _ in turns(np.random.default_rng(seed), scene, captions=False, worded=False)
         ]
         asked = [q for q in questions if not q.startswith("where ")]
         assert len(set(asked)) == len(asked)

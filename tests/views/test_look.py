@@ -37,13 +37,11 @@ def grey(width: int, height: int) -> Image.Image:
 
 
 def test_similarities_are_cosines_with_the_tokens_less_their_mean() -> None:
-    features = np.array(
-        [[3, 0], [1, 0], [2, 3], [2, -3]], np.float32
-    )  # mean (2, 0): what is left is (±1, 0) and (0, ±3)
+    # Their mean is (2, 0), so what is left is (±1, 0) and (0, ±3).
+    features = np.array([[3, 0], [1, 0], [2, 3], [2, -3]], np.float32)
     latents = np.array([[5, 0], [3, 4]], np.float32)
-    np.testing.assert_allclose(
-        look.similarities(latents, features), [[1, -1, 0, 0], [0.6, -0.6, 0.8, -0.8]], atol=1e-6
-    )
+    wanted = np.array([[1, -1, 0, 0], [0.6, -0.6, 0.8, -0.8]])
+    np.testing.assert_allclose(look.similarities(latents, features), wanted, atol=1e-6)
 
 
 def test_what_all_tokens_share_makes_none_of_them_nearer() -> None:
@@ -125,9 +123,9 @@ def test_panels_of_all_steps_and_pictures_share_one_scale(monkeypatch: pytest.Mo
 
 
 def test_a_sheet_has_room_for_what_it_says() -> None:
-    def sheet(steps: int, question: str = "q", **more: str) -> Image.Image:
+    def sheet(steps: int, question: str = "q", expected: str | None = None) -> Image.Image:
         view = look.View(grey(56, 28), (1, 2), np.zeros((steps, 2)))
-        return look.look([view], question, "a", **more)
+        return look.look([view], question, "a", expected=expected)
 
     assert sheet(9, expected="b").height > sheet(9).height
     assert sheet(9).height > sheet(4).height, "steps 5 to 9 have no line of their own"
