@@ -14,22 +14,69 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_set
     )  # a core each, before any library counts them: threads of several workers would spin in turns
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
+import hashlib
+import pickle
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lvr_lite.files import write_atomically
 from tests.command_line import Call, Done
+
+if TYPE_CHECKING:
+    from lvr_lite.export.graphs.spec import GraphSpec
 
 LATENT_STEPS = 3  # of the small bundles
 
 
+def everything_about(spec: GraphSpec, codes: Mapping[int, str]) -> str:
+    """All that tracing depends on; of the example arguments their shapes alone."""
+    import torch
+    from torch.utils import _pytree
+
+    shapes = _pytree.tree_map_only(torch.Tensor, lambda t: (t.dtype, t.shape), spec.arguments)
+    configs = [m.config for m in spec.module.modules() if hasattr(m, "config")]
+    buffers = [value.tolist() for value in spec.module.buffers()]
+    rows = {name: value.tolist() for name, value in spec.rows.items()}
+    ends = (spec.inputs, spec.outputs, spec.varying)
+    return repr((spec.module, shapes, configs, buffers, rows, ends, sorted(codes.items())))
+
+
 @pytest.fixture(scope="session")
-def noticeable() -> Callable[[Any], Any]:
+def structures_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch traces each graph once a session, which takes 9 of 10 seconds of an export: what it
+    gave is known by everything that it was given, and shared by all processes of the session.
+    """
+    import onnx
+
+    from lvr_lite.export import write
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    trace = write.structure
+
+    def structure(spec: GraphSpec, codes: Mapping[int, str]) -> Any:
+        name = hashlib.sha256(everything_about(spec, codes).encode()).hexdigest()
+        path = folder / f"structure-{name}.pickle"
+        if not path.exists():
+            proto, origins = trace(spec, codes)
+            write_atomically(path, pickle.dumps((proto.SerializeToString(), origins)))
+        data, origins = pickle.loads(path.read_bytes())
+        return onnx.ModelProto.FromString(data), origins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "structure", structure)
+        yield
+
+
+@pytest.fixture(scope="session")
+def noticeable(structures_once: None) -> Callable[[Any], Any]:
     """Makes a fresh model's weights large, and its biases and norms uneven, and freezes it: as
     initialized, activations are so small that a mistake hardly shows.
     """
