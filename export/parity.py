@@ -40,24 +40,24 @@ FIRST_STEP = 40
 class Difference:
     """How far `got` is from `want`.
 
+    cases: over how many pairs of arrays the numbers are the largest.
     max_abs, mean_abs: the largest and the mean absolute difference.
     relative: norm(got - want) / norm(want).
-    cases: over how many pairs these are the largest.
     """
 
+    cases: int
     max_abs: float
     mean_abs: float
     relative: float
-    cases: int = 1
 
 
 def worst(differences: Sequence[Difference]) -> Difference:
     """The largest of each number."""
     return Difference(
+        cases=len(differences),
         max_abs=max(d.max_abs for d in differences),
         mean_abs=max(d.mean_abs for d in differences),
         relative=max(d.relative for d in differences),
-        cases=len(differences),
     )
 
 
@@ -105,6 +105,7 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
     gap = got.astype(np.float64) - want.astype(np.float64)
     norm = float(np.linalg.norm(want.astype(np.float64)))
     return Difference(
+        cases=1,
         max_abs=float(np.abs(gap).max()),
         mean_abs=float(np.abs(gap).mean()),
         relative=float(np.linalg.norm(gap)) / max(norm, 1e-30),
