@@ -256,10 +256,8 @@ def _gate(
         want = TorchRuntime(load(), checkpoint)
         by_graph = parity.check_graphs(got, want)
         decoding = parity.check_decoding(got, want)
-    for name, worst in by_graph.items():
-        progress(
-            f"parity of {name}: relative difference {worst.relative:.1e} over {worst.cases} cases"
-        )
+    for name, gap in by_graph.items():
+        progress(f"parity of {name}: relative difference {gap.relative:.1e} over {gap.cases} cases")
     if decoding is None:
         progress(
             "parity of decoding: not compared, for torch's model and the graphs do not fit "

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG001, ARG002 - a fake has the parameters of what it stands for
 """The bench on a model made of numpy: what is measured and how it is told, never how long it
 takes.
 """
