@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lvr_lite.data import validate
 from lvr_lite.data.convert import convert
-from lvr_lite.data.samples import Problem, read_samples
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.toy.make import write_scenes
@@ -50,7 +51,7 @@ class Conversion:
     problems: the broken rows.
     """
 
-    summary: convert.Written | None
+    summary: convert.Summary | None
     problems: list[Problem]
 
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from lvr_lite.data.boxes import pool_groups_of_boxes, visual_tokens_in_boxes
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval import score
 from lvr_lite.eval.statistics import (
@@ -41,10 +42,11 @@ from lvr_lite.eval.statistics import (
     participation_ratio,
     unit,
 )
-from lvr_lite.eval.suite import MAX_TOKENS, Item, load_suite
+from lvr_lite.eval.suite import MAX_TOKENS, load_suite
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.latents import near
 from lvr_lite.model.spec import LatentSpec
 
 INTERVENTIONS = (
@@ -456,7 +458,7 @@ def retrieval(
     )
     hits, own_hits, chances, own_chances = (np.zeros((len(there), steps)) for _ in range(4))
     for row, i in enumerate(there):
-        nearest = (unit(centred[i]) @ unit(features[i] - middle).T).argmax(1)
+        nearest = near(centred[i], features[i], middle)
         nearest[
             np.linalg.norm(centred[i], axis=1) <= same
         ] = -1  # a latent that is the mean points at nothing

@@ -22,6 +22,7 @@ from rich.console import Console
 from lvr_lite.cli import app as cli
 from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
     COSTLY,
@@ -47,7 +48,6 @@ from lvr_lite.eval.probe import (
 from lvr_lite.eval.report import show_probe, write_probe_page
 from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
-from lvr_lite.eval.suite import Item
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.checkpoint import read_checkpoint
@@ -589,13 +589,9 @@ class Looks:
     name, hidden_size = "looks", H
 
     def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
-        checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = (
-            checkpoint.processor.family,
-            checkpoint.processor.image,
-            checkpoint.processor.template,
-        )
-        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
+        self.processor = read_checkpoint("tiny").processor
+        self.tokenizer = self.processor.tokenizer
+        self.tokens = self.processor.tokens
         self.latent = spec or LatentSpec(steps=3)
         self.uses, self.silent = uses, silent
         self.scripts = [
@@ -607,7 +603,8 @@ class Looks:
         self.batches: list[int] = []
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        mean, std = (np.array(self.image_spec[k]) for k in ("mean", "std"))
+        mean = np.array(self.processor.image.mean)
+        std = np.array(self.processor.image.std)
         colours = (
             pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std
             + mean
