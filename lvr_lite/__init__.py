@@ -47,10 +47,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lvr_lite.bench.compare import Comparison
+    from lvr_lite.bench.record import Benchmark
     from lvr_lite.commands.bench import (
-        Benchmark,
         BenchOptions,
-        Comparison,
         benchmark,
         compare_benchmarks,
         table_of_benchmarks,
@@ -92,10 +92,10 @@ __version__ = "0.1.0"
 
 # Where each name is defined; a module is imported when one of its names is first used.
 _MODULES = {
+    "bench.compare": ("Comparison",),
+    "bench.record": ("Benchmark",),
     "commands.bench": (
         "BenchOptions",
-        "Benchmark",
-        "Comparison",
         "benchmark",
         "compare_benchmarks",
         "table_of_benchmarks",
