@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lvr_lite.commands.model import open_model
 from lvr_lite.errors import LvrError, UsageError
@@ -203,7 +202,7 @@ class _Stages:
 
 def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
     quality = ("n", "accuracy", "interval", "by_type", "pair_accuracy")
-    known: dict[str, Any] = {field: score[field] for field in quality}
+    known: JsonObject = {field: score[field] for field in quality}
     if measured is not None:
         medians = ("ttft_ms", "ttfa_ms", "tpls_ms", "tpot_ms")
         known |= {field: measured[field]["p50_ms"] for field in medians}

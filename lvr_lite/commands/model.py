@@ -150,7 +150,8 @@ def open_model(
     """Open a bundle (under ONNX Runtime) or a checkpoint (under torch) by its folder, by the name
     `tiny`, or by a hub id.
 
-    threads: of ONNX Runtime or torch; all usable cores by default.
+    threads: of ONNX Runtime or torch, the same for all models of a process; all usable cores by
+        default.
     provider: what runs a bundle's graphs.
     trained: leave a checkpoint as it was trained, in 4 bits, instead of merged in float32.
 

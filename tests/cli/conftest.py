@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Call, Done, Refused, files
 from PIL import Image
 
 from lvr_lite.cli.app import main
 from lvr_lite.toy.make import write_scenes
+from tests.command_line import Call, Done, Refused, files
 
 
 @pytest.fixture

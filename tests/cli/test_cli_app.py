@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import Call, process
 
 import lvr_lite
 from lvr_lite.cli.app import app
+from tests.command_line import Call, process
 
 COMMANDS = {
     "finetune": (),

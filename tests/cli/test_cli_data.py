@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Call, Refused
 from PIL import Image
+
+from tests.command_line import Call, Refused
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command_line import Call, Refused, files
+
+from tests.command_line import Call, Refused, files
 
 SYNTHETIC = "export --synthetic smolvlm-256m"
 QUESTION = ("what is here", "--max-tokens", 2)

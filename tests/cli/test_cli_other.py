@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Call, Refused
 from rich.console import Console
 
 from lvr_lite.cli import contents
 from lvr_lite.commands.inspect import inspect
+from tests.command_line import Call, Refused
 
 
 @pytest.mark.parametrize(

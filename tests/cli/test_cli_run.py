@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Call, Refused, files
+
+from tests.command_line import Call, Refused, files
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Call, Refused, process
+
+from tests.command_line import Call, Refused, process
 
 TINY = "finetune --model tiny --data scenes --out OUT"
 

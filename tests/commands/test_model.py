@@ -16,7 +16,7 @@ QUESTION = "what colour is the star"
 
 @pytest.fixture(scope="module")
 def model(small_int8: Path) -> Model:
-    return open_model(small_int8, threads=1)
+    return open_model(small_int8)
 
 
 def test_an_answer_says_what_it_took(model: Model) -> None:
@@ -72,7 +72,7 @@ def test_a_checkpoint_may_stay_in_the_bits_that_it_was_trained_in(small_tuned: P
 
 
 def test_a_model_is_scored(small_int8: Path) -> None:
-    result = evaluate(small_int8, EvalOptions(limit=2, skills=0, max_tokens=2), threads=1)
+    result = evaluate(small_int8, EvalOptions(limit=2, skills=0, max_tokens=2))
     low, high = result.interval
     assert result.n == 2
     assert low <= result.accuracy <= high

@@ -897,8 +897,6 @@ def test_a_model_is_probed_through_the_command_line(
         6,
         "--batch",
         4,
-        "--threads",
-        1,
         "--json",
         out,
         "--html",
@@ -941,8 +939,6 @@ def test_a_file_of_samples_is_probed(
             3,
             "--only",
             "noise,k0",
-            "--threads",
-            1,
             "--json",
             out,
         )
