@@ -353,7 +353,7 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
     with torch.no_grad():
         features = visual_tokens(case.model, batch["pixel_values"], batch["grid_thw"])
         _, trained = sft.method.run(
-            sft, sft._embed(batch["ids"], features), batch, features[:0], forced=False
+            sft, sft.embed(batch["ids"], features), batch, features[:0], forced=False
         )
         losses = {
             m: sft_loss(case, m, [(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
@@ -372,7 +372,7 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
         compare("latents", row.numpy(), np.stack(result.latents), 1e-4)
         _, taught = sft.method.run(
             sft,
-            sft._embed(batch["ids"], features),
+            sft.embed(batch["ids"], features),
             batch,
             batch["pool"] @ features[:, : trained.shape[-1]],
             forced=True,
