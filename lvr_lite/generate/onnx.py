@@ -267,7 +267,11 @@ class OnnxRuntime:
         return np.ascontiguousarray(hidden[np.arange(len(lengths)), (lengths - 1) % PIECE])
 
     def _prefill_one_by_one(
-        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int]
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int],
     ) -> np.ndarray:
         states = []
         for i, row in enumerate(rows):

@@ -112,11 +112,23 @@ def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> lis
     choices = result.choices
     if tokens.lvr_start not in choices or mode == "open":
         return [_reading(prompt, latents, choices, tokens)]
-    again = second_reading(prompt.ids, prompt.positions, prompt.features, latents, tokens)
+    again = second_reading(
+        prompt.ids,
+        prompt.positions,
+        prompt.features,
+        latents,
+        tokens,
+    )
     answered = Prompt(again.ids, prompt.features[:0], again.positions)
     start = choices.index(tokens.lvr_start) + 1
     first = _reading(prompt, latents[:-1], choices[:start], tokens)
-    second = _reading(answered, again.shares @ latents, choices[start:], tokens, may_start=False)
+    second = _reading(
+        answered,
+        again.shares @ latents,
+        choices[start:],
+        tokens,
+        may_start=False,
+    )
     return [first, replace(second, shares=again.shares)]
 
 
@@ -271,7 +283,13 @@ class Policy(Reader):
         if self.recomputed and self.spec.feedback == "token":
             latents = embeds[is_latent][:, : latents.shape[1]]
         elif self.recomputed and batch["first"] <= ids.shape[1]:
-            return run_freely(self, embeds, batch, batch["first"], self.spec.steps)
+            return run_freely(
+                self,
+                embeds,
+                batch,
+                batch["first"],
+                self.spec.steps,
+            )
         elif before is not None:
             latents = batch["mix"].to(before.dtype) @ before.flatten(0, 1)
         latents = as_wide(latents, embeds).to(embeds.dtype)
