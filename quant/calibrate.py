@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sources import open_source
 from lvr_lite.errors import DataError
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.model.images import open_picture
-from lvr_lite.toy.make import scene_samples
 
 SEED = 90_001  # of the scenes, of the training split
 BATCH = 16  # prompts decoded together
@@ -35,17 +33,12 @@ def load_prompts(runtime: OnnxRuntime, data: str, count: int) -> list[Prompt]:
     """`count` prompts: "scenes" (drawn, of the training split), or a file of samples. Raises
     DataError for a file without samples.
     """
-    if data == "scenes":
-        return [
-            prepare_prompt(runtime, [picture], sample.question)[0]
-            for sample, picture in scene_samples(count, SEED, "train")
-        ]
-    samples = read_samples(Path(data))[:count]
-    if not samples:
+    source = open_source(data, "train", SEED, count, registered=("scenes",))
+    if not len(source):
         raise DataError(f"{data}: holds no samples; --calibration needs some")
     return [
-        prepare_prompt(runtime, [open_picture(path) for path in sample.images], sample.question)[0]
-        for sample in samples
+        prepare_prompt(runtime, list(pictures), sample.question)[0]
+        for sample, pictures in source.items()
     ]
 
 

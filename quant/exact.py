@@ -16,7 +16,7 @@ import onnx
 from lvr_lite import terminal
 from lvr_lite.export.onnxfile import DataFile
 from lvr_lite.quant.quantize import MICROSOFT, become
-from lvr_lite.train.load import TrainedWeights
+from lvr_lite.train.trained_weights import TrainedWeights
 
 NF4 = 1  # MatMulBnb4's quant_type
 

@@ -37,6 +37,7 @@ from lvr_lite.quant import quantize, search
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.train import load
+from lvr_lite.train.trained_weights import TrainedWeights
 
 BLOCKS = (32, 64, 128)
 ANSWER_TOKENS = 32
@@ -249,7 +250,7 @@ def add_mixed(table: Table, out: Path, desk: search.Desk) -> None:
 
 
 def add_exact(table: Table, out: Path, checkpoint: Checkpoint) -> None:
-    weights = load.TrainedWeights(checkpoint, unmerged=True)
+    weights = TrainedWeights(checkpoint, unmerged=True)
     began = time.time()
     write_bundle(
         checkpoint,

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite.data.convert.detections import LARGER, MOST, Picture, Thing, not_there, questions
+from lvr_lite.data.convert.detections import (
+    LARGER,
+    MOST,
+    Detection,
+    Picture,
+    absent_classes,
+    questions,
+)
 from lvr_lite.data.samples import Sample
 
 NAMES = {
@@ -32,16 +39,16 @@ def drawn(count: int, seed: int = 0, unsure: bool = False) -> list[Picture]:
             (name,) = rng.choices(list(NAMES), list(NAMES.values()))
             w, h = rng.uniform(0.05, 0.45), rng.uniform(0.05, 0.45)
             x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-            things.append(Thing(name, (x, y, x + w, y + h), f"{i}.{j}"))
+            things.append(Detection(name, (x, y, x + w, y + h), f"{i}.{j}"))
         there = {t.name for t in things}
         crowds = {rng.choice(list(NAMES))} if unsure and i % 2 else set()
-        lacks = not_there(sorted(set(NAMES) - there - crowds), there | crowds)
+        lacks = absent_classes(sorted(set(NAMES) - there - crowds), there | crowds)
         pictures.append(Picture(str(i), Path(f"{i}.png"), tuple(things), frozenset(crowds), lacks))
     return pictures
 
 
-def of(picture: Picture, name: str) -> list[Thing]:
-    return [t for t in picture.things if t.name == name]
+def of(picture: Picture, name: str) -> list[Detection]:
+    return [t for t in picture.detections if t.name == name]
 
 
 def area(box: tuple[float, float, float, float]) -> float:
@@ -60,24 +67,26 @@ def right(sample: Sample, picture: Picture) -> bool:
     match sample.type:
         case "exists":
             name = text.removeprefix("Is there any ").removesuffix(" in the picture?")
-            found = [t.box for t in of(picture, name)]
+            of_class = [t.box for t in of(picture, name)]
             return (
-                boxes == found
-                and answer == ("yes" if found else "no")
-                and (bool(found) or name not in picture.unsure)
+                boxes == of_class
+                and answer == ("yes" if of_class else "no")
+                and (bool(of_class) or name not in picture.unsure)
             )
         case "count" | "exactly":
             (name,) = listed(sample)
-            found = [t.box for t in of(picture, name)]
+            of_class = [t.box for t in of(picture, name)]
             number = (
-                len(found) if sample.type == "count" else int(re.sub("one", "1", text).split()[3])
+                len(of_class)
+                if sample.type == "count"
+                else int(re.sub("one", "1", text).split()[3])
             )
-            told = (
+            right_number = (
                 answer == str(number)
                 if sample.type == "count"
-                else answer == ("yes" if number == len(found) else "no")
+                else answer == ("yes" if number == len(of_class) else "no")
             )
-            return told and boxes == found and name not in picture.unsure and number > 0
+            return right_number and boxes == of_class and name not in picture.unsure and number > 0
         case "which":
             others = set(listed(sample)) - {answer}
             return (
@@ -87,9 +96,11 @@ def right(sample: Sample, picture: Picture) -> bool:
             )
         case "largest":
             best = {name: max(area(t.box) for t in of(picture, name)) for name in listed(sample)}
-            return area(boxes[-1]) == best[answer] and all(best[answer] >= LARGER * v for n, v in best.items() if n != answer) and not (
-                set(best) & picture.unsure
-            )  # fmt: skip
+            return (
+                area(boxes[-1]) == best[answer]
+                and all(best[answer] >= LARGER * v for n, v in best.items() if n != answer)
+                and not (set(best) & picture.unsure)
+            )
         case "place" | "part":
             quarter = (
                 answer
@@ -113,7 +124,7 @@ def right(sample: Sample, picture: Picture) -> bool:
             left, top = (0.5 if "right" in quarter else 0), (0.5 if "bottom" in quarter else 0)
             reaching = [
                 t
-                for t in picture.things
+                for t in picture.detections
                 if t.box[0] < left + 0.5
                 and t.box[2] > left
                 and t.box[1] < top + 0.5
@@ -156,13 +167,15 @@ def pictures() -> list[Picture]:
 
 
 @pytest.fixture(scope="module")
-def asked(pictures: list[Picture]) -> list[Sample]:
+def samples(pictures: list[Picture]) -> list[Sample]:
     return questions(pictures, 6, 0)
 
 
-def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: list[Sample]) -> None:
+def test_every_answer_follows_from_the_boxes(
+    pictures: list[Picture], samples: list[Sample]
+) -> None:
     by_path = {p.path: p for p in pictures}
-    wrong = [s for s in asked if not right(s, by_path[s.images[0]])]
+    wrong = [s for s in samples if not right(s, by_path[s.images[0]])]
     assert wrong == []
     kinds = {
         "exists",
@@ -175,8 +188,8 @@ def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: lis
         "left-right",
         "above-below",
     }
-    assert {s.type for s in asked} == kinds
-    assert {s.answer for s in asked if s.type in ("left-right", "above-below")} == {
+    assert {s.type for s in samples} == kinds
+    assert {s.answer for s in samples if s.type in ("left-right", "above-below")} == {
         "left",
         "right",
         "above",
@@ -184,9 +197,9 @@ def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: lis
     }
 
 
-def test_no_type_is_answered_by_saying_always_the_same(asked: list[Sample]) -> None:
+def test_no_type_is_answered_by_saying_always_the_same(samples: list[Sample]) -> None:
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for sample in asked:
+    for sample in samples:
         answers[str(sample.type)][sample.answer] += 1
     for kind, counts in answers.items():
         assert max(counts.values()) <= (sum(counts.values()) + 1) / 2, (kind, counts)
@@ -194,29 +207,29 @@ def test_no_type_is_answered_by_saying_always_the_same(asked: list[Sample]) -> N
     assert abs(answers["left-right"]["left"] - answers["left-right"]["right"]) <= 1
 
 
-def test_of_each_class_as_many_are_there_as_are_not(asked: list[Sample]) -> None:
+def test_of_each_class_as_many_are_there_as_are_not(samples: list[Sample]) -> None:
     by_class: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for sample in asked:
+    for sample in samples:
         if sample.type == "exists":
             by_class[sample.question][sample.answer] += 1
     assert len(by_class) >= 4
     assert all(counts["yes"] == counts["no"] for counts in by_class.values())
 
 
-def test_the_place_of_the_answer_among_the_choices_tells_nothing(asked: list[Sample]) -> None:
+def test_the_place_of_the_answer_among_the_choices_tells_nothing(samples: list[Sample]) -> None:
     for kind in ("which", "largest", "part"):
         firsts = [
             s.choices.index(s.answer) == 0
-            for s in asked
+            for s in samples
             if s.type == kind and s.choices and len(s.choices) > 2
         ]
         assert 0.1 < sum(firsts) / len(firsts) < 0.6
 
 
 def test_things_whose_number_is_known_all_have_a_question() -> None:
-    pictures = [p for p in drawn(200, 3) if len(p.things) <= 5]
+    pictures = [p for p in drawn(200, 3) if len(p.detections) <= 5]
     shown = {box for s in questions(pictures, 8, 0) for box in s.boxes}
-    assert all(t.box in shown for p in pictures for t in p.things)
+    assert all(t.box in shown for p in pictures for t in p.detections)
 
 
 def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
@@ -224,7 +237,7 @@ def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
         Picture(
             str(i),
             Path(f"{i}.png"),
-            (Thing("bird", (0.1, 0.1, 0.2, 0.2), str(i)),),
+            (Detection("bird", (0.1, 0.1, 0.2, 0.2), str(i)),),
             frozenset(),
             (),
         )
@@ -237,17 +250,17 @@ def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
 
 
 def test_ids_are_unique_and_pictures_have_no_more_than_asked_for(
-    pictures: list[Picture], asked: list[Sample]
+    pictures: list[Picture], samples: list[Sample]
 ) -> None:
-    assert len({s.id for s in asked}) == len(asked)
+    assert len({s.id for s in samples}) == len(samples)
     for limit in (1, 2, 6):
         of_each = Counter(s.images[0] for s in questions(pictures, limit, 0))
         assert max(of_each.values()) == limit
 
 
-def test_the_seed_decides(pictures: list[Picture], asked: list[Sample]) -> None:
-    assert questions(pictures, 6, 0) == asked
-    assert questions(pictures, 6, 1) != asked
+def test_the_seed_decides(pictures: list[Picture], samples: list[Sample]) -> None:
+    assert questions(pictures, 6, 0) == samples
+    assert questions(pictures, 6, 1) != samples
 
 
 def test_absent_classes_can_be_left_out(pictures: list[Picture]) -> None:
@@ -263,7 +276,7 @@ def test_more_things_than_can_be_looked_at_are_not_counted() -> None:
         return Picture(
             str(n),
             Path(f"{n}.png"),
-            tuple(Thing("ant", box, str(i)) for i, box in enumerate(boxes)),
+            tuple(Detection("ant", box, str(i)) for i, box in enumerate(boxes)),
             frozenset(),
             (),
         )
@@ -273,6 +286,6 @@ def test_more_things_than_can_be_looked_at_are_not_counted() -> None:
 
 
 def test_a_class_is_not_absent_where_its_name_is_part_of_one_that_is_there() -> None:
-    assert not_there(
+    assert absent_classes(
         ["light", "cup", "dog", "hot dog", "Traffic Light"], {"traffic light", "dog"}
     ) == ("cup",)

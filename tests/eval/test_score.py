@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lvr_lite.eval.score import (
-    agreement,
     caption,
     chosen_letter,
     is_correct,
@@ -137,13 +136,6 @@ def test_without_a_whole_pair_there_is_no_share(outcomes: list[tuple[str | None,
     assert pair_accuracy(outcomes) is None
 
 
-def test_agreement_is_the_share_of_equal_answers() -> None:
-    assert agreement([[1, 2], [3], []], [[1, 2], [4], []]) == pytest.approx(2 / 3)
-    assert agreement([], []) == 0.0
-    with pytest.raises(ValueError, match="zip"):
-        agreement([[1]], [])
-
-
 def test_groups_count_where_they_are_whole() -> None:
     outcomes = [
         ("a", True),
@@ -173,7 +165,7 @@ def test_the_mean_of_several_shares_is_surer_than_each() -> None:
     assert high - low == pytest.approx((one_high - one_low) / 2)  # the root of four
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # multiple choice
 
 OPTIONS = ("Open", "Closed", "A red car", "dark blue")
@@ -349,9 +341,26 @@ def test_of_several_letters_the_one_in_a_plain_conclusion_counts(
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "  ", "\n", "<answer></answer>", "...", "E", "(E)", "Answer: E", "A blue car", "The answer is a dog", "it is a dog", "Not A",
-     "The answer is not A", "The door is not closed", "It isn't open", "None of the above", "I do not know"],
-)  # fmt: skip
+    [
+        "",
+        "  ",
+        "\n",
+        "<answer></answer>",
+        "...",
+        "E",
+        "(E)",
+        "Answer: E",
+        "A blue car",
+        "The answer is a dog",
+        "it is a dog",
+        "Not A",
+        "The answer is not A",
+        "The door is not closed",
+        "It isn't open",
+        "None of the above",
+        "I do not know",
+    ],
+)
 def test_what_names_no_option_chooses_none(answer: str) -> None:
     assert chosen_letter(answer, OPTIONS) is None
 

@@ -13,7 +13,7 @@ import pytest
 
 from lvr_lite.errors import BundleError
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
