@@ -550,7 +550,10 @@ def _since(began: float) -> float:
 
 
 def embedded(
-    runtime: Runtime, batch: PaddedBatch, placeholder: int, vectors: Sequence[np.ndarray]
+    runtime: Runtime,
+    batch: PaddedBatch,
+    placeholder: int,
+    vectors: Sequence[np.ndarray],
 ) -> np.ndarray:
     """Inputs (B, S, H) of a batch, in which `vectors` stand in the places of the id `placeholder`.
 

@@ -117,7 +117,10 @@ class TorchRuntime:
         return np.asarray(hidden[rows, lengths - 1])
 
     def _prefill_once(
-        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
     ) -> np.ndarray:
         """All rows. Those that read the same (several answers to one question) are read once and
         their K/V copied.
@@ -146,7 +149,12 @@ class TorchRuntime:
         return hidden[:, 0]
 
     @torch.inference_mode()
-    def _run(self, embeds: np.ndarray, positions: np.ndarray, present: np.ndarray) -> np.ndarray:
+    def _run(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        present: np.ndarray,
+    ) -> np.ndarray:
         """Hidden states (B, S, H) of the next S columns; present (B, S): which are not padding."""
         more = self._to_device(present.astype(np.int64))
         self._mask = torch.cat([self._mask, more], 1)

@@ -184,7 +184,12 @@ class Collator:
         tokens = np.concatenate(in_boxes)
         return [np.array([token]) for token in tokens[: settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[Grid], targets: int) -> _Row:
+    def _row(
+        self,
+        sample: Sample,
+        grids: list[Grid],
+        targets: int,
+    ) -> _Row:
         processor = self.checkpoint.processor
         tokenizer = processor.tokenizer
         look = looks(sample, self.settings)

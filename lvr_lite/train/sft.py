@@ -41,9 +41,9 @@ class Answers:
     first: int
 
     @property
-    def learned(self) -> torch.Tensor:
-        """Which columns (B, S) are learned."""
-        return self.labels != -100
+    def speaking(self) -> torch.Tensor:
+        """The states (n, H) from which something is predicted; the head sees no others."""
+        return states_before(self.states, self.labels != -100)
 
     @property
     def _within(self) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Answers:
 
     @property
     def spoken(self) -> torch.Tensor:
-        """The labels (n,) that `states_before` predicts."""
+        """The labels (n,) that the speaking states predict."""
         within = self._within
         return within[within != -100]
 
@@ -98,35 +98,20 @@ class LatentSFT(Reader):
         # Vision tower and projector are frozen.
         with torch.no_grad():
             features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"])
-        # What of a visual token stands in the prompt; the rest is added in later layers.
-        shown = features[:, : self.core.config.text_config.hidden_size]
-        # The states that learn to be latents.
-        predicted = shown[:0]
         answers: list[Answers] = []
-        samples = 0
-        tokens = 0
+        # The states (L, H) that learn to be latents.
+        predicted = features[:0]
         if "ids" in batch:
-            samples = len(batch["ids"])
-            tokens = self._visual_tokens_of(batch["ids"])
-            states, latents = self._look(batch, features, shown)
-            answers.append(Answers(states, batch["labels"], 0))
-            predicted = states_before(states, batch["target_at"])
-            if self.spec.mode == "bottleneck":
-                assert latents is not None
-                states = self._read_again(latents, features, batch)
-                answers.append(Answers(states, batch["reader_labels"], 0))
-        for part in batch.get("direct", ()):
-            states = self.states(self.embed(part["ids"], features[tokens:]), part)
-            answers.append(Answers(states, part["labels"], samples))
-            samples += len(part["ids"])
-            tokens += self._visual_tokens_of(part["ids"])
+            answers += self._look(batch, features)
+            predicted = states_before(answers[0].states, batch["target_at"])
+        answers += self._answer_at_once(batch, features)
         labels = torch.cat([part.spoken for part in answers])
-        # The head sees only the states from which something is predicted.
-        speaking = torch.cat([states_before(part.states, part.learned) for part in answers])
+        speakers = torch.cat([part.speakers for part in answers])
+        speaking = torch.cat([part.speaking for part in answers])
         logits = self.core.lm_head(speaking).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        ce = mean_over_samples(losses, torch.cat([part.speakers for part in answers]))
-        loss, found = self._latent_loss(predicted.float(), shown.float(), batch["pool"])
+        ce = mean_over_samples(losses, speakers)
+        loss, found = self._latent_loss(predicted, self._shown(features), batch["pool"])
         right = logits.argmax(-1) == labels
         return {
             "loss": ce + self.latent_weight() * loss,
@@ -136,19 +121,39 @@ class LatentSFT(Reader):
             "found": found,
         }
 
-    def _look(
-        self, batch: Batch, features: torch.Tensor, shown: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The pass over samples that look, as `Method.run` returns it."""
+    def _shown(self, features: torch.Tensor) -> torch.Tensor:
+        """What of visual tokens stands in the prompt (T, H); the rest is added in later layers."""
+        width = self.core.config.text_config.hidden_size
+        return features[:, :width]
+
+    def _look(self, batch: Batch, features: torch.Tensor) -> list[Answers]:
+        """The samples that look: one pass, and in a bottleneck a second one."""
+        shown = self._shown(features)
         targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
+        embeds = self.embed(batch["ids"], features)
         forced = self.training and self.progress < self.settings.warmup
-        return self.method.run(
-            self,
-            self.embed(batch["ids"], features),
-            batch,
-            targets,
-            forced,
-        )
+        states, latents = self.method.run(self, embeds, batch, targets, forced)
+        answers = [Answers(states, batch["labels"], first=0)]
+        if self.spec.mode == "bottleneck":
+            assert latents is not None
+            states = self._read_again(latents, features, batch)
+            answers.append(Answers(states, batch["reader_labels"], first=0))
+        return answers
+
+    def _answer_at_once(self, batch: Batch, features: torch.Tensor) -> list[Answers]:
+        """The other samples, whose pictures come after those of the samples that look."""
+        samples = 0
+        tokens = 0
+        if "ids" in batch:
+            samples = len(batch["ids"])
+            tokens = self._visual_tokens_of(batch["ids"])
+        answers = []
+        for part in batch.get("direct", ()):
+            embeds = self.embed(part["ids"], features[tokens:])
+            answers.append(Answers(self.states(embeds, part), part["labels"], samples))
+            samples += len(part["ids"])
+            tokens += self._visual_tokens_of(part["ids"])
+        return answers
 
     def latent_weight(self) -> float:
         """λ now: that of the settings, and less and less of it over the last `relax` of the
@@ -162,7 +167,10 @@ class LatentSFT(Reader):
         return weight * min(1.0, left)
 
     def _latent_loss(
-        self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor
+        self,
+        predicted: torch.Tensor,
+        features: torch.Tensor,
+        pool: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of latents, and `found`.
 
@@ -173,6 +181,8 @@ class LatentSFT(Reader):
         nothing = torch.zeros((), device=predicted.device)
         if not len(predicted):
             return nothing, nothing
+        predicted = predicted.float()
+        features = features.float()
         # The cosine of `lvr_lite.model.latents.likeness`, in another order of operations: vectors
         # are brought to length 1 before the product, so that published runs repeat to the last bit.
         apart = F.normalize(features - features.mean(0), dim=-1)
@@ -195,7 +205,10 @@ class LatentSFT(Reader):
         return int(is_image.sum())
 
     def _read_again(
-        self, latents: torch.Tensor, features: torch.Tensor, batch: Batch
+        self,
+        latents: torch.Tensor,
+        features: torch.Tensor,
+        batch: Batch,
     ) -> torch.Tensor:
         """The pass that reads the prompt with the latents (B, K, H) for its picture, and then the
         answer. Returns its hidden states (B, R, H).
