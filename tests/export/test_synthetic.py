@@ -107,7 +107,7 @@ def test_a_bundle_of_a_shape_runs(
         shape,
         SyntheticWeights(shape),
         tmp_path / "out",
-        [].append,
+        print,
         precision="int4",
         convert=quantize.Converter(quantize.whole("int4")),
         source={"synthetic": name},
