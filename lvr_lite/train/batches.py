@@ -265,8 +265,8 @@ def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:
     """Those that look first, in their own order, then the others, the longest first (by letters,
     which is near enough).
     """
-    looking = []
-    others = []
+    looking: list[Item] = []
+    others: list[Item] = []
     for item in items:
         kind = looking if looks(item[0], settings) else others
         kind.append(item)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import PickedSamples, SampleFile
-from lvr_lite.data.sources import FileSource, JoinedSource, Source, open_source
+from lvr_lite.data.samples import SampleFile
+from lvr_lite.data.sources import FileSource, JoinedSource, PickedSamples, Source, open_source
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.train.methods import METHODS
 
