@@ -25,6 +25,14 @@ import pytest
 LATENT_STEPS = 3  # of the small bundles
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """ONNX Runtime's pool of threads is the process's: the first test would size it for all."""
+    from lvr_lite.generate.onnx import share_pools
+
+    share_pools(1)
+
+
 @pytest.fixture(scope="session")
 def noticeable() -> Callable[[Any], Any]:
     """Makes a fresh model's weights large, and its biases and norms uneven, and freezes it: as

@@ -75,13 +75,6 @@ class View:
         return token // self.grid[1], token % self.grid[1], float(self.similarities[step, token])
 
 
-def similarities(latents: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1:
-    `lvr_lite.model.latents.likeness`.
-    """
-    return np.asarray(likeness(latents, features))
-
-
 def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | None) -> None:
     """Raises UsageError where a call has nothing to look at (no picture, no latents of the model's
     own) or would write over a picture.
@@ -128,7 +121,7 @@ def views(
         View(
             picture,
             processor.token_grid(grid),
-            similarities(latents, tokens)[:, processor.token_places(grid)],
+            likeness(latents, tokens)[:, processor.token_places(grid)],
         )
         for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
     ]

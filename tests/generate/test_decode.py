@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lvr_lite.errors import UsageError
-from lvr_lite.generate.decode import Decoding, Options, Prefix, Prompt, Result, decode
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
+from lvr_lite.generate.prefix import PrefixCache
 from lvr_lite.model.spec import LatentSpec
 from tests.fakes import (
     CLOSE,
@@ -301,7 +302,7 @@ def test_a_prompt_that_shares_a_prefix_is_decoded_as_if_it_were_read_whole(
     runtime = Recurrent(spec)
     options = Options(max_tokens=12, keep_hidden=True)
     first = PICTURES[4]
-    shared = Prefix(int(np.flatnonzero(first.ids == IMAGE)[-1]) + 1)
+    shared = PrefixCache(int(np.flatnonzero(first.ids == IMAGE)[-1]) + 1)
     other = replace(first, ids=np.append(first.ids[:-1], A))
     assert not np.array_equal(first.ids, other.ids)
     for whole in (first, other, first):
