@@ -459,22 +459,25 @@ class _Rounding:
 
     def quantize(self, source: Path, target: Path) -> dict[str, Any]:
         """Write the fp32 bundle `source` to `target`; its report.json."""
-        from lvr_lite.quant import quantize as weights
-        from lvr_lite.quant import search
+        from lvr_lite.model.bundle import Bundle
+        from lvr_lite.quant.calibrated import BITS, quantize_calibrated
+        from lvr_lite.quant.quantize import check_precision, quantize_bundle
 
+        check_precision(self.precision)
+        opened = Bundle.open(source)
         data = self.calibration or "scenes"
         if self.precision == "mixed" or (self.precision == "int4" and data != "none"):
-            return search.quantize_calibrated(
-                source,
+            return quantize_calibrated(
+                opened,
                 target,
                 self.precision,
                 data,
                 _say,
                 self.block,
-                self.bits or 5.0,
+                self.bits or BITS,
                 self.tune_steps,
-            )
-        return weights.quantize_bundle(source, target, self.precision, _say, self.block)
+            ).to_json()
+        return quantize_bundle(opened, target, self.precision, _say, self.block).to_json()
 
 
 def _say_done(bundle: Path, began: float) -> None:
@@ -538,15 +541,17 @@ def _export_synthetic(
     from lvr_lite.errors import UsageError
     from lvr_lite.export.synthetic import SyntheticWeights, shape_of
     from lvr_lite.export.write import write_bundle
-    from lvr_lite.quant import quantize as weights
+    from lvr_lite.quant.form import check_form
+    from lvr_lite.quant.quantize import Converter
+    from lvr_lite.quant.schemes import plan_of
 
     made = shape_of(shape)
     if precision not in ("fp32", "int8", "int4", "fp16"):
         raise UsageError(
             f"--synthetic writes fp32, int8, int4 or fp16, not {precision}: random weights have nothing to search or to keep"
         )
-    plan = weights.whole(precision, block) if precision.startswith("int") else None
-    convert = None if precision == "fp32" else weights.Converter(plan)
+    plan = plan_of(precision, block) if precision.startswith("int") else None
+    convert = None if precision == "fp32" else Converter(plan)
     source = {"synthetic": shape, "base": shape, "adapter": False}
     written = write_bundle(
         made,
@@ -557,7 +562,7 @@ def _export_synthetic(
         convert=convert,
         source=source,
     )
-    weights.check_form(bundle, written.manifest.graphs)
+    check_form(written)
     return {"bytes": {name: graph.bytes for name, graph in written.manifest.graphs.items()}}
 
 
