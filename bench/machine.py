@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 import lvr_lite
-from lvr_lite import files
-from lvr_lite.commands import doctor
+from lvr_lite import files, system
 from lvr_lite.model import bundle
 
 PACKAGES = ("lvr-lite", "onnxruntime", "numpy", "tokenizers", "pillow", "torch", "transformers")
@@ -36,22 +35,22 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
     threads: that the runtimes were told to use. bundles: {system: bundle folder}, each identified
     by the sha256 of its manifest, which itself holds the sha256 of every file.
     """
-    model, flags = doctor.cpu()
-    total, available = doctor.memory_gib()
+    model, flags = system.cpu()
+    total, available = system.memory_gib()
     return {
         "cpu": model,
         "arch": platform.machine() or None,
         "flags": flags,
-        "cores": doctor.cores(),
+        "cores": system.usable_cores(),
         "threads": threads,
-        "governor": doctor.governor(),
+        "governor": system.governor(),
         "load": _load(),
         "memory_gib": total,
         "memory_available_gib": available,
         "os": _system(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := doctor.version(name))},
-        "providers": doctor.providers(),
+        "packages": {name: found for name in PACKAGES if (found := system.version(name))},
+        "providers": system.providers(),
         "tunables": os.environ.get(
             "GLIBC_TUNABLES"
         ),  # huge pages seem to choose between the two speeds of a machine

@@ -25,6 +25,7 @@ from lvr_lite.export.graphs import Origin
 from lvr_lite.export.weights import origins
 from lvr_lite.generate.torch import language_model
 from lvr_lite.model.bundle import (
+    MANIFEST,
     Bundle,
     DecoderShape,
     Graph,
@@ -99,7 +100,7 @@ def write_bundle(
     files.check_free_space(target, int(total * 1.05) if convert is None else total // 4)
     codes, config = origins(model), model.config.text_config
     head_dim = language_model(model).layers[0].self_attn.head_dim
-    with files.fresh_folder(target) as folder:
+    with files.fresh_folder(target, MANIFEST) as folder:
         (folder / "onnx").mkdir()
         written, report = {}, {}
         for name, spec in graphs.specs(model, checkpoint.processor).items():

@@ -1,3 +1,135 @@
-"""lvr-lite: latent visual reasoning, from QLoRA fine-tuning to quantized decoding on a device."""
+"""Latent visual reasoning: fine-tune a small vision-language model on one GPU, export it to ONNX,
+run and measure it quantized on a device.
+
+Each command of `lvr-lite` is a function here; its options are a dataclass, and what it returns has
+`to_json()`. Nothing heavy is imported before a function is used.
+
+Ask:
+    model = lvr_lite.open_model("int8")
+    model.ask(["picture.png"], "what colour is the star").text
+    for event in model.stream(["picture.png"], "what colour is the star"):
+        print(event.text, end="")
+    model.ask(["picture.png"], "where heart", lvr_lite.AskOptions(steps=0))
+    model.look(model.ask(["picture.png"], "where heart")).save("look.png")
+
+Train, export, quantize (these need `pip install "lvr-lite[train,export]"`):
+    options = lvr_lite.TrainOptions(overrides=("train.steps=9",))
+    lvr_lite.finetune("tiny", "scenes", "tuned", options)
+    lvr_lite.grpo("tuned", "scenes", "reinforced")
+    lvr_lite.plan_finetune("tiny"), lvr_lite.plan_grpo("tuned")
+    lvr_lite.export_model("tuned", "fp32", lvr_lite.Rounding("fp32"))
+    lvr_lite.quantize("fp32", "int4", lvr_lite.Rounding("int4", block=32))
+    lvr_lite.export_synthetic("qwen2-vl-2b", "random", lvr_lite.Rounding("int8"))
+
+Measure:
+    lvr_lite.evaluate("int8", lvr_lite.EvalOptions(limit=100), against=["tiny"]).accuracy
+    lvr_lite.probe("int8", lvr_lite.ProbeOptions(limit=100)).verdict
+    lvr_lite.benchmark("int8", lvr_lite.BenchOptions(vs=("int4",))).to_json()
+    lvr_lite.compare_benchmarks("before.json", "after.json").regressed
+    lvr_lite.table_of_benchmarks(["desktop.json", "laptop.json"])
+
+Data:
+    lvr_lite.make_data("scenes", lvr_lite.MakeOptions(count=200, split="test"))
+    lvr_lite.convert_data("coco.json", "set.jsonl", "coco", lvr_lite.ConvertOptions(test_share=0.1))
+    all(file.valid for file in lvr_lite.validate_data(["set-train.jsonl"], "set-test.jsonl"))
+    lvr_lite.preview_data("set-test.jsonl", "preview.png")
+
+Look around:
+    lvr_lite.inspect("int8"), lvr_lite.doctor().healthy, lvr_lite.demo("demo-out", quick=True)
+
+What a caller can mend is raised as `lvr_lite.LvrError`. `lvr-lite export` and `bench` are
+`export_model` and `benchmark`, since `lvr_lite.export` and `lvr_lite.bench` are packages.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lvr_lite.commands.bench import (
+        BenchOptions,
+        benchmark,
+        compare_benchmarks,
+        table_of_benchmarks,
+    )
+    from lvr_lite.commands.data import (
+        ConvertOptions,
+        MakeOptions,
+        convert_data,
+        make_data,
+        preview_data,
+        validate_data,
+    )
+    from lvr_lite.commands.demo import demo
+    from lvr_lite.commands.doctor import doctor
+    from lvr_lite.commands.evaluate import EvalOptions, ProbeOptions, evaluate, probe
+    from lvr_lite.commands.export import Rounding, export_model, export_synthetic, quantize
+    from lvr_lite.commands.inspect import inspect
+    from lvr_lite.commands.model import Answer, AnswerEvent, AskOptions, Model, open_model
+    from lvr_lite.commands.train import TrainOptions, finetune, grpo, plan_finetune, plan_grpo
+    from lvr_lite.errors import LvrError
 
 __version__ = "0.1.0"
+
+# Where each name is defined; a module is imported when one of its names is first used.
+_MODULES = {
+    "commands.bench": ("BenchOptions", "benchmark", "compare_benchmarks", "table_of_benchmarks"),
+    "commands.data": (
+        "ConvertOptions", "MakeOptions",
+        "convert_data", "make_data", "preview_data", "validate_data",
+    ),
+    "commands.demo": ("demo",),
+    "commands.doctor": ("doctor",),
+    "commands.evaluate": ("EvalOptions", "ProbeOptions", "evaluate", "probe"),
+    "commands.export": ("Rounding", "export_model", "export_synthetic", "quantize"),
+    "commands.inspect": ("inspect",),
+    "commands.model": ("Answer", "AnswerEvent", "AskOptions", "Model", "open_model"),
+    "commands.train": ("TrainOptions", "finetune", "grpo", "plan_finetune", "plan_grpo"),
+    "errors": ("LvrError",),
+}  # fmt: skip
+__all__ = [
+    "Answer",
+    "AnswerEvent",
+    "AskOptions",
+    "BenchOptions",
+    "ConvertOptions",
+    "EvalOptions",
+    "LvrError",
+    "MakeOptions",
+    "Model",
+    "ProbeOptions",
+    "Rounding",
+    "TrainOptions",
+    "benchmark",
+    "compare_benchmarks",
+    "convert_data",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export_model",
+    "export_synthetic",
+    "finetune",
+    "grpo",
+    "inspect",
+    "make_data",
+    "open_model",
+    "plan_finetune",
+    "plan_grpo",
+    "preview_data",
+    "probe",
+    "quantize",
+    "table_of_benchmarks",
+    "validate_data",
+]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,38 +1,107 @@
-"""This machine and this process: cores, memory. May import: the standard library."""
+"""This machine and this process: CPU, cores, memory, installed packages. May import: the standard
+library; onnxruntime only for its providers.
+
+What cannot be learned on a system (no /proc, no governor) is None, never a guess.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
+PROC = Path("/proc")
+SYS = Path("/sys")
+# What makes a matrix product fast on a CPU, by the kernel's names: x86 first, then Arm.
+FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+    "neon", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
 
-def peak_rss_mb() -> float | None:
-    """Peak resident memory of this process in MiB; None where the system does not say (Windows).
 
-    It is the process's: with several systems in one process it is their common peak, every runtime
-    together, and not one system's.
+def cpu() -> tuple[str | None, list[str] | None]:
+    """The CPU's model, and those of `FLAGS` that it has."""
+    text = _read(PROC / "cpuinfo")
+    if text is None:
+        return platform.processor() or None, None
+    model, flags = parse_cpuinfo(text)
+    return model or _read(PROC / "device-tree" / "model") or platform.processor() or None, flags
+
+
+def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
+    """Model name and those of `FLAGS` that /proc/cpuinfo lists; Arm names no model and calls its
+    flags Features.
     """
-    status = Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # not getrusage, whose peak a new process takes over from the one that started it
-        return (
-            int(
-                next(
-                    line for line in status.read_text().splitlines() if line.startswith("VmHWM")
-                ).split()[1]
-            )
-            / 2**10
-        )
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    model = fields.get("model name") or fields.get("Model")
+    return model, [flag for flag in FLAGS if flag in flags]
 
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def governor() -> str | None:
+    """The frequency governor of the first core, such as "performance"; most virtual machines have
+    none.
+    """
+    return _read(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def memory_gib() -> tuple[float | None, float | None]:
+    """Memory of the machine and what of it is available, in GiB."""
+    return _memory_gib("MemTotal"), _memory_gib("MemAvailable")
+
+
+def _memory_gib(field: str) -> float | None:
+    line = re.search(rf"^{field}:\s+(\d+) kB", _read(PROC / "meminfo") or "", re.MULTILINE)
+    return round(int(line[1]) / 2**20, 1) if line else None
+
+
+def peak_rss_mb() -> float | None:
+    """Peak resident memory of this process in MiB; None where the system does not say (Windows).
+
+    It belongs to the process: several systems in one process share this one peak.
+    """
+    # Not getrusage, whose peak a new process takes over from the one that started it.
+    if peak := re.search(r"^VmHWM:\s+(\d+) kB", _read(Path("/proc/self/status")) or "", re.M):
+        return int(peak[1]) / 2**10
+    try:
+        import resource
+    except ImportError:
+        return None
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, KiB elsewhere.
+    return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def providers() -> list[str] | None:
+    """ONNX Runtime's execution providers; None where it is missing or cannot be loaded."""
+    try:
+        import onnxruntime
+    except (ImportError, OSError):
+        return None
+    return list(onnxruntime.get_available_providers())
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return None

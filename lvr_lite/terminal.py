@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -30,13 +32,27 @@ def stderr() -> Console:
 
 def bar(items: Iterable[Item], title: str, total: int | None = None) -> Iterable[Item]:
     """`items`, with a progress bar on the terminal while they are taken."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
-    return track(
-        items, title, total=total, console=console, transient=True, disable=not console.is_terminal
-    )
+    console = stderr()
+    hidden = not console.is_terminal
+    return track(items, title, total=total, console=console, transient=True, disable=hidden)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on the terminal. Its value is a function that moves it:
+
+    total: how many there are to do.
+    completed: how many of them are done.
+    advance: how many more are done.
+    """
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=stderr(), transient=True) as shown:
+        task = shown.add_task(title, total=None)
+        yield partial(shown.update, task)
 
 
 def quiet_libraries() -> None:

@@ -22,7 +22,7 @@ from lvr_lite.quant.reports import QuantizationReport
 from lvr_lite.quant.schemes import RoundingPlan, plan_of
 from lvr_lite.quant.search import Search, write_mixed
 
-# A weight of a mixed bundle.
+# Budget of a mixed bundle, in bits a weight.
 BITS = 5.0
 
 
@@ -33,7 +33,7 @@ def quantize_calibrated(
     data: str,
     progress: Callable[[str], None],
     block: int | None = None,
-    bits: float = BITS,
+    bits: float | None = None,
     steps: int | None = None,
 ) -> QuantizationReport:
     """Write an fp32 bundle to `target` with weights of 4 bits that are rounded with GPTQ; scales
@@ -44,7 +44,7 @@ def quantize_calibrated(
     data: "scenes", or the path of a file of samples to calibrate on.
     progress: is told a line a stage.
     block: values that share a scale where weights have 4 bits.
-    bits: of "mixed", a weight of decoder, embedding and head at most, scales included.
+    bits: of "mixed", a weight of decoder, embedding and head at most, scales included; None is 5.
     steps: of training; None takes the number for this size, 0 leaves it out.
     Returns what report.json says, and for "mixed" the seconds of everything. Raises UsageError for
     a budget below what 4 bits take, and as `quantize_bundle` does.
@@ -67,7 +67,7 @@ def quantize_calibrated(
         products = calibration.products()
         tuner = calibration.tuner(products, steps)
         search = Search(calibration, products, block)
-        report = write_mixed(search, target, bits, tuner)
+        report = write_mixed(search, target, bits or BITS, tuner)
         return replace(report, search_seconds=round(time.perf_counter() - began, 1))
 
 

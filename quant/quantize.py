@@ -20,7 +20,15 @@ from lvr_lite import files
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.export.onnxfile import DataFile
-from lvr_lite.model.bundle import TOKENIZER, Bundle, Graph, Manifest, TensorInfo, write_manifest
+from lvr_lite.model.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    Graph,
+    Manifest,
+    TensorInfo,
+    write_manifest,
+)
 from lvr_lite.quant import drift, half, integers
 from lvr_lite.quant.form import check_form
 from lvr_lite.quant.integers import EmbeddingTable, Read
@@ -95,7 +103,7 @@ def quantize_bundle(
     converter = Converter(plan)
     graphs: dict[str, Graph] = {}
     reports: dict[str, GraphReport] = {}
-    with files.fresh_folder(target) as folder:
+    with files.fresh_folder(target, MANIFEST) as folder:
         (folder / "onnx").mkdir()
         for name in ORDER:
             conversion = _write_graph(source, name, folder, converter)

@@ -87,7 +87,7 @@ def export() -> Callable[[Any, Path], Any]:
             target,
             [].append,
             lambda: nf4.load_merged(checkpoint),
-        )
+        ).manifest
 
     return write
 

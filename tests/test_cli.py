@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 import lvr_lite
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
 from lvr_lite.toy.make import write_scenes
 
 DATA_COMMANDS = ("make", "convert", "validate", "preview")

@@ -1,97 +1,115 @@
-"""Text steps after the latents, open against bottleneck, by size of the picture: same weights,
-interleaved.
+"""Text steps after the latents, open against bottleneck, by size of the picture: the same weights,
+measured by turns.
 
-    python docs/results/bottleneck.py BUNDLE [--rounds 20] [--threads N] [--json FILE]
+    python -m lvr_lite.bench.experiments.bottleneck BUNDLE --rounds 20 --threads 2
 
 The mode is all that differs. Pictures are noise of 224, 448 and 896 px (64, 256 and 1,024 visual
-tokens), every row is made to open the loop and to say 32 tokens.
+tokens); every answer opens the loop and has 32 tokens.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from lvr_lite.bench.experiments.runner import Rounds, Threads, launch, table, write_results
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Decoding, Options
+from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
 
-SIZES = {64: 224, 256: 448, 1024: 896}  # visual tokens: pixels a side
+# Visual tokens: pixels a side.
+SIZES = {64: 224, 256: 448, 1024: 896}
+MODES = ("open", "bottleneck")
+TITLES = (
+    "visual tokens",
+    "text step, open, ms",
+    "bottleneck, ms",
+    "open / bottleneck",
+    "second reading, ms",
+    "latent step, ms",
+)
 TOKENS = 32
+WARMUP = 2
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
-    a = parser.parse_args()
-    runtimes = {}
-    for mode in ("open", "bottleneck"):
-        runtime = OnnxRuntime(a.bundle, a.threads)
-        runtime.image_spec = runtime.image_spec | {"max_pixels": 896 * 896}
-        runtime.latent = replace(runtime.latent, mode=mode)
-        runtimes[mode] = runtime
-    steps = runtimes["open"].latent.steps or 4
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each step of one mode at one size. hand_over: the second reading, once an
+    answer.
+    """
+
+    text: list[float] = field(default_factory=list)
+    latent: list[float] = field(default_factory=list)
+    hand_over: list[float] = field(default_factory=list)
+
+    def take(self, runtime: OnnxRuntime, prompt: Prompt) -> None:
+        """Measure one answer."""
+        steps = runtime.latent.steps or 4
+        options = Options(max_tokens=TOKENS, min_tokens=TOKENS)
+        decoding = Decoding(StartsWithLatents(runtime, steps), [prompt], options)
+        list(decoding)
+        # The first steps after a prefill run on cold caches, in both modes.
+        self.text.extend(decoding.clock.text_step[-TOKENS // 2 :])
+        self.latent.extend(decoding.clock.latent_step)
+        self.hand_over.append(decoding.clock.hand_over)
+
+
+@dataclass(frozen=True)
+class Medians:
+    """At one size of the picture. Steps in ms; `hand_over_ms` and `latent_ms` of the bottleneck."""
+
+    visual_tokens: int
+    open_text_ms: float
+    text_ms: float
+    ratio: float
+    hand_over_ms: float
+    latent_ms: float
+
+
+def open_bundle(bundle: Path, mode: str, threads: int | None) -> OnnxRuntime:
+    runtime = OnnxRuntime(bundle, threads)
+    runtime.image_spec = runtime.image_spec | {"max_pixels": max(SIZES.values()) ** 2}
+    runtime.latent = replace(runtime.latent, mode=mode)
+    return runtime
+
+
+def measure(runtimes: dict[str, OnnxRuntime], prompt: Prompt, rounds: int) -> dict[str, Times]:
+    """The times of each mode, in an order shuffled each round."""
+    times = {mode: Times() for mode in runtimes}
+    for number in range(rounds + WARMUP):
+        for mode in random.Random(number).sample(list(runtimes), len(runtimes)):
+            kept = times[mode] if number >= WARMUP else Times()
+            kept.take(runtimes[mode], prompt)
+    return times
+
+
+def main(
+    bundle: Path,
+    rounds: Rounds = 20,
+    threads: Threads = None,
+    json: Path | None = None,
+) -> None:
+    runtimes = {mode: open_bundle(bundle, mode, threads) for mode in MODES}
     rng = np.random.default_rng(0)
-    found: Any = {
-        m: {n: {"text": [], "hand_over": [], "latent": []} for n in SIZES} for m in runtimes
-    }
+    rows = []
     for visual, side in SIZES.items():
         picture = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
         prompt, _ = prepare_prompt(runtimes["open"], [picture], "what is here")
         assert len(prompt.features) == visual
-        for round_ in range(a.rounds + 2):
-            for mode in random.Random(round_).sample(list(runtimes), len(runtimes)):
-                decoding = Decoding(
-                    StartsWithLatents(runtimes[mode], steps),
-                    [prompt],
-                    Options(max_tokens=TOKENS, min_tokens=TOKENS),
-                )
-                list(decoding)
-                if round_ >= 2:
-                    here = found[mode][visual]
-                    # the first steps after a prefill run on cold caches, in both modes
-                    here["text"] += decoding.clock.text_step[-TOKENS // 2 :]
-                    here["latent"] += decoding.clock.latent_step
-                    here["hand_over"].append(decoding.clock.hand_over)
-    rows: list[dict[str, Any]] = []
-    print(
-        "| visual tokens | text step, open, ms | bottleneck, ms | open / bottleneck | second reading, ms | latent step, ms |"
-    )
-    print("|---|---|---|---|---|---|")
-    for visual in SIZES:
-        middle = {
-            m: {k: 1e3 * statistics.median(v) for k, v in found[m][visual].items()}
-            for m in runtimes
-        }
-        both = middle["open"]["text"], middle["bottleneck"]["text"]
-        rows.append(
-            {
-                "visual_tokens": visual,
-                "text_step_ms": dict(zip(runtimes, both, strict=True)),
-                "ratio": both[0] / both[1],
-            }
-        )
-        rows[-1] |= {
-            "hand_over_ms": middle["bottleneck"]["hand_over"],
-            "latent_step_ms": middle["bottleneck"]["latent"],
-        }
-        print(f"| {visual} | {both[0]:.3f} | {both[1]:.3f} | {both[0] / both[1]:.2f} | ", end="")
-        print(f"{middle['bottleneck']['hand_over']:.2f} | {middle['bottleneck']['latent']:.3f} |")
-    if a.json:
-        a.json.write_text(json.dumps(rows, indent=1))
+        opened, closed = measure(runtimes, prompt, rounds).values()
+        times = (opened.text, closed.text, closed.hand_over, closed.latent)
+        text, after, hand_over, latent = (1e3 * statistics.median(each) for each in times)
+        rows.append(Medians(visual, text, after, text / after, hand_over, latent))
+    print(table(TITLES, [[f"{value:.4g}" for value in astuple(medians)] for medians in rows]))
+    if json is not None:
+        write_results(json, {"rows": rows}, threads)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, __doc__)

@@ -1,27 +1,37 @@
 """kill -9 at random moments: does anything broken stay?
 
-.venv/bin/python docs/results/kill.py demo-out/checkpoint demo-out/fp32 --tries 8
+python -m lvr_lite.bench.experiments.kill demo-out/checkpoint demo-out/fp32 --tries 8
 """
 
 from __future__ import annotations
 
-import argparse
 import random
+import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from lvr_lite.bench.experiments.runner import command, launch, overrides, run
 from lvr_lite.model.bundle import read_manifest
 from lvr_lite.train.finetune import last_whole_checkpoint
 
-LVR = [sys.executable, "-m", "lvr_lite"]
+RUNS_OF_TRAINING = 6
+SETTINGS = (
+    "data.count=400",
+    "data.eval_count=4",
+    "train.steps=60",
+    "train.save_every=5",
+    "train.eval_every=60",
+    "train.batch=4",
+)
 
 
-def killed_after(command: list[str], seconds: float) -> bool:
-    """Start a command and kill it; False where it had ended by itself."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def is_killed(arguments: list[object], seconds: float) -> bool:
+    """Start a command and kill it after so long; False where it had ended by itself."""
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         process.wait(seconds)
         return False
@@ -31,93 +41,67 @@ def killed_after(command: list[str], seconds: float) -> bool:
         return True
 
 
-def bundles(name: str, command: list[str], target: Path, longest: float, tries: int) -> None:
+def write_bundles(target: Path, longest: float, tries: int, *arguments: object) -> None:
     """After each kill the target is absent or a whole bundle; at the end the command, undisturbed,
     leaves no temporary folder.
     """
     kills = 0
     for _ in range(tries):
-        kills += killed_after(command, random.uniform(0.3, longest))
+        kills += is_killed([*arguments], random.uniform(0.3, longest))
         if target.exists():
-            read_manifest(target)  # raises where a file is missing or changed
-    subprocess.run(command, check=True, capture_output=True)
+            # Raises where a file is missing or changed.
+            read_manifest(target)
+    run(*arguments, log=target.parent.with_suffix(".log"))
     read_manifest(target)
-    left = [p.name for p in target.parent.iterdir() if p != target]
+    rest = [path.name for path in target.parent.iterdir() if path != target]
     print(
-        f"{name}: {kills} of {tries} runs killed, no broken bundle; left beside it after a whole run: {left or 'nothing'}"
+        f"{arguments[0]}: {kills} of {tries} runs killed, no broken bundle; "
+        f"beside it after a whole run: {rest or 'nothing'}"
     )
 
 
-def training(out: Path, tries: int) -> None:
+def train(out: Path) -> None:
     """After each kill the run goes on from a whole checkpoint, at most one interval (and the step
     under way) behind.
     """
-    command = [
-        *LVR,
-        "finetune",
-        "--model",
-        "tiny",
-        "--data",
-        "scenes",
-        "--out",
-        str(out),
-        "--set",
-        "data.count=400",
-        "--set",
-        "train.steps=60",
-    ]
-    command += [
-        "--set",
-        "train.save_every=5",
-        "--set",
-        "train.eval_every=60",
-        "--set",
-        "train.batch=4",
-        "--set",
-        "data.eval_count=4",
-    ]
+    source = ("finetune", "--model", "tiny", "--data", "scenes", "--out", out)
     reached = 0
-    for number in range(tries):
-        resume = ["--resume"] if out.is_dir() and last_whole_checkpoint(out) else []
-        if not resume and out.exists():
-            subprocess.run(["rm", "-r", str(out)], check=True)
-        killed = killed_after(command + resume, random.uniform(6, 11))
+    for number in range(RUNS_OF_TRAINING):
+        arguments = [*source, *overrides(*SETTINGS)]
+        if out.is_dir() and last_whole_checkpoint(out):
+            arguments.append("--resume")
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+        killed = is_killed(arguments, random.uniform(6, 11))
         last = last_whole_checkpoint(out) if out.is_dir() else None
         step = int(last.name.split("-")[1]) if last else 0
         assert step >= reached, f"went back from step {reached} to {step}"
         reached = step
-        print(
-            f"finetune, try {number + 1}: {'killed' if killed else 'ended'}, last whole checkpoint at step {step}"
-        )
+        end = "killed" if killed else "ended"
+        print(f"finetune, try {number + 1}: {end}, last whole checkpoint at step {step}")
         if not killed:
             break
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("fp32")
-    parser.add_argument("--tries", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
-    random.seed(a.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "a").mkdir()
-        (Path(folder) / "b").mkdir()
-        began = time.time()
-        target = Path(folder) / "a" / "int8"
-        bundles("export", [*LVR, "export", a.checkpoint, str(target)], target, 20, a.tries)
-        target = Path(folder) / "b" / "int4"
-        bundles(
-            "quantize",
-            [*LVR, "quantize", a.fp32, str(target), "--precision", "int4"],
-            target,
-            3,
-            a.tries,
-        )
-        training(Path(folder) / "run", 6)
-        print(f"{(time.time() - began) / 60:.1f} min")
+def main(
+    checkpoint: Path,
+    fp32: Path,
+    tries: int = 8,
+    seed: int = 0,
+) -> None:
+    random.seed(seed)
+    began = time.time()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("export", "quantize"):
+            (folder / part).mkdir()
+        target = folder / "export" / "int8"
+        write_bundles(target, 20, tries, "export", checkpoint, target)
+        target = folder / "quantize" / "int4"
+        write_bundles(target, 3, tries, "quantize", fp32, target, "--precision", "int4")
+        train(folder / "run")
+    print(f"{(time.time() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, __doc__)

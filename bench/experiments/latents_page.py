@@ -1,22 +1,26 @@
-"""docs/results/latents.json -> the tables of latents.md and its pictures. Called by latents.py;
-`python docs/results/latents_page.py` alone writes them again.
+"""The tables of docs/results/latents.md and its pictures, from docs/results/latents.json.
+
+    python -m lvr_lite.bench.experiments.latents_page
+
+writes them again; `latents` does so at its end.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from lvr_lite.bench.experiments.runner import RESULTS, launch, publish, read_json, table
 
-HERE = Path(__file__).parent
-BEGIN, END = "<!-- made by latents_page.py: below -->", "<!-- made by latents_page.py: above -->"
+MARK = "latents_page"
+BEFORE = "before tuning"
 SHOWN = (
     "zero",
     "noise",
@@ -30,260 +34,285 @@ SHOWN = (
     "markers",
     "self",
 )
-Run = dict[str, Any]
 
 
-def spread(values: Sequence[float], digits: int = 1, scale: float = 100.0) -> str:
+@dataclass(frozen=True)
+class Scores:
+    """What `eval` reports: the share of right answers by type of question, in the suite ("all" is
+    of the whole suite) and outside of it.
+    """
+
+    suite: dict[str, float]
+    skills: dict[str, float]
+
+    @classmethod
+    def of(cls, report: Any) -> Scores:
+        suite, skills = (
+            {kind: part["accuracy"] for kind, part in one["by_type"].items()}
+            for one in (report, report["skills"])
+        )
+        return cls({"all": report["accuracy"], **suite}, skills)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe` reports.
+
+    accuracy: under each intervention, and under "none".
+    flips: share of answers that become the donor's, under each intervention that has a donor.
+    r_at_1, chance: of the retrieval; None where there was none.
+    """
+
+    accuracy: dict[str, float]
+    flips: dict[str, float]
+    r_at_1: float | None
+    chance: float | None
+    verdict: str
+
+    @classmethod
+    def of(cls, report: Any) -> Probe:
+        interventions = report["interventions"]
+        accuracy = {name: one["accuracy"] for name, one in interventions.items()}
+        flips = {
+            name: one["flips_to_donor"]
+            for name, one in interventions.items()
+            if one["flips_to_donor"] is not None
+        }
+        retrieval = report.get("retrieval") or {}
+        rates = (retrieval.get("r_at_1"), retrieval.get("chance"))
+        return cls(accuracy, flips, *rates, report["verdict"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed.
+
+    against: {control: how it differs over the same items}, as `eval --against` reports it.
+    steps, minutes, memory (GiB): of the training.
+    """
+
+    method: str
+    seed: int
+    scores: Scores
+    against: dict[str, Any]
+    steps: int
+    minutes: float
+    memory: float
+    probe: Probe | None
+
+    @classmethod
+    def of(cls, run: Any) -> Run:
+        training = run["finetune"]
+        return cls(
+            run["method"],
+            run["seed"],
+            Scores.of(run["eval"]),
+            run["against"],
+            training["steps"],
+            training["minutes"],
+            training["peak_memory_gb"],
+            Probe.of(run["probe"]) if "probe" in run else None,
+        )
+
+
+def spread(values: Iterable[float], digits: int = 1, scale: float = 100.0) -> str:
     """Mean over seeds with the smallest and largest: "81.2 (80.1 – 82.0)"."""
-    if not values:
+    scaled = [value * scale for value in values]
+    if not scaled:
         return "–"
-    mean = statistics.fmean(values) * scale
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return (
-        f"{mean:.{digits}f} ({min(values) * scale:.{digits}f} – {max(values) * scale:.{digits}f})"
-    )
+    mean = f"{statistics.fmean(scaled):.{digits}f}"
+    if len(scaled) == 1:
+        return mean
+    return f"{mean} ({min(scaled):.{digits}f} – {max(scaled):.{digits}f})"
 
 
-def of(runs: list[Run], value: Callable[[Run], float | None]) -> list[float]:
-    return [v for r in runs if (v := value(r)) is not None]
+def write(results: Path, folder: Path = RESULTS) -> None:
+    """Write latents.md and its pictures in `folder`. results: what `latents.collect` gave."""
+    data = read_json(results)
+    runs = [Run.of(run) for run in data["runs"]]
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    systems = {BEFORE: [Scores.of(report) for report in data["base"].values()]}
+    for method, group in by_method.items():
+        systems[f"`{method}`"] = [run.scores for run in group]
+    probes = {
+        method: [run.probe for run in group if run.probe is not None]
+        for method, group in by_method.items()
+    }
+    probes = {method: group for method, group in probes.items() if group}
+    parts = {
+        "Accuracy by type of question": _accuracy(systems),
+        "Against the controls, on the same items": _paired(runs),
+        "Interventions": _interventions(probes),
+        "Where the latents look": _retrieval(probes),
+        "Verdicts of `probe`": _verdicts(runs),
+        "Outside the suite": _skills(systems),
+        "Cost": _cost(by_method),
+    }
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    publish(text, folder / "latents.md", MARK)
+    _draw_accuracy(systems).savefig(folder / "latents_accuracy.png", dpi=110)
+    _draw_interventions(probes).savefig(folder / "latents_interventions.png", dpi=110)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)])
-
-
-def write(results: Path) -> None:
-    data = json.loads(results.read_text())
-    runs: list[Run] = data["runs"]
-    methods = list(dict.fromkeys(r["method"] for r in runs))
-    by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
-    base = list(data["base"].values())
-    kinds = list(base[0]["by_type"])
-    parts = [
-        "## Accuracy by type of question",
-        _accuracy(by_method, base, kinds),
-        "![accuracy](latents_accuracy.png)",
-    ]
-    parts += ["## Against the controls, on the same items", _paired(by_method)]
-    parts += [
-        "## Interventions",
-        _interventions(by_method),
-        "![interventions](latents_interventions.png)",
-    ]
-    parts += [
-        "## Where the latents look",
-        _retrieval(by_method),
-        "## Verdicts of `probe`",
-        _verdicts(runs),
-    ]
-    parts += ["## Outside the suite", _skills(by_method, base), "## Cost", _cost(by_method)]
-    page = HERE / "latents.md"
-    text = page.read_text() if page.is_file() else f"# Latents that matter\n\n{BEGIN}\n{END}\n"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
-    _figure_accuracy(by_method, base, kinds)
-    _figure_interventions(by_method)
-
-
-def _accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: list[str]) -> str:
-    before = [b["accuracy"] for b in base]
-    rows = [
-        [
-            "before tuning",
-            spread(before),
-            *(spread([b["by_type"][k]["accuracy"] for b in base]) for k in kinds),
-        ]
-    ]
-    for method, runs in by_method.items():
-        evals = [r["eval"] for r in runs]
-        rows.append([f"`{method}`", f"**{spread([e['accuracy'] for e in evals])}**"])
-        rows[-1] += [spread([e["by_type"][k]["accuracy"] for e in evals]) for k in kinds]
-    return table(["method", "all", *kinds], rows)
-
-
-def _paired(by_method: dict[str, list[Run]]) -> str:
+def _accuracy(systems: dict[str, list[Scores]]) -> str:
+    kinds = list(systems[BEFORE][0].suite)
     rows = []
-    for method, runs in by_method.items():
-        for control in ("sft", "dummy"):
-            found = [(r["seed"], r["against"][control]) for r in runs if control in r["against"]]
-            for seed, a in found:
-                low, high = a["interval"]
-                row = [
-                    f"`{method}`",
-                    control,
-                    str(seed),
-                    str(a["n"]),
-                    f"{100 * a['difference']:+.1f}",
-                ]
-                rows.append([*row, f"{100 * low:+.1f} – {100 * high:+.1f}", f"{a['p']:.1e}"])
-    return table(
-        [
-            "method",
-            "against",
-            "seed",
-            "n",
-            "points",
-            "95 % interval (paired bootstrap)",
-            "McNemar p",
-        ],
-        rows,
-    )
+    for name, group in systems.items():
+        overall, *cells = (spread(scores.suite[kind] for scores in group) for kind in kinds)
+        rows.append([name, overall if name == BEFORE else f"**{overall}**", *cells])
+    return f"{table(['method', *kinds], rows)}\n\n![accuracy](latents_accuracy.png)"
 
 
-def _interventions(by_method: dict[str, list[Run]]) -> str:
-    probed = {m: runs for m, runs in by_method.items() if any("probe" in r for r in runs)}
-    rows = [
-        [
-            "none",
-            *(
-                spread([r["probe"]["interventions"]["none"]["accuracy"] for r in runs])
-                for runs in probed.values()
-            ),
-        ]
+def _paired(runs: list[Run]) -> str:
+    titles = [
+        "method",
+        "against",
+        "seed",
+        "n",
+        "points",
+        "95 % interval (paired bootstrap)",
+        "McNemar p",
     ]
-    for name in SHOWN:
-        cells = [
-            [r["probe"]["interventions"][name] for r in runs if name in r["probe"]["interventions"]]
-            for runs in probed.values()
+    rows = []
+    methods = dict.fromkeys(run.method for run in runs)
+    for method, control in [(m, c) for m in methods for c in ("sft", "dummy")]:
+        for run in runs:
+            if run.method != method or control not in run.against:
+                continue
+            paired = run.against[control]
+            low, high = (100 * bound for bound in paired["interval"])
+            cells = [f"`{method}`", control, run.seed, paired["n"]]
+            cells += [f"{100 * paired['difference']:+.1f}", f"{low:+.1f} – {high:+.1f}"]
+            rows.append([*cells, f"{paired['p']:.1e}"])
+    return table(titles, rows)
+
+
+def _interventions(probes: dict[str, list[Probe]]) -> str:
+    rows = []
+    for name in ("none", *SHOWN):
+        groups = [
+            [probe.accuracy[name] for probe in group if name in probe.accuracy]
+            for group in probes.values()
         ]
-        rows.append([name, *(spread([c["accuracy"] for c in cell]) for cell in cells)])
+        rows.append([name, *map(spread, groups)])
         if name.startswith("donor"):
-            flips = [
-                [c["flips_to_donor"] for c in cell if c["flips_to_donor"] is not None]
-                for cell in cells
+            groups = [
+                [probe.flips[name] for probe in group if name in probe.flips]
+                for group in probes.values()
             ]
-            rows.append([f"{name}: flips to the donor's answer", *(spread(f) for f in flips)])
-    return table(["accuracy, % under", *(f"`{m}`" for m in probed)], rows)
+            rows.append([f"{name}: flips to the donor's answer", *map(spread, groups)])
+    titles = ["accuracy, % under", *(f"`{method}`" for method in probes)]
+    return f"{table(titles, rows)}\n\n![interventions](latents_interventions.png)"
 
 
-def _retrieval(by_method: dict[str, list[Run]]) -> str:
+def _retrieval(probes: dict[str, list[Probe]]) -> str:
     rows = []
-    for method, runs in by_method.items():
-        found = [
-            r["probe"]["retrieval"]
-            for r in runs
-            if (r.get("probe", {}).get("retrieval") or {}).get("r_at_1") is not None
+    for method, group in probes.items():
+        rates = [
+            (probe.r_at_1, probe.chance)
+            for probe in group
+            if probe.r_at_1 is not None and probe.chance is not None
         ]
-        if found:
-            ratio = [f["r_at_1"] / f["chance"] for f in found]
-            rows.append(
-                [
-                    f"`{method}`",
-                    spread([f["r_at_1"] for f in found]),
-                    spread([f["chance"] for f in found]),
-                    spread(ratio, scale=1),
-                ]
-            )
+        if rates:
+            r_at_1 = spread(rate for rate, _ in rates)
+            chance = spread(chance for _, chance in rates)
+            ratio = spread((rate / chance for rate, chance in rates), scale=1)
+            rows.append([f"`{method}`", r_at_1, chance, ratio])
     return table(["method", "R@1, %", "area-matched chance, %", "times chance"], rows)
 
 
 def _verdicts(runs: list[Run]) -> str:
     return "\n".join(
-        f"- `{r['method']}`, seed {r['seed']}: {r['probe']['verdict']}"
-        for r in runs
-        if "probe" in r
+        f"- `{run.method}`, seed {run.seed}: {run.probe.verdict}"
+        for run in runs
+        if run.probe is not None
     )
 
 
-def _skills(by_method: dict[str, list[Run]], base: list[Run]) -> str:
-    kinds = list(base[0]["skills"]["by_type"])
+def _skills(systems: dict[str, list[Scores]]) -> str:
+    kinds = list(systems[BEFORE][0].skills)
     rows = [
-        [
-            "before tuning",
-            *(spread([b["skills"]["by_type"][k]["accuracy"] for b in base]) for k in kinds),
-        ]
+        [name, *(spread(scores.skills[kind] for scores in group) for kind in kinds)]
+        for name, group in systems.items()
     ]
-    for method, runs in by_method.items():
-        rows.append(
-            [
-                f"`{method}`",
-                *(
-                    spread([r["eval"]["skills"]["by_type"][k]["accuracy"] for r in runs])
-                    for k in kinds
-                ),
-            ]
-        )
     return table(["method", *kinds], rows)
 
 
 def _cost(by_method: dict[str, list[Run]]) -> str:
     rows = []
     for method, runs in by_method.items():
-        minutes, memory = (
-            [r["finetune"]["minutes"] for r in runs],
-            [r["finetune"]["peak_memory_gb"] for r in runs],
-        )
-        rows.append(
-            [
-                f"`{method}`",
-                str(runs[0]["finetune"]["steps"]),
-                spread(minutes, scale=1),
-                spread(memory, 2, 1),
-            ]
-        )
+        minutes = spread((run.minutes for run in runs), scale=1)
+        memory = spread((run.memory for run in runs), digits=2, scale=1)
+        rows.append([f"`{method}`", runs[0].steps, minutes, memory])
     return table(["method", "steps", "minutes, one thread", "peak memory, GiB"], rows)
 
 
-def _figure_accuracy(by_method: dict[str, list[Run]], base: list[Run], kinds: list[str]) -> None:
-    columns = ["all", *kinds]
-    figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
-    systems = {"before tuning": base} | {
-        m: [r["eval"] for r in runs] for m, runs in by_method.items()
-    }
+def _draw_accuracy(systems: dict[str, list[Scores]]) -> Figure:
+    kinds = list(systems[BEFORE][0].suite)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.85 / len(systems)
-    for i, (name, found) in enumerate(systems.items()):
-        values = [
-            [100 * (e["accuracy"] if c == "all" else e["by_type"][c]["accuracy"]) for e in found]
-            for c in columns
-        ]
-        middle = [statistics.fmean(v) for v in values]
-        pairs = list(zip(middle, values, strict=True))
-        error = [[max(0.0, m - min(v)) for m, v in pairs], [max(0.0, max(v) - m) for m, v in pairs]]
-        places = [x + (i - len(systems) / 2 + 0.5) * width for x in range(len(columns))]
-        axes.bar(places, middle, width, yerr=error, label=name, capsize=1.5)
-    axes.set_xticks(range(len(columns)), columns)
+    for i, (name, group) in enumerate(systems.items()):
+        shares = 100 * np.array([[scores.suite[kind] for scores in group] for kind in kinds])
+        means = shares.mean(1)
+        errors = np.maximum(0, [means - shares.min(1), shares.max(1) - means])
+        places = np.arange(len(kinds)) + (i - len(systems) / 2 + 0.5) * width
+        axes.bar(
+            places,
+            means,
+            width,
+            yerr=errors,
+            label=name.strip("`"),
+            capsize=1.5,
+        )
+    axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("accuracy, % (bars: all seeds)")
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-    figure.savefig(HERE / "latents_accuracy.png", dpi=110)
-    plt.close(figure)
-
-
-def _figure_interventions(by_method: dict[str, list[Run]]) -> None:
-    probed = {m: runs for m, runs in by_method.items() if any("probe" in r for r in runs)}
-    figure, panels = plt.subplots(
-        1, len(probed), figsize=(2.6 * len(probed) + 1, 4), sharey=True, layout="constrained"
+    axes.legend(
+        fontsize=8,
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.2),
     )
-    for axes, (method, runs) in zip(
-        list(panels) if len(probed) > 1 else [panels], probed.items(), strict=True
-    ):
-        names = ["none", *SHOWN]
-        for r in runs:
-            p = r["probe"]
-            found = p["interventions"]
-            places = [i for i, n in enumerate(names) if n in found]
+    return figure
+
+
+def _draw_interventions(probes: dict[str, list[Probe]]) -> Figure:
+    size = (2.6 * len(probes) + 1, 4)
+    figure = Figure(figsize=size, layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(
+        1,
+        len(probes),
+        sharey=True,
+        squeeze=False,
+    )[0]
+    names = ["none", *SHOWN]
+    for axes, (method, group) in zip(panels, probes.items(), strict=True):
+        for probe in group:
+            places = [i for i, name in enumerate(names) if name in probe.accuracy]
+            shares = [100 * probe.accuracy[names[i]] for i in places]
             axes.plot(
-                [100 * found[names[i]]["accuracy"] for i in places],
+                shares,
                 places,
                 "o",
                 alpha=0.6,
                 markersize=5,
             )
-        axes.axvline(
-            100 * statistics.fmean([r["probe"]["interventions"]["none"]["accuracy"] for r in runs]),
-            color="grey",
-            linewidth=0.8,
-        )
+        untouched = statistics.fmean(probe.accuracy["none"] for probe in group)
+        axes.axvline(100 * untouched, color="grey", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(method, fontsize=9)
         axes.set_xlim(0, 100)
         axes.grid(axis="x", alpha=0.3)
-    panels_list = list(panels) if len(probed) > 1 else [panels]
-    panels_list[0].invert_yaxis()
-    panels_list[0].set_xlabel("accuracy, % (a point a seed)")
-    figure.savefig(HERE / "latents_interventions.png", dpi=110)
-    plt.close(figure)
+    panels[0].invert_yaxis()
+    panels[0].set_xlabel("accuracy, % (a point a seed)")
+    return figure
+
+
+def main() -> None:
+    write(RESULTS / "latents.json")
 
 
 if __name__ == "__main__":
-    write(HERE / "latents.json")
+    launch(main, __doc__)

@@ -1,28 +1,36 @@
 """What of a latent step and of a text step is the loop's own Python, and not one of the graphs.
+Half a minute on two cores.
 
     lvr-lite export --synthetic qwen2-vl-2b q2b --precision int4
-    python docs/results/loop.py q2b        (half a minute on 2 cores)
+    python -m lvr_lite.bench.experiments.loop q2b
 
-All calls into ONNX Runtime are timed; the rest of the time between two events of a row is Python's.
+All calls into ONNX Runtime are timed; the rest of the time between two events of an answer is
+Python's.
 """
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lvr_lite.bench.experiments.runner import launch
+from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
 
-LATENTS, TOKENS, PROMPT = 24, 24, 64
+LATENTS = 24
+TOKENS = 24
+PROMPT = 64
+# Several events of one step come together.
+SHORTEST = 1e-4
 
 
 class Timed:
-    """A session whose runs are timed."""
+    """A session whose runs are timed: `seconds` of all sessions together."""
 
     seconds = 0.0
 
@@ -30,62 +38,61 @@ class Timed:
         self._session = session
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._session, name)
-        if name not in ("run", "run_with_iobinding"):
-            return found
+        return getattr(self._session, name)
 
-        def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return found(*arguments)
-            finally:
-                Timed.seconds += time.perf_counter() - began
+    def run(self, *arguments: Any) -> Any:
+        return self._time(self._session.run, *arguments)
 
-        return timed
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        self._time(self._session.run_with_iobinding, *arguments)
+
+    @staticmethod
+    def _time(call: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            Timed.seconds += time.perf_counter() - began
 
 
-class Reasoning:
-    """A runtime whose first choice is to reason: random weights would not."""
-
-    def __init__(self, runtime: OnnxRuntime) -> None:
-        self._runtime, self._said = runtime, False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
+class Reasoning(StartsWithLatents):
+    """Without a copy of the logits after the first choice, which would be counted as Python's."""
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = self._runtime.head(hidden)
-        if not self._said:
-            self._said, logits = True, np.array(logits)
-            logits[:, self._runtime.tokens.lvr_start] = np.inf
-        return logits
+        return super().head(hidden) if self._first else self._runtime.head(hidden)
 
 
-def main() -> None:
-    runtime = OnnxRuntime(Path(sys.argv[1]))
-    runtime = runtime.with_graphs(
-        **{name: Timed(getattr(runtime, f"_{name}")) for name in ("decoder", "embed", "head")}
-    )
+def measure(runtime: OnnxRuntime) -> dict[str, np.ndarray]:
+    """{kind of event: (N, 2) seconds of each step, whole and in the graphs} of one answer."""
     positions = np.broadcast_to(np.arange(PROMPT), (3, PROMPT)).astype(np.int64)
-    prompt = Prompt(
-        np.full(PROMPT, 5, np.int64), np.zeros((0, runtime.hidden_size), np.float32), positions
-    )
+    features = np.zeros((0, runtime.hidden_size), np.float32)
+    prompt = Prompt(np.full(PROMPT, 5, np.int64), features, positions)
     options = Options(max_tokens=TOKENS, min_tokens=TOKENS, steps=LATENTS)
-    shares: dict[str, list[tuple[float, float]]] = {"latent": [], "token": []}
-    for _ in range(2):  # the first one warms up
-        at, graphs = time.perf_counter(), Timed.seconds
-        for event in Decoding(Reasoning(runtime), [prompt], options):
-            now = time.perf_counter()
-            if event.kind in shares and now - at > 1e-4:  # several events of one step come together
-                shares[event.kind].append((now - at, Timed.seconds - graphs))
-                at, graphs = now, Timed.seconds
-    for kind, found in shares.items():
-        whole, inside = np.array(
-            found[len(found) // 2 + 1 :]
-        ).T  # of the second time, without the step in which it began
-        own, share = np.median(whole - inside), np.median(1 - inside / whole)
-        print(f"{kind}: {1e3 * np.median(whole):.2f} ms, Python {1e6 * own:.0f} µs = {share:.2%}")
+    steps: dict[str, list[tuple[float, float]]] = {"latent": [], "token": []}
+    began = time.perf_counter()
+    graphs = Timed.seconds
+    for event in Decoding(Reasoning(runtime, LATENTS), [prompt], options):
+        now = time.perf_counter()
+        if event.kind in steps and now - began > SHORTEST:
+            steps[event.kind].append((now - began, Timed.seconds - graphs))
+            began = now
+            graphs = Timed.seconds
+    return {kind: np.array(times) for kind, times in steps.items()}
+
+
+def main(bundle: Path) -> None:
+    runtime = OnnxRuntime(bundle)
+    graphs = {name: Timed(getattr(runtime, f"_{name}")) for name in ("decoder", "embed", "head")}
+    timed = runtime.with_graphs(**graphs)
+    # The first answer warms up.
+    measure(timed)
+    for kind, times in measure(timed).items():
+        # Without the step in which this kind began.
+        whole, inside = times[1:].T
+        python = 1e6 * np.median(whole - inside)
+        share = np.median(1 - inside / whole)
+        print(f"{kind}: {1e3 * np.median(whole):.2f} ms, Python {python:.0f} µs = {share:.2%}")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, __doc__)

@@ -1,159 +1,153 @@
 """Peak memory of training against what `finetune --plan` predicts, on random weights of real sizes;
 nothing is downloaded.
 
-.venv/bin/python docs/results/memory.py --out memory.json                    # a CUDA card: Qwen2.5-VL-3B's and Qwen2-VL-2B's sizes
-.venv/bin/python docs/results/memory.py --shape tiny --device cpu            # the same code on a CPU, tensors counted as they are made
-.venv/bin/python docs/results/memory.py --shape 3b --layers 2 --device cpu   # real widths, few layers
+A CUDA card, with the sizes of Qwen2.5-VL-3B and Qwen2-VL-2B; then what it will be held against:
 
-.venv/bin/python docs/results/memory.py --predict                            # what it will be held against
+    python -m lvr_lite.bench.experiments.memory --out memory.json
+    python -m lvr_lite.bench.experiments.memory --predict
+
+The same code on a CPU, tensors counted as they are made; real widths with few layers:
+
+    python -m lvr_lite.bench.experiments.memory --shape tiny --device cpu
+    python -m lvr_lite.bench.experiments.memory --shape 3b --layers 2 --device cpu
 
 Measured are training steps through the collator, LatentSFT and the optimizer of the settings, and
-answering 16 held-out questions.
+answering 16 held-out questions (--answering, and always on a card). Shapes are 3b, 2b, quarter and
+tiny; --layers are of both towers; --visual is of tokens; lists have commas between.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
 import itertools
-import json
-import re
 import time
 import warnings
-import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
+from lvr_lite.bench.experiments import runner
+from lvr_lite.bench.experiments.live_bytes import Peak, Saved, metered
+from lvr_lite.bench.experiments.memory_model import build, config_of, make_optimizer
+from lvr_lite.bench.experiments.runner import (
+    JsonObject,
+    header,
+    launch,
+    row,
+    to_json,
+    write_results,
+)
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
-from lvr_lite.train import load as nf4
 from lvr_lite.train import memory as plan
 from lvr_lite.train.batches import Collator, Item
 from lvr_lite.train.finetune import adapted
 from lvr_lite.train.sft import LatentSFT
 
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-CONFIGS: dict[str, dict[str, Any]] = {  # as published in the models' config.json
-    "3b": {
-        "model_type": "qwen2_5_vl",
-        "text_config": {
-            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-            "num_key_value_heads": 2, "vocab_size": 151936, "rope_parameters": ROPE, "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        "tie_word_embeddings": True,
-    },
-    # a quarter of the 3B's widths and vocabulary, for CPUs: there too the embedding outweighs a
-    # layer
-    "quarter": {
-        "model_type": "qwen2_5_vl",
-        "text_config": {
-            "hidden_size": 512, "intermediate_size": 2752, "num_hidden_layers": 2, "num_attention_heads": 8,
-            "num_key_value_heads": 1, "vocab_size": 37984, "tie_word_embeddings": True,
-            "bos_token_id": None, "eos_token_id": None, "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]},
-        },
-        "vision_config": {
-            "depth": 2, "hidden_size": 320, "intermediate_size": 856, "num_heads": 4, "out_hidden_size": 512,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
-        },
-        "tie_word_embeddings": True,
-    },
-    "2b": {
-        "model_type": "qwen2_vl",
-        "text_config": {
-            "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-            "num_key_value_heads": 2, "vocab_size": 151936, "rope_parameters": ROPE, "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 1536, "patch_size": 14, "spatial_merge_size": 2,
-        },
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
-ARCHITECTURES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL"}
+ANSWERING = "answering held-out questions"
+# Visual tokens: rows and columns of a picture.
 SIDES = {
     64: (8, 8),
     256: (16, 16),
     512: (16, 32),
     1024: (32, 32),
     2048: (32, 64),
-}  # visual tokens -> rows, columns
+}
 
 
-def config_of(shape: str, layers: int | None) -> dict[str, Any]:
-    config: dict[str, Any] = (
-        read_checkpoint("tiny").config
-        if shape == "tiny"
-        else json.loads(json.dumps(CONFIGS[shape]))
-    )
-    if layers is not None:
-        config["text_config"] |= {
-            "num_hidden_layers": layers,
-            "layer_types": ["full_attention"] * layers,
-        }
-        config["vision_config"] |= {"depth": layers, "fullatt_block_indexes": [layers - 1]}
-    return config
+@dataclass(frozen=True)
+class Options:
+    """What to measure, on what. overrides: settings as of `finetune`."""
+
+    layers: int | None
+    device: str
+    precision: str
+    visual: list[int]
+    batch: list[int]
+    method: list[str]
+    answering: bool
+    overrides: list[str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def settings(self, *more: str) -> Settings:
+        precision = f"train.precision={self.precision}"
+        return load_settings(None, [precision, "train.accumulation=1", *self.overrides, *more])
 
 
-def build(config: dict[str, Any], checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
-    """A model of these sizes with random weights: linears of the text layers in NF4, one at a time,
-    so that the whole never is in bf16.
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a method of training, or "answering". visual: tokens of a picture.
+    checkpointing: "on", "off" or "".
     """
-    import bitsandbytes as bnb
-    import transformers
-    from accelerate import init_empty_weights
 
-    name = ARCHITECTURES[config["model_type"]]
-    made = getattr(transformers, f"{name}Config")(
-        **{k: v for k, v in config.items() if k != "model_type"}
-    )
-    with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(made)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and re.fullmatch(
-            checkpoint.family.LORA_TARGETS, path
-        ):
-            out, into = module.out_features, module.in_features
-            quantized = bnb.nn.Linear4bit(
-                into, out, module.bias is not None, dtype, True, "nf4", device="meta"
-            )
-            weight = 0.02 * torch.randn(out, into, dtype=dtype, device=device)
-            quantized.weight = bnb.nn.Params4bit(
-                weight.cpu(), False, compress_statistics=True, quant_type="nf4", module=quantized
-            ).to(device)
-            model.set_submodule(path, quantized)
-    for path, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            parent, _, last = path.rpartition(".")
-            start = torch.ones if "norm" in path or "ln_q" in path else torch.randn
-            value = start(parameter.shape, dtype=dtype, device=device) * (
-                1.0 if start is torch.ones else 0.02
-            )
-            setattr(
-                model.get_submodule(parent), last, torch.nn.Parameter(value, requires_grad=False)
-            )
-    if config["tie_word_embeddings"]:
-        model.lm_head.weight = model.get_input_embeddings().weight
-    model.to(device)
-    model.is_loaded_in_4bit = True
-    nf4.check_quantized(model, checkpoint)
-    return model
+    settings: Settings
+    method: str
+    visual: int
+    batch: int
+    checkpointing: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the plan, in bytes. phase: of the step, where the peak is. saved: what autograd holds
+    between forward and backward; None where it is not asked for.
+    """
+
+    peak: int
+    phase: str
+    saved: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes but for `seconds` (of a step, or of all answers) and the ratios (predicted over
+    measured). None is not measured.
+
+    predicted, saved_predicted, phase: of the prediction.
+    peak: of live tensors. saved: what autograd holds between forward and backward.
+    reserved, context: see live_bytes.Peak.
+    """
+
+    phase: str
+    predicted: int | None = None
+    peak: int | None = None
+    ratio: float | None = None
+    saved: int | None = None
+    saved_predicted: int | None = None
+    saved_ratio: float | None = None
+    seconds: float | None = None
+    reserved: int | None = None
+    context: int | None = None
+
+    @classmethod
+    def of(
+        cls, prediction: Prediction, peak: Peak, seconds: float, saved: int | None = None
+    ) -> Measured:
+        saved_ratio = prediction.saved / saved if prediction.saved and saved else None
+        return cls(
+            phase=prediction.phase,
+            predicted=prediction.peak,
+            peak=peak.live,
+            ratio=prediction.peak / peak.live,
+            saved=saved,
+            saved_predicted=prediction.saved,
+            saved_ratio=saved_ratio,
+            seconds=seconds,
+            reserved=peak.reserved,
+            context=peak.context,
+        )
 
 
 def items_of(visual: int, count: int) -> list[Item]:
@@ -163,80 +157,19 @@ def items_of(visual: int, count: int) -> list[Item]:
     """
     rows, columns = SIDES[visual]
     noise = np.random.default_rng(0).integers(0, 255, (count, 28 * rows, 28 * columns, 3), np.uint8)
-    questions = ["what colour is the star " * 10 + "left " * (i % 2) for i in range(count)]
-    return [
-        (
-            Sample(str(i), (Path("none"),), q, "red and blue", boxes=((0.2, 0.2, 0.6, 0.6),)),
-            (Image.fromarray(noise[i]),),
+    boxes = ((0.2, 0.2, 0.6, 0.6),)
+    items: list[Item] = []
+    for i in range(count):
+        question = "what colour is the star " * 10 + "left " * (i % 2)
+        sample = Sample(
+            str(i),
+            (Path("none"),),
+            question,
+            "red and blue",
+            boxes=boxes,
         )
-        for i, q in enumerate(questions)
-    ]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of live tensors that were made under it, and their peak: what
-    torch.cuda.max_memory_allocated counts, without a card.
-
-    Not seen: memory that a kernel takes and gives back inside itself.
-    """
-
-    def __init__(self, before: list[torch.Tensor]) -> None:
-        """before: tensors that are there already, which are counted once, from the start."""
-        super().__init__()
-        self.known = WeakIdKeyDictionary(
-            {tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in before}
-        )
-        self.peak = self.now = sum(self.known.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and not tensor.is_meta
-                and (storage := tensor.untyped_storage()) not in self.known
-            ):
-                size = -(-storage.nbytes() // 512) * 512
-                self.known[storage] = size
-                weakref.finalize(storage, self._gone, size)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
-
-
-class Saved:
-    """Bytes that autograd holds between forward and backward, each storage once, parameters
-    apart.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.own = {
-            t.untyped_storage().data_ptr()
-            for t in itertools.chain(module.parameters(), module.buffers())
-        }
-        self.held: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def hooks(self) -> Any:
-        class Held:
-            def __init__(self, tensor: torch.Tensor) -> None:
-                self.tensor = tensor
-
-        def pack(tensor: torch.Tensor) -> Held:
-            held = Held(tensor.detach())  # with its graph it would keep itself alive
-            self.held.add(held)
-            return held
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor)
-
-    def bytes(self) -> int:
-        storages = {
-            h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes()
-            for h in self.held
-        }
-        return sum(n for at, n in storages.items() if at not in self.own)
+        items.append((sample, (Image.fromarray(noise[i]),)))
+    return items
 
 
 @contextlib.contextmanager
@@ -253,42 +186,34 @@ def as_on_a_card(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def optimizer_of(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
-
-    if "8bit" in name or name.startswith("paged"):
-        made: torch.optim.Optimizer = bnb.optim.AdamW(
-            parameters,
-            lr=1e-4,
-            optim_bits=8 if "8bit" in name else 32,
-            is_paged=name.startswith("paged"),
-        )
-        return made
-    return (
-        torch.optim.SGD(parameters, lr=1e-4)
-        if name == "sgd"
-        else torch.optim.AdamW(parameters, lr=1e-4, fused=name.endswith("fused"))
-    )
-
-
 def tokens_of(batch: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
-    """What the plan is told about a batch: its longest row."""
+    """The tokens of a batch's longest row, as the plan has them."""
     (rows,) = [batch] if "ids" in batch else batch["direct"]
     visual = int((rows["ids"][0] == checkpoint.tokens.image).sum())
-    k = plan.latents(settings, plan.Tokens(visual))
+    latents = plan.latents(settings, plan.Tokens(visual))
     text = int(rows["response"]) - visual
-    return plan.Tokens(visual, text, rows["ids"].shape[1] - visual - text - (k + 2 if k else 0))
+    markers = 2 if latents else 0
+    answer = rows["ids"].shape[1] - visual - text - latents - markers
+    return plan.Tokens(visual, text, answer)
 
 
 def copied(batch: Any, device: str) -> Any:
     """A batch's tensors as new ones on the device."""
     if isinstance(batch, dict):
-        return {k: copied(v, device) for k, v in batch.items()}
-    return (
-        [copied(v, device) for v in batch]
-        if isinstance(batch, list)
-        else batch.to(device, copy=True)
-    )
+        return {key: copied(value, device) for key, value in batch.items()}
+    if isinstance(batch, list):
+        return [copied(value, device) for value in batch]
+    return batch.to(device, copy=True)
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing of an adapted model."""
+    core = model.get_base_model()
+    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # What switches it off has another name in each transformers.
+    for module in core.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = on
 
 
 def measure_training(
@@ -298,292 +223,234 @@ def measure_training(
     visual: int,
     dtype: torch.dtype,
     device: str,
-) -> dict[str, Any]:
-    """Three steps: peak bytes, on CPUs also what autograd saved, and the seconds of a step."""
-    core = model.get_base_model()
-    core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in core.modules():
-        if hasattr(
-            module, "gradient_checkpointing"
-        ):  # what switches it off has another name in each transformers
-            module.gradient_checkpointing = settings.train.gradient_checkpointing
+) -> Measured:
+    """A few steps: peak bytes, on CPUs also what autograd saved, and the seconds of a step."""
+    set_checkpointing(model, settings.train.gradient_checkpointing)
     batch = Collator(checkpoint, settings.latent)(items_of(visual, settings.train.batch))
     tokens = tokens_of(batch, checkpoint, settings)
-    shape = plan.shape_of(checkpoint.config)
-    predicted = plan.phase_bytes(shape, settings, tokens)
-    del predicted["answering held-out questions"]
-    stays = sum(plan.standing_bytes(shape, settings).values()) + (
-        unpaged(shape, settings) if device == "cpu" else plan.WORKSPACE
-    )
     sft = LatentSFT(model, checkpoint.tokens, settings.latent).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(settings.train.optimizer, trained)
-    meter, saved, seconds = Meter(model, device), Saved(sft), []
-    with meter:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(settings.train.optimizer, trained)
+    saved = Saved(sft)
+    saved_bytes = 0
+    seconds = []
+    with metered(model, device) as peak:
         for _ in range(3 if device == "cuda" else 2):
-            started = time.perf_counter()
+            began = time.perf_counter()
             there = copied(batch, device)
             with as_on_a_card(device, dtype):
-                counted = saved.hooks() if device == "cpu" else contextlib.nullcontext()
-                with (
-                    counted,
-                    torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16),
-                ):
+                count = saved.hooks() if device == "cpu" else contextlib.nullcontext()
+                with count, torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
                     loss = sft(**there)["loss"]
-                kept = saved.bytes() if device == "cpu" else 0
+                saved_bytes = saved.bytes()
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             del loss, there
-            meter.wait()
-            seconds.append(time.perf_counter() - started)
-    found = {
-        "seconds": min(seconds),
-        "peak": meter.peak,
-        "predicted": stays + max(predicted.values()),
-        "phase": max(predicted, key=predicted.__getitem__),
-    }
-    if device == "cpu":
-        saved_predicted = plan.saved_bytes(shape, settings, tokens)
-        found |= {
-            "saved": kept,
-            "saved_predicted": saved_predicted,
-            "saved_ratio": saved_predicted / kept,
-        }
-    return found | {"reserved": meter.reserved, "context": meter.context}
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    prediction = predict_training(plan.shape_of(checkpoint.config), settings, tokens, device)
+    if device == "cuda":
+        return Measured.of(replace(prediction, saved=None), peak, min(seconds))
+    return Measured.of(prediction, peak, min(seconds), saved_bytes)
 
 
-def unpaged(shape: plan.Shape, settings: Settings) -> int:
-    """Optimizer states that a card would page; on a CPU they lie with the others."""
-    return plan.optimizer_bytes(settings.train.optimizer, plan.trained(shape, settings.lora.rank))[
-        1
-    ]
+def predict_training(
+    shape: plan.Shape, settings: Settings, tokens: plan.Tokens, device: str
+) -> Prediction:
+    phases = plan.phase_bytes(shape, settings, tokens)
+    del phases[ANSWERING]
+    phase = max(phases, key=phases.__getitem__)
+    peak = phases[phase] + sum(plan.standing_bytes(shape, settings).values())
+    if device == "cuda":
+        peak += plan.WORKSPACE
+    else:
+        # What a card would page lies with the other states of the optimizer.
+        trained = plan.trained(shape, settings.lora.rank)
+        _, paged = plan.optimizer_bytes(settings.train.optimizer, trained)
+        peak += paged
+    return Prediction(peak, phase, plan.saved_bytes(shape, settings, tokens))
 
 
 def measure_answering(
     model: Any, checkpoint: Checkpoint, settings: Settings, visual: int, device: str
-) -> dict[str, Any]:
+) -> Measured:
     """Peak bytes of answering held-out questions, as evaluation during training does."""
     runtime = TorchRuntime(model.eval(), checkpoint)
-    meter, started = Meter(model, device), time.perf_counter()
-    with meter:
+    began = time.perf_counter()
+    with metered(model, device) as peak:
         accuracy_on(runtime, items_of(visual, plan.EVAL_ROWS))
+    seconds = time.perf_counter() - began
     shape = plan.shape_of(checkpoint.config)
+    prediction = predict_answering(
+        shape,
+        settings,
+        visual,
+        device,
+        optimizer=False,
+    )
+    return Measured.of(prediction, peak, seconds)
+
+
+def predict_answering(
+    shape: plan.Shape, settings: Settings, visual: int, device: str, optimizer: bool
+) -> Prediction:
+    """optimizer: its states stay meanwhile."""
     stays = plan.standing_bytes(shape, settings)
-    del stays["optimizer"]  # there is none here
-    predicted = (
-        sum(stays.values())
-        + plan.phase_bytes(shape, settings, plan.Tokens(visual))["answering held-out questions"]
-    )
-    predicted += plan.WORKSPACE if device == "cuda" else 0
-    return {"seconds": time.perf_counter() - started, "peak": meter.peak, "predicted": predicted, "phase": "answering"} | {
-        "reserved": meter.reserved, "context": meter.context,
-    }  # fmt: skip
+    if not optimizer:
+        del stays["optimizer"]
+    answering = plan.phase_bytes(shape, settings, plan.Tokens(visual))[ANSWERING]
+    workspace = plan.WORKSPACE if device == "cuda" else 0
+    return Prediction(sum(stays.values()) + answering + workspace, "answering")
 
 
-class Meter:
-    """Peak bytes of tensors while it is entered, the model's own included."""
-
-    def __init__(self, model: torch.nn.Module, device: str) -> None:
-        self.device, self.peak, self.reserved, self.context = device, 0, 0, 0
-        self.live = LiveBytes(model_tensors(model) if device == "cpu" else [])
-
-    def __enter__(self) -> None:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self.live.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self.device == "cuda":
-            self.peak, self.reserved = (
-                torch.cuda.max_memory_allocated(),
-                torch.cuda.max_memory_reserved(),
-            )
-            free, total = torch.cuda.mem_get_info()
-            self.context = (
-                total - free - torch.cuda.memory_reserved()
-            )  # other processes on the card count too
-        else:
-            self.live.__exit__(*error)
-            self.peak = self.live.peak
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def model_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers and the state of 4-bit weights."""
-    import bitsandbytes as bnb
-
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            tensors += [
-                state.absmax,
-                state.code,
-                state.offset,
-                state.state2.absmax,
-                state.state2.code,
-            ]
-    return tensors
-
-
-COLUMNS: dict[str, tuple[str, str, float]] = {  # title -> key of a row, its format, its unit
-    "shape": ("shape", "", 1),
-    "method": ("method", "", 1),
-    "visual tokens": ("visual", "", 1),
-    "batch": ("batch", "", 1),
-    "checkpointing": ("checkpointing", "", 1),
-    "s/step": ("seconds", ".2f", 1),
-    "measured MiB": ("peak", ",.1f", plan.MIB),
-    "predicted MiB": ("predicted", ",.1f", plan.MIB),
-    "at": ("phase", "", 1),
-    "ratio": ("ratio", ".3f", 1),
-    "saved MiB": ("saved", ",.2f", plan.MIB),
-    "predicted saved MiB": ("saved_predicted", ",.2f", plan.MIB),
-    "saved, ratio": ("saved_ratio", ".3f", 1),
-}
-
-
-def line(row: dict[str, Any], titles: list[str]) -> str:
-    """A row of the table; what was not measured is left empty."""
-    cells = []
-    for key, how, unit in (COLUMNS[title] for title in titles):
-        value = row.get(key, "")
-        cells.append(format(value / unit, how) if how and value != "" else str(value))
-    return f"| {' | '.join(cells)} |"
-
-
-def settings_of(a: argparse.Namespace, *overrides: str) -> Settings:
-    return load_settings(
-        None, [f"train.precision={a.precision}", "train.accumulation=1", *a.overrides, *overrides]
-    )
-
-
-def wanted(a: argparse.Namespace) -> Iterator[tuple[Settings, dict[str, Any]]]:
-    """The settings to measure, each with the first cells of its row; last of all the answering of
-    held-out questions.
-    """
-    for method, visual, batch, on in itertools.product(a.method, a.visual, a.batch, ("on", "off")):
-        chosen = settings_of(
-            a,
+def cases(options: Options) -> Iterator[Case]:
+    """What to measure; last of all the answering of held-out questions."""
+    product = itertools.product(options.method, options.visual, options.batch, ("on", "off"))
+    for method, visual, batch, checkpointing in product:
+        settings = options.settings(
             f"latent.method={method}",
             f"train.batch={batch}",
-            f"train.gradient_checkpointing={on}",
+            f"train.gradient_checkpointing={checkpointing}",
         )
-        yield chosen, {"method": method, "visual": visual, "batch": batch, "checkpointing": on}
-    if a.answering or a.device == "cuda":
-        for visual in a.visual:
-            yield (
-                settings_of(a),
-                {
-                    "method": "answering",
-                    "visual": visual,
-                    "batch": plan.EVAL_ROWS,
-                    "checkpointing": "",
-                },
-            )
+        yield Case(settings, method, visual, batch, checkpointing)
+    if options.answering or options.device == "cuda":
+        for visual in options.visual:
+            yield Case(options.settings(), "answering", visual, plan.EVAL_ROWS, "")
 
 
-def measure(name: str, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(shape: str, options: Options) -> Iterator[tuple[Case, Measured]]:
     """The rows of one shape."""
-    tiny, config = read_checkpoint("tiny"), config_of(name, a.layers)
-    checkpoint = replace(
-        tiny, config=config, image_spec=tiny.image_spec | {"max_pixels": 28 * 28 * max(SIDES)}
-    )
-    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
-    model = adapted(build(config, checkpoint, dtype, a.device), checkpoint, settings_of(a))
-    for settings, row in wanted(a):
-        row["shape"] = name
+    tiny = read_checkpoint("tiny")
+    config = config_of(shape, options.layers)
+    image_spec = tiny.image_spec | {"max_pixels": 28 * 28 * max(SIDES)}
+    checkpoint = replace(tiny, config=config, image_spec=image_spec)
+    device = options.device
+    base = build(config, checkpoint, options.dtype, device)
+    model = adapted(base, checkpoint, options.settings())
+    for case in cases(options):
+        settings = case.settings
         try:
-            if row["method"] == "answering":
-                row |= measure_answering(model, checkpoint, settings, row["visual"], a.device)
+            if case.method == "answering":
+                measured = measure_answering(model, checkpoint, settings, case.visual, device)
             else:
-                row |= measure_training(model, checkpoint, settings, row["visual"], dtype, a.device)
-            row["ratio"] = row["predicted"] / row["peak"]
+                measured = measure_training(
+                    model, checkpoint, settings, case.visual, options.dtype, device
+                )
         except torch.cuda.OutOfMemoryError:
-            row["phase"] = "out of memory"
-        yield row
+            measured = Measured("out of memory")
+        yield case, measured
 
 
-def predict(name: str, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The same rows, planned and not measured, for the plan's own number of text tokens."""
-    shape = plan.shape_of(config_of(name, a.layers))
-    for settings, row in wanted(a):
-        made = plan.phase_bytes(shape, settings, plan.Tokens(row["visual"]))
-        stays, answering = (
-            sum(plan.standing_bytes(shape, settings).values()) + plan.WORKSPACE,
-            made.pop("answering held-out questions"),
-        )
-        if row["method"] == "answering":
-            row |= {"shape": name, "predicted": stays + answering, "phase": "answering"}
-        else:
-            phase = max(made, key=made.__getitem__)
-            row |= {"shape": name, "predicted": stays + made[phase], "phase": phase}
-            row["saved_predicted"] = plan.saved_bytes(shape, settings, plan.Tokens(row["visual"]))
-        yield row
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["3b", "2b"], choices=[*CONFIGS, "tiny"])
-    parser.add_argument("--layers", type=int, help="fewer layers in both towers than the model has")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--visual", type=int, nargs="+", default=[256, 512, 1024], choices=SIDES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--method", nargs="+", default=["lvr", "lvr-bottleneck"])
-    parser.add_argument(
-        "--answering", action="store_true", help="also 16 held-out questions (always on a card)"
-    )
-    parser.add_argument(
-        "--set", dest="overrides", nargs="+", default=[], help="settings, as of `finetune`"
-    )
-    parser.add_argument(
-        "--predict", action="store_true", help="predictions alone: nothing is built or measured"
-    )
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    a = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    device = (
-        "CPU (live tensors counted)"
-        if a.device == "cpu"
-        else "predictions"
-        if a.predict
-        else torch.cuda.get_device_name()
-    )
-    left_out = (
-        {"s/step", "measured MiB", "ratio", "saved MiB", "saved, ratio"} if a.predict else set()
-    )
-    left_out |= (
-        {"saved MiB", "predicted saved MiB", "saved, ratio"}
-        if a.device == "cuda" and not a.predict
-        else set()
-    )
-    titles = [title for title in COLUMNS if title not in left_out]
-    print(
-        f"{device}; torch {torch.__version__}; {a.precision}\n\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
-    )
-    rows = []
-    for row in itertools.chain.from_iterable(
-        (predict if a.predict else measure)(name, a) for name in a.shape
-    ):
-        rows.append(row)
-        print(line(row, titles), flush=True)
-    if a.out is not None:
-        a.out.write_text(
-            json.dumps(
-                {"device": device, "torch": torch.__version__, "layers": a.layers, "rows": rows},
-                indent=1,
+def predict(shape: str, options: Options) -> Iterator[tuple[Case, Measured]]:
+    """The same rows, planned and not measured, of a card and the plan's own number of text
+    tokens.
+    """
+    sizes = plan.shape_of(config_of(shape, options.layers))
+    for case in cases(options):
+        settings = case.settings
+        if case.method == "answering":
+            prediction = predict_answering(
+                sizes,
+                settings,
+                case.visual,
+                "cuda",
+                optimizer=True,
             )
-        )
+        else:
+            prediction = predict_training(sizes, settings, plan.Tokens(case.visual), "cuda")
+        yield case, Measured(prediction.phase, prediction.peak, saved_predicted=prediction.saved)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of the table: what it shows of a row's JSON, how, and in what unit."""
+
+    title: str
+    key: str
+    form: str = ""
+    unit: int = 1
+
+    def cell(self, values: JsonObject) -> str:
+        value = values.get(self.key, "")
+        if self.form and isinstance(value, float | int):
+            return format(value / self.unit, self.form)
+        return str(value)
+
+
+COLUMNS = (
+    Column("shape", "shape"),
+    Column("method", "method"),
+    Column("visual tokens", "visual"),
+    Column("batch", "batch"),
+    Column("checkpointing", "checkpointing"),
+    Column("s/step", "seconds", ".2f"),
+    Column("measured MiB", "peak", ",.1f", plan.MIB),
+    Column("predicted MiB", "predicted", ",.1f", plan.MIB),
+    Column("at", "phase"),
+    Column("ratio", "ratio", ".3f"),
+    Column("saved MiB", "saved", ",.2f", plan.MIB),
+    Column("predicted saved MiB", "saved_predicted", ",.2f", plan.MIB),
+    Column("saved, ratio", "saved_ratio", ".3f"),
+)
+MEASURED: tuple[str, ...] = ("seconds", "peak", "ratio", "saved", "saved_ratio")
+SAVED = ("saved", "saved_predicted", "saved_ratio")
+
+
+def main(
+    shape: str = "3b,2b",
+    layers: int | None = None,
+    device: str = "cuda",
+    precision: str = "bf16",
+    visual: str = "256,512,1024",
+    batch: str = "1,2",
+    method: str = "lvr,lvr-bottleneck",
+    answering: bool = False,
+    settings: runner.Settings = None,
+    only_predict: Annotated[bool, typer.Option("--predict")] = False,
+    out: Path | None = None,
+) -> None:
+    options = Options(
+        layers=layers,
+        device=device,
+        precision=precision,
+        visual=[int(tokens) for tokens in visual.split(",")],
+        batch=[int(rows) for rows in batch.split(",")],
+        method=method.split(","),
+        answering=answering,
+        overrides=settings or [],
+    )
+    warnings.filterwarnings("ignore")
+    if only_predict:
+        place = "predictions"
+        hidden = MEASURED
+    elif device == "cpu":
+        place = "CPU (live tensors counted)"
+        hidden = ()
+    else:
+        place = torch.cuda.get_device_name()
+        hidden = SAVED
+    columns = [column for column in COLUMNS if column.key not in hidden]
+    print(f"{place}; torch {torch.__version__}; {precision}\n")
+    print(header([column.title for column in columns]))
+    rows = []
+    for name in shape.split(","):
+        for case, measured in (predict if only_predict else measure)(name, options):
+            values = {"shape": name} | to_json(case) | to_json(measured)
+            del values["settings"]
+            rows.append(values)
+            print(row(column.cell(values) for column in columns), flush=True)
+    if out is not None:
+        results = {
+            "device": place,
+            "torch": torch.__version__,
+            "layers": layers,
+            "rows": rows,
+        }
+        write_results(out, results)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, __doc__)

@@ -1,5 +1,5 @@
-"""`lvr-lite demo`: the whole job on the embedded model, as a user would do it. May import: the
-core, Pillow and rich.
+"""`lvr-lite demo`: the whole job on the embedded model, as a user would do it. May import: all that
+stands above `commands`, Pillow and rich.
 
 Every stage is one of the commands, in a process of its own, so that the demo shows what the
 commands do and nothing else; what they measured comes back through their --json files. Only the
@@ -16,256 +16,230 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from rich.console import Console
-from rich.table import Table
-
+from lvr_lite.commands.model import open_model
 from lvr_lite.errors import LvrError, UsageError
-from lvr_lite.files import write_atomically
-from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import decode
-from lvr_lite.generate.runtime import Runtime
+from lvr_lite.files import JsonObject, write_atomically
+from lvr_lite.terminal import stderr
 from lvr_lite.toy.make import scene_samples
-from lvr_lite.views.look import View, views
+from lvr_lite.views.look import views
+from lvr_lite.views.page import write_page
 
 RESULTS = "results.json"
-SHOWN = 12  # pictures on the page
+BUNDLES = ("fp32", "int8", "int4")
+# pictures on the page
+EXAMPLES = 12
+# Of --quick: so many steps that the model opens the latent loop, without which there is nothing to
+# probe.
+QUICK = {
+    "train.steps": 60,
+    "train.eval_every": 30,
+    "train.save_every": 30,
+    "data.count": 640,
+    "data.eval_count": 12,
+}
 
 
-def run_demo(out: Path, quick: bool) -> None:
-    """Tune, export, quantize, score and measure into `out`: checkpoint/, fp32/, int8/, int4/,
-    results.json, report.html.
+@dataclass(frozen=True)
+class DemoSystem:
+    """One model of the demo.
 
-    quick: a few steps and questions. Raises UsageError where `out` holds something else, LvrError
-    where a stage fails.
+    n, accuracy, interval, by_type, pair_accuracy: on held-out scenes, as `eval` writes them.
+    ttft_ms, ttfa_ms, tpls_ms, tpot_ms: medians; None for a checkpoint, which is not measured.
+    size_mb: of all graphs, in MB.
+    peak_rss_mb: of `lvr-lite run`, in MiB.
     """
-    if out.exists() and not (
-        out.is_dir() and (not any(out.iterdir()) or (out / RESULTS).is_file())
-    ):
+
+    name: str
+    n: int
+    accuracy: float
+    interval: list[float]
+    by_type: JsonObject
+    pair_accuracy: float | None
+    ttft_ms: float | None = None
+    ttfa_ms: float | None = None
+    tpls_ms: float | None = None
+    tpot_ms: float | None = None
+    size_mb: float | None = None
+    peak_rss_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured.
+
+    out: holds checkpoint/, fp32/, int8/, int4/, results.json, report.html and the pages of `probe`
+        and `bench`.
+    probe: of the int8 bundle.
+    curve: loss and accuracy by step.
+    machine: the card of what was measured on.
+    commands: what was run.
+    minutes: by stage, and "all".
+    """
+
+    out: Path
+    systems: list[DemoSystem]
+    probe: JsonObject
+    curve: list[JsonObject]
+    machine: JsonObject
+    commands: list[str]
+    minutes: dict[str, float]
+
+    @property
+    def page(self) -> Path:
+        return self.out / "report.html"
+
+    def to_json(self) -> JsonObject:
+        fields = asdict(self)
+        del fields["out"]
+        return {"schema": "lvr-lite/demo", "version": 1} | fields
+
+
+def demo(out: str | Path = "demo-out", quick: bool = False) -> Demo:
+    """Tune, export, quantize, score, probe and measure the embedded model into the folder `out`.
+
+    quick: a few steps and questions.
+
+    Raises UsageError where `out` holds something else, LvrError where a stage fails.
+    """
+    out = Path(out)
+    earlier = out.is_dir() and (not any(out.iterdir()) or (out / RESULTS).is_file())
+    if out.exists() and not earlier:
         raise UsageError(
             f"{out}: exists and is not an earlier demo; choose another --out, or remove it"
         )
-    questions = 24 if quick else 300
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=out) as scratch:
-        demo = _Demo(Path(scratch))
-        results = demo.stages(out, quick, questions)
-        if (out / "checkpoint").exists():
-            shutil.rmtree(out / "checkpoint")
-        for name in ("checkpoint", "fp32", "int8", "int4"):
+        stages = _Stages(out, Path(scratch), quick)
+        result, answers = stages.run_all()
+        for name in ("checkpoint", *BUNDLES):
             if (out / name).exists():
                 shutil.rmtree(out / name)
             (Path(scratch) / name).rename(out / name)
-    results["minutes"]["all"] = round((time.time() - began) / 60, 2)
-    _finish(out, results)
+    result.minutes["all"] = round((time.time() - began) / 60, 2)
+    write_page(result.to_json() | {"examples": _examples(out / "int8", answers)}, result.page)
+    write_atomically(out / RESULTS, json.dumps(result.to_json(), indent=1))
+    return result
 
 
-class _Demo:
-    """The stages, with their commands, times and results."""
+class _Stages:
+    """The stages of a demo, each a few commands, with their times."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, out: Path, scratch: Path, quick: bool) -> None:
+        self.out = out
         self.scratch = scratch
+        self.quick = quick
         self.commands: list[str] = []
         self.minutes: dict[str, float] = {}
-        self.console = Console(stderr=True)
+        self.console = stderr()
 
-    def stages(self, out: Path, quick: bool, questions: int) -> dict[str, Any]:
-        here = self.scratch
-        tuned, bundles = (
-            here / "checkpoint",
-            {name: here / name for name in ("fp32", "int8", "int4")},
-        )
-        # so many that the model opens the latent loop, without which there is nothing to probe
-        faster = [
-            "--set",
-            "train.steps=60",
-            "--set",
-            "train.eval_every=30",
-            "--set",
-            "train.save_every=30",
-            "--set",
-            "data.count=640",
-        ]
-        small = ["--set", "data.eval_count=12"]
-        with self.stage("tune in 4 bits (QLoRA)"):
-            tuning = self.run(
-                "finetune",
-                "--model",
-                "tiny",
-                "--data",
-                "scenes",
-                "--out",
-                str(tuned),
-                *((faster + small) if quick else []),
-            )
-        with self.stage("export to ONNX"):
-            self.run("export", str(tuned), str(bundles["fp32"]), "--precision", "fp32")
-        with self.stage("quantize"):
+    def run_all(self) -> tuple[Demo, dict[str, list[JsonObject]]]:
+        """What was measured, and each system's answers to the held-out scenes."""
+        tuned = str(self.scratch / "checkpoint")
+        bundles = {name: str(self.scratch / name) for name in BUNDLES}
+        models = {"base (torch)": "tiny", "tuned (torch)": tuned}
+        models |= {f"ONNX {name}": path for name, path in bundles.items()}
+        limit = ("--limit", "24" if self.quick else "300")
+        overrides = [f"--set={k}={v}" for k, v in QUICK.items()] if self.quick else []
+        with self._stage("tune in 4 bits (QLoRA)"):
+            source = ("--model", "tiny", "--data", "scenes")
+            tuning = self._run("finetune", *source, "--out", tuned, *overrides)
+        with self._stage("export to ONNX"):
+            self._run("export", tuned, bundles["fp32"], "--precision", "fp32")
+        with self._stage("quantize"):
             for name in ("int8", "int4"):
-                self.run("quantize", str(bundles["fp32"]), str(bundles[name]), "--precision", name)
-        models = {"base (torch)": "tiny", "tuned (torch)": str(tuned)} | {
-            f"ONNX {name}": str(path) for name, path in bundles.items()
-        }
-        with self.stage("score on held-out scenes"):
-            scored = {
-                name: self.run("eval", model, "--limit", str(questions), "--skills", "0")
+                self._run("quantize", bundles["fp32"], bundles[name], "--precision", name)
+        with self._stage("score on held-out scenes"):
+            scores = {
+                name: self._run("eval", model, *limit, "--skills", "0")
                 for name, model in models.items()
             }
-        with self.stage("probe the latents"):
-            probed = self.run(
-                "probe",
-                str(bundles["int8"]),
-                "--limit",
-                str(questions),
-                "--html",
-                str(out / "probe.html"),
-            )
-        with self.stage("measure latency"):
-            runs = "3" if quick else "20"
-            against = [
-                part for path in (bundles["int8"], bundles["int4"]) for part in ("--vs", str(path))
-            ]
-            measured = self.run(
-                "bench",
-                str(bundles["fp32"]),
-                *against,
-                "--runs",
-                runs,
-                "--html",
-                str(out / "bench.html"),
-            )
-        return {
-            "schema": "lvr-lite/demo",
-            "version": 1,
-            "systems": [
-                _system(name, scored[name], _of_bundle(measured, models[name])) for name in models
-            ],
-            "probe": {
-                k: probed[k] for k in ("n", "baseline", "interventions", "retrieval", "verdict")
-            },
-            "curve": _curve(tuning["history"]),
-            "machine": measured["machine"],
-            "commands": [c.replace(str(here), str(out)) for c in self.commands],
-            "minutes": self.minutes,
-            "answers": {name: score["answers"] for name, score in scored.items()},
-        }
+        with self._stage("probe the latents"):
+            page = str(self.out / "probe.html")
+            probe = self._run("probe", bundles["int8"], *limit, "--html", page)
+        with self._stage("measure latency"):
+            others = ("--vs", bundles["int8"], "--vs", bundles["int4"])
+            runs = ("--runs", "3" if self.quick else "20")
+            page = str(self.out / "bench.html")
+            bench = self._run("bench", bundles["fp32"], *others, *runs, "--html", page)
+        measured = {f"ONNX {system['name']}": system for system in bench["systems"]}
+        fields = ("n", "baseline", "interventions", "retrieval", "verdict")
+        result = Demo(
+            out=self.out,
+            systems=[_system(name, scores[name], measured.get(name)) for name in models],
+            probe={field: probe[field] for field in fields},
+            curve=_curve(tuning["history"]),
+            machine=bench["machine"],
+            commands=[line.replace(str(self.scratch), str(self.out)) for line in self.commands],
+            minutes=self.minutes,
+        )
+        return result, {name: score["answers"] for name, score in scores.items()}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str) -> Iterator[None]:
         began = time.time()
         self.console.print(f"[bold]{name}[/] …")
         yield
         self.minutes[name] = round((time.time() - began) / 60, 2)
         self.console.print(f"[dim]{name}: {self.minutes[name]:.1f} min[/]")
 
-    def run(self, command: str, *arguments: str) -> dict[str, Any]:
-        """One command of lvr-lite, its output passed on; returns what it wrote as JSON."""
-        found = self.scratch / f"{len(self.commands)}.json"
-        line = [command, *arguments]
-        self.commands.append("lvr-lite " + " ".join(line))
-        with (self.scratch / "stdout").open("w") as stdout:
-            code = subprocess.run(
-                [sys.executable, "-m", "lvr_lite", *line, "--json", str(found)],
-                stdout=stdout,
-                check=False,
-            ).returncode
+    def _run(self, *arguments: str) -> JsonObject:
+        """One command of lvr-lite, its messages passed on; returns what it wrote as JSON."""
+        result = self.scratch / f"{len(self.commands)}.json"
+        line = f"lvr-lite {' '.join(arguments)}"
+        self.commands.append(line)
+        command = [sys.executable, "-m", "lvr_lite", *arguments, "--json", str(result)]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
         if code != 0:
             raise LvrError(
-                f"the demo stopped: `lvr-lite {' '.join(line)}` ended with exit code {code} (its message stands above)"
+                f"the demo stopped: `{line}` ended with exit code {code} (its message stands above)"
             )
-        return dict(json.loads(found.read_text()))
+        return dict(json.loads(result.read_text()))
 
 
-def _of_bundle(measured: dict[str, Any], model: str) -> dict[str, Any] | None:
-    return next((s for s in measured["systems"] if s["name"] == Path(model).name), None)
+def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
+    quality = ("n", "accuracy", "interval", "by_type", "pair_accuracy")
+    known: dict[str, Any] = {field: score[field] for field in quality}
+    if measured is not None:
+        medians = ("ttft_ms", "ttfa_ms", "tpls_ms", "tpot_ms")
+        known |= {field: measured[field]["p50_ms"] for field in medians}
+        known["size_mb"] = round(sum(measured["bytes"].values()) / 1e6, 2)
+        known["peak_rss_mb"] = measured["peak_rss_mb"]
+    return DemoSystem(name, **known)
 
 
-def _system(name: str, scored: dict[str, Any], measured: dict[str, Any] | None) -> dict[str, Any]:
-    """One row of the table."""
-    row = {"name": name} | {
-        k: scored[k] for k in ("n", "accuracy", "interval", "by_type", "pair_accuracy")
-    }
-    speed = {
-        f"{k}_ms": measured[f"{k}_ms"]["p50_ms"] if measured else None
-        for k in ("ttft", "ttfa", "tpls", "tpot")
-    }
-    size = round(sum(measured["bytes"].values()) / 1e6, 2) if measured else None
-    return (
-        row
-        | speed
-        | {"size_mb": size, "peak_rss_mb": measured["peak_rss_mb"] if measured else None}
-    )
-
-
-def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _curve(history: list[JsonObject]) -> list[JsonObject]:
     losses = [{"step": h["step"], "loss": h["loss"]} for h in history if "loss" in h]
-    return losses + [
+    scores = [
         {"step": h["step"], "accuracy": h["eval_accuracy"]} for h in history if "eval_accuracy" in h
     ]
+    return losses + scores
 
 
-def _finish(out: Path, results: dict[str, Any]) -> None:
-    from lvr_lite.generate.onnx import OnnxRuntime
-    from lvr_lite.model.bundle import Bundle
-    from lvr_lite.views.page import write_page
-
-    answers = results.pop("answers")
-    int8 = OnnxRuntime(Bundle.open(out / "int8"))
+def _examples(bundle: Path, answers: dict[str, list[JsonObject]]) -> list[JsonObject]:
+    """The page's pictures, each with its question, every system's answer, and what the bundle's
+    latent steps are near to (None for an answer without them).
+    """
+    model = open_model(bundle)
     examples = []
-    for i, (sample, picture) in enumerate(scene_samples(SHOWN, 0, "test")):
-        said = {name: given[i]["answer"] for name, given in answers.items()}
-        asked = {
+    for i, (sample, picture) in enumerate(scene_samples(EXAMPLES, 0, "test")):
+        by_system = {name: listed[i]["answer"] for name, listed in answers.items()}
+        answer = model.ask([picture], sample.question)
+        view = None
+        if answer.latent_steps:
+            (view,) = views(model.runtime, answer.pictures, answer.prompt, answer.result)
+        example = {
+            "image": picture,
+            "view": view,
+            "boxes": [list(box) for box in sample.boxes],
             "question": sample.question,
             "expected": sample.answer,
-            "answer": said["ONNX int8"],
-            "by_system": said,
+            "answer": by_system["ONNX int8"],
+            "by_system": by_system,
         }
-        examples.append(
-            {
-                "image": picture,
-                "view": _view(int8, picture, sample.question),
-                "boxes": [list(b) for b in sample.boxes],
-            }
-            | asked
-        )
-    write_page(results | {"examples": examples}, out / "report.html")
-    write_atomically(out / RESULTS, json.dumps(results, indent=1))
-    show(results["systems"])
-    Console().print(f"probe of ONNX int8: {results['probe']['verdict']}", highlight=False)
-    Console(stderr=True).print(
-        f"{results['minutes']['all']:.1f} min; the page: {out / 'report.html'}"
-    )
-
-
-def _view(runtime: Runtime, picture: Image.Image, question: str) -> View | None:
-    """What the latent steps of an answer are near to; None for an answer without them."""
-    prompt, _ = prepare_prompt(runtime, [picture], question)
-    (result,) = decode(runtime, [prompt])
-    return views(runtime, [picture], prompt, result)[0] if result.latents else None
-
-
-def show(systems: list[dict[str, Any]]) -> None:
-    """The demo's table on the terminal."""
-    table = Table(title="held-out scenes, greedy decoding", title_justify="left")
-    for column in ("", "accuracy", "95 % interval", "n", "MB", "TTFT ms", "TPLS ms", "TPOT ms"):
-        table.add_column(column, justify="left" if not column else "right")
-
-    def number(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    for s in systems:
-        low, high = s["interval"]
-        speeds = [
-            number(s["size_mb"], 1),
-            number(s["ttft_ms"], 2),
-            number(s["tpls_ms"], 3),
-            number(s["tpot_ms"], 3),
-        ]
-        table.add_row(
-            s["name"], f"{s['accuracy']:.1%}", f"{low:.1%} – {high:.1%}", str(s["n"]), *speeds
-        )
-    Console().print(table)
+        examples.append(example)
+    return examples

@@ -1,9 +1,8 @@
 """What this machine can do, what is missing, and the line that mends it. May import: the standard
-library.
+library, lvr_lite.system.
 
 Packages are looked up, not imported, so that a check costs milliseconds and works where a package
-is broken; onnxruntime alone is imported, for its providers, and torch is asked only in a process of
-its own. The readers of machine facts serve the bench's machine card too.
+is broken. onnxruntime alone is imported, for its providers; torch is asked in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,29 +13,27 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
 
-PROC, SYS = Path("/proc"), Path("/sys")
-# What makes a matrix product fast on a CPU, by the kernel's names: x86 first, then Arm.
-FLAGS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
-    "neon", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
-)  # fmt: skip
+from lvr_lite import system
+from lvr_lite.files import JsonObject
+
 GiB = 2**30
-LEAST_MEMORY, LEAST_DISK = (
-    2.0,
-    5.0,
-)  # GiB: the demo's peak with torch loaded; a fine-tune's checkpoints and bundles
+# GiB: the demo's peak with torch loaded, and what a fine-tune's checkpoints and bundles take.
+LEAST_MEMORY = 2.0
+LEAST_DISK = 5.0
+EXTRAS = ("train", "export", "benchmarks")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ok: True, False (something is broken or too old) or None (for information, or an
-    optional part that is absent).
+    """One finding.
 
-    mend: a line to paste that mends it, "" where nothing needs mending.
+    ok: True; False where something is broken or too old; None for information, or for an optional
+        part that is absent.
+    mend: a line to paste that mends it; "" where nothing needs mending.
     """
 
     name: str
@@ -45,88 +42,41 @@ class Check:
     mend: str = ""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# machine facts
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, most basic first."""
+
+    checks: list[Check]
+
+    @property
+    def healthy(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def to_json(self) -> JsonObject:
+        checks = [asdict(check) for check in self.checks]
+        return {"schema": "lvr-lite/doctor", "version": 1, "checks": checks}
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip("\0\n ")
-    except OSError:
-        return None
+def doctor(ask_torch: bool = True) -> Diagnosis:
+    """Examine this machine and this installation.
 
-
-def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
-    """Model name and those of `FLAGS` that /proc/cpuinfo lists; Arm names no model and calls its
-    flags Features.
+    ask_torch: also start torch in a process of its own, which says whether it sees CUDA; this takes
+        seconds.
     """
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    return fields.get("model name") or fields.get("Model"), [
-        flag for flag in FLAGS if flag in flags
-    ]
+    declared = requirements()
+    model, flags = system.cpu()
+    checks = [_python(), _plain_install(declared.get("", {})), _onnxruntime()]
+    checks += [_extra(extra, declared[extra]) for extra in EXTRAS if extra in declared]
+    checks += [_torchvision(), _gpu()]
+    if ask_torch and system.version("torch"):
+        checks.append(_torch_cuda())
+    words = f"{model or 'unknown'}; {' '.join(flags) if flags else 'flags unknown'}"
+    checks += [_four_bits(flags), Check("cpu", None, words), _threads(), _memory(), _disk()]
+    return Diagnosis([*checks, _embedded_model()])
 
 
-def cpu() -> tuple[str | None, list[str] | None]:
-    """The CPU's model and its relevant flags; None for what the system does not say."""
-    text = _read(PROC / "cpuinfo")
-    if text is None:
-        return platform.processor() or None, None
-    model, flags = parse_cpuinfo(text)
-    return model or _read(PROC / "device-tree" / "model") or platform.processor() or None, flags
-
-
-def cores() -> int | None:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def governor() -> str | None:
-    """The frequency governor of the first core, such as "performance"; None in most virtual
-    machines.
-    """
-    return _read(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
-
-
-def memory_gib() -> tuple[float | None, float | None]:
-    """Memory of the machine and what of it is available, GiB; None for what the system does not
-    say.
-    """
-    found = {
-        m[1]: int(m[2]) / 2**20
-        for m in re.finditer(r"^(\w+):\s+(\d+) kB", _read(PROC / "meminfo") or "", re.MULTILINE)
-    }
-    return tuple(round(found[k], 1) if k in found else None for k in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def providers() -> list[str] | None:
-    """ONNX Runtime's execution providers; None where it is missing or cannot be loaded."""
-    try:
-        import onnxruntime
-    except (ImportError, OSError):
-        return None
-    return list(onnxruntime.get_available_providers())
-
-
-# -------------------------------------------------------------------------------------------------------
-# packages, extras
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+# ----------------------------------------------------------------------------------------------
+# packages and extras
 
 
 def requirements() -> dict[str, dict[str, str]]:
@@ -137,24 +87,25 @@ def requirements() -> dict[str, dict[str, str]]:
         lines = metadata.requires("lvr-lite") or []
     except metadata.PackageNotFoundError:
         return {}
-    found: dict[str, dict[str, str]] = {"": {}}
+    declared: dict[str, dict[str, str]] = {"": {}}
     for line in lines:
         name = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
         least = re.search(r">=\s*([\d.]+)", line.split(";")[0])
         if name:
-            found.setdefault(extra[1] if extra else "", {})[name[0]] = least[1] if least else ""
-    for packages in found.values():
+            packages = declared.setdefault(extra[1] if extra else "", {})
+            packages[name[0]] = least[1] if least else ""
+    for packages in declared.values():
         if packages.pop("lvr-lite", None) is not None:
-            packages.update(found.get("train", {}))
-    return found
+            packages.update(declared.get("train", {}))
+    return declared
 
 
 def lacking(packages: dict[str, str]) -> list[str]:
     """Those of {package: least version} that are missing or too old, in words."""
     words = []
     for name, least in packages.items():
-        installed = version(name)
+        installed = system.version(name)
         if installed is None:
             words.append(f"{name} is missing")
         elif least and _numbers(installed) < _numbers(least):
@@ -162,71 +113,98 @@ def lacking(packages: dict[str, str]) -> list[str]:
     return words
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _versions(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {system.version(name)}" for name in packages)
+
+
 def _plain_install(packages: dict[str, str]) -> Check:
     bad = lacking(packages)
-    detail = ", ".join(bad) or ", ".join(f"{name} {version(name)}" for name in packages)
-    return Check("packages", not bad, detail, "pip install --upgrade lvr-lite" if bad else "")
+    if bad:
+        return Check("packages", False, ", ".join(bad), "pip install --upgrade lvr-lite")
+    return Check("packages", True, _versions(packages))
 
 
 def _extra(extra: str, packages: dict[str, str]) -> Check:
+    name = f"extra [{extra}]"
     bad = lacking(packages)
     if not bad:
-        return Check(
-            f"extra [{extra}]", True, ", ".join(f"{name} {version(name)}" for name in packages)
-        )
-    absent = all(word.endswith("is missing") for word in bad)
-    return Check(
-        f"extra [{extra}]",
-        None if absent else False,
-        ", ".join(bad),
-        f'pip install "lvr-lite[{extra}]"',
-    )
+        return Check(name, True, _versions(packages))
+    absent = all(words.endswith("is missing") for words in bad)
+    mend = f'pip install "lvr-lite[{extra}]"'
+    return Check(name, None if absent else False, ", ".join(bad), mend)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the checks
 
 
 def _python() -> Check:
-    good = sys.version_info >= (3, 10)
-    return Check(
-        "python",
-        good,
-        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "" if good else "use Python 3.10 or later",
-    )
+    detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Check("python", True, detail)
 
 
 def _onnxruntime() -> Check:
-    found = providers()
-    if found is None:
-        return Check(
-            "onnxruntime",
-            False,
-            "missing, or it cannot be loaded",
-            "pip install --force-reinstall onnxruntime",
-        )
-    return Check(
-        "onnxruntime",
-        True,
-        f"{version('onnxruntime') or 'of an unknown version'}: " + ", ".join(found),
-    )
+    providers = system.providers()
+    if providers is None:
+        mend = "pip install --force-reinstall onnxruntime"
+        return Check("onnxruntime", False, "missing, or it cannot be loaded", mend)
+    version = system.version("onnxruntime") or "of an unknown version"
+    return Check("onnxruntime", True, f"{version}: {', '.join(providers)}")
 
 
 def _torchvision() -> Check:
     """torchvision's CUDA build beside the CPU build of torch fails at import: `torchvision::nms
     does not exist` (docs/decisions.md).
     """
-    torch, vision = version("torch"), version("torchvision")
+    torch = system.version("torch")
+    vision = system.version("torchvision")
     if vision is None:
         return Check("torchvision", True, "not installed, and not needed")
     if torch and "+cpu" in torch and "+cpu" not in vision:
-        detail = f"torchvision {vision} beside torch {torch}: they do not fit (torchvision::nms does not exist)"
+        detail = (
+            f"torchvision {vision} beside torch {torch}: they do not fit "
+            "(torchvision::nms does not exist)"
+        )
         return Check("torchvision", False, detail, "pip uninstall torchvision")
     return Check("torchvision", None, f"{vision}: not needed, used by nothing here")
 
 
+def _gpu() -> Check:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Check("gpu", None, "no NVIDIA GPU is visible: everything runs on the CPU")
+    gpus = _run([tool, "--query-gpu=name,memory.total", "--format=csv,noheader"], 5)
+    if gpus:
+        return Check("gpu", True, "; ".join(gpus.splitlines()))
+    detail = "nvidia-smi does not answer: everything runs on the CPU"
+    return Check("gpu", False, detail, "reinstall the NVIDIA driver, then reboot")
+
+
+def _torch_cuda() -> Check:
+    """torch's own word on CUDA, from a process of its own: importing it takes seconds."""
+    name = "torch sees CUDA"
+    question = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
+    answer = _run([sys.executable, "-c", question], 60)
+    if answer is None:
+        mend = 'pip install --force-reinstall "lvr-lite[train]"'
+        return Check(name, False, "torch cannot be imported", mend)
+    built, available = answer.split()[-2:]
+    if available == "True":
+        return Check(name, True, f"yes, built for CUDA {built}")
+    if shutil.which("nvidia-smi") is None:
+        return Check(name, None, "no, and there is no GPU")
+    reason = ": this torch is a CPU build" if built == "None" else ""
+    # PyPI's torch is the CUDA build on Linux.
+    mend = "pip install --force-reinstall torch"
+    return Check(name, False, f"no, although there is a GPU{reason}", mend)
+
+
 def _run(command: list[str], seconds: float) -> str | None:
+    """What a command prints; None where it is missing, fails or takes longer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -234,91 +212,30 @@ def _run(command: list[str], seconds: float) -> str | None:
     return done.stdout.strip()
 
 
-def _gpu() -> Check:
-    tool = shutil.which("nvidia-smi")
-    listed = (
-        _run([tool, "--query-gpu=name,memory.total", "--format=csv,noheader"], 5) if tool else None
-    )
-    if listed:
-        return Check("gpu", True, "; ".join(listed.splitlines()))
-    detail = "nvidia-smi does not answer" if tool else "no NVIDIA GPU is visible"
-    return Check(
-        "gpu",
-        False if tool else None,
-        f"{detail}: everything runs on the CPU",
-        "reinstall the NVIDIA driver, then reboot" if tool else "",
-    )
-
-
-def _torch_cuda() -> Check:
-    """torch's own word on CUDA, from a process of its own: importing it takes seconds."""
-    told = _run(
-        [
-            sys.executable,
-            "-c",
-            "import torch; print(torch.version.cuda, torch.cuda.is_available())",
-        ],
-        60,
-    )
-    name = "torch sees CUDA"
-    if told is None:
-        return Check(
-            name,
-            False,
-            "torch cannot be imported",
-            'pip install --force-reinstall "lvr-lite[train]"',
-        )
-    built, sees = told.split()[-2:]
-    if sees == "True":
-        return Check(name, True, f"yes, built for CUDA {built}")
-    if shutil.which("nvidia-smi") is None:
-        return Check(name, None, "no, and there is no GPU")
-    mend = "pip install --force-reinstall torch"  # PyPI's is the CUDA build on Linux
-    return Check(
-        name,
-        False,
-        "no, although there is a GPU" + (": this torch is a CPU build" if built == "None" else ""),
-        mend,
-    )
-
-
 def _four_bits(flags: list[str] | None) -> Check:
-    found = version("bitsandbytes")
-    if found is None:
-        return Check(
-            "4-bit loading",
-            None,
-            "bitsandbytes is missing: fine-tuning needs it",
-            'pip install "lvr-lite[train]"',
-        )
-    packs = (
-        "; AVX512_BF16 repacks weights, which training here turns off"
-        if "avx512_bf16" in (flags or [])
-        else ""
-    )
-    return Check("4-bit loading", True, f"bitsandbytes {found}{packs}")
-
-
-def _cpu(model: str | None, flags: list[str] | None) -> Check:
-    return Check(
-        "cpu", None, f"{model or 'unknown'}; {' '.join(flags) if flags else 'flags unknown'}"
-    )
+    version = system.version("bitsandbytes")
+    if version is None:
+        detail = "bitsandbytes is missing: fine-tuning needs it"
+        return Check("4-bit loading", None, detail, 'pip install "lvr-lite[train]"')
+    repacks = "avx512_bf16" in (flags or [])
+    note = "; AVX512_BF16 repacks weights, which training here turns off" if repacks else ""
+    return Check("4-bit loading", True, f"bitsandbytes {version}{note}")
 
 
 def _threads() -> Check:
-    set_to, mode = os.environ.get("OMP_NUM_THREADS"), governor()
-    detail = f"{cores()} cores, OMP_NUM_THREADS {set_to or 'not set'}, governor {mode or 'unknown'}"
-    slow = mode in ("powersave", "conservative")
-    mend = (
-        "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
-        if slow
-        else ""
+    threads = os.environ.get("OMP_NUM_THREADS") or "not set"
+    mode = system.governor()
+    detail = (
+        f"{system.usable_cores()} cores, OMP_NUM_THREADS {threads}, governor {mode or 'unknown'}"
     )
-    return Check("threads", None, detail + (": times will vary" if slow else ""), mend)
+    if mode not in ("powersave", "conservative"):
+        return Check("threads", None, detail)
+    mend = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
+    return Check("threads", None, f"{detail}: times will vary", mend)
 
 
 def _memory() -> Check:
-    total, available = memory_gib()
+    total, available = system.memory_gib()
     if total is None or available is None:
         return Check("memory", None, "unknown on this system")
     good = available >= LEAST_MEMORY
@@ -329,53 +246,14 @@ def _memory() -> Check:
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / GiB
     good = free >= LEAST_DISK
-    return Check(
-        "disk",
-        good,
-        f"{free:.1f} GiB free here",
-        "" if good else f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB",
-    )
-
-
-def embedded_model_files() -> list[str]:
-    """Names of the files of the model that ships with the package; empty where it is missing."""
-    folder = resources.files("lvr_lite.toy") / "model"
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    mend = "" if good else f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB"
+    return Check("disk", good, f"{free:.1f} GiB free here", mend)
 
 
 def _embedded_model() -> Check:
-    files = embedded_model_files()
-    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+    folder = resources.files("lvr_lite.toy") / "model"
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return Check("embedded model", True, "present: `lvr-lite demo` works offline")
-    return Check(
-        "embedded model",
-        False,
-        "its files are missing from this install",
-        "pip install --force-reinstall lvr-lite",
-    )
-
-
-def checks(ask_torch: bool = True) -> list[Check]:
-    """All findings, most basic first. ask_torch: also start torch in a process of its own to hear
-    whether it sees CUDA (seconds).
-    """
-    declared = requirements()
-    model, flags = cpu()
-    found = [_python(), _plain_install(declared.get("", {})), _onnxruntime()]
-    found += [
-        _extra(extra, declared[extra])
-        for extra in ("train", "export", "benchmarks")
-        if extra in declared
-    ]
-    found += [_torchvision(), _gpu()]
-    if ask_torch and version("torch"):
-        found.append(_torch_cuda())
-    return [
-        *found,
-        _four_bits(flags),
-        _cpu(model, flags),
-        _threads(),
-        _memory(),
-        _disk(),
-        _embedded_model(),
-    ]
+    detail = "its files are missing from this install"
+    return Check("embedded model", False, detail, "pip install --force-reinstall lvr-lite")

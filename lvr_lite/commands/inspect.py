@@ -1,6 +1,5 @@
-"""What is in a bundle or a checkpoint: graphs, precision, sizes, hashes, parity, parameters.
-
-May import: the standard library, rich, the core.
+"""What is in a bundle or a checkpoint: graphs, precision, sizes, hashes, parity, parameters. May
+import: the standard library, lvr_lite.model.
 
 Weights are not loaded: a safetensors header is JSON behind eight bytes of length
 (huggingface.co/docs/safetensors), and is read by hand.
@@ -11,130 +10,218 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from rich.console import Console
-from rich.table import Table
-
-from lvr_lite import files
 from lvr_lite.errors import BundleError
+from lvr_lite.files import JsonObject, sha256
 from lvr_lite.model import bundle, checkpoint
-from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.bundle import Bundle, Manifest
 
-HEADER_LIMIT = 100 << 20  # bytes; the format's own limit
+# bytes; the format's own limit
+HEADER_LIMIT = 100 << 20
 # What bitsandbytes stores beside a packed weight: statistics, not parameters.
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 QUANT_STATE = ".quant_state.bitsandbytes__"
+OK = "ok"
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What lies in the folder `path`, ready for JSON; "kind" is "bundle", "checkpoint" (a whole
-    model) or "tuned checkpoint" (an adapter).
+@dataclass(frozen=True)
+class BundleContents:
+    """What lies in a bundle.
 
-    Changed or missing files of a bundle are told, not raised. Raises BundleError for any other
-    folder, and for files that cannot be read.
+    manifest_sha256: of lvr.json, which names the bundle.
+    graph_states: for each graph "ok", or which of its files are missing or changed.
+    tokenizer_state: "ok", "missing" or "changed".
+    report: report.json; None without one.
     """
-    if bundle.is_bundle(path):
-        return _describe_bundle(path)
-    if path.is_dir() and checkpoint.is_checkpoint(path):
-        return _describe_checkpoint(path)
-    if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; give a bundle or a checkpoint")
-    raise BundleError(
-        f"{path}: neither a bundle ({bundle.MANIFEST}) nor a checkpoint (config.json or {checkpoint.LVR_CONFIG})"
+
+    kind: ClassVar[str] = "bundle"
+    folder: Path
+    manifest: Manifest
+    manifest_sha256: str
+    graph_states: dict[str, str]
+    tokenizer_state: str
+    report: JsonObject | None
+
+    @property
+    def bytes(self) -> int:
+        return Bundle(self.folder, self.manifest).bytes
+
+    @property
+    def intact(self) -> bool:
+        """Whether every file has the bytes that were written."""
+        return {self.tokenizer_state, *self.graph_states.values()} == {OK}
+
+    def to_json(self) -> JsonObject:
+        manifest = self.manifest.to_json()
+        del manifest["chat_template"]
+        for name, state in self.graph_states.items():
+            manifest["graphs"][name]["files_state"] = state
+        own = {
+            "schema": "lvr-lite/inspect",
+            "kind": self.kind,
+            "path": str(self.folder),
+            "manifest_sha256": self.manifest_sha256,
+            "bytes": self.bytes,
+            "tokenizer": self.tokenizer_state,
+            "intact": self.intact,
+            "report": self.report,
+        }
+        return own | manifest
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file.
+
+    dtypes: parameters by dtype. A weight that bitsandbytes packed counts two parameters a byte,
+        under "4-bit"; the statistics beside it count none.
+    """
+
+    tensors: int
+    dtypes: dict[str, int]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.dtypes.values())
+
+    def to_json(self) -> JsonObject:
+        return {"parameters": self.parameters, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What lies in the folder of a whole model, or of an adapter that was tuned over one.
+
+    config, tuned, adapter: config.json, lvr_config.json and adapter_config.json; None where the
+        folder has no such file.
+    weights: by the name of the file.
+    files: bytes of every file in the folder.
+    """
+
+    folder: Path
+    config: JsonObject | None
+    tuned: JsonObject | None
+    adapter: JsonObject | None
+    weights: dict[str, WeightFile]
+    files: dict[str, int]
+
+    @property
+    def kind(self) -> str:
+        return "checkpoint" if self.tuned is None else "tuned checkpoint"
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+    @cached_property
+    def facts(self) -> JsonObject:
+        """What both configurations say of the model, by the names of `to_json`."""
+        config = self.config or {}
+        tuned = self.tuned or {}
+        return {
+            "model_type": config.get("model_type"),
+            "base": tuned.get("base"),
+            "latent": tuned.get("latent"),
+            "quantization": config.get("quantization_config"),
+            "parameters": sum(file.parameters for file in self.weights.values()),
+        }
+
+    def to_json(self) -> JsonObject:
+        return {
+            "schema": "lvr-lite/inspect",
+            "version": 1,
+            "kind": self.kind,
+            "path": str(self.folder),
+            **self.facts,
+            "lvr_config": self.tuned,
+            "adapter": self.adapter,
+            "weights": {name: file.to_json() for name, file in self.weights.items()},
+            "bytes": self.bytes,
+            "files": self.files,
+        }
+
+
+def inspect(model: str | Path) -> BundleContents | CheckpointContents:
+    """What lies in a bundle, or in a checkpoint: a folder, `tiny` or a hub id.
+
+    Files of a bundle that are missing or changed are reported, not refused. Raises BundleError for
+    any other folder, and for files that cannot be read.
+    """
+    folder = Path(model)
+    if bundle.is_bundle(folder):
+        return _bundle(folder)
+    folder = checkpoint.resolve(str(model))
+    if not checkpoint.is_checkpoint(folder):
+        raise BundleError(
+            f"{folder}: neither a bundle ({bundle.MANIFEST}) nor a checkpoint "
+            f"(config.json or {checkpoint.LVR_CONFIG})"
+        )
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return CheckpointContents(
+        folder=folder,
+        config=_json(folder / "config.json"),
+        tuned=_json(folder / checkpoint.LVR_CONFIG),
+        adapter=_json(folder / "adapter_config.json"),
+        weights={p.name: read_weights(p) for p in paths if p.suffix == ".safetensors"},
+        files={p.name: p.stat().st_size for p in paths},
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# bundles
-
-
-def _describe_bundle(folder: Path) -> dict[str, Any]:
+def _bundle(folder: Path) -> BundleContents:
     manifest = Bundle.open(folder, check=False).manifest
-    graphs = {name: _describe_graph(folder, graph) for name, graph in manifest.graphs.items()}
-    tokenizer = _file_state(folder / "tokenizer.json", manifest.source.get("tokenizer_sha256"))
-    return {
-        "kind": "bundle",
-        "path": str(folder),
-        "version": manifest.version,
-        "family": manifest.family,
-        "precision": manifest.precision,
-        "manifest_sha256": files.sha256(folder / bundle.MANIFEST),
-        "graphs": graphs,
-        "bytes": sum(graph.bytes for graph in manifest.graphs.values()),
-        "tokenizer": tokenizer,
-        "intact": tokenizer == "ok"
-        and all(graph["files_state"] == "ok" for graph in graphs.values()),
-        "latent": manifest.latent.to_json(),
-        "tokens": manifest.to_json()["tokens"],
-        "image": manifest.image.to_json(),
-        "decoder": asdict(manifest.decoder),
-        "rope": manifest.rope,
-        "source": manifest.source,
-        "parity": manifest.parity,
-        "report": _json(folder / "report.json"),
-    }
+    tokenizer = folder / bundle.TOKENIZER
+    return BundleContents(
+        folder=folder,
+        manifest=manifest,
+        manifest_sha256=sha256(folder / bundle.MANIFEST),
+        graph_states={name: _state(folder, graph.files) for name, graph in manifest.graphs.items()},
+        tokenizer_state=_file_state(tokenizer, manifest.source.get("tokenizer_sha256")),
+        report=_json(folder / "report.json"),
+    )
 
 
-def _describe_graph(folder: Path, graph: bundle.Graph) -> dict[str, Any]:
-    states = {name: _file_state(folder / name, digest) for name, digest in graph.files.items()}
-    bad = [f"{name} is {state}" for name, state in states.items() if state != "ok"]
-    return {
-        "precision": graph.precision,
-        "bytes": graph.bytes,
-        "files": graph.files,
-        "files_state": "; ".join(bad) or "ok",
-        "inputs": graph.inputs,
-        "outputs": graph.outputs,
-    }
+def _state(folder: Path, digests: dict[str, str]) -> str:
+    states = {name: _file_state(folder / name, digest) for name, digest in digests.items()}
+    return "; ".join(f"{name} is {state}" for name, state in states.items() if state != OK) or OK
 
 
 def _file_state(path: Path, digest: str | None) -> str:
     if not path.is_file():
         return "missing"
-    return "ok" if files.sha256(path) == digest else "changed"
+    return OK if sha256(path) == digest else "changed"
 
 
-# -----------------------------------------------------------------------------------------------------------
-# checkpoints
+def read_weights(path: Path) -> WeightFile:
+    """What a safetensors file holds. Raises BundleError as `read_header`."""
+    header = {name: tensor for name, tensor in read_header(path).items() if name != "__metadata__"}
+    packed = {name.split(QUANT_STATE)[0] for name in header if QUANT_STATE in name}
+    dtypes: dict[str, int] = {}
+    for name, tensor in header.items():
+        if QUANT_STATE in name or name.endswith(STATISTICS):
+            continue
+        dtype, count = ("4-bit", 2) if name in packed else (tensor["dtype"], 1)
+        dtypes[dtype] = dtypes.get(dtype, 0) + count * math.prod(tensor["shape"])
+    return WeightFile(len(header), dtypes, path.stat().st_size)
 
 
-def _describe_checkpoint(folder: Path) -> dict[str, Any]:
-    tuned = _json(folder / checkpoint.LVR_CONFIG)
-    config = _json(folder / "config.json")
-    weights = {path.name: count_parameters(path) for path in sorted(folder.glob("*.safetensors"))}
-    return {
-        "kind": "tuned checkpoint" if tuned is not None else "checkpoint",
-        "path": str(folder),
-        "model_type": (config or {}).get("model_type"),
-        "quantization": (config or {}).get("quantization_config"),
-        "base": (tuned or {}).get("base"),
-        "latent": (tuned or {}).get("latent"),
-        "lvr_config": tuned,
-        "adapter": _json(folder / "adapter_config.json"),
-        "parameters": sum(found["parameters"] for found in weights.values()),
-        "weights": weights,
-        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        "files": {
-            path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()
-        },
-    }
-
-
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> JsonObject:
     """The header of a safetensors file: {tensor: {"dtype", "shape", "data_offsets"}}. Raises
     BundleError where it is not one.
     """
     try:
-        with path.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
             if length > min(HEADER_LIMIT, path.stat().st_size):
                 raise BundleError(
-                    f"{path}: truncated, or not a safetensors file (its header would take {length} bytes)"
+                    f"{path}: truncated, or not a safetensors file "
+                    f"(its header would take {length} bytes)"
                 )
-            header = json.loads(f.read(length))
+            header = json.loads(file.read(length))
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -144,31 +231,8 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def count_parameters(path: Path) -> dict[str, Any]:
-    """Parameters of a safetensors file: {"parameters", "tensors", "dtypes": {dtype: parameters},
-    "bytes"}.
-
-    A weight that bitsandbytes packed counts two parameters a byte, under "4-bit"; the statistics
-    beside it count none.
-    """
-    header = {name: tensor for name, tensor in read_header(path).items() if name != "__metadata__"}
-    packed = {name.split(QUANT_STATE)[0] for name in header if QUANT_STATE in name}
-    dtypes: dict[str, int] = {}
-    for name, tensor in header.items():
-        if QUANT_STATE in name or name.endswith(STATISTICS):
-            continue
-        dtype, count = ("4-bit", 2) if name in packed else (tensor["dtype"], 1)
-        dtypes[dtype] = dtypes.get(dtype, 0) + count * math.prod(tensor["shape"])
-    return {
-        "parameters": sum(dtypes.values()),
-        "tensors": len(header),
-        "dtypes": dtypes,
-        "bytes": path.stat().st_size,
-    }
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no such file."""
+def _json(path: Path) -> JsonObject | None:
+    """The object in a JSON file; None where there is no such file."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -178,220 +242,3 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise BundleError(f"{path}: must hold a JSON object")
     return data
-
-
-# ------------------------------------------------------------------------------------------------------------
-# for people
-
-
-def render(description: dict[str, Any], console: Console) -> None:
-    """Print what `describe` found."""
-    console.print(f"[bold]{description['kind']}[/bold] {description['path']}", highlight=False)
-    if description["kind"] == "bundle":
-        _render_bundle(description, console)
-    else:
-        _render_checkpoint(description, console)
-
-
-def _render_bundle(description: dict[str, Any], console: Console) -> None:
-    facts = {
-        "family": description["family"],
-        "precision": description["precision"],
-        "size": _size(description["bytes"]),
-        "latent loop": _words(description["latent"]),
-        "tokenizer": description["tokenizer"],
-        "manifest": f"version {description['version']}, sha256 {description['manifest_sha256'][:16]}…",
-        "made from": _words(description["source"]),
-    }
-    console.print(_facts(facts))
-    table = Table(
-        "graph",
-        "precision",
-        "size",
-        "files",
-        "inputs",
-        "outputs",
-        title="graphs",
-        title_justify="left",
-    )
-    for name, graph in description["graphs"].items():
-        state = (
-            "[green]ok[/green]"
-            if graph["files_state"] == "ok"
-            else f"[red]{graph['files_state']}[/red]"
-        )
-        table.add_row(
-            name,
-            graph["precision"],
-            _size(graph["bytes"]),
-            state,
-            _ports(graph["inputs"]),
-            _ports(graph["outputs"]),
-        )
-    console.print(table)
-    if description["parity"]:
-        console.print(
-            _facts(
-                {name: _words(value) for name, value in description["parity"].items()},
-                title="parity with torch, in float32",
-            )
-        )
-    if description["report"]:
-        _render_report(description["report"], console)
-    if not description["intact"]:
-        console.print(
-            "[red]This bundle is not what was written: copy it again, or export again.[/red]"
-        )
-
-
-def _render_report(report: dict[str, Any], console: Console) -> None:
-    """What quantization did: weights by graph, drift of the latent loop, and the search where there
-    was one.
-    """
-    written = {name: graph for name, graph in report.get("graphs", {}).items() if "what" in graph}
-    if written:
-        table = Table(
-            "graph",
-            "weights",
-            "as",
-            "error",
-            "worst layer",
-            "size",
-            title="weights",
-            title_justify="left",
-        )
-        for name, graph in written.items():
-            worst = max(graph["layers"].items(), key=lambda item: item[1], default=None)
-            shown = f"{worst[0]} {worst[1]:.2%}" if worst else "–"
-            how = f"{graph['what']}\n{'; '.join(graph['schemes'])}" + (
-                "\nbytes of embed_tokens" if graph["shared"] else ""
-            )
-            sizes = f"{_size(graph['bytes_before'])} → {_size(graph['bytes'])}"
-            table.add_row(
-                name, str(graph["replaced"]), how, f"{graph['weight_error']:.2%}", shown, sizes
-            )
-        console.print(table)
-        console.print(
-            f"decoder, embedding and head: {report['bits_per_weight']:.2f} bits a weight, scales included",
-            highlight=False,
-        )
-    drift = report.get("drift") or {}
-    if drift.get("layers"):
-        console.print(
-            "error of each decoder layer on the same input: "
-            + " ".join(f"{e:.2%}" for e in drift["layers"]),
-            highlight=False,
-        )
-    if drift.get("decoder"):
-        _render_drift(drift["decoder"], console)
-    if "search" in report:
-        chosen = report["search"]["chosen"]
-        facts = {
-            "budget": report["search"]["budget"],
-            "written": _words({k: chosen[k] for k in ("bits", "kl", "drift")}),
-        }
-        eight = (
-            f"{len(chosen['eight'])} of {report['search']['units']}: {', '.join(chosen['eight'])}"
-        )
-        console.print(
-            _facts(
-                {
-                    **facts,
-                    "measured": f"{len(report['search']['measured'])} candidates",
-                    "8 bits": eight,
-                },
-                title="search",
-            )
-        )
-
-
-def _render_drift(drift: dict[str, Any], console: Console) -> None:
-    title = f"latent steps against fp32, {drift['prompts']} prompts (after the prompt: {drift['prefill']:.2%})"
-    table = Table(
-        "step",
-        "fed back: error",
-        "cosine",
-        "norm",
-        "tokens fed: error",
-        "cosine",
-        "norm",
-        title=title,
-        title_justify="left",
-    )
-    for i in range(len(drift["fed_back"]["relative"])):
-        cells = []
-        for feeding in ("fed_back", "token_fed"):
-            one = drift[feeding]
-            cells += [
-                f"{one['relative'][i]:.2%}",
-                f"{one['cosine'][i]:.5f}",
-                f"{one['norm'][i]:.4f}",
-            ]
-        table.add_row(str(i + 1), *cells)
-    console.print(table)
-
-
-def _render_checkpoint(description: dict[str, Any], console: Console) -> None:
-    adapter = description["adapter"] or {}
-    facts = {
-        "model type": description["model_type"],
-        "base": description["base"],
-        "latent loop": _words(description["latent"]) if description["latent"] else None,
-        "adapter": _words(
-            {
-                k: adapter[k]
-                for k in ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
-                if k in adapter
-            }
-        ),
-        "quantization": _words(description["quantization"])
-        if description["quantization"]
-        else None,
-        "parameters": f"{description['parameters']:,}",
-        "size": _size(description["bytes"]),
-    }
-    console.print(_facts({name: value for name, value in facts.items() if value}))
-    table = Table(
-        "weights", "parameters", "tensors", "types", "size", title="weights", title_justify="left"
-    )
-    for name, found in description["weights"].items():
-        types = ", ".join(f"{dtype} {count:,}" for dtype, count in found["dtypes"].items())
-        table.add_row(
-            name, f"{found['parameters']:,}", str(found["tensors"]), types, _size(found["bytes"])
-        )
-    console.print(table)
-
-
-def _facts(facts: dict[str, Any], title: str | None = None) -> Table:
-    table = Table("", "", show_header=False, title=title, title_justify="left")
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    return table
-
-
-def _ports(ports: dict[str, dict[str, Any]]) -> str:
-    """Names of inputs or outputs, a run of numbered ones (the K/V of each layer) as one line."""
-    lines: dict[str, int] = {}
-    for name, port in ports.items():
-        general = ".".join("N" if part.isdigit() else part for part in name.split("."))
-        line = f"{general} {port.get('dtype', '')}[{', '.join(str(axis) for axis in port.get('axes', []))}]"
-        lines[line] = lines.get(line, 0) + 1
-    return "\n".join(f"{line} × {n}" if n > 1 else line for line, n in lines.items()).replace(
-        "[", r"\["
-    )
-
-
-def _words(value: Any) -> str:
-    """A JSON value in a line or a few: lists and objects without their brackets, long numbers
-    shortened.
-    """
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return " ".join(_words(v) for v in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _size(count: int) -> str:
-    """Bytes in MB (1e6), or kB where that reads better."""
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -45,6 +45,7 @@ from lvr_lite.eval.suite import MAX_TOKENS, Item, load_suite
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.latents import near
 from lvr_lite.model.spec import LatentSpec
 
 INTERVENTIONS = (
@@ -456,7 +457,7 @@ def retrieval(
     )
     hits, own_hits, chances, own_chances = (np.zeros((len(there), steps)) for _ in range(4))
     for row, i in enumerate(there):
-        nearest = (unit(centred[i]) @ unit(features[i] - middle).T).argmax(1)
+        nearest = near(centred[i], features[i], middle)
         nearest[
             np.linalg.norm(centred[i], axis=1) <= same
         ] = -1  # a latent that is the mean points at nothing

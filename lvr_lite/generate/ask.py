@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from lvr_lite.generate.decode import Options, Prefix, Prompt, decode
+from lvr_lite.generate.decode import Options, Prompt, decode
+from lvr_lite.generate.prefix import PrefixCache
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
 
@@ -24,7 +25,11 @@ CACHE_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Seconds:
-    """What came before decoding: preprocess (pictures and text), vision (the tower)."""
+    """What came before decoding.
+
+    preprocess: preparing pictures and text.
+    vision: running the vision tower.
+    """
 
     preprocess: float
     vision: float
@@ -36,6 +41,7 @@ class EncodedPictures:
 
     grids: one a picture.
     features: their visual tokens (T, H), or wider (see `decode.Prompt`).
+    seconds: what it took.
     """
 
     grids: list[Grid]
@@ -74,11 +80,11 @@ def prepare_prompt(
 
 
 class PictureCache:
-    """Pictures that were asked about: another question about them needs neither vision nor their
-    prefill.
+    """Pictures that were asked about: another question about them needs neither the vision tower
+    nor their prefill.
 
-    Pictures are known by the hash of their pixels. Beyond `limit` bytes the visual tokens and K/V
-    of the least recently used ones are dropped; those of the last ones stay.
+    A picture's key is the hash of its pixels. Beyond `limit` bytes the visual tokens and K/V of the
+    least recently used pictures are dropped; those of the last question stay.
     """
 
     def __init__(self, runtime: Runtime, limit: int = CACHE_BYTES) -> None:
@@ -102,18 +108,18 @@ class PictureCache:
             vision = encoded.seconds.vision
         prompt = prompt_of(self._runtime, encoded, question)
         prompt = replace(prompt, prefix=self._prefix(prompt, earlier))
-        self._entries[key] = encoded, prompt
+        self._entries[key] = (encoded, prompt)
         while len(self._entries) > 1 and self.bytes > self._limit:
             self._entries.popitem(last=False)
         return prompt, Seconds(time.perf_counter() - began - vision, vision)
 
-    def _prefix(self, prompt: Prompt, earlier: Prompt | None) -> Prefix:
-        """What a prompt shares with an earlier one about the same pictures: all up to the last
-        visual token, where both begin with the same ids."""
+    def _prefix(self, prompt: Prompt, earlier: Prompt | None) -> PrefixCache:
+        """The cache that a prompt shares with an earlier one about the same pictures: of all ids
+        up to the last visual token, where both begin with the same ids. Else a new one."""
         image = self._runtime.processor.tokens.image
         length = int(np.flatnonzero(prompt.ids == image)[-1]) + 1
         if earlier is None or not np.array_equal(earlier.ids[:length], prompt.ids[:length]):
-            return Prefix(length)
+            return PrefixCache(length)
         assert earlier.prefix is not None
         return earlier.prefix
 
@@ -124,7 +130,7 @@ class PictureCache:
         for encoded, prompt in self._entries.values():
             total += encoded.features.nbytes
             if prompt.prefix is not None:
-                total += sum(part.nbytes for part in prompt.prefix.kept or [])
+                total += prompt.prefix.bytes
         return total
 
 

@@ -1,18 +1,28 @@
-"""The one decode loop: prefill, text steps and latent steps over a batch, on any Runtime. May
-import: numpy and the core.
+"""The one decode loop: prefill, text steps and latent steps over a batch, on any Runtime.
 
-It knows ids and arrays, neither torch nor ONNX Runtime nor strings. Every row has its own state, so
-rows may be in text and in latent steps at the same time:
+May import: numpy, lvr_lite.model, this folder.
 
-    row state    input of its next step                    leaves the state when
-    text         embedding of the chosen token             the token is <|lvr_start|> -> latent; an end id or the limit -> done
-    latent       feedback(hidden), K times                 open: K were fed -> closing; bottleneck: K are known -> handed over -> text
-    closing      embedding of <|lvr_end|> (never chosen)   at once -> text
-    done         embedding of the end token, ignored       never
+    decoding = Decoding(runtime, [prompt], Options(max_tokens=32))
+    for event in decoding:
+        ...
+    result = decoding.results[0]
 
-Handing over (lvr_lite/model/spec.py): the row's K/V is dropped, and its prompt is read again, in
-one call, with the K latents in place of its visual tokens. The last latent is never fed to the pass
-that sees the picture, and no <|lvr_end|> is needed.
+The loop knows ids and arrays, neither torch nor ONNX Runtime nor strings. Every row has its own
+state, so rows may be in text and in latent steps at the same time:
+
+    state     input of its next step                    leaves the state when
+    text      embedding of the chosen token             <|lvr_start|> is chosen -> latent;
+                                                        an end id, or the limit -> done
+    latent    feedback(hidden), K times                 open: K were fed -> closing
+                                                        bottleneck: K are known -> text
+    closing   embedding of <|lvr_end|> (never chosen)   at once -> text
+    done      embedding of the end token, ignored       never
+
+In a bottleneck a row is handed over from latent to text: its K/V is dropped, and its prompt is read
+again in one call, with the K latents in place of its visual tokens (lvr_lite/model/latents.py). The
+last latent is never fed to the pass that sees the picture, and no <|lvr_end|> is needed.
+
+Shapes in comments: B rows, S columns, T visual tokens, K latent steps, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,52 +30,50 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
 
 import numpy as np
 
 from lvr_lite.errors import UsageError
 from lvr_lite.generate import sampling
+from lvr_lite.generate.prefix import PrefixCache
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.latents import likeness
-from lvr_lite.model.spec import TokenIds
-
-
-@dataclass
-class Prefix:
-    """The first `length` ids of several prompts about the same pictures. kept: their K/V
-    (`Runtime.keep`), once one of these prompts was decoded; the others, decoded alone, then read
-    only what comes after.
-    """
-
-    length: int
-    kept: list[np.ndarray] | None = None
+from lvr_lite.model.latents import second_reading
+from lvr_lite.model.padding import PaddedBatch
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids (S,) int64 with the image token at each visual token's place; features (T, H) those
-    tokens; positions (3, S).
+    """What is asked.
 
-    features may be wider than H: what lies beyond is for the runtime to add in later layers
-    (families/qwen3_vl.py). prefix: where other prompts begin with the same ids and features, what
-    they share.
+    ids: (S,) int64, the image token in the place of each visual token.
+    features: (T, H), the visual tokens. They may be wider than H: what lies beyond is added in
+        later layers by the runtime (lvr_lite/model/families/qwen3_vl.py).
+    positions: (3, S) int64.
+    prefix: a cache shared with other prompts that begin with the same ids and features.
     """
 
     ids: np.ndarray
     features: np.ndarray
     positions: np.ndarray
-    prefix: Prefix | None = None
+    prefix: PrefixCache | None = None
 
 
 @dataclass(frozen=True)
 class Options:
     """How to decode.
 
-    max_tokens: text tokens at most, markers not counted. min_tokens: no end of turn before so many
-    (benchmarks). steps: latent steps K; None takes the model's own, 0 forbids latents. temperature:
-    0 is greedy. top_p: in (0, 1]. seed: of the sampler. keep_hidden: keep the hidden state of every
-    step (evaluation, parity). keep_scores: keep the log-probability of every choice, as it was
-    drawn (reinforcement learning).
+    max_tokens: text tokens at most; markers and latents are not counted.
+    min_tokens: no end of turn before so many text tokens (benchmarks).
+    steps: latent steps K; None takes the model's own number, 0 forbids latents.
+    temperature: of sampling; 0 is greedy.
+    top_p: in (0, 1], sample from the smallest set of tokens of this probability.
+    seed: of sampling.
+    keep_hidden: keep the hidden state of every step (evaluation, parity).
+    keep_scores: keep the log-probability of every choice (reinforcement learning).
+
+    Raises UsageError for a value out of range.
     """
 
     max_tokens: int = 32
@@ -82,7 +90,8 @@ class Options:
             raise UsageError(f"max_tokens must be 1 or more, not {self.max_tokens}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise UsageError(
-                f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}"
+                f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), "
+                f"not {self.min_tokens}"
             )
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"steps must be 0 or more, not {self.steps}")
@@ -94,15 +103,23 @@ class Options:
             raise UsageError(f"seed must be 0 or more, not {self.seed}")
 
 
+EventKind = Literal["token", "start", "latent", "end", "done"]
+
+
 @dataclass(frozen=True)
 class Event:
-    """What one row did in one step. kind: "token" (id is a text token), "start", "latent", "end"
-    (markers and latents) or "done" (reason: "stop" or "length"). at: seconds since decoding began,
-    when the event was known.
+    """What one row did in one step.
+
+    row: its place in the batch.
+    kind: "token" (a text token), "start", "latent", "end" (the markers and the latents between
+        them) or "done".
+    id: of a text token.
+    reason: of "done": "stop" (an end id was chosen) or "length" (the limit was reached).
+    at: seconds from the start of decoding until the event was known.
     """
 
     row: int
-    kind: str
+    kind: EventKind
     id: int = -1
     reason: str = ""
     at: float = 0.0
@@ -110,12 +127,16 @@ class Event:
 
 @dataclass
 class Result:
-    """One row's outcome. tokens: text ids without markers and end. choices: all ids that the head
-    chose, <|lvr_start|> and the end among them; scores: their log-probabilities, where kept.
-    latents: K arrays (H,), what was fed back. hidden: the state after the prompt and after every
-    step (H,), where kept. reason: "stop" or "length". ttft, ttfa: seconds from the start of
-    decoding to the first text token, and to the first one after the latents; None where there was
-    none.
+    """The outcome of one row.
+
+    tokens: text ids, without markers and end.
+    choices: all ids that the head chose, <|lvr_start|> and the end among them.
+    scores: log-probabilities of the choices, where `Options.keep_scores`.
+    latents: K arrays (H,), what was fed back.
+    hidden: the states (H,) after the prompt and after every step, where `Options.keep_hidden`.
+    reason: "stop" or "length".
+    ttft: seconds from the start of decoding to the first text token; None without one.
+    ttfa: the same to the first token of the answer, which comes after the latents.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -130,8 +151,13 @@ class Result:
 
 @dataclass
 class Clock:
-    """Seconds spent by stage over one batch. A latent step is one in which every row that is not
-    done is fed a latent; hand_over: reading the latents without the picture (bottleneck).
+    """Seconds spent by stage over one batch; a list has one entry a step.
+
+    prefill: reading the prompts. hand_over: reading them again with the latents (bottleneck).
+    embed: looking up embeddings, first those of the prompts.
+    latent_step: steps in which every row that is not done is fed a latent.
+    text_step: all other steps.
+    lm_head: hidden states to logits. sampling: choosing tokens from logits.
     """
 
     prefill: float = 0.0
@@ -143,23 +169,50 @@ class Clock:
     sampling: list[float] = field(default_factory=list)
 
 
-class _Row:
-    def __init__(self, position: int, steps: int, given: np.ndarray | None) -> None:
-        self.state = "text"
-        self.position = position
-        self.given = given  # latents (K, H) to feed instead of its own
-        self.steps = steps if given is None else len(given)
-        self.may_start = steps > 0 or given is not None  # once
-        self.left = 0
-        self.result = Result()
+class State(str, Enum):
+    """Where a row is; see the table at the top of this module."""
+
+    TEXT = "text"
+    LATENT = "latent"
+    CLOSING = "closing"
+    DONE = "done"
+
+
+@dataclass
+class Row:
+    """One answer on its way.
+
+    prompt: what is answered.
+    position: of the row's next input.
+    steps: latent steps that it takes, should it choose <|lvr_start|>.
+    may_start: whether it may still choose <|lvr_start|>, which it does at most once.
+    forced: latents (K, H) that are fed instead of its own states, or None.
+    random: its own random numbers, so that its draws do not depend on the rest of the batch.
+    steps_left: latent steps that are still to take.
+    next_token, next_latent: what its next step is fed: a latent (H,), or else a token's embedding.
+    """
+
+    prompt: Prompt
+    position: int
+    steps: int
+    may_start: bool
+    forced: np.ndarray | None
+    random: np.random.Generator
+    state: State = State.TEXT
+    steps_left: int = 0
+    next_token: int = -1
+    next_latent: np.ndarray | None = None
+    result: Result = field(default_factory=Result)
 
 
 class Decoding:
     """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome.
 
     latents: one entry a prompt: None, or what its latent steps are fed instead of its own states,
-    (K_i, H) float32; K_i = 0 leaves the markers alone (interventions: lvr_lite/eval/probe.py).
+        (K_i, H) float32; K_i = 0 leaves the markers alone (interventions: lvr_lite/eval/probe.py).
     draws: the number of each row's stream of random numbers; its place in the batch by default.
+
+    Raises UsageError for latent steps that the model was not tuned for.
     """
 
     def __init__(
@@ -170,283 +223,324 @@ class Decoding:
         latents: Sequence[np.ndarray | None] | None = None,
         draws: Sequence[int] | None = None,
     ) -> None:
-        self.runtime, self.prompts, self.options = runtime, prompts, options
+        self.runtime = runtime
+        self.prompts = prompts
+        self.options = options
         self.tokens = runtime.processor.tokens
         self.clock = Clock()
+        self.rows: list[Row] = []
+        self._events: list[Event] = []
+        self._began = 0.0
+        # Ids that no row may ever choose.
+        self._never = np.array([self.tokens.lvr, self.tokens.lvr_end, self.tokens.image])
+        self._placeholder: np.ndarray | None = None
+
         steps = runtime.latent.steps if options.steps is None else options.steps
         if steps and not runtime.latent.steps:
             raise UsageError(f"this model was not tuned for latent steps: use steps 0, not {steps}")
-        given = [None] * len(prompts) if latents is None else latents
-        self.rows = [
-            _Row(int(p.positions.max()) + 1, steps, g) for p, g in zip(prompts, given, strict=True)
-        ]
-        self._placeholder: np.ndarray | None = None
-        self._never = np.array(
-            [self.tokens.lvr, self.tokens.lvr_end, self.tokens.image]
-        )  # is chosen
-        # a generator a row, so that a row's draws do not hang on what else is in the batch
-        self.rngs = [np.random.default_rng([options.seed, i]) for i in draws or range(len(prompts))]
-        self.began = 0.0
+        latents = [None] * len(prompts) if latents is None else latents
+        draws = draws or range(len(prompts))
+        for prompt, forced, draw in zip(prompts, latents, draws, strict=True):
+            row = Row(
+                prompt,
+                position=int(prompt.positions.max()) + 1,
+                steps=steps if forced is None else len(forced),
+                may_start=steps > 0 or forced is not None,
+                forced=forced,
+                random=np.random.default_rng([options.seed, draw]),
+            )
+            self.rows.append(row)
 
     @property
     def results(self) -> list[Result]:
         return [row.result for row in self.rows]
 
     def __iter__(self) -> Iterator[Event]:
-        self.began = time.perf_counter()
-        hidden = self._prefill()
+        self._began = time.perf_counter()
+        hidden = self._prefill()  # (B, H)
         while True:
-            hidden, fed, events = self._reason(hidden)
-            feed, chosen_events = self._speak(hidden)
-            yield from events + chosen_events
-            working = [i for i, row in enumerate(self.rows) if row.state != "done"]
-            if not working:
+            self._keep_hidden(hidden, range(len(self.rows)))
+            hidden = self._advance_latents(hidden)
+            self._advance_text(hidden)
+            yield from self._new_events()
+            if all(row.state is State.DONE for row in self.rows):
                 return
-            embeds = self._inputs(hidden, feed, fed)
-            positions = np.array([row.position for row in self.rows], np.int64)
-            stage = (
-                self.clock.latent_step if all(i in fed for i in working) else self.clock.text_step
-            )
-            t = time.perf_counter()
-            hidden = self.runtime.step(embeds, positions)
-            stage.append(time.perf_counter() - t)
-            for row in self.rows:
-                row.position += 1
+            hidden = self._step(self._inputs(hidden))
+
+    # ---------------------------------------------------------------------------------------------
+    # reading prompts
 
     def _prefill(self) -> np.ndarray:
-        lengths = np.array([len(p.ids) for p in self.prompts], np.int64)
-        longest = int(lengths.max())
-        room = longest + max(row.steps for row in self.rows) + 2 + self.options.max_tokens
-        t = time.perf_counter()
-        self.runtime.start(len(self.prompts), room)
+        """Read the prompts. Returns the hidden state after each (B, H)."""
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        markers = 2
+        most_latents = max(row.steps for row in self.rows)
+        began = time.perf_counter()
+        self.runtime.start(
+            len(self.prompts), longest + most_latents + markers + self.options.max_tokens
+        )
         prefix = self.prompts[0].prefix if len(self.prompts) == 1 else None
-        if prefix is not None and prefix.kept is not None:
-            self.runtime.put_back(prefix.kept)
-            return self._read_on(self.prompts[0], prefix.length)
-        ids = np.full((len(self.prompts), longest), self.tokens.end[0], np.int64)
-        positions = np.zeros((3, len(self.prompts), longest), np.int64)
-        for i, p in enumerate(self.prompts):
-            ids[i, : lengths[i]], positions[:, i, : lengths[i]] = p.ids, p.positions
-        embeds = self.runtime.embed(ids)
-        wider = max(p.features.shape[1] for p in self.prompts) - embeds.shape[2]
-        if wider:
-            embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
-        for i, p in enumerate(self.prompts):
-            embeds[i, : lengths[i]][p.ids == self.tokens.image, : p.features.shape[1]] = p.features
-        self.clock.embed.append(time.perf_counter() - t)
-        t = time.perf_counter()
-        hidden = self.runtime.prefill(embeds, positions, lengths)
+        if prefix is not None and prefix.filled:
+            prefix.restore(self.runtime)
+            return self._prefill_rest(self.prompts[0], prefix.length)
+        batch = PaddedBatch.of(
+            [prompt.ids for prompt in self.prompts],
+            [prompt.positions for prompt in self.prompts],
+            filler=self.tokens.end[0],
+        )
+        features = [prompt.features for prompt in self.prompts]
+        embeds = embedded(self.runtime, batch, self.tokens.image, features)
+        self.clock.embed.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        hidden = self.runtime.prefill(embeds, batch.positions, batch.lengths)
         if prefix is not None:
-            prefix.kept = self.runtime.keep(prefix.length)
-        self.clock.prefill = time.perf_counter() - t
+            prefix.fill(self.runtime)
+        self.clock.prefill = time.perf_counter() - began
         return hidden
 
-    def _read_on(self, prompt: Prompt, known: int) -> np.ndarray:
-        """The rest of a prompt after the `known` ids whose K/V are there; all its visual tokens lie
-        among these.
+    def _prefill_rest(self, prompt: Prompt, known: int) -> np.ndarray:
+        """Read a prompt after its first `known` ids, whose K/V the runtime has.
+
+        All visual tokens are among these.
         """
-        t = time.perf_counter()
+        began = time.perf_counter()
         embeds = self.runtime.embed(prompt.ids[None, known:])
-        self.clock.embed.append(time.perf_counter() - t)
-        t = time.perf_counter()
-        rest = np.array([len(prompt.ids) - known], np.int64)
-        hidden = self.runtime.prefill(embeds, prompt.positions[:, None, known:], rest, past=known)
-        self.clock.prefill = time.perf_counter() - t
+        self.clock.embed.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        positions = prompt.positions[:, None, known:]
+        lengths = np.array([len(prompt.ids) - known], np.int64)
+        hidden = self.runtime.prefill(embeds, positions, lengths, past=known)
+        self.clock.prefill = time.perf_counter() - began
         return hidden
 
-    def _inputs(
-        self, hidden: np.ndarray, feed: np.ndarray, fed: dict[int, np.ndarray]
-    ) -> np.ndarray:
-        """Input embeddings of the next step (B, H): latents for the rows in `fed`, word embeddings
-        for the others.
-        """
-        if len(fed) == len(self.rows):
-            if self.runtime.latent.feedback == "identity" and all(
-                row.given is None for row in self.rows
-            ):
-                return (
-                    hidden  # what came out goes in, and a runtime may see that it is the same array
-                )
-            return np.stack([fed[i] for i in range(len(fed))])
-        t = time.perf_counter()
-        embeds = self.runtime.embed(feed)[:, 0]
-        for i, vector in fed.items():
-            embeds[i] = vector
-        self.clock.embed.append(time.perf_counter() - t)
-        return embeds
+    def _hand_over(self, hidden: np.ndarray, numbers: list[int]) -> np.ndarray:
+        """Let rows whose latents are known read their prompt again, with these as its picture.
 
-    def _reason(self, hidden: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray], list[Event]]:
-        """Take rows in latent steps one further: hidden states (B, H), new ones where a row was
-        handed over; what is fed next by row.
+        All K/V of theirs, which has seen the picture, is dropped.
+
+        hidden: (B, H). numbers: of the rows.
+        Returns hidden states (B, H) in which these rows have new ones.
         """
-        self._keep(hidden, range(len(self.rows)))
-        fed: dict[int, np.ndarray] = {}
-        events: list[Event] = []
-        handed = []
-        for i, row in enumerate(self.rows):
-            if row.state != "latent":
+        began = time.perf_counter()
+        rows = [self.rows[number] for number in numbers]
+        readings = []
+        vectors = []
+        for row in rows:
+            prompt = row.prompt
+            latents = self._latents_of(row)
+            reading = second_reading(
+                prompt.ids, prompt.positions, prompt.features, latents, self.tokens
+            )
+            readings.append(reading)
+            vectors.append(reading.shares @ latents)
+        batch = PaddedBatch.of(
+            [reading.ids for reading in readings],
+            [reading.positions for reading in readings],
+            filler=self.tokens.end[0],
+        )
+        embeds = embedded(self.runtime, batch, self.tokens.lvr, vectors)
+        states = self.runtime.prefill(embeds, batch.positions, batch.lengths, numbers)
+        # What a runtime returns may be its own buffer.
+        hidden = np.array(hidden)
+        hidden[numbers] = states
+        for row, reading in zip(rows, readings, strict=True):
+            row.state = State.TEXT
+            row.position = int(reading.positions.max()) + 1
+        self._keep_hidden(hidden, numbers)
+        self.clock.hand_over += time.perf_counter() - began
+        return hidden
+
+    def _latents_of(self, row: Row) -> np.ndarray:
+        """All latents (K, H) that a row was fed."""
+        if row.result.latents:
+            return np.stack(row.result.latents)
+        return np.zeros((0, self.runtime.hidden_size), np.float32)
+
+    # ---------------------------------------------------------------------------------------------
+    # one step
+
+    def _advance_latents(self, hidden: np.ndarray) -> np.ndarray:
+        """Take every row in latent steps one further; hidden (B, H) as `_hand_over` returns it."""
+        mode = self.runtime.latent.mode
+        known = []
+        for number, row in enumerate(self.rows):
+            row.next_latent = None
+            if row.state is not State.LATENT:
                 continue
-            if row.left > 0:
-                fed[i] = self._next_latent(row, hidden[i])
-                row.left -= 1
-                row.result.latents.append(np.array(fed[i]))
-                events.append(self._event(i, "latent"))
-            elif self.runtime.latent.mode == "open":
-                row.state = "closing"
-                events.append(self._event(i, "end"))
-            if row.left == 0 and self.runtime.latent.mode == "bottleneck":
-                fed.pop(i, None)
-                handed.append(i)
-                events.append(self._event(i, "end"))
-        return (self._hand_over(hidden, handed) if handed else hidden), fed, events
+            if row.steps_left > 0:
+                row.next_latent = self._next_latent(row, hidden[number])
+                row.steps_left -= 1
+                row.result.latents.append(np.array(row.next_latent))
+                self._note(number, "latent")
+            elif mode == "open":
+                row.state = State.CLOSING
+                self._note(number, "end")
+            if row.steps_left == 0 and mode == "bottleneck":
+                row.next_latent = None
+                known.append(number)
+                self._note(number, "end")
+        return self._hand_over(hidden, known) if known else hidden
 
-    def _next_latent(self, row: _Row, hidden: np.ndarray) -> np.ndarray:
-        if row.given is not None:
-            return np.asarray(row.given[len(row.result.latents)], np.float32)
-        if self.runtime.latent.feedback != "token":
-            return np.asarray(self.runtime.latent.fed(hidden))
+    def _next_latent(self, row: Row, hidden: np.ndarray) -> np.ndarray:
+        """What a row is fed (H,) after the state `hidden` (H,)."""
+        latent = self.runtime.latent
+        if row.forced is not None:
+            return np.asarray(row.forced[len(row.result.latents)], np.float32)
+        if latent.feedback != "token":
+            return np.asarray(latent.fed(hidden))
         if self._placeholder is None:
             self._placeholder = self.runtime.embed(np.array([[self.tokens.lvr]]))[0, 0]
         return self._placeholder
 
-    def _hand_over(self, hidden: np.ndarray, handed: list[int]) -> np.ndarray:
-        """Rows whose latents are known read their prompt again with these as its picture; all that
-        has seen the picture is dropped.
+    def _advance_text(self, hidden: np.ndarray) -> None:
+        """Let every row in text choose a token, and every row after its latents feed the marker.
+
+        hidden: (B, H). The head runs once, for the rows in text.
         """
-        t = time.perf_counter()
-        read = [
-            second_reading(self.prompts[i], self._given_latents(i), self.tokens) for i in handed
-        ]
-        lengths = np.array([len(ids) for ids, _, _ in read], np.int64)
-        ids = np.full((len(handed), int(lengths.max())), self.tokens.end[0], np.int64)
-        positions = np.zeros((3, *ids.shape), np.int64)
-        for row, (row_ids, row_positions, _) in enumerate(read):
-            ids[row, : len(row_ids)], positions[:, row, : len(row_ids)] = row_ids, row_positions
-        embeds = self.runtime.embed(ids)
-        for row, (row_ids, _, shares) in enumerate(read):
-            embeds[row, : len(row_ids)][row_ids == self.tokens.lvr] = shares @ self._given_latents(
-                handed[row]
-            )
-        states = self.runtime.prefill(embeds, positions, lengths, handed)
-        hidden = np.array(hidden)
-        for i, state, (_, row_positions, _) in zip(handed, states, read, strict=True):
-            hidden[i] = state
-            self.rows[i].state, self.rows[i].position = "text", int(row_positions.max()) + 1
-        self._keep(hidden, handed)
-        self.clock.hand_over += time.perf_counter() - t
-        return hidden
-
-    def _given_latents(self, row: int) -> np.ndarray:
-        fed = self.rows[row].result.latents
-        return np.stack(fed) if fed else np.zeros((0, self.runtime.hidden_size), np.float32)
-
-    def _keep(self, hidden: np.ndarray, rows: Iterable[int]) -> None:
-        for i in rows:
-            if self.options.keep_hidden and self.rows[i].state != "done":
-                self.rows[i].result.hidden.append(hidden[i].copy())
-
-    def _speak(self, hidden: np.ndarray) -> tuple[np.ndarray, list[Event]]:
-        """The ids (B, 1) that rows in text feed next, and what happened; the head runs once, for
-        these rows.
-        """
-        tokens = self.tokens
-        events: list[Event] = []
         chosen = self._choose(hidden)
-        feed = np.full((len(self.rows), 1), tokens.end[0], np.int64)
-        for i, row in enumerate(self.rows):
-            if row.state == "text":
-                self._take(i, row, chosen[i], feed, events)
-            elif row.state == "closing":
-                row.state = "text"
-                feed[i] = tokens.lvr_end
-        return feed, events
+        for number, row in enumerate(self.rows):
+            row.next_token = self.tokens.end[0]
+            if row.state is State.TEXT:
+                self._take(number, row, chosen[number])
+            elif row.state is State.CLOSING:
+                row.state = State.TEXT
+                row.next_token = self.tokens.lvr_end
 
     def _choose(self, hidden: np.ndarray) -> dict[int, int]:
-        speaking = [i for i, row in enumerate(self.rows) if row.state == "text"]
+        """The token that each row in text chooses, by the row's number."""
+        speaking = [i for i, row in enumerate(self.rows) if row.state is State.TEXT]
         if not speaking:
             return {}
-        tokens = self.tokens
-        t = time.perf_counter()
-        logits = self.runtime.head(hidden if len(speaking) == len(self.rows) else hidden[speaking])
-        self.clock.lm_head.append(time.perf_counter() - t)
-        t = time.perf_counter()
+        began = time.perf_counter()
+        if len(speaking) < len(self.rows):
+            hidden = hidden[speaking]
+        logits = self.runtime.head(hidden)  # (rows in text, V)
+        self.clock.lm_head.append(time.perf_counter() - began)
+        began = time.perf_counter()
         chosen = {}
-        for i, scores in zip(speaking, logits, strict=True):
-            row = self.rows[i]
-            scores[self._never] = -np.inf
-            if len(row.result.tokens) < self.options.min_tokens:
-                scores[list(tokens.end)] = -np.inf
-            if not row.may_start:  # no latents asked for, or already spent
-                scores[tokens.lvr_start] = -np.inf
-            chosen[i] = sampling.sample(
-                scores, self.options.temperature, self.options.top_p, self.rngs[i]
-            )
-            if self.options.keep_scores:
-                p = sampling.probabilities(
-                    scores, self.options.temperature or 1.0, self.options.top_p
-                )
-                row.result.scores.append(float(np.log(p[chosen[i]])))
-        self.clock.sampling.append(time.perf_counter() - t)
+        for number, scores in zip(speaking, logits, strict=True):
+            chosen[number] = self._sample(self.rows[number], scores)
+        self.clock.sampling.append(time.perf_counter() - began)
         return chosen
 
-    def _take(self, i: int, row: _Row, token: int, feed: np.ndarray, events: list[Event]) -> None:
-        """A row in text has chosen `token`: where that leads."""
-        now = time.perf_counter() - self.began
-        row.result.choices.append(token)
-        if token == self.tokens.lvr_start:
-            row.state, row.left, row.may_start = "latent", row.steps, False
-            feed[i] = token
-            events.append(self._event(i, "start"))
-            return
+    def _sample(self, row: Row, logits: np.ndarray) -> int:
+        """The token that a row chooses by logits (V,), which are changed."""
+        options = self.options
+        logits[self._never] = -np.inf
+        if len(row.result.tokens) < options.min_tokens:
+            logits[list(self.tokens.end)] = -np.inf
+        if not row.may_start:
+            logits[self.tokens.lvr_start] = -np.inf
+        token = sampling.sample(logits, options.temperature, options.top_p, row.random)
+        if options.keep_scores:
+            temperature = options.temperature or 1.0
+            p = sampling.probabilities(logits, temperature, options.top_p)
+            row.result.scores.append(float(np.log(p[token])))
+        return token
+
+    def _take(self, number: int, row: Row, token: int) -> None:
+        """Do what follows from the token that a row in text has chosen."""
+        now = time.perf_counter() - self._began
         result = row.result
+        result.choices.append(token)
+        if token == self.tokens.lvr_start:
+            row.state = State.LATENT
+            row.steps_left = row.steps
+            row.may_start = False
+            row.next_token = token
+            self._note(number, "start")
+            return
         if token in self.tokens.end:
-            row.state, result.reason = "done", "stop"
-        else:
-            result.tokens.append(token)
-            if result.ttft is None:
-                result.ttft = now
-            if result.ttfa is None and not row.may_start:
-                result.ttfa = now
-            events.append(self._event(i, "token", id=token))
-            feed[i] = token
-            if len(result.tokens) >= self.options.max_tokens:
-                row.state, result.reason = "done", "length"
-        if row.state == "done":
-            events.append(self._event(i, "done", reason=result.reason))
+            self._finish(number, row, "stop")
+            return
+        result.tokens.append(token)
+        if result.ttft is None:
+            result.ttft = now
+        if result.ttfa is None and not row.may_start:
+            result.ttfa = now
+        row.next_token = token
+        self._note(number, "token", token)
+        if len(result.tokens) >= self.options.max_tokens:
+            self._finish(number, row, "length")
 
-    def _event(self, row: int, kind: str, **more: object) -> Event:
-        return Event(row, kind, at=time.perf_counter() - self.began, **more)  # type: ignore[arg-type]
+    def _finish(self, number: int, row: Row, reason: str) -> None:
+        row.state = State.DONE
+        row.result.reason = reason
+        self._note(number, "done", reason=reason)
 
+    def _inputs(self, hidden: np.ndarray) -> np.ndarray:
+        """Embeddings (B, H) of what the rows are fed next, after the states hidden (B, H)."""
+        latents = [row.next_latent for row in self.rows if row.next_latent is not None]
+        if len(latents) == len(self.rows):
+            if self._feeds_states_themselves:
+                # The very array: a runtime whose buffer it is need not copy it (OnnxRuntime.step).
+                return hidden
+            return np.stack(latents)
+        began = time.perf_counter()
+        ids = np.array([[row.next_token] for row in self.rows], np.int64)  # (B, 1)
+        embeds = self.runtime.embed(ids)[:, 0]
+        for number, row in enumerate(self.rows):
+            if row.next_latent is not None:
+                embeds[number] = row.next_latent
+        self.clock.embed.append(time.perf_counter() - began)
+        return embeds
 
-def second_reading(
-    prompt: Prompt, latents: np.ndarray, tokens: TokenIds
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids (S,), positions (3, S), shares (N, K)) of the prompt with N <= K times <|lvr|> for its
-    visual tokens: one a place that `latents` (K, H) are nearest to, fed their mean, which is shares
-    @ latents. Without a picture all come last. Other positions stay as they were.
-    """
-    seen = prompt.ids == tokens.image
-    shares = np.eye(len(latents), dtype=np.float32)
-    if seen.any():
-        near = likeness(latents, prompt.features).argmax(-1)
-        places = list(dict.fromkeys(near.tolist()))
-        shares = (near == np.array(places, np.int64)[:, None]).astype(np.float32)
-        shares /= shares.sum(1, keepdims=True)
-        at, positions = int(seen.argmax()), prompt.positions[:, seen][:, places]
-    else:
-        at, positions = (
-            len(prompt.ids),
-            prompt.positions.max()
-            + 1
-            + np.broadcast_to(np.arange(len(latents)), (3, len(latents))),
+    @property
+    def _feeds_states_themselves(self) -> bool:
+        """Whether what a latent step is fed is the hidden state as it came out."""
+        identity = self.runtime.latent.feedback == "identity"
+        return identity and all(row.forced is None for row in self.rows)
+
+    def _step(self, embeds: np.ndarray) -> np.ndarray:
+        """Feed every row one further input; embeds (B, H). Returns the hidden states (B, H)."""
+        positions = np.array([row.position for row in self.rows], np.int64)
+        latent = all(
+            row.next_latent is not None for row in self.rows if row.state is not State.DONE
         )
-    before, after = np.flatnonzero(~seen[:at]), at + np.flatnonzero(~seen[at:])
-    ids = np.concatenate([prompt.ids[before], np.full(len(shares), tokens.lvr), prompt.ids[after]])
-    return (
-        ids,
-        np.concatenate([prompt.positions[:, before], positions, prompt.positions[:, after]], 1),
-        shares,
-    )
+        stage = self.clock.latent_step if latent else self.clock.text_step
+        began = time.perf_counter()
+        hidden = self.runtime.step(embeds, positions)
+        stage.append(time.perf_counter() - began)
+        for row in self.rows:
+            row.position += 1
+        return hidden
+
+    # ---------------------------------------------------------------------------------------------
+    # what came of it
+
+    def _keep_hidden(self, hidden: np.ndarray, numbers: Iterable[int]) -> None:
+        """Note the hidden states of rows by their numbers, where the options ask for it."""
+        if not self.options.keep_hidden:
+            return
+        for number in numbers:
+            row = self.rows[number]
+            if row.state is not State.DONE:
+                row.result.hidden.append(hidden[number].copy())
+
+    def _note(self, number: int, kind: EventKind, token: int = -1, reason: str = "") -> None:
+        at = time.perf_counter() - self._began
+        self._events.append(Event(number, kind, token, reason, at))
+
+    def _new_events(self) -> list[Event]:
+        events = self._events
+        self._events = []
+        return events
+
+
+def embedded(
+    runtime: Runtime, batch: PaddedBatch, placeholder: int, vectors: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Inputs (B, S, H) of a batch, in which `vectors` stand in the places of the id `placeholder`.
+
+    vectors: one array (n, H) a row, in reading order. Where they are wider, so are the inputs.
+    """
+    embeds = runtime.embed(batch.ids)  # (B, S, H)
+    wider = max(own.shape[1] for own in vectors) - embeds.shape[2]
+    if wider:
+        embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
+    for row, ids, own in zip(embeds, batch.ids, vectors, strict=True):
+        row[ids == placeholder, : own.shape[1]] = own
+    return embeds
 
 
 def decode(

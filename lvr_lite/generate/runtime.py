@@ -1,6 +1,6 @@
-"""What the decode loop asks of a model, whatever runs it. May import: numpy.
+"""What the decode loop asks of a model, whatever runs it. May import: numpy, lvr_lite.model.
 
-A runtime holds one model and one batch at a time. Shapes: B rows, S positions, H hidden size, V
+A runtime holds one model and one batch at a time. Shapes: B rows, S columns, H hidden size, V
 vocabulary, N patches.
 """
 
@@ -32,12 +32,12 @@ class Runtime(Protocol):
         ...
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Token ids (B, S) -> embeddings (B, S, H)."""
+        """Token ids (B, S) -> embeddings (B, S, H), which are the caller's to change."""
         ...
 
     def start(self, batch: int, capacity: int) -> None:
-        """Begin a batch of `batch` rows with room for `capacity` positions each; forgets the one
-        before.
+        """Begin a batch of `batch` rows with room for `capacity` columns each. The batch before is
+        forgotten.
         """
         ...
 
@@ -49,19 +49,22 @@ class Runtime(Protocol):
         rows: list[int] | None = None,
         past: int = 0,
     ) -> np.ndarray:
-        """Read whole inputs: embeds (R, S, H), or as wide as the visual tokens, padded on the
-        right, positions (3, R, S), true lengths (R,). The first call of a batch is for all its rows
-        (None); a later one for `rows` drops the K/V of these R rows and leaves the others as they
-        are. past: positions that the batch's one row has been given by `put_back`; the input goes
-        on after them.
+        """Read whole inputs.
 
-        Returns the hidden state of each input's last position (R, H).
+        embeds: (R, S, H), or as wide as the visual tokens, padded on the right.
+        positions: (3, R, S).
+        lengths: (R,), without padding.
+        rows: the R rows that read. None in the first call of a batch, which is for all its rows. A
+            later call drops the K/V of its rows and leaves the others as they are.
+        past: columns that the batch's one row has from `put_back`; the input goes on after them.
+
+        Returns the hidden state of each input's last column (R, H).
         """
         ...
 
     def keep(self, length: int) -> list[np.ndarray]:
-        """A copy of the K/V of the first `length` positions of a batch's one row, in an order of
-        the runtime's own.
+        """A copy of the K/V of the first `length` columns of a batch's one row, in an order of the
+        runtime's own.
         """
         ...
 
@@ -72,8 +75,9 @@ class Runtime(Protocol):
         ...
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """One further position for every row: embeds (B, H), positions (B,) -> hidden state (B,
-        H).
+        """One further input for every row: embeds (B, H), positions (B,) -> hidden states (B, H).
+
+        What it returns may be the runtime's own buffer, which the next step writes over.
         """
         ...
 

@@ -19,7 +19,8 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
     p /= p.sum()
     if top_p < 1.0:
         order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
+        likely_first = p[order]
+        before = np.cumsum(likely_first) - likely_first
         p[order[before >= top_p]] = 0.0
         p /= p.sum()
     return np.asarray(p)
@@ -29,4 +30,5 @@ def sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random.
     """An id drawn from `probabilities`; temperature 0 is greedy."""
     if temperature == 0:
         return greedy(logits)
-    return int(rng.choice(len(logits), p=probabilities(logits, temperature, top_p)))
+    p = probabilities(logits, temperature, top_p)
+    return int(rng.choice(len(logits), p=p))

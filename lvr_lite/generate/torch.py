@@ -1,5 +1,6 @@
-"""The reference runtime: a transformers model under torch. May import: torch, transformers and the
-core (workshop only).
+"""The reference runtime: a transformers model under torch (workshop only).
+
+May import: torch, transformers, numpy, lvr_lite.model.
 
 It computes what the device runtime must equal: right-padded prompts, K/V that grows, padding masked
 out.
@@ -23,7 +24,7 @@ class TorchRuntime:
     `lvr_lite.generate.runtime.Runtime`).
 
     model: transformers' model of a family in any dtype, on any device, plain or with 4-bit linears
-    and adapters.
+        and adapters.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
@@ -35,48 +36,50 @@ class TorchRuntime:
         self.hidden_size = self.core.config.text_config.hidden_size
 
     @property
-    def _place(self) -> dict[str, Any]:
-        weight = self.core.get_input_embeddings().weight
-        return {"device": weight.device, "dtype": weight.dtype}
+    def _weight(self) -> torch.Tensor:
+        """The embedding's; inputs take its device and dtype."""
+        weight: torch.Tensor = self.core.get_input_embeddings().weight
+        return weight
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """Whole numbers on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._weight.device)
+
+    def _to_model(self, array: np.ndarray) -> torch.Tensor:
+        """Floats on the model's device, in its dtype."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._weight)
 
     @torch.inference_mode()
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
-        grid = torch.tensor([[1, *g] for g in grids], device=self._place["device"])
-        return np.asarray(
-            visual_tokens(self.core, torch.from_numpy(pixel_values), grid).float().cpu().numpy()
-        )
+        grid_thw = self._to_device(np.array([[1, *grid] for grid in grids]))
+        return _numpy(visual_tokens(self.core, torch.from_numpy(pixel_values), grid_thw))
 
     @torch.inference_mode()
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        embeds = self.core.get_input_embeddings()(torch.from_numpy(ids).to(self._place["device"]))
-        return np.asarray(embeds.float().cpu().numpy())
+        return _numpy(self.core.get_input_embeddings()(self._to_device(ids)))
 
     @torch.inference_mode()
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            self.core.lm_head(torch.from_numpy(hidden).to(**self._place)).float().cpu().numpy()
-        )
+        return _numpy(self.core.lm_head(self._to_model(hidden)))
 
-    def start(self, batch: int, capacity: int) -> None:
+    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002 (K/V grows as it is needed)
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self.core.config.text_config)
-        self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._place["device"])
+        # Of all columns so far (B, columns): 1 where they are looked at.
+        self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._weight.device)
 
     @torch.inference_mode()
     def keep(self, length: int) -> list[np.ndarray]:
-        return [
-            part[:, :, :length].float().cpu().numpy().copy()
-            for layer in self._cache.layers
-            for part in (layer.keys, layer.values)
-        ]
+        parts = [part for layer in self._cache.layers for part in (layer.keys, layer.values)]
+        return [_numpy(part[:, :, :length]).copy() for part in parts]
 
     @torch.inference_mode()
     def put_back(self, kept: list[np.ndarray]) -> None:
-        parts = [torch.from_numpy(part).to(**self._place) for part in kept]
+        parts = [self._to_model(part) for part in kept]
         for layer in range(len(parts) // 2):
             self._cache.update(parts[2 * layer], parts[2 * layer + 1], layer)
-        self._mask = torch.ones(1, kept[0].shape[2], dtype=torch.long, device=self._place["device"])
+        self._mask = self._to_device(np.ones((1, kept[0].shape[2]), np.int64))
 
     @torch.inference_mode()
     def prefill(
@@ -87,57 +90,57 @@ class TorchRuntime:
         rows: list[int] | None = None,
         past: int = 0,
     ) -> np.ndarray:
-        batch, longest = len(self._mask), embeds.shape[1]
-        again = list(range(batch)) if rows is None else rows
+        batch = len(self._mask)
+        width = embeds.shape[1]
+        rows = list(range(batch)) if rows is None else rows
         if not past:
-            if len(again) == batch:
+            if len(rows) == batch:
                 return self._prefill_once(embeds, positions, lengths)
-            self._mask[again] = 0  # what these rows had is not looked at any more
-        real = np.zeros((batch, longest), bool)
-        real[again] = np.arange(longest)[None] < lengths[:, None]
-        every, where = (
-            np.zeros((batch, *embeds.shape[1:]), np.float32),
-            np.zeros((3, batch, longest), np.int64),
-        )
-        every[again], where[:, again] = embeds, positions
-        return np.asarray(self._run(every, where, real)[again, lengths - 1])
+            # What these rows had is not looked at any more.
+            self._mask[rows] = 0
+        # The other rows are fed zeros meanwhile, which no one looks at.
+        present = np.zeros((batch, width), bool)
+        present[rows] = np.arange(width)[None] < lengths[:, None]
+        all_embeds = np.zeros((batch, *embeds.shape[1:]), np.float32)
+        all_embeds[rows] = embeds
+        all_positions = np.zeros((3, batch, width), np.int64)
+        all_positions[:, rows] = positions
+        return np.asarray(self._run(all_embeds, all_positions, present)[rows, lengths - 1])
 
     def _prefill_once(
         self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray
     ) -> np.ndarray:
-        """All rows; those that read the same (several answers to one question) are read once and
+        """All rows. Those that read the same (several answers to one question) are read once and
         their K/V copied.
         """
         kept, source = distinct(
             (embeds[i, :n].tobytes(), positions[:, i, :n].tobytes()) for i, n in enumerate(lengths)
         )
         self.start(len(kept), embeds.shape[1])
-        real = np.arange(embeds.shape[1])[None] < lengths[kept, None]
-        states = self._run(embeds[kept], positions[:, kept], real)[
-            np.arange(len(kept)), lengths[kept] - 1
-        ]
+        present = np.arange(embeds.shape[1])[None] < lengths[kept, None]
+        hidden = self._run(embeds[kept], positions[:, kept], present)  # (rows kept, S, H)
+        last = hidden[np.arange(len(kept)), lengths[kept] - 1]
         if len(kept) < len(source):
-            self._cache.batch_select_indices(torch.tensor(source, device=self._place["device"]))
+            self._cache.batch_select_indices(self._to_device(np.array(source)))
             self._mask = self._mask[source]
-        return np.asarray(states[source])
+        return np.asarray(last[source])
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        everywhere = np.broadcast_to(positions[None, :, None], (3, len(positions), 1))
-        return self._run(embeds[:, None], everywhere, np.ones((len(positions), 1), bool))[:, 0]
+        batch = len(positions)
+        on_all_axes = np.broadcast_to(positions[None, :, None], (3, batch, 1))
+        return self._run(embeds[:, None], on_all_axes, np.ones((batch, 1), bool))[:, 0]
 
     @torch.inference_mode()
-    def _run(self, embeds: np.ndarray, positions: np.ndarray, real: np.ndarray) -> np.ndarray:
-        device = self._place["device"]
-        self._mask = torch.cat([self._mask, torch.from_numpy(real.astype(np.int64)).to(device)], 1)
-        fed = torch.from_numpy(np.ascontiguousarray(embeds)).to(**self._place)
-        states = read(
-            self.core,
-            fed,
-            torch.from_numpy(np.ascontiguousarray(positions)).to(device),
-            self._mask,
-            self._cache,
-        )
-        return np.asarray(states.float().cpu().numpy())
+    def _run(self, embeds: np.ndarray, positions: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """Hidden states (B, S, H) of the next S columns; present (B, S): which are not padding."""
+        present_mask = self._to_device(present.astype(np.int64))
+        self._mask = torch.cat([self._mask, present_mask], 1)
+        inputs = self._to_model(embeds)
+        return _numpy(read(self.core, inputs, self._to_device(positions), self._mask, self._cache))
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(tensor.float().cpu().numpy())
 
 
 def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
@@ -148,18 +151,21 @@ def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
 
 
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-    """Visual tokens (T, H) of all pictures of a batch; (T, (1 + D) * H) where D inner layers of the
-    tower have a say (deepstack).
+    """Visual tokens (T, H) of all pictures of a batch, or (T, (1 + D) * H) where D inner layers of
+    the tower add something in later layers (deepstack).
+
+    core: a transformers model.
+    pixel_values: (N, C). grid_thw: (pictures, 3).
     """
     weight = core.get_input_embeddings().weight
     family = families.get(core.config.model_type)
-    out = core.model.get_image_features(
-        **family.image_inputs(pixel_values.to(weight), grid_thw.to(weight.device), core.config)
-    )
-    parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-    return torch.cat(
-        [part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in parts], -1
-    )
+    grid_thw = grid_thw.to(weight.device)
+    inputs = family.image_inputs(pixel_values.to(weight), grid_thw, core.config)
+    output = core.model.get_image_features(**inputs)
+    parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    # Some families give one tensor for all pictures, others one for each.
+    joined = [part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in parts]
+    return torch.cat(joined, -1)
 
 
 def language_model(core: Any) -> Any:
@@ -170,27 +176,30 @@ def language_model(core: Any) -> Any:
 def read(
     core: Any, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
 ) -> torch.Tensor:
-    """Final hidden states (B, S, H) of the language model. embeds (B, S, H), or as wide as
-    `visual_tokens`, with 0 beyond H for all else; positions (3, B, S); mask (B, all columns so
-    far); cache: K/V of the columns before, or None.
+    """Final hidden states (B, S, H) of the language model.
+
+    embeds: (B, S, H), or as wide as `visual_tokens`, with 0 beyond H for all else.
+    positions: (3, B, S).
+    mask: (B, all columns so far).
+    cache: K/V of the columns before, or None.
     """
     width = core.config.text_config.hidden_size
-    added: dict[str, Any] = {}
+    deepstack: dict[str, object] = {}
     if embeds.shape[-1] > width:
-        embeds, *deepstack = embeds.split(width, -1)
-        everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        added = {
-            "visual_pos_masks": everywhere,
-            "deepstack_visual_embeds": [d.flatten(0, 1) for d in deepstack],
-        }
+        embeds, *later = embeds.split(width, -1)
+        # As if all were visual tokens; what the others add is 0.
+        deepstack["visual_pos_masks"] = torch.ones(
+            embeds.shape[:2], dtype=torch.bool, device=embeds.device
+        )
+        deepstack["deepstack_visual_embeds"] = [layer.flatten(0, 1) for layer in later]
     if families.get(core.config.model_type).position_axes == 1:
         positions = positions[0]
-    out = language_model(core)(
+    output = language_model(core)(
         inputs_embeds=embeds,
         position_ids=positions,
         attention_mask=mask,
         past_key_values=cache,
         use_cache=cache is not None,
-        **added,
+        **deepstack,
     )
-    return torch.as_tensor(out.last_hidden_state)
+    return torch.as_tensor(output.last_hidden_state)

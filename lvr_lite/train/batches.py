@@ -5,8 +5,8 @@ torch, numpy, Pillow and the core.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,14 +20,19 @@ from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
 from lvr_lite.model.images import open_picture, picture_size
+from lvr_lite.model.latents import columns_read_again
+from lvr_lite.model.padding import PaddedBatch, pad_left, pad_right, spread
 from lvr_lite.toy import scenes
 from lvr_lite.toy.make import scene_sample, skill_sample
-from lvr_lite.train.methods import METHODS
+from lvr_lite.train.methods import METHODS, Batch
 
 Item = tuple[Sample, tuple[Image.Image, ...]]
 Sizes = tuple[tuple[int, int], ...]  # height and width of pictures
 REPLAYED = ("caption", "short")
-POOL = 64  # batches whose samples are sorted by length together
+# Batches whose samples are sorted by length together.
+POOL = 64
+# The box (x0, y0, x1, y1) of a sample that looks and has none.
+WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 
 
 class Examples(torch.utils.data.Dataset[Item]):
@@ -107,8 +112,14 @@ class Examples(torch.utils.data.Dataset[Item]):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample as ids (S,), labels (S,), positions (3, S), of which the first `prompt` are the
-    prompt's; targets: of its latents; looks: whether it has latent places.
+    """One sample with its response.
+
+    ids: (S,) int64.
+    labels: (S,) int64, -100 where nothing is learned.
+    positions: (3, S) int64.
+    prompt: how many of the ids are the prompt's.
+    targets: how many latents have a target.
+    looks: whether it has latent places.
     """
 
     ids: np.ndarray
@@ -121,176 +132,153 @@ class _Row:
 
 @dataclass(frozen=True)
 class Collator:
-    """Items -> one batch of tensors: prompts padded on the left, responses on the right, so that
-    these begin in one column.
+    """Items -> one batch of tensors (`lvr_lite.train.methods.Batch`).
 
-    Samples that are answered through latents (`looks`) come first, whatever the order of the items,
-    then the others, the longest first; pictures likewise. Of the B that look: ids, labels (B, S)
-    int64, labels -100 where nothing is predicted; positions (3, B, S); mask (B, S); target_at (B,
-    S) bool, the latent places that have a target; pool (L, T) float32, which turns the batch's T
-    visual tokens into its L targets in reading order of target_at; response (), the column where
-    responses begin; pixel_values (N, C) float32; grid_thw (pictures, 3). In a bottleneck also the
-    second reading: reader_ids, reader_labels, reader_mask (B, R), reader_positions (3, B, R),
-    padded on the right. direct: the samples that are answered at once, in one or two parts (the
-    long ones apart, where that saves padding), each with the ids, labels, positions and mask of its
-    own. A kind of which the batch has no sample is not there.
+    Prompts are padded on the left and responses on the right, so that responses begin in one
+    column. Samples that are answered through latents (`looks`) come first, whatever the order of
+    the items, then the others, the longest first; pictures likewise. Those that look are the rows
+    of the batch. The others are in `direct`, in one or two parts: the long ones are apart where
+    that saves padding. A kind of which there is no sample is not there.
     """
 
     checkpoint: Checkpoint
     settings: LatentSettings
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        c = self.checkpoint
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        processor = self.checkpoint.processor
         items = in_order(items, self.settings)
-        pictures = [p for _, own in items for p in own]
-        pixels = c.processor.see(pictures)
-        grids = pixels.grids
-        rows, groups = [], []
-        first_picture = first_token = 0
-        for sample, own_pictures in items:
-            own = grids[first_picture : first_picture + len(own_pictures)]
-            targets = self._targets(sample, own)
-            groups += [g + first_token for g in targets]
-            row = self._row(sample, own, len(targets))
+        pixels = processor.see([picture for _, pictures in items for picture in pictures])
+        rows: list[_Row] = []
+        # Of each target the visual tokens that it is the mean of, among all of the batch.
+        groups: list[np.ndarray] = []
+        pictures_before = 0
+        tokens_before = 0
+        for sample, pictures in items:
+            grids = pixels.grids[pictures_before : pictures_before + len(pictures)]
+            targets = self._targets(sample, grids)
+            row = self._row(sample, grids, len(targets))
+            groups += [group + tokens_before for group in targets]
             rows.append(row)
-            first_picture += len(own)
-            first_token += int((row.ids == c.processor.tokens.image).sum())
-        pool = np.zeros((len(groups), first_token), np.float32)
-        for i, group in enumerate(groups):
-            pool[i, group] = 1 / len(group)
-        batch: dict[str, Any] = {
-            "pool": pool,
-            "pixel_values": pixels.patches,
-            "grid_thw": np.array([[1, *g] for g in grids]),
-        }
-        if looking := [row for row in rows if row.looks]:
-            batch |= self._aligned(looking)
+            pictures_before += len(pictures)
+            tokens_before += int((row.ids == processor.tokens.image).sum())
+        batch = _tensors(
+            {
+                "pool": _means(groups, tokens_before),
+                "pixel_values": pixels.patches,
+                "grid_thw": np.array([[1, *grid] for grid in pixels.grids]),
+            }
+        )
+        looking = [row for row in rows if row.looks]
+        direct = [row for row in rows if not row.looks]
+        if looking:
+            batch.update(self._aligned(looking))
             if METHODS[self.settings.method].mode == "bottleneck":
-                batch |= self._reader(looking)
-        tensors: dict[str, Any] = _tensors(batch)
-        if direct := [row for row in rows if not row.looks]:
-            tensors["direct"] = [_tensors(self._aligned(part)) for part in _long_and_short(direct)]
-        return tensors
+                batch.update(self._read_again(looking))
+        if direct:
+            batch["direct"] = [self._aligned(part) for part in _long_and_short(direct)]
+        return batch
 
     def length(self, sample: Sample, sizes: Sizes) -> int:
-        """Positions that a sample takes, visual tokens and latents included. sizes: of its
-        pictures.
+        """Columns that a sample takes, visual tokens and latents included.
+
+        sizes: of its pictures.
         """
         grids = [self.checkpoint.processor.grid_of(*size) for size in sizes]
         return len(self._row(sample, grids, len(self._targets(sample, grids))).ids)
 
-    def _aligned(self, rows: list[_Row]) -> dict[str, Any]:
-        """Rows as arrays, padded so that responses begin in one column."""
-        before = max(row.prompt for row in rows)
-        longest = before + max(len(row.ids) - row.prompt for row in rows)
-        ids, labels = (
-            np.full((len(rows), longest), self.checkpoint.processor.tokens.end[0]),
-            np.full((len(rows), longest), -100),
+    def _aligned(self, rows: list[_Row]) -> Batch:
+        """Rows side by side, with their responses beginning in one column."""
+        leads = [row.prompt for row in rows]
+        batch = self._padded(rows, pad_left([len(row.ids) for row in rows], leads))
+        response = max(leads)
+        target_at = np.zeros(batch.ids.shape, bool)
+        for number, row in enumerate(rows):
+            target_at[number, response + 1 : response + 1 + row.targets] = True
+        return _tensors(
+            {
+                "ids": batch.ids,
+                "labels": spread([row.labels for row in rows], batch.columns, -100),
+                "positions": batch.positions,
+                "mask": batch.mask,
+                "target_at": target_at,
+                "response": np.array(response),
+            }
         )
-        positions, mask = np.zeros((3, *ids.shape), np.int64), np.zeros(ids.shape, np.int64)
-        target_at = np.zeros(ids.shape, bool)
-        for i, row in enumerate(rows):
-            there = slice(before - row.prompt, before - row.prompt + len(row.ids))
-            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = (
-                row.ids,
-                row.labels,
-                1,
-                row.positions,
-            )
-            target_at[i, before + 1 : before + 1 + row.targets] = True
-        return {
-            "ids": ids,
-            "labels": labels,
-            "positions": positions,
-            "mask": mask,
-            "target_at": target_at,
-            "response": np.array(before),
-        }
 
-    def _reader(self, rows: list[_Row]) -> dict[str, np.ndarray]:
-        """The second reading: the prompt with K times <|lvr|> for its visual tokens, whose
-        positions come in the forward pass, and the answer, as in
-        `lvr_lite.generate.decode.second_reading`.
+    def _read_again(self, rows: list[_Row]) -> Batch:
+        """The second reading of rows that look, padded on the right, with the answer after it.
+
+        Which places the latents take is known in the forward pass; here all take the first one.
         """
-        tokens, steps = self.checkpoint.processor.tokens, self.settings.steps
-        read = []
-        for row in rows:
-            seen = row.ids == tokens.image
-            at, markers = int(seen.argmax()), np.arange(row.prompt, row.prompt + steps + 2)
-            kept = np.setdiff1d(np.flatnonzero(~seen), markers)
-            before, after = kept[kept < at], kept[kept > at]
-            positions = np.array(row.positions)
-            positions[:, row.prompt + steps + 2 :] -= steps + 2  # the answer follows the prompt
-            ids = np.concatenate([row.ids[before], np.full(steps, tokens.lvr), row.ids[after]])
-            labels = np.concatenate([row.labels[before], np.full(steps, -100), row.labels[after]])
-            read.append(
-                (
-                    ids,
-                    labels,
-                    np.concatenate(
-                        [positions[:, before], np.zeros((3, steps), np.int64), positions[:, after]],
-                        1,
-                    ),
-                )
-            )
-        shape = (len(rows), max(len(ids) for ids, _, _ in read))
-        ids, labels, mask = (
-            np.full(shape, tokens.end[0]),
-            np.full(shape, -100),
-            np.zeros(shape, np.int64),
+        again = [self._second_row(row) for row in rows]
+        batch = self._padded(again, pad_right([len(row.ids) for row in again]))
+        return _tensors(
+            {
+                "reader_ids": batch.ids,
+                "reader_labels": spread([row.labels for row in again], batch.columns, -100),
+                "reader_positions": batch.positions,
+                "reader_mask": batch.mask,
+            }
         )
-        positions = np.zeros((3, *shape), np.int64)
-        for i, (row_ids, row_labels, row_positions) in enumerate(read):
-            there = slice(0, len(row_ids))
-            ids[i, there], labels[i, there], mask[i, there], positions[:, i, there] = (
-                row_ids,
-                row_labels,
-                1,
-                row_positions,
-            )
-        return {
-            "reader_ids": ids,
-            "reader_labels": labels,
-            "reader_mask": mask,
-            "reader_positions": positions,
-        }
+
+    def _second_row(self, row: _Row) -> _Row:
+        tokens = self.checkpoint.processor.tokens
+        steps = self.settings.steps
+        markers_and_latents = steps + 2
+        is_image = row.ids == tokens.image
+        prompt = columns_read_again(is_image[: row.prompt], np.zeros(steps, np.int64))
+        answer = np.arange(row.prompt + markers_and_latents, len(row.ids))
+        columns = np.concatenate([prompt, answer])
+        # The answer follows the prompt.
+        back = np.where(columns < row.prompt, 0, markers_and_latents)
+        return replace(
+            row,
+            ids=np.where(is_image, tokens.lvr, row.ids)[columns],
+            labels=row.labels[columns],
+            positions=row.positions[:, columns] - back,
+            prompt=len(prompt),
+        )
+
+    def _padded(self, rows: list[_Row], columns: list[np.ndarray]) -> PaddedBatch:
+        end = self.checkpoint.processor.tokens.end[0]
+        ids = [row.ids for row in rows]
+        return PaddedBatch.of(ids, [row.positions for row in rows], end, columns)
 
     def _targets(self, sample: Sample, grids: list[Grid]) -> list[np.ndarray]:
-        """Visual tokens behind each latent of one sample; boxes lie in its first picture. Without
-        boxes: its whole picture.
+        """Visual tokens behind each latent of one sample; boxes lie in its first picture.
+
+        A sample without boxes has its whole picture for one.
         """
         if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
             return []
-        found = sample.boxes or ((0.0, 0.0, 1.0, 1.0),)
-        in_boxes = box_rule.visual_tokens_in_boxes(found, grids[0], self.checkpoint.processor)
+        boxes = sample.boxes or (WHOLE_PICTURE,)
+        in_boxes = box_rule.visual_tokens_in_boxes(boxes, grids[0], self.checkpoint.processor)
         if self.settings.targets == "pooled":
             return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
         return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
 
     def _row(self, sample: Sample, grids: list[Grid], targets: int) -> _Row:
-        c, look = self.checkpoint, looks(sample, self.settings)
+        processor = self.checkpoint.processor
+        tokenizer = processor.tokenizer
+        look = looks(sample, self.settings)
         latents = targets or (self.settings.steps if look else 0)
-        tokenizer = c.processor.tokenizer
-        prompt = c.processor.prompt(sample.question, grids)
-        asked = prompt.ids.tolist()
-        end = str(tokenizer.id_to_token(c.processor.tokens.end[0]))
-        said = tokenizer.encode(
-            latent.response(latents, sample.answer, end), add_special_tokens=False
-        ).ids
-        ids = np.array(asked + said, np.int64)
-        labels = np.array(
-            [-100] * len(asked) + [-100 if t == c.processor.tokens.lvr else t for t in said],
-            np.int64,
-        )
-        positions = prompt.positions
-        following = positions.max() + 1 + np.arange(len(said))
+        end = str(tokenizer.id_to_token(processor.tokens.end[0]))
+        text = latent.response(latents, sample.answer, end)
+        response = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        prompt = processor.prompt(sample.question, grids)
+        count = len(prompt.ids)
+        ids = np.concatenate([prompt.ids, response])
+        unlearned = (np.arange(len(ids)) < count) | (ids == processor.tokens.lvr)
+        following = prompt.positions.max() + 1 + np.arange(len(response))
         return _Row(
-            ids,
-            labels,
-            np.concatenate([positions, np.broadcast_to(following, (3, len(said)))], 1),
-            len(asked),
-            targets,
-            look,
+            ids=ids,
+            labels=np.where(unlearned, -100, ids),
+            positions=np.concatenate(
+                [prompt.positions, np.broadcast_to(following, (3, len(response)))], 1
+            ),
+            prompt=count,
+            targets=targets,
+            looks=look,
         )
 
 
@@ -299,18 +287,16 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
     that little of a batch is padding.
 
     A shuffled run of POOL batches is sorted by length and cut into batches, which are shuffled:
-    batches stay random, and no length is asked for long before it is needed. The order hangs on
+    batches stay random, and a length is computed shortly before it is needed. The order depends on
     seed and epoch alone, so a resumed run goes on in the same one.
     """
 
     def __init__(self, count: int, length: Callable[[int], int], batch: int, seed: int) -> None:
-        self._count, self._length, self._batch, self._seed, self._epoch = (
-            count,
-            length,
-            batch,
-            seed,
-            0,
-        )
+        self._count = count
+        self._length = length
+        self._batch = batch
+        self._seed = seed
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -320,49 +306,61 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self._epoch])
-        order = rng.permutation(self._count)
-        for first in range(0, self._count, POOL * self._batch):
-            pool = sorted(
-                (int(i) for i in order[first : first + POOL * self._batch]), key=self._length
-            )
-            batches = [pool[i : i + self._batch] for i in range(0, len(pool), self._batch)]
-            short = (
-                batches.pop() if len(batches[-1]) < self._batch else []
-            )  # ends the epoch, or batches after it would straddle two
+        order = [int(index) for index in rng.permutation(self._count)]
+        for pool in _slices(order, POOL * self._batch):
+            batches = _slices(sorted(pool, key=self._length), self._batch)
+            # A short one ends the epoch; within it, batches after it would begin at its end.
+            short = batches.pop() if len(batches[-1]) < self._batch else []
             for place in rng.permutation(len(batches)):
                 yield from batches[place]
             yield from short
 
 
+def _slices(indices: list[int], length: int) -> list[list[int]]:
+    return [indices[i : i + length] for i in range(0, len(indices), length)]
+
+
 def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:
-    """Those that look first, then the others, the longest first (by letters, which is near
-    enough).
+    """Those that look first, in their own order, then the others, the longest first (by letters,
+    which is near enough).
     """
-    return sorted(
-        items,
-        key=lambda item: (
-            (0, 0)
-            if looks(item[0], settings)
-            else (1, -len(item[0].question) - len(item[0].answer))
-        ),
-    )
+    looking = [item for item in items if looks(item[0], settings)]
+    others = [item for item in items if not looks(item[0], settings)]
+    return looking + sorted(others, key=_letters, reverse=True)
 
 
-def _tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()}
+def _letters(item: Item) -> int:
+    return len(item[0].question) + len(item[0].answer)
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> Batch:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return cast(Batch, tensors)
+
+
+def _means(groups: list[np.ndarray], tokens: int) -> np.ndarray:
+    """The matrix (L, tokens) float32 that turns visual tokens into the means of L groups of
+    them.
+    """
+    pool = np.zeros((len(groups), tokens), np.float32)
+    for target, group in enumerate(groups):
+        pool[target, group] = 1 / len(group)
+    return pool
 
 
 def _long_and_short(rows: list[_Row]) -> list[list[_Row]]:
-    """Rows cut in two where that saves a quarter of their padded size at least: one caption among
-    words should not make all rows long.
+    """Rows, the longest first, cut in two where that saves a quarter of their padded size at least:
+    one caption among words should not make all rows long.
     """
+    cut = min(range(len(rows)), key=lambda i: _padded_size(rows[:i]) + _padded_size(rows[i:]))
+    parts = _padded_size(rows[:cut]) + _padded_size(rows[cut:])
+    if parts <= 0.75 * _padded_size(rows):
+        return [rows[:cut], rows[cut:]]
+    return [rows]
 
-    def size(part: list[_Row]) -> int:
-        return len(part) * max((len(row.ids) for row in part), default=0)
 
-    cut = min(range(len(rows)), key=lambda i: size(rows[:i]) + size(rows[i:]))
-    worth = size(rows[:cut]) + size(rows[cut:]) <= 0.75 * size(rows)
-    return [rows[:cut], rows[cut:]] if worth else [rows]
+def _padded_size(rows: list[_Row]) -> int:
+    return len(rows) * max((len(row.ids) for row in rows), default=0)
 
 
 def looks(sample: Sample, settings: LatentSettings) -> bool:
@@ -374,19 +372,13 @@ def check_samples(examples: Examples, checkpoint: Checkpoint) -> None:
     """Raises DataError for a sample whose question or answer holds a token that stands for a
     picture or for a step of the loop.
     """
+    image = checkpoint.processor.family.image_token
+    reserved = (latent.START, latent.LATENT, latent.END, image)
     for sample in examples.samples:
         for part, text in (("question", sample.question), ("answer", sample.answer)):
-            found = [
-                t
-                for t in (
-                    latent.START,
-                    latent.LATENT,
-                    latent.END,
-                    checkpoint.processor.family.image_token,
-                )
-                if t in text
-            ]
-            if found:
-                raise DataError(
-                    f"sample {sample.id}: its {part} contains {found[0]}, which stands for something else here: leave it out"
-                )
+            for token in reserved:
+                if token in text:
+                    raise DataError(
+                        f"sample {sample.id}: its {part} contains {token}, "
+                        "which stands for something else here: leave it out"
+                    )

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode, second_reading
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.generate.torch import TorchRuntime, distinct
+from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.model.spec import LatentSpec, TokenIds
 from lvr_lite.train.batches import Examples, Item, check_samples
 from lvr_lite.train.finetune import (
     SMALL,
@@ -45,240 +44,10 @@ from lvr_lite.train.finetune import (
     training_dtype,
     write_side_files,
 )
-from lvr_lite.train.methods import Reader, as_wide, run_freely
+from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
 from lvr_lite.train.rewards import Answer, Scoring, read_rewards
 
 FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
-
-
-@dataclass
-class Rollout:
-    """One answer that was drawn. prompt, result: what was asked, and what came. rewards: what each
-    reward gave. advantage: over the other answers to its question.
-    """
-
-    sample: Sample
-    prompt: Prompt
-    result: Result
-    rewards: dict[str, float] = field(default_factory=dict)
-    advantage: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One row of the teacher-forced pass. ids (S,), <|lvr|> in the places of latents (n, H);
-    positions (3, S); features (T, H or wider), in the places of pictures. lead: how many ids come
-    before <|lvr_start|>. at: from which places something was chosen; chosen: the ids; may_start:
-    whether <|lvr_start|> could be. shares (n, K): of a second reading, which latents of the first
-    its own are the means of.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    latents: np.ndarray
-    features: np.ndarray
-    lead: int
-    at: np.ndarray
-    chosen: list[int]
-    may_start: list[bool]
-    shares: np.ndarray | None = None
-
-
-def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> list[Reading]:
-    """What the decode loop read for an answer, as rows: one, or two where a bottleneck was handed
-    over.
-    """
-    latents = (
-        np.stack(result.latents).astype(np.float32)
-        if result.latents
-        else np.zeros((0, prompt.features.shape[1]), np.float32)
-    )
-    start = result.choices.index(tokens.lvr_start) if tokens.lvr_start in result.choices else None
-    if start is None or mode == "open":
-        return [
-            _reading(
-                prompt.ids, prompt.positions, latents, prompt.features, result.choices, tokens, True
-            )
-        ]
-    ids, positions, shares = second_reading(prompt, latents, tokens)
-    before, after = result.choices[: start + 1], result.choices[start + 1 :]
-    return [
-        _reading(prompt.ids, prompt.positions, latents[:-1], prompt.features, before, tokens, True),
-        replace(
-            _reading(ids, positions, shares @ latents, prompt.features[:0], after, tokens, False),
-            shares=shares,
-        ),
-    ]
-
-
-def _reading(
-    ids: np.ndarray,
-    positions: np.ndarray,
-    latents: np.ndarray,
-    features: np.ndarray,
-    choices: list[int],
-    tokens: TokenIds,
-    may_start: bool,
-) -> Reading:
-    said: list[int] = []
-    at, could = [], []
-    for choice in choices:
-        at.append(len(ids) + len(said) - 1)
-        could.append(may_start)
-        said.append(choice)
-        if choice == tokens.lvr_start:
-            may_start = False
-            said += [*[tokens.lvr] * len(latents), tokens.lvr_end]
-    said.pop()  # the last choice was not fed; nor is the end of latents that are handed over
-    following = positions.max() + 1 + np.broadcast_to(np.arange(len(said)), (3, len(said)))
-    every, where = (
-        np.concatenate([ids, said]).astype(np.int64),
-        np.concatenate([positions, following], 1).astype(np.int64),
-    )
-    lead = len(ids) + (said.index(tokens.lvr_start) if tokens.lvr_start in said else len(said))
-    return Reading(every, where, latents, features, lead, np.array(at), list(choices), could)
-
-
-def batches_of(made: Sequence[Sequence[Reading]]) -> list[dict[str, Any]]:
-    """The `readings` of several answers as batches of `batch_of`: the first readings, and the
-    second ones, which are much shorter. mix (L, B * K) of the latter: its latents are mix @ those
-    of the rows of the former.
-    """
-    first = batch_of([rows[0] for rows in made])
-    again = [
-        (place, rows[1])
-        for place, rows in zip(first["place"].tolist(), made, strict=True)
-        if len(rows) > 1
-    ]
-    if not again:
-        return [first]
-    second = batch_of([row for _, row in again])
-    shares: dict[int, np.ndarray] = {}
-    for to, (place, row) in zip(second["place"].tolist(), again, strict=True):
-        assert row.shares is not None
-        n, steps = row.shares.shape
-        mix = np.zeros((n, len(first["ids"]), steps), np.float32)
-        mix[:, place] = row.shares
-        shares.setdefault(to, mix.reshape(n, -1))
-    return [
-        first,
-        second | {"mix": torch.from_numpy(np.concatenate([shares[i] for i in range(len(shares))]))},
-    ]
-
-
-def batch_of(rows: Sequence[Reading]) -> dict[str, Any]:
-    """Rows as one batch: ids, mask (B, S); positions (3, B, S); latents (L, H) and features (T, H),
-    in reading order; row, column, chosen, may_start (n,) of the choices, in the order of the rows;
-    first: the column of the first latent, the same in every row that has some: what comes before
-    <|lvr_start|> and what comes from there on are padded on the right. Rows that read the same are
-    there once, for of short answers to one question many are alike; place: which one each of `rows`
-    is.
-    """
-    kept, place = distinct(
-        tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows
-    )
-    different = [rows[i] for i in kept]
-    lead = max(r.lead for r in rows)
-    count, longest = len(kept), lead + max(len(r.ids) - r.lead for r in rows)
-    ids, mask = np.zeros((count, longest), np.int64), np.zeros((count, longest), np.int64)
-    positions = np.zeros((3, count, longest), np.int64)
-    for i, r in enumerate(different):
-        own = np.arange(len(r.ids))
-        own[r.lead :] += lead - r.lead
-        ids[i, own], mask[i, own], positions[:, i, own] = r.ids, 1, r.positions
-    arrays = {
-        "ids": ids, "mask": mask, "positions": positions,
-        "latents": np.concatenate([r.latents for r in different]),
-        "features": np.concatenate([r.features for r in different]),
-        "row": np.repeat(place, [len(r.at) for r in rows]),
-        "column": np.concatenate([r.at + (r.at >= r.lead) * (lead - r.lead) for r in rows]),
-        "chosen": np.concatenate([r.chosen for r in rows]), "may_start": np.concatenate([r.may_start for r in rows]),
-        "place": np.array(place),
-    }  # fmt: skip
-    return {
-        name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
-    } | {"first": lead + 1}
-
-
-class Policy(Reader):
-    """A tuned model as a distribution over the choices of its head, at a temperature. model: with
-    its adapter. latents: as `grpo.latents`. keep_start: keep a copy of what is trained, for
-    `at_start`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokens: TokenIds,
-        spec: LatentSpec,
-        temperature: float,
-        latents: str = "recorded",
-        keep_start: bool = False,
-    ) -> None:
-        super().__init__(model, tokens, spec)
-        self.temperature, self.recomputed = temperature, latents == "recomputed"
-        self._start = [
-            (p, p.detach().clone()) for p in model.parameters() if keep_start and p.requires_grad
-        ]
-
-    def forward(self, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
-        """Log-probabilities (n,) of the choices in batches of `batches_of`, one after another, as
-        the decode loop drew them.
-        """
-        chosen, may_start = (
-            torch.cat([batch[name] for batch in batches]) for name in ("chosen", "may_start")
-        )
-        states, latents = [], None
-        for batch in batches:
-            found, latents = self._read(batch, latents)
-            states.append(found[batch["row"], batch["column"]])
-        # once for all: PEFT copies a tied embedding whenever it is asked for its weight
-        logits = self.core.lm_head(torch.cat(states)).float()
-        tokens = self.tokens
-        never = torch.zeros_like(logits, dtype=torch.bool)
-        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
-        never[:, tokens.lvr_start] = ~may_start
-        scores: torch.Tensor = (
-            logits.masked_fill(never, -torch.inf) / self.temperature
-        ).log_softmax(-1)
-        return scores.gather(1, chosen[:, None])[:, 0]
-
-    def _read(
-        self, batch: dict[str, Any], before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(hidden states (B, S, H) of a batch, the latents (B, K, H) that its rows came to where
-        they are recomputed).
-
-        before: the latents of the batch before, which those of a second reading are the means
-        of.
-        """
-        ids, features, tokens = batch["ids"], batch["features"], self.tokens
-        embeds = as_wide(self.core.get_input_embeddings()(ids), features)
-        embeds = embeds.masked_scatter((ids == tokens.image)[..., None], features.to(embeds.dtype))
-        latents = batch["latents"]
-        if self.recomputed and self.spec.feedback == "token":
-            latents = embeds[ids == tokens.lvr][:, : latents.shape[1]]
-        elif self.recomputed and batch["first"] <= ids.shape[1]:
-            return run_freely(self, embeds, batch, batch["first"], self.spec.steps)
-        elif before is not None:
-            latents = batch["mix"].to(before.dtype) @ before.flatten(0, 1)
-        latents = as_wide(latents, embeds)
-        embeds = embeds.masked_scatter((ids == tokens.lvr)[..., None], latents.to(embeds.dtype))
-        return self.states(embeds, batch), None
-
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """The policy that the run began with: what is trained has its first values meanwhile, so no
-        second model is needed.
-        """
-        now = [p.data for p, _ in self._start]
-        for p, first in self._start:
-            p.data = first
-        try:
-            yield
-        finally:
-            for (p, _), data in zip(self._start, now, strict=True):
-                p.data = data
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

@@ -1,10 +1,12 @@
-"""The methods of training with latents: what the latent places are fed, and what the text sees. May
-import: torch, the core.
+"""The methods of training with latents: what the latent places are fed, and what the text sees.
+
+May import: torch, lvr_lite.model, lvr_lite.generate.
 
     sft             no latents: the control with the same data
     dummy           K times the learned row of <|lvr|>: the control with the same compute
     lvr             the targets, visual tokens of the boxes: the paper (arXiv 2509.24251, stage 1)
-    lvr-free        the model's own hidden states, as when running, with gradients of the answer through all K steps
+    lvr-free        the model's own hidden states, as when running; the answer's gradient goes
+                    through all K steps
     lvr-bottleneck  the same, and the answer is read from the question and the latents alone
 
 A method is one small class; the forward pass, the losses and the trainer are the same for all
@@ -13,7 +15,7 @@ A method is one small class; the forward pass, the losses and the trainer are th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -21,33 +23,87 @@ from lvr_lite.config import LatentSettings
 from lvr_lite.generate.torch import language_model, read
 from lvr_lite.model.spec import LatentSpec, TokenIds
 
-Batch = dict[str, Any]  # of `lvr_lite.train.batches.Collator`
+
+class Columns(TypedDict):
+    """What every pass needs beside its inputs.
+
+    positions: (3, B, S).
+    mask: (B, S), 1 where a column is looked at.
+    """
+
+    positions: torch.Tensor
+    mask: torch.Tensor
+
+
+class Batch(Columns, total=False):
+    """What `lvr_lite.train.batches.Collator` makes of samples. It is a dict, for transformers'
+    Trainer moves dicts of tensors to the device and gives them to the model as keywords.
+
+    ids: (B, S) int64, of the B samples that look.
+    labels: (B, S) int64, -100 where nothing is learned.
+    target_at: (B, S) bool, the latent places that have a target.
+    response: (), the column in which all responses begin.
+    reader_ids, reader_labels, reader_mask: (B, R), reader_positions: (3, B, R): the second reading
+        of a bottleneck.
+    direct: samples that are answered at once, each part with the fields above.
+
+    Of the whole batch:
+    pool: (L, T) float32, which turns the T visual tokens into the L targets, in reading order of
+        target_at.
+    pixel_values: (N, C) float32.
+    grid_thw: (pictures, 3) int64.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    target_at: torch.Tensor
+    response: torch.Tensor
+    reader_ids: torch.Tensor
+    reader_labels: torch.Tensor
+    reader_mask: torch.Tensor
+    reader_positions: torch.Tensor
+    direct: list[Batch]
+    pool: torch.Tensor
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
 
 
 class Reader(torch.nn.Module):
-    """A model that is trained, as what reads embeddings. `core` is the transformers model inside
-    any PEFT wrapper.
+    """A model that is trained, as what reads embeddings.
+
+    core: the transformers model inside any PEFT wrapper.
     """
 
     def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec) -> None:
         super().__init__()
         self.model = model
-        self.tokens, self.spec = tokens, spec
+        self.tokens = tokens
+        self.spec = spec
 
     @property
     def core(self) -> Any:
         return self.model.get_base_model()
 
+    def embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Inputs (B, S, H) of ids (B, S), or as wide as `features`.
+
+        features: (T, H or wider), one for each image token, in reading order.
+        """
+        embeds = as_wide(self.core.get_input_embeddings()(ids), features)
+        is_image = (ids == self.tokens.image)[..., None]
+        return embeds.masked_scatter(is_image, features.to(embeds.dtype))
+
     def states(
-        self, embeds: torch.Tensor, batch: Batch, first: int = 0, cache: Any = None
+        self, embeds: torch.Tensor, batch: Columns, first: int = 0, cache: Any = None
     ) -> torch.Tensor:
-        """Hidden states (B, C, H) of C columns from `first` on, whose inputs are `embeds`; the
-        columns before them are in `cache`.
+        """Hidden states (B, C, H) of C columns from `first` on.
+
+        embeds: (B, C, H), their inputs.
+        cache: K/V of the columns before them.
         """
         stop = first + embeds.shape[1]
-        return read(
-            self.core, embeds, batch["positions"][:, :, first:stop], batch["mask"][:, :stop], cache
-        )
+        positions = batch["positions"][:, :, first:stop]
+        return read(self.core, embeds, positions, batch["mask"][:, :stop], cache)
 
     def new_cache(self) -> Any:
         """A K/V cache, or None where gradient checkpointing leaves none and columns are read again
@@ -61,8 +117,11 @@ class Reader(torch.nn.Module):
 
 
 class Method:
-    """`sft`. latents: whether responses have latent places; targeted: whether these have targets;
-    feedback, mode: as in LatentSpec, None for the settings' feedback.
+    """`sft`, and what the others share.
+
+    latents: whether responses have latent places.
+    targeted: whether these have targets.
+    feedback, mode: as in LatentSpec; without a feedback that of the settings.
     """
 
     latents = False
@@ -71,39 +130,45 @@ class Method:
     mode = "open"
 
     def spec(self, settings: LatentSettings, norm: float) -> LatentSpec:
-        """What runs after training. norm: mean L2 norm of visual tokens, which norm-matched
-        feedback takes.
+        """The latent loop that the model runs after training.
+
+        norm: mean L2 norm of visual tokens, which norm-matched feedback takes.
         """
         if not self.latents:
             return LatentSpec()
         feedback = self.feedback or settings.feedback
-        return LatentSpec(
-            settings.steps, feedback, self.mode, norm if feedback == "norm-matched" else 0.0
-        )
+        if feedback != "norm-matched":
+            norm = 0.0
+        return LatentSpec(settings.steps, feedback, self.mode, norm)
 
     def run(
         self,
         reader: Reader,
         embeds: torch.Tensor,
         batch: Batch,
-        targets: torch.Tensor,
-        forced: bool,
-    ) -> tuple[torch.Tensor, Any]:
-        """(hidden states (B, C, H) of the first C columns, what the latent places were fed (B, K,
-        H)).
+        targets: torch.Tensor,  # noqa: ARG002
+        forced: bool,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass over a batch.
 
-        embeds: inputs (B, S, H), the embedding of <|lvr|> at the latent places; targets (L, H) in
-        reading order; forced: feed the targets (warm-up of the methods that run freely).
+        embeds: (B, S, H), inputs with the embedding of <|lvr|> at the latent places.
+        targets: (L, H), in reading order.
+        forced: feed the targets (the warm-up of the methods that run freely).
+
+        Returns the hidden states (B, C, H) of the first C columns, and what the latent places were
+        fed (B, K, H), or None where no one needs it.
         """
         return reader.states(embeds, batch), None
 
 
 class Dummy(Method):
-    latents, feedback = True, "token"
+    latents = True
+    feedback = "token"
 
 
 class TeacherForced(Method):
-    latents = targeted = True
+    latents = True
+    targeted = True
 
     def run(
         self,
@@ -111,13 +176,14 @@ class TeacherForced(Method):
         embeds: torch.Tensor,
         batch: Batch,
         targets: torch.Tensor,
-        forced: bool,
-    ) -> tuple[torch.Tensor, Any]:
+        forced: bool,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return reader.states(with_targets(reader, embeds, batch, targets), batch), None
 
 
 class Free(Method):
-    latents = targeted = True
+    latents = True
+    targeted = True
 
     def run(
         self,
@@ -126,17 +192,17 @@ class Free(Method):
         batch: Batch,
         targets: torch.Tensor,
         forced: bool,
-    ) -> tuple[torch.Tensor, Any]:
-        first, steps = int(batch["response"]) + 1, reader.spec.steps
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        first = int(batch["response"]) + 1
+        end = first + reader.spec.steps
         # The last latent is for the text; in a bottleneck the text is read elsewhere, and this pass
         # ends before it.
-        columns = embeds.shape[1] if self.mode == "open" else first + steps - 1
-        if forced:
-            filled = with_targets(reader, embeds, batch, targets)
-            return reader.states(filled[:, :columns], batch), filled[
-                :, first : first + steps, : targets.shape[-1]
-            ]
-        return run_freely(reader, embeds[:, :columns], batch, first, steps)
+        columns = embeds.shape[1] if self.mode == "open" else end - 1
+        if not forced:
+            return run_freely(reader, embeds[:, :columns], batch, first, reader.spec.steps)
+        filled = with_targets(reader, embeds, batch, targets)
+        states = reader.states(filled[:, :columns], batch)
+        return states, filled[:, first:end, : targets.shape[-1]]
 
 
 class Bottleneck(Free):
@@ -156,9 +222,8 @@ def with_targets(
     reader: Reader, embeds: torch.Tensor, batch: Batch, targets: torch.Tensor
 ) -> torch.Tensor:
     """Inputs (B, S, H) with the targets at the places that have one, as they would be fed back."""
-    return embeds.masked_scatter(
-        batch["target_at"][..., None], as_wide(reader.spec.fed(targets).to(embeds.dtype), embeds)
-    )
+    fed = reader.spec.fed(targets).to(embeds.dtype)
+    return embeds.masked_scatter(batch["target_at"][..., None], as_wide(fed, embeds))
 
 
 def as_wide(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -169,20 +234,26 @@ def as_wide(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def run_freely(
-    reader: Reader, embeds: torch.Tensor, batch: Batch, first: int, steps: int
+    reader: Reader, embeds: torch.Tensor, batch: Columns, first: int, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states of all columns of `embeds` (B, C, H), where each latent step is fed the state
-    before it, and the latents (B, K, H).
+    """A pass in which each latent step is fed the state before it.
 
-    Latent places are the `steps` columns from `first` on, in every row; C may end before the last
-    one. Without a cache all columns so far are read again at every step: (K + 1) times the work,
-    for the memory of gradient checkpointing.
+    Without a cache all columns so far are read again at every step: (K + 1) times the work, for the
+    memory of gradient checkpointing.
+
+    embeds: (B, C, H).
+    first, steps: the latent places are the `steps` columns from `first` on, in every row; C may end
+        before the last one.
+
+    Returns the hidden states (B, C, H), and the latents (B, K, H).
     """
-    cache, end = reader.new_cache(), embeds.shape[1]
+    cache = reader.new_cache()
+    end = embeds.shape[1]
     states = [reader.states(embeds[:, :first], batch, 0, cache)]
     latents: list[torch.Tensor] = []
     for column in range(first, first + steps):
-        latents.append(as_wide(reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype), embeds))
+        fed = reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype)
+        latents.append(as_wide(fed, embeds))
         if column == end:
             break
         if cache is None:
@@ -195,4 +266,5 @@ def run_freely(
             states = [reader.states(torch.cat([embeds[:, :first], *latents, rest], 1), batch)]
         else:
             states.append(reader.states(rest, batch, first + steps, cache))
-    return torch.cat(states, 1), torch.cat(latents, 1)[..., : states[0].shape[-1]]
+    hidden = torch.cat(states, 1)
+    return hidden, torch.cat(latents, 1)[..., : hidden.shape[-1]]

@@ -1,34 +1,56 @@
-"""Supervised fine-tuning with latents (arXiv 2509.24251, stage 1). May import: torch, transformers
-and the core.
+"""Supervised fine-tuning with latents (arXiv 2509.24251, stage 1).
+
+May import: torch, transformers, lvr_lite.model, lvr_lite.generate, lvr_lite.train.methods.
 
     inputs    … question <|lvr_start|> x1  x2 … xK <|lvr_end|> answer
-    learned                 h0->t1  h1->t2 … hK->                         loss = CE(text) + λ · L(h_{i-1}, t_i) in fp32
+    learned                 h0->t1  h1->t2 … hK->
+    loss      CE(text) + λ · L(h_{i-1}, t_i), in fp32
 
 t: visual tokens of the boxes; L: regression (the paper) or contrastive. What x is, the method says
 (lvr_lite/train/methods.py). In a bottleneck the answer is read in a second pass over the prompt,
-whose picture the latents then are. Samples without boxes are answered at once (`latent.samples`),
-in a pass of their own.
+with the latents for its picture. Samples without boxes are answered at once (`latent.samples`), in
+a pass of their own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 from lvr_lite.config import LatentSettings
 from lvr_lite.generate.torch import visual_tokens
-from lvr_lite.model.latents import likeness
+from lvr_lite.model.latents import means, near
 from lvr_lite.model.spec import TokenIds
-from lvr_lite.train.methods import METHODS, Batch, Reader, as_wide
+from lvr_lite.train.methods import METHODS, Batch, Columns, Reader
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one pass learns to say.
+
+    states: (B, C, H) of its first C columns.
+    labels: (B, S), -100 where nothing is learned.
+    first: the number of its first sample in the whole batch.
+    """
+
+    states: torch.Tensor
+    labels: torch.Tensor
+    first: int
+
+    @property
+    def learned(self) -> torch.Tensor:
+        """Which columns (B, S) are learned."""
+        return self.labels != -100
 
 
 class LatentSFT(Reader):
     """A model and its training loss; the one forward pass of training.
 
-    norm: mean L2 norm of visual tokens, for norm-matched feedback. progress: share of the training
-    done, 1 where it is not trained.
+    norm: mean L2 norm of visual tokens, for norm-matched feedback.
+    progress: the share of training that is done; 1 where nothing is trained.
     """
 
     def __init__(
@@ -36,68 +58,74 @@ class LatentSFT(Reader):
     ) -> None:
         method = METHODS[settings.method]
         super().__init__(model, tokens, method.spec(settings, norm))
-        self.settings, self.method = settings, method
+        self.settings = settings
+        self.method = method
         self.progress = 1.0
 
-    def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
-        """A batch of `lvr_lite.train.batches.Collator` -> {"loss", "ce", "latent", "right",
-        "found"}.
+    def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
+        """A `Batch` -> {"loss", "ce", "latent", "right", "found"}.
 
-        ce: the mean over samples of each one's mean over the tokens that it says: a batch of n is
-        as n batches of one, and a caption weighs what a word does. latent: the loss of the latents.
-        right: share of the responses' tokens (markers, answer, end) predicted. found: share of
-        latents that are nearest to a visual token of their own box among all of the batch's
-        pictures.
+        ce: cross-entropy of the learned tokens, averaged over each sample first and then over the
+            samples, so that long answers do not outweigh short ones.
+        latent: the loss of the latents.
+        right: share of the learned tokens (markers, answer, end) that are predicted.
+        found: share of latents that are nearest to a visual token of their own boxes among those of
+            all of the batch's pictures.
         """
-        with torch.no_grad():  # tower and projector are frozen
+        batch = cast(Batch, inputs)
+        # Vision tower and projector are frozen.
+        with torch.no_grad():
             features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"])
-        shown = features[
-            :, : self.core.config.text_config.hidden_size
-        ]  # what of them stands in the prompt
-        predicted = shown[:0]  # the states that learn to be latents
-        parts: list[
-            tuple[int, torch.Tensor, torch.Tensor]
-        ] = []  # of each reading: its first sample, states, what is said after them
+        # What of a visual token stands in the prompt; the rest is added in later layers.
+        shown = features[:, : self.core.config.text_config.hidden_size]
+        # The states that learn to be latents.
+        predicted = shown[:0]
+        answers: list[Answers] = []
+        samples = 0
+        tokens = 0
         if "ids" in batch:
-            targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
-            embeds = self._embed(batch["ids"], features)
-            forced = self.training and self.progress < self.settings.warmup
-            states, latents = self.method.run(self, embeds, batch, targets, forced)
-            parts.append((0, states, batch["labels"]))
+            samples = len(batch["ids"])
+            tokens = self._visual_tokens_of(batch["ids"])
+            states, latents = self._look(batch, features, shown)
+            answers.append(Answers(states, batch["labels"], 0))
             predicted = states_before(states, batch["target_at"])
             if self.spec.mode == "bottleneck":
-                parts.append(
-                    (0, self._read_again(latents, features, batch), batch["reader_labels"])
-                )
-        samples, rest = (
-            len(batch.get("ids", ())),
-            features[self._seen(batch) if "ids" in batch else 0 :],
-        )
+                assert latents is not None
+                states = self._read_again(latents, features, batch)
+                answers.append(Answers(states, batch["reader_labels"], 0))
         for part in batch.get("direct", ()):
-            parts.append(
-                (samples, self.states(self._embed(part["ids"], rest), part), part["labels"])
-            )
-            samples, rest = samples + len(part["ids"]), rest[self._seen(part) :]
-        labels = torch.cat([spoken(states, said) for _, states, said in parts])
-        # the head sees the answers' positions alone
-        logits = self.core.lm_head(
-            torch.cat([states_before(states, said != -100) for _, states, said in parts])
-        ).float()
-        speakers = torch.cat([first + speakers_of(states, said) for first, states, said in parts])
+            states = self.states(self.embed(part["ids"], features[tokens:]), part)
+            answers.append(Answers(states, part["labels"], samples))
+            samples += len(part["ids"])
+            tokens += self._visual_tokens_of(part["ids"])
+        labels = torch.cat([spoken(part.states, part.labels) for part in answers])
+        # The head sees only the states from which something is predicted.
+        speaking = torch.cat([states_before(part.states, part.learned) for part in answers])
+        logits = self.core.lm_head(speaking).float()
+        speakers = torch.cat(
+            [part.first + speakers_of(part.states, part.labels) for part in answers]
+        )
         ce = mean_over_samples(F.cross_entropy(logits, labels, reduction="none"), speakers)
         loss, found = self._latent_loss(predicted.float(), shown.float(), batch["pool"])
-        right = (logits.argmax(-1) == labels).float().mean()
         return {
             "loss": ce + self.latent_weight() * loss,
             "ce": ce.detach(),
             "latent": loss.detach(),
-            "right": right,
+            "right": (logits.argmax(-1) == labels).float().mean(),
             "found": found,
         }
 
+    def _look(
+        self, batch: Batch, features: torch.Tensor, shown: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The pass over samples that look, as `Method.run` returns it."""
+        targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
+        forced = self.training and self.progress < self.settings.warmup
+        return self.method.run(self, self.embed(batch["ids"], features), batch, targets, forced)
+
     def latent_weight(self) -> float:
-        """λ now: that of the settings, and over the last `relax` of the steps less and less of
-        it.
+        """λ now: that of the settings, and less and less of it over the last `relax` of the
+        steps.
         """
         relax = self.settings.relax if self.training else 0.0
         return self.settings.weight * (min(1.0, (1 - self.progress) / relax) if relax else 1.0)
@@ -105,70 +133,57 @@ class LatentSFT(Reader):
     def _latent_loss(
         self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of latents (L, H) against the batch's visual tokens (T, H), of which pool (L, T)
-        makes their targets, and `found`.
+        """The loss of latents, and `found`.
+
+        predicted: (L, H), states that should be the latents' targets.
+        features: (T, H), the visual tokens of the whole batch.
+        pool: (L, T), which makes the targets of them.
         """
+        nothing = torch.zeros((), device=predicted.device)
         if not len(predicted):
-            return torch.zeros((), device=predicted.device), torch.zeros(
-                (), device=predicted.device
-            )
-        apart = F.normalize(
-            features - features.mean(0), dim=-1
-        )  # tokens share a large common part, which tells none of them apart
-        likeness = F.normalize(predicted, dim=-1) @ apart.T / self.settings.temperature
+            return nothing, nothing
+        # The cosine of `lvr_lite.model.latents.likeness`, in another order of operations: vectors
+        # are brought to length 1 before the product, so that published runs repeat to the last bit.
+        apart = F.normalize(features - features.mean(0), dim=-1)
+        cosines = F.normalize(predicted, dim=-1) @ apart.T / self.settings.temperature
         own = pool > 0
-        found = own.gather(1, likeness.argmax(-1, keepdim=True)).float().mean()
+        found = own.gather(1, cosines.argmax(-1, keepdim=True)).float().mean()
         if self.settings.loss == "mse":
             return F.mse_loss(predicted, pool @ features), found
         if self.settings.loss == "contrastive":
-            return (
-                likeness.logsumexp(-1) - likeness.masked_fill(~own, -torch.inf).logsumexp(-1)
-            ).mean(), found
-        return torch.zeros((), device=predicted.device), found
+            own_cosines = cosines.masked_fill(~own, -torch.inf)
+            return (cosines.logsumexp(-1) - own_cosines.logsumexp(-1)).mean(), found
+        return nothing, found
 
-    def _seen(self, rows: Batch) -> int:
-        """How many visual tokens the prompts of `rows` have."""
-        return int((rows["ids"] == self.tokens.image).sum())
-
-    def _embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Inputs (B, S, H), or as wide as `features` (T, …), the first of which stand in the places
-        of pictures, in reading order.
-        """
-        embeds = as_wide(self.core.get_input_embeddings()(ids), features)
-        return torch.as_tensor(
-            embeds.masked_scatter((ids == self.tokens.image)[..., None], features.to(embeds.dtype))
-        )
+    def _visual_tokens_of(self, ids: torch.Tensor) -> int:
+        return int((ids == self.tokens.image).sum())
 
     def _read_again(
         self, latents: torch.Tensor, features: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
-        """Hidden states (B, R, H) of the pass that reads the prompt with the latents (B, K, H) as
-        its picture, and then the answer.
+        """The pass that reads the prompt with the latents (B, K, H) for its picture, and then the
+        answer. Returns its hidden states (B, R, H).
 
-        As in decoding, latents that are nearest to one visual token become one, their mean: the
-        first of them holds it, and the others are masked out.
+        As in decoding, latents in one place become one, their mean. Here all K columns stay: the
+        first latent in a place holds the mean, and the columns of the others are masked out.
         """
-        ids, seen = batch["reader_ids"], batch["ids"] == self.tokens.image
-        at = ids == self.tokens.lvr
-        positions, mask, pictures = (
-            batch["reader_positions"].clone(),
-            batch["reader_mask"].clone(),
-            [],
-        )
-        counts = seen.sum(1).tolist()
-        tokens = features[: sum(counts)].detach().float().split(counts)
-        for row, (own, z) in enumerate(zip(tokens, latents, strict=True)):
-            near = likeness(z.detach().float(), own).argmax(-1)
-            alike = (near[:, None] == near[None]).to(z.dtype)
-            pictures.append(alike / alike.sum(1, keepdim=True) @ z)
-            positions[:, row, at[row]] = batch["positions"][:, row, seen[row]][:, near]
-            mask[row, at[row]] = (
-                alike.argmax(1) == torch.arange(len(near), device=near.device)
-            ).to(mask.dtype)
-        embeds = self.core.get_input_embeddings()(ids).masked_scatter(
-            at[..., None], torch.stack(pictures)
-        )
-        return self.states(embeds, {"positions": positions, "mask": mask})
+        is_image = batch["ids"] == self.tokens.image
+        is_latent = batch["reader_ids"] == self.tokens.lvr
+        positions = batch["reader_positions"].clone()
+        mask = batch["reader_mask"].clone()
+        counts = is_image.sum(1).tolist()
+        pictures = features[: sum(counts)].detach().float().split(counts)
+        means_of_rows = []
+        for row, (picture, own) in enumerate(zip(pictures, latents, strict=True)):
+            nearest = near(own.detach().float(), picture)
+            weights, first = means(nearest)
+            means_of_rows.append(weights.to(own.dtype) @ own)
+            places = batch["positions"][:, row, is_image[row]][:, nearest]
+            positions[:, row, is_latent[row]] = places
+            mask[row, is_latent[row]] = first.to(mask.dtype)
+        embeds = self.core.get_input_embeddings()(batch["reader_ids"])
+        embeds = embeds.masked_scatter(is_latent[..., None], torch.stack(means_of_rows))
+        return self.states(embeds, Columns(positions=positions, mask=mask))
 
 
 def states_before(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -191,6 +206,9 @@ def speakers_of(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_samples(losses: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """The mean over samples of each one's mean loss; losses (n,), samples (n,): whose each is."""
+    """The mean over samples of each one's mean loss.
+
+    losses: (n,). samples: (n,), the sample of each.
+    """
     counts = torch.bincount(samples)
     return (losses / counts[samples]).sum() / (counts > 0).sum()

@@ -21,7 +21,10 @@ from rich.console import Console
 
 from lvr_lite.bench import machine, measure, report
 from lvr_lite.errors import UsageError
+from lvr_lite.generate.ask import Seconds
 from lvr_lite.generate.decode import Event, Prompt, Result
+from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec, TokenIds
 
 IMAGE, END, START, LATENT, LVR_END, WORD, VOCABULARY, WIDTH = 0, 1, 2, 3, 4, 5, 8, 4
@@ -37,12 +40,11 @@ class FakeRuntime:
     latent: LatentSpec = field(default_factory=lambda: LatentSpec(steps=3))
     word: int = WORD
     noise: float = 0.0
-    family: Any = None
-    image_spec: dict[str, Any] = field(default_factory=dict)
-    template: str = ""
-    tokenizer: Any = None
-    tokens: TokenIds = field(
-        default_factory=lambda: TokenIds(IMAGE, (END,), START, LATENT, LVR_END)
+    processor: Processor = field(
+        default_factory=lambda: replace(
+            read_checkpoint("tiny").processor,
+            tokens=TokenIds(IMAGE, (END,), START, LATENT, LVR_END),
+        )
     )
     hidden_size: int = WIDTH
     asked: list[str] = field(default_factory=list)
@@ -83,27 +85,24 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prepare(
         runtime: FakeRuntime, pictures: list[Image.Image], question: str
-    ) -> tuple[Prompt, dict[str, float]]:
+    ) -> tuple[Prompt, Seconds]:
         assert len(pictures) == 1
         runtime.asked.append(question)
-        return Prompt(
-            np.array([6, 7]), np.zeros((0, WIDTH), np.float32), np.tile(np.arange(2), (3, 1))
-        ), {
-            "preprocess": 0.001,
-            "vision": 0.002,
-        }
+        positions = np.tile(np.arange(2), (3, 1))
+        prompt = Prompt(np.array([6, 7]), np.zeros((0, WIDTH), np.float32), positions)
+        return prompt, Seconds(preprocess=0.001, vision=0.002)
 
-    class Pictures:
+    class FakePictureCache:
         def __init__(self, runtime: FakeRuntime) -> None:
             self.runtime = runtime
 
         def prepare_prompt(
             self, pictures: list[Image.Image], question: str
-        ) -> tuple[Prompt, dict[str, float]]:
+        ) -> tuple[Prompt, Seconds]:
             return prepare(self.runtime, pictures, question)
 
     monkeypatch.setattr(measure, "prepare_prompt", prepare)
-    monkeypatch.setattr(measure, "Pictures", Pictures)
+    monkeypatch.setattr(measure, "PictureCache", FakePictureCache)
     monkeypatch.setattr(measure, "read_bandwidth", lambda *_: 40.0)
     monkeypatch.setattr(measure, "read_compute", lambda *_: 1.0)
 
@@ -364,7 +363,7 @@ def test_systems_that_answer_differently_are_not_compared_in_silence() -> None:
 def test_pictures_are_scaled_to_a_number_of_visual_tokens(
     wanted: int, size: tuple[int, int]
 ) -> None:
-    runtime = FakeRuntime(image_spec={"patch": 14, "merge": 2})
+    runtime = FakeRuntime()
     assert measure._scaled(REQUESTS[0], runtime, wanted).picture.size == size
     assert measure._scaled(REQUESTS[0], runtime, None).picture.size == (28, 28)
 
@@ -375,7 +374,7 @@ def test_a_number_of_visual_tokens_that_a_model_does_not_give_is_refused() -> No
     ):
         plan = measure.Plan(rounds=1, settings=(measure.Setting(image_tokens=64),))
         measure.measure(
-            [measure.System("s0", "fp32", FakeRuntime(image_spec={"patch": 14, "merge": 2}), {})],
+            [measure.System("s0", "fp32", FakeRuntime(), {})],
             REQUESTS,
             plan,
         )

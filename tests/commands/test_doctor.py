@@ -127,7 +127,7 @@ def test_little_memory_and_a_full_disk_are_faults(monkeypatch: pytest.MonkeyPatc
 
 
 def test_looking_does_not_import_torch() -> None:
-    code = "import sys; from lvr_lite import doctor; doctor.checks(ask_torch=False); sys.exit('torch' in sys.modules)"
+    code = "import sys; from lvr_lite.commands import doctor; doctor.checks(ask_torch=False); sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False

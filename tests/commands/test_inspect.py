@@ -13,8 +13,10 @@ from rich.console import Console
 
 from lvr_lite.commands import inspect
 from lvr_lite.errors import BundleError
+from lvr_lite.files import sha256
 from lvr_lite.model import bundle
-from lvr_lite.model.spec import LatentSpec
+from lvr_lite.model.families import ImageSpec
+from lvr_lite.model.spec import LatentSpec, TokenIds
 
 
 def write_bundle(folder: Path) -> Path:
@@ -23,26 +25,25 @@ def write_bundle(folder: Path) -> Path:
     graphs = {}
     for name in bundle.GRAPHS:
         (folder / "onnx" / f"{name}.onnx").write_bytes(name.encode() * 100)
-        files = bundle.graph_files(folder, [f"onnx/{name}.onnx"])
-        inputs = {
-            f"past_key_values.{i}.key": {"dtype": "float32", "axes": ["batch", 4]} for i in range(6)
-        }
+        hashes, size = bundle.hashes_and_bytes(folder, [f"onnx/{name}.onnx"])
+        cache = bundle.TensorInfo("float32", ["batch", 4])
         graphs[name] = bundle.Graph(
-            **files,
+            hashes,
+            size,
             precision="int4",
-            inputs=inputs,
-            outputs={"logits": {"dtype": "float32", "axes": ["batch", 8]}},
+            inputs={f"past_key_values.{i}.key": cache for i in range(6)},
+            outputs={"logits": bundle.TensorInfo("float32", ["batch", 8])},
         )
-    source = {"base": "tiny", "tokenizer_sha256": files.sha256(folder / "tokenizer.json")}
+    source = {"base": "tiny", "tokenizer_sha256": sha256(folder / "tokenizer.json")}
     manifest = bundle.Manifest(
         "qwen2_5_vl",
         "int4",
         graphs,
         LatentSpec(4),
-        {"image": 1},
+        TokenIds(image=1, end=(2,), lvr_start=3, lvr=4, lvr_end=5),
         "",
-        {},
-        {"layers": 6},
+        ImageSpec(14, 2, 2, (0.5,) * 3, (0.5,) * 3, 784, 7840, "bicubic"),
+        bundle.DecoderShape(layers=6, kv_heads=1, head_dim=4, hidden_size=4, vocab_size=9),
         {},
         source,
         {"decoder": 1e-6},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ TINY = processor_of("tiny")
 
 
 def found(*files: Path, test: Path | None = None) -> list[Problem]:
-    return [problem for _, problems in validate(files, *TINY, test) for problem in problems]
+    return [problem for _, problems in validate(files, TINY, test) for problem in problems]
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (96, 64)) -> None:
@@ -128,7 +129,7 @@ def test_each_of_the_planted_faults_is_found_at_its_line_and_nothing_else(folder
         assert said.replace("{test}", str(test)) in str(problem)
         assert str(problem).startswith(f"{path}:{problem.line}: ")
         assert "\n" not in str(problem)
-    ((samples, _),) = validate([path], *TINY, test)
+    ((samples, _),) = validate([path], TINY, test)
     assert samples == 2
 
 
@@ -142,10 +143,10 @@ def test_what_training_would_not_get_wrong_is_a_note(folder: Path) -> None:
 
 
 def test_whether_a_box_is_small_depends_on_the_model(folder: Path) -> None:
-    family, spec = TINY
     path = write(folder / "train.jsonl", good(0, boxes=[[0.5, 0.5, 0.8, 0.8]]))
     assert found(path) == []
-    ((_, problems),) = validate([path], family, spec | {"min_pixels": 28, "max_pixels": 28 * 28})
+    image = replace(TINY.image, min_pixels=28, max_pixels=28 * 28)
+    ((_, problems),) = validate([path], replace(TINY, image=image))
     assert [p.field for p in problems] == ["boxes[0]"]
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from test_suite import Table, never
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
@@ -804,7 +804,7 @@ def test_rotations_of_a_question_count_as_one_in_a_comparison(tmp_path: Path) ->
     said = {"tiny": [*right], "other": [*wrong[:4], *right[4:]]}
     benchmark, other_model = (
         benchmarks.read("hrbench", folder),
-        str(Path(str(benchmarks.__file__)).parents[1] / "tiny" / "model"),
+        str(Path(str(benchmarks.__file__)).parents[1] / "toy" / "model"),
     )
     plan = Plan("hrbench", path=str(folder), steps=(0,))
     result = compare(

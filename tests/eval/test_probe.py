@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
+from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
@@ -588,13 +589,9 @@ class Looks:
     name, hidden_size = "looks", H
 
     def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
-        checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = (
-            checkpoint.processor.family,
-            checkpoint.processor.image,
-            checkpoint.processor.template,
-        )
-        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
+        self.processor = read_checkpoint("tiny").processor
+        self.tokenizer = self.processor.tokenizer
+        self.tokens = self.processor.tokens
         self.latent = spec or LatentSpec(steps=3)
         self.uses, self.silent = uses, silent
         self.scripts = [
@@ -606,7 +603,8 @@ class Looks:
         self.batches: list[int] = []
 
     def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        mean, std = (np.array(self.image_spec[k]) for k in ("mean", "std"))
+        mean = np.array(self.processor.image.mean)
+        std = np.array(self.processor.image.std)
         colours = (
             pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std
             + mean
@@ -992,9 +990,9 @@ def test_a_model_is_probed_through_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    opened: Callable[..., Any] = cli._open
+    opened: Callable[..., Any] = models.open_runtime
     monkeypatch.setattr(
-        cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
+        models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(3, mode=mode))
     )
     model, out = small_int8 if kind == "bundle" else small_checkpoint, tmp_path / "probe.json"
     code = call(
@@ -1035,8 +1033,8 @@ def test_a_model_is_probed_through_the_command_line(
 def test_a_file_of_samples_is_probed(
     small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: Callable[..., Any] = cli._open
-    monkeypatch.setattr(cli, "_open", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
+    opened: Callable[..., Any] = models.open_runtime
+    monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
     path, out = write_scenes(tmp_path / "scenes", 4, 1, "test"), tmp_path / "probe.json"
     assert (
         call(

@@ -51,13 +51,9 @@ class Table:
 
     def __init__(self, answers: dict[str, str], latent_steps: int = 0) -> None:
         self.latent = LatentSpec(latent_steps)
-        checkpoint = read_checkpoint("tiny")
-        self.family, self.image_spec, self.template = (
-            checkpoint.processor.family,
-            checkpoint.processor.image,
-            checkpoint.processor.template,
-        )
-        self.tokenizer, self.tokens = checkpoint.processor.tokenizer, checkpoint.processor.tokens
+        self.processor = read_checkpoint("tiny").processor
+        self.tokenizer = self.processor.tokenizer
+        self.tokens = self.processor.tokens
         self.questions = list(answers)
         self.scripts = [
             [*self.tokenizer.encode(a, add_special_tokens=False).ids, self.tokens.end[0]]

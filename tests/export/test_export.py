@@ -17,13 +17,14 @@ import onnx
 import pytest
 import torch
 
-from lvr_lite.errors import BundleError, LvrError
+from lvr_lite.errors import BundleError, LvrError, OutputError
 from lvr_lite.export import graphs, onnxfile, parity, weights, write
 from lvr_lite.export.write import describe, write_bundle
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model import bundle
-from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.bundle import Bundle, TensorInfo
+from lvr_lite.model.families import Grid
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy import build
@@ -74,13 +75,13 @@ def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(
 ) -> None:
     manifest = Bundle.open(written).manifest
     assert manifest.precision == "fp32"
-    assert manifest.decoder == {
-        "layers": 6,
-        "kv_heads": 4,
-        "head_dim": 32,
-        "hidden_size": 256,
-        "vocab_size": model.config.text_config.vocab_size,
-    }
+    assert manifest.decoder == bundle.DecoderShape(
+        layers=6,
+        kv_heads=4,
+        head_dim=32,
+        hidden_size=256,
+        vocab_size=model.config.text_config.vocab_size,
+    )
     assert set(manifest.parity["graphs"]) == set(bundle.GRAPHS)
     assert max(found["relative"] for found in manifest.parity["graphs"].values()) < 1e-4
     assert manifest.parity["decoding"]["relative"] < 1e-3
@@ -97,13 +98,9 @@ def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written
         "window_id",
         "image_id",
     ]
-    assert found["vision_encoder"].inputs["pixel_values"] == {
-        "dtype": "float32",
-        "axes": ["4*tokens", 1176],
-    }
-    assert found["vision_encoder"].outputs == {
-        "image_features": {"dtype": "float32", "axes": ["tokens", 256]}
-    }
+    vision = found["vision_encoder"]
+    assert vision.inputs["pixel_values"] == TensorInfo("float32", ["4*tokens", 1176])
+    assert vision.outputs == {"image_features": TensorInfo("float32", ["tokens", 256])}
     decoder = found["decoder"]
     first = [
         "inputs_embeds",
@@ -120,11 +117,9 @@ def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written
         "present.0.value",
         "present.1.key",
     ]
-    assert decoder.inputs["past_key_values.0.key"] == {
-        "dtype": "float32",
-        "axes": ["batch", 4, "capacity", 32],
-    }
-    assert decoder.inputs["total_sequence_length"] == {"dtype": "int32", "axes": []}
+    cache = TensorInfo("float32", ["batch", 4, "capacity", 32])
+    assert decoder.inputs["past_key_values.0.key"] == cache
+    assert decoder.inputs["total_sequence_length"] == TensorInfo("int32", [])
     assert list(found["lm_head"].outputs) == ["logits"]
 
 
@@ -165,8 +160,9 @@ def test_two_pictures_together_are_as_each_alone(written: Path) -> None:
     first, second = (
         rng.standard_normal((h * w, 1176)).astype(np.float32) for h, w in ((6, 8), (10, 4))
     )
-    together = runtime.encode(np.concatenate([first, second]), [(6, 8), (10, 4)])
-    apart = np.concatenate([runtime.encode(first, [(6, 8)]), runtime.encode(second, [(10, 4)])])
+    wide, tall = Grid(6, 8), Grid(10, 4)
+    together = runtime.encode(np.concatenate([first, second]), [wide, tall])
+    apart = np.concatenate([runtime.encode(first, [wide]), runtime.encode(second, [tall])])
     np.testing.assert_allclose(together, apart, atol=1e-4)
 
 
@@ -255,18 +251,19 @@ def test_a_weight_that_differs_on_disk_is_found_without_torchs_whole_model(
     small_fp32: Path, small: Checkpoint, copied: Callable[[Path], Path], graph: str
 ) -> None:
     folder, (weight, said) = copied(small_fp32), CHANGED[graph]
-    manifest, stored = Bundle.open(folder).manifest, TrainedWeights(small)
+    opened = Bundle.open(folder)
+    stored = TrainedWeights(small)
 
     def check() -> list[float]:
-        found = parity.check_graphs_apart(folder, manifest, small, stored)
+        found = parity.check_graphs_apart(opened, small, stored)
         assert set(found) == {"vision_encoder", "embed_tokens", "lm_head"}
         return [
             *(one["relative"] for one in found.values()),
-            *parity.check_layers(folder, manifest, small, stored),
+            *parity.check_layers(opened, small, stored),
         ]
 
     assert max(check()) < 1e-5
-    path = folder / manifest.graphs[graph].path
+    path = opened.path(graph)
     tensor = next(t for t in onnxfile.load(path).graph.initializer if t.name == weight)
     where = {entry.key: entry.value for entry in tensor.external_data}
     with (path.parent / where["location"]).open("r+b") as file:
@@ -289,7 +286,7 @@ def test_a_large_models_bundle_says_that_decoding_was_not_compared(
         tmp_path / "out",
         said.append,
         lambda: pytest.fail("loaded whole"),
-    ).parity
+    ).manifest.parity
     assert (found["decoding"], len(found["layers"])) == (None, 2)
     assert max(found["layers"]) < 1e-5
     assert any("decoding: not compared" in line for line in said)
@@ -300,7 +297,7 @@ def test_a_bundle_without_a_reference_is_compared_with_nothing(
 ) -> None:
     manifest = write_bundle(
         small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"}
-    )
+    ).manifest
     assert manifest.parity == {} == Bundle.open(tmp_path / "out").manifest.parity
     assert manifest.source["origin"] == "mine"
     assert {name: graph.files for name, graph in manifest.graphs.items()} == {
@@ -382,7 +379,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        BundleError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"
+        OutputError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"
     ):
         write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", [].append)
     assert list(tmp_path.iterdir()) == []
@@ -436,7 +433,7 @@ def test_export_refuses_a_model_that_is_not_float32(checkpoint: Checkpoint) -> N
 def test_export_refuses_a_folder_that_is_not_a_bundle(small: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(BundleError, match="not an earlier result"):
+    with pytest.raises(OutputError, match="not an earlier result"):
         write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 

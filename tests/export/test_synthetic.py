@@ -115,7 +115,7 @@ def test_a_bundle_of_a_shape_runs(
         precision="int4",
         convert=convert,
         source={"synthetic": name},
-    )
+    ).manifest
     assert manifest.parity == {}
     assert manifest.source["synthetic"] == name
     assert {graph: one.precision for graph, one in manifest.graphs.items()} == dict.fromkeys(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite.generate.ask import Pictures, prepare_prompt
+from lvr_lite.generate.ask import PictureCache, prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
@@ -50,12 +50,12 @@ def answered(runtime: Any, prompt: Prompt) -> list[int]:
 
 
 def test_a_second_question_reads_its_own_words_alone(runtime: Counting) -> None:
-    known = Pictures(runtime)  # type: ignore[arg-type]
+    known = PictureCache(runtime)  # type: ignore[arg-type]
     first, _ = known.prepare_prompt([picture(0)], "what colour is the star")
     answered(runtime, first)
     assert (runtime.encoded, runtime.read) == (1, len(first.ids))
     second, seconds = known.prepare_prompt([picture(0)], "where heart")
-    assert seconds["vision"] == 0
+    assert seconds.vision == 0
     answered(runtime, second)
     last_seen = int(np.flatnonzero(second.ids == runtime.processor.tokens.image)[-1])
     assert (runtime.encoded, runtime.read) == (1, len(first.ids) + len(second.ids) - last_seen - 1)
@@ -64,7 +64,7 @@ def test_a_second_question_reads_its_own_words_alone(runtime: Counting) -> None:
 def test_what_is_known_survives_other_pictures_and_a_decoding_that_was_broken_off(
     runtime: Counting,
 ) -> None:
-    known, questions = Pictures(runtime), ("what colour is the star", "where heart")  # type: ignore[arg-type]
+    known, questions = PictureCache(runtime), ("what colour is the star", "where heart")  # type: ignore[arg-type]
     wanted = [
         answered(runtime, prepare_prompt(runtime, [picture(i)], questions[1])[0]) for i in (0, 1)
     ]  # type: ignore[arg-type]
@@ -85,11 +85,11 @@ def test_what_is_known_survives_other_pictures_and_a_decoding_that_was_broken_of
 
 
 def test_the_least_recently_used_pictures_are_forgotten(runtime: Counting) -> None:
-    known = Pictures(runtime)  # type: ignore[arg-type]
+    known = PictureCache(runtime)  # type: ignore[arg-type]
     answered(runtime, known.prepare_prompt([picture(0)], "where heart")[0])
     one = known.bytes
     assert one > 0
-    known = Pictures(runtime, limit=5 * one // 2)  # type: ignore[arg-type]
+    known = PictureCache(runtime, limit=5 * one // 2)  # type: ignore[arg-type]
     runtime.encoded = 0
     for seed, encoded in ((0, 1), (1, 2), (0, 2), (2, 3), (3, 4), (2, 4), (1, 5)):
         answered(runtime, known.prepare_prompt([picture(seed)], "where heart")[0])
@@ -98,6 +98,6 @@ def test_the_least_recently_used_pictures_are_forgotten(runtime: Counting) -> No
 
 
 def test_a_question_without_a_picture_keeps_nothing(runtime: Counting) -> None:
-    known = Pictures(runtime)  # type: ignore[arg-type]
+    known = PictureCache(runtime)  # type: ignore[arg-type]
     assert known.prepare_prompt([], "say something")[0].prefix is None
     assert known.bytes == 0

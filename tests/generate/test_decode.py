@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from lvr_lite.errors import UsageError
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
+from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.spec import LatentSpec, TokenIds
 
 IMAGE, END, OTHER_END, START, LVR, CLOSE, A, B, C, D = range(10)
@@ -33,15 +33,16 @@ class Recurrent:
     follows.
     """
 
-    name, family, template, tokenizer, hidden_size = "fake", None, "", None, H
+    name = "fake"
+    hidden_size = H
     tokens = TokenIds(image=IMAGE, end=(END, OTHER_END), lvr_start=START, lvr=LVR, lvr_end=CLOSE)
+    processor = replace(read_checkpoint("tiny").processor, tokens=tokens)
 
     def __init__(self, spec: LatentSpec | None = None) -> None:
         rng = np.random.default_rng(
             107
         )  # weights with which the PROMPTS below enter latents at many different times
         self.latent = spec or LatentSpec(K)
-        self.image_spec: dict[str, Any] = {}
         self.table = rng.normal(size=(10, H)).astype(np.float32)
         self.mix = rng.normal(size=(H, H)).astype(np.float32)
         self.out = rng.normal(size=(H, 10)).astype(np.float32)

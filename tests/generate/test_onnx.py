@@ -69,7 +69,7 @@ class StartsLatents:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         logits = np.array(self._runtime.head(hidden))
         starting = min(self._together, self._rows - self._started)
-        logits[:starting, self.tokens.lvr_start] = 1e4
+        logits[:starting, self.processor.tokens.lvr_start] = 1e4
         self._started += starting
         return logits
 

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, OutputError
 from lvr_lite.files import fresh_folder, sha256, write_atomically
 from lvr_lite.model.bundle import (
     GRAPHS,
     Bundle,
+    DecoderShape,
     Graph,
     Manifest,
-    graph_files,
+    hashes_and_bytes,
     is_bundle,
     write_manifest,
 )
-from lvr_lite.model.spec import LatentSpec
+from lvr_lite.model.families import ImageSpec
+from lvr_lite.model.spec import LatentSpec, TokenIds
 
 
 @pytest.fixture
@@ -34,10 +36,11 @@ def bundle(tmp_path: Path) -> Path:
         paths = [f"onnx/{name}.onnx", f"onnx/{name}.onnx_data"]
         for path in paths:
             (folder / path).write_bytes(f"{path} weights".encode() * 50)
-        graphs[name] = Graph(**graph_files(folder, paths), precision="fp32", inputs={}, outputs={})
+        graphs[name] = Graph(*hashes_and_bytes(folder, paths), "fp32", inputs={}, outputs={})
     source = {"tokenizer_sha256": sha256(folder / "tokenizer.json")}
-    sizes = {"layers": 1, "kv_heads": 1, "head_dim": 4, "hidden_size": 4, "vocab_size": 9}
-    tokens = {"image": 1, "end": [2], "lvr_start": 3, "lvr": 4, "lvr_end": 5}
+    decoder = DecoderShape(layers=1, kv_heads=1, head_dim=4, hidden_size=4, vocab_size=9)
+    tokens = TokenIds(image=1, end=(2,), lvr_start=3, lvr=4, lvr_end=5)
+    image = ImageSpec(14, 2, 2, (0.5,) * 3, (0.5,) * 3, 784, 7840, "bicubic", {"window": 112})
     write_manifest(
         folder,
         Manifest(
@@ -47,8 +50,8 @@ def bundle(tmp_path: Path) -> Path:
             LatentSpec(4),
             tokens,
             "{{ messages }}",
-            {},
-            sizes,
+            image,
+            decoder,
             {},
             source,
         ),
@@ -214,7 +217,7 @@ def test_a_foreign_target_is_refused_untouched(tmp_path: Path, kind: str) -> Non
         target.mkdir()
     (target / "thesis.txt" if kind == "folder" else target).write_text("mine")
     with (
-        pytest.raises(BundleError, match="out: exists and is not an earlier result"),
+        pytest.raises(OutputError, match="out: exists and is not an earlier result"),
         fresh_folder(target),
     ):
         pytest.fail("the body must not run")
@@ -224,7 +227,7 @@ def test_a_foreign_target_is_refused_untouched(tmp_path: Path, kind: str) -> Non
 def test_what_marks_an_earlier_result_can_be_another_file(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.jsonl").write_text("")
-    with pytest.raises(BundleError), fresh_folder(tmp_path / "out"):
+    with pytest.raises(OutputError), fresh_folder(tmp_path / "out"):
         pytest.fail("the body must not run")
     with fresh_folder(tmp_path / "out", replaceable="train.jsonl") as staged:
         (staged / "new").write_text("")
@@ -244,7 +247,7 @@ def test_what_a_killed_run_left_is_swept_away_and_a_living_run_is_let_be(tmp_pat
 def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(BundleError, match="out: cannot be written"),
+        pytest.raises(OutputError, match="out: cannot be written"),
         fresh_folder(tmp_path / "file" / "out"),
     ):
         pytest.fail("the body must not run")
@@ -255,6 +258,6 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(tmp_path / "new" / "a.txt", "two")
     assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "two")]
     (tmp_path / "folder").mkdir()
-    with pytest.raises(BundleError, match="folder: cannot be written"):
+    with pytest.raises(OutputError, match="folder: cannot be written"):
         write_atomically(tmp_path / "folder", "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new"]

@@ -99,9 +99,8 @@ def test_a_tuned_checkpoint_brings_its_loop_its_picture_size_and_its_base(
     assert checkpoint.adapter
     assert checkpoint.base == small_checkpoint
     assert checkpoint.latent == LatentSpec(steps=4)
-    assert checkpoint.processor.image == read_checkpoint(small_checkpoint).processor.image | {
-        "max_pixels": 50176
-    }
+    base = read_checkpoint(small_checkpoint).processor
+    assert checkpoint.processor.image == base.with_max_pixels(50176).image
 
 
 def test_the_digest_changes_with_the_adapter_and_with_the_base(

@@ -22,13 +22,14 @@ from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.export.weights import StoredWeights, code_of, empty_model, origins
-from lvr_lite.generate.ask import Pictures, prepare_prompt
+from lvr_lite.generate.ask import PictureCache, prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model import families
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.families import Grid, ImageSpec
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.quant.calibrate import Products
 from lvr_lite.quant.quantize import quantize_bundle
@@ -275,14 +276,15 @@ def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: 
     """What trains scales and norms after rounding (quant/tune.py) computes what the runtime does,
     through latents and deepstack.
     """
-    runtime = OnnxRuntime(Bundle.open(bundle))
+    opened = Bundle.open(bundle)
+    runtime = OnnxRuntime(opened)
     runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
     prompts = [
         prepare_prompt(runtime, pictures, "where heart")[0]
         for pictures in (PICTURES["two pictures"][0], [])
     ]
     readings = Products(StartsWithLatents(runtime, STEPS), prompts, bundle).readings()  # type: ignore[arg-type]
-    tuning = Tuning(bundle, runtime.manifest, runtime, readings)
+    tuning = Tuning(bundle, opened.manifest, runtime, readings)
     assert len(readings) == (2 if mode == "open" else 4)
     for reading in readings:
         assert (reading.ids == runtime.processor.tokens.lvr).sum() > 0
@@ -298,7 +300,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
     options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
     for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
         runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
-        known = Pictures(runtime)
+        known = PictureCache(runtime)
         for question in ("what pattern is the cross", "where heart", "how many are red"):
             pictures = [picture.copy() for picture in PICTURES[name][0]]  # known by what they show
             (again,) = decode(
@@ -434,14 +436,13 @@ def test_it_is_tuned_in_4_bits_and_exported(
 def test_the_text_of_a_picture_is_that_of_transformers() -> None:
     from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-    from lvr_lite.model.families.smolvlm import picture_text
-
-    spec = {"tile": 84, "patch": 14, "merge": 2}
+    family = families.get("smolvlm")
+    spec = ImageSpec(14, 2, 1, (0.5,) * 3, (0.5,) * 3, 84**2, 168**2, "lanczos", {"tile": 84})
     for rows, columns in ((0, 0), (1, 2), (3, 2)):
         wanted = get_image_prompt_string(
             rows, columns, 9, "<fake_token_around_image>", "<image>", "<global-img>"
         )
-        assert picture_text((rows, columns), spec) == wanted
+        assert family.picture_text(Grid(rows, columns), spec) == wanted
 
 
 @pytest.mark.parametrize("side", [6, 27, 32, 14])
@@ -454,8 +455,6 @@ def test_learned_places_are_rounded_as_in_transformers(side: int) -> None:
         SmolVLMVisionEmbeddings,
     )
 
-    from lvr_lite.model.families.smolvlm import learned_places
-
     embeddings = SmolVLMVisionEmbeddings(
         SmolVLMVisionConfig(hidden_size=1, image_size=2 * side, patch_size=2)
     ).requires_grad_(False)
@@ -465,4 +464,5 @@ def test_learned_places_are_rounded_as_in_transformers(side: int) -> None:
     found = embeddings(
         torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool)
     )
-    assert learned_places(side, 1).tolist() == found.flatten().long().tolist()
+    places = families.get("smolvlm").learned_places(side, 1)
+    assert places.tolist() == found.flatten().long().tolist()

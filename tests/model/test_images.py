@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,21 @@ import pytest
 from PIL import Image
 
 from lvr_lite.errors import DataError
-from lvr_lite.model.families import qwen2_5_vl
-from lvr_lite.model.images import open_picture, picture_size, prepare
+from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.families import ImageSpec
+from lvr_lite.model.images import open_picture, picture_size
+from lvr_lite.model.processor import Pixels
 
-SPEC = {
-    "patch": 14, "merge": 2, "temporal_patch": 2, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 256,
-    "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
+SPEC = ImageSpec(
+    patch=14,
+    merge=2,
+    temporal_patch=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    min_pixels=56 * 56,
+    max_pixels=28 * 28 * 256,
+    resample="bicubic",
+)
 SIZES = [
     (140, 140),
     (33, 100),
@@ -55,22 +64,26 @@ def with_transparency(mode: str) -> Image.Image:
 def transformers_patches(pictures: list[Image.Image]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     processor = module.Qwen2VLImageProcessorPil(
-        image_mean=SPEC["mean"],
-        image_std=SPEC["std"],
-        min_pixels=SPEC["min_pixels"],
-        max_pixels=SPEC["max_pixels"],
+        image_mean=SPEC.mean,
+        image_std=SPEC.std,
+        min_pixels=SPEC.min_pixels,
+        max_pixels=SPEC.max_pixels,
     )
     out = processor(images=pictures, return_tensors="np")
     return out["pixel_values"], [(int(h), int(w)) for _, h, w in out["image_grid_thw"]]
 
 
+def see(pictures: list[Image.Image]) -> Pixels:
+    return replace(read_checkpoint("tiny").processor, image=SPEC).see(pictures)
+
+
 def assert_as_transformers(opened: list[Image.Image], given: list[Image.Image]) -> None:
-    patches, grids = prepare(opened, qwen2_5_vl, SPEC)
+    pixels = see(opened)
     expected, expected_grids = transformers_patches(given)
-    assert grids == expected_grids
-    assert patches.dtype == np.float32
-    assert patches.shape == expected.shape
-    largest = float(np.abs(patches - expected).max())
+    assert pixels.grids == expected_grids
+    assert pixels.patches.dtype == np.float32
+    assert pixels.patches.shape == expected.shape
+    largest = float(np.abs(pixels.patches - expected).max())
     assert largest <= 1e-6, f"largest difference from transformers: {largest}"
 
 
@@ -204,6 +217,6 @@ def test_a_picture_of_too_many_pixels_is_refused_and_a_large_one_gives_no_warnin
 
 
 def test_a_picture_200_times_as_long_as_wide_passes_and_a_longer_one_is_refused() -> None:
-    assert prepare([noise(400, 2)], qwen2_5_vl, SPEC)[1] == transformers_patches([noise(400, 2)])[1]
+    assert see([noise(400, 2)]).grids == transformers_patches([noise(400, 2)])[1]
     with pytest.raises(DataError, match="picture 2: 3 x 601 pixels"):
-        prepare([noise(28, 28), noise(3, 601)], qwen2_5_vl, SPEC)
+        see([noise(28, 28), noise(3, 601)])

@@ -50,15 +50,15 @@ def test_fp16_takes_half_the_bytes_and_says_what_its_ports_are(
     assert 0.45 < report["bytes"] / report["bytes_before"] < 0.6
     assert report["bits_per_weight"] == 16
     decoder, before = manifest.graphs["decoder"], Bundle.open(small_fp32).manifest.graphs["decoder"]
-    kinds = {name: port["dtype"] for name, port in {**decoder.inputs, **decoder.outputs}.items()}
+    kinds = {name: port.dtype for name, port in {**decoder.inputs, **decoder.outputs}.items()}
     assert {name for name, kind in kinds.items() if kind == "float16"} == {
         f"{prefix}.{i}.{part}"
         for prefix in ("past_key_values", "present")
         for i in range(2)
         for part in ("key", "value")
     }
-    assert {name: port["axes"] for name, port in decoder.inputs.items()} == {
-        name: port["axes"] for name, port in before.inputs.items()
+    assert {name: port.axes for name, port in decoder.inputs.items()} == {
+        name: port.axes for name, port in before.inputs.items()
     }
     for graph in manifest.graphs.values():
         proto = onnxfile.load(folder / graph.path).graph
@@ -73,7 +73,7 @@ def test_positions_beyond_what_16_bits_hold_are_told_apart(
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((1, 8, 256)).astype(np.float32)
     positions = np.broadcast_to(np.arange(30_001, 30_009), (3, 1, 8)).astype(np.int64)
-    both = [DecoderLayers(folder, Bundle.open(folder).manifest) for folder in (small_fp32, made[0])]
+    both = [DecoderLayers(Bundle.open(folder)) for folder in (small_fp32, made[0])]
     want, got = (layers.run(0, [LayerCall(hidden, positions, np.array([8]))])[0] for layers in both)
     compare("layer", got - hidden, want - hidden, 0.01)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.errors import BundleError, OutputError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.generate.onnx import OnnxRuntime, open_session, share_pools
 from lvr_lite.model import bundle
@@ -86,9 +86,8 @@ def _run(
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
-    share_pools(
-        1
-    )  # once a process has the shared pool, a session with a pool of its own does not load
+    # Once a process has the shared pool, a session with a pool of its own does not load.
+    share_pools()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     session = ort.InferenceSession(
@@ -545,7 +544,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        BundleError,
+        OutputError,
         match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another disk",
     ):
         weights.quantize_bundle(source, tmp_path / "out", "int8", [].append)

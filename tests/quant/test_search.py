@@ -201,9 +201,9 @@ def test_products_are_those_of_what_flows_into_a_weight(
     monkeypatch.setattr(calibrate, "TOKENS", 3)
     runtime = OnnxRuntime(Bundle.open(small_fp32))
     runtime.latent = replace(runtime.latent, steps=0)
-    runtime.processor.tokens = replace(
-        runtime.processor.tokens, end=(-1,)
-    )  # so that three tokens come
+    # so that three tokens come
+    endless = replace(runtime.processor.tokens, end=(-1,))
+    runtime.processor = replace(runtime.processor, tokens=endless)
     prompt = prepare_prompt(runtime, [], "where heart")[0]
     found = Products(runtime, [prompt, prompt])
     assert len(found) == 2 * 7
@@ -253,7 +253,7 @@ def test_the_loss_follows_the_latents_step_by_step(
     said = calibrate.listen(StartsSurely(reference, 3), asked)  # type: ignore[arg-type]
     for one, prompt in zip(said, asked, strict=True):
         assert one.latents == 3
-        assert one.choices[0] == reference.tokens.lvr_start
+        assert one.choices[0] == reference.processor.tokens.lvr_start
         result = decode(
             StartsWithLatents(reference, 3), [prompt], Options(max_tokens=1, keep_hidden=True)
         )[0]

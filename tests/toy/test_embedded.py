@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from lvr_lite.commands.inspect import count_parameters
+from lvr_lite.commands.inspect import read_weights
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
-from lvr_lite.model.families import qwen2_5_vl as family
-from lvr_lite.model.images import prepare
+from lvr_lite.model.families.qwen2_5_vl import FAMILY as family
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.toy import build, scenes
-from lvr_lite.toy.pretrain import Packer, Pictures, see, turns
+from lvr_lite.toy.pretrain import IMAGE_SPEC, Packer, Pictures, see, turns
 from lvr_lite.train import load as nf4
-
-SPEC = {"merge": 2, "window": 56, "patch": 14}
 
 
 def scenes_of_size(size: tuple[int, int], count: int) -> list[scenes.Scene]:
@@ -36,18 +33,15 @@ def test_the_fast_vision_forward_equals_that_of_transformers(
 ) -> None:
     pictures = Pictures(scenes_of_size(size, 2))
     inputs = {
-        k: torch.from_numpy(v) for k, v in family.vision_inputs([pictures.grid], SPEC).items()
+        k: torch.from_numpy(v) for k, v in family.vision_inputs([pictures.grid], IMAGE_SPEC).items()
     }
-    pixels, grids = prepare(
-        [scenes.draw(s) for s in pictures.scenes],
-        family,
-        read_checkpoint(small_checkpoint).processor.image,
-    )
-    assert grids == [pictures.grid] * 2
+    processor = read_checkpoint(small_checkpoint).processor
+    pixels = processor.see([scenes.draw(s) for s in pictures.scenes])
+    assert pixels.grids == [pictures.grid] * 2
     with torch.no_grad():
         got = see(small_model, torch.from_numpy(pictures.patches), inputs)
         want = small_model.model.get_image_features(
-            torch.from_numpy(pixels), torch.tensor([[1, *g] for g in grids])
+            torch.from_numpy(pixels.patches), torch.tensor([[1, *g] for g in pixels.grids])
         ).pooler_output
     torch.testing.assert_close(got, torch.stack(list(want)), rtol=1e-3, atol=1e-4)
     assert float((got[0] - got[1]).abs().max()) > 1e-2, "two pictures look the same"
@@ -74,7 +68,7 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
     conversation = turns(np.random.default_rng(1), scene, captions=True, worded=0.5)
     assert len(conversation) > 5
     packed = Packer(checkpoint.processor.tokenizer).pack(pictures, [conversation])
-    rows, columns = family.token_grid(pictures.grid, SPEC)
+    rows, columns = family.token_grid(pictures.grid, IMAGE_SPEC)
     features = torch.randn(rows * columns, small_model.config.text_config.hidden_size)
 
     def hidden(
@@ -106,7 +100,7 @@ def test_a_packed_turn_is_the_single_question_that_the_model_meets_later(
         ids = np.array(asked + said)
         own = slice(at, at + len(ids) - prefix)
         assert packed["ids"][0, own].tolist() == ids[prefix:].tolist()
-        positions = family.positions(ids, int(packed["image_id"]), [pictures.grid], SPEC)
+        positions = family.positions(ids, int(packed["image_id"]), [pictures.grid], IMAGE_SPEC)
         alone = hidden(torch.from_numpy(ids)[None], torch.from_numpy(positions)[:, None], None)
         torch.testing.assert_close(together[own], alone[prefix:], rtol=1e-3, atol=1e-3)
         labels = packed["labels"][0, own].tolist()
@@ -138,7 +132,7 @@ def test_the_model_that_ships_is_small_and_in_formats_that_run_no_code() -> None
 def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
     assert (
         5e6
-        <= sum(count_parameters(p)["parameters"] for p in resolve("tiny").glob("*.safetensors"))
+        <= sum(read_weights(p).parameters for p in resolve("tiny").glob("*.safetensors"))
         <= 15e6
     )
 
@@ -146,7 +140,7 @@ def test_the_model_that_ships_has_5_to_15_million_parameters() -> None:
 def test_the_model_that_ships_loads_offline_with_every_weight_there() -> None:
     checkpoint = read_checkpoint("tiny")
     model = nf4.load_plain(checkpoint)
-    stored = sum(count_parameters(p)["parameters"] for p in checkpoint.base.glob("*.safetensors"))
+    stored = sum(read_weights(p).parameters for p in checkpoint.base.glob("*.safetensors"))
     assert sum(p.numel() for p in model.parameters()) == stored
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite.data.samples import read_samples
-from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import scenes
@@ -231,7 +231,7 @@ def test_an_earlier_set_is_replaced_and_other_peoples_files_are_not(tmp_path: Pa
     with pytest.raises(DataError, match=r"holds images/cat\.png"):
         write_scenes(tmp_path / "data", 4, 1, "train")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="file: exists"):
+    with pytest.raises(OutputError, match="file: exists"):
         write_scenes(tmp_path / "file", 4, 1, "train")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "file"]
 
@@ -264,7 +264,7 @@ def test_a_preview_washes_out_all_tokens_but_those_that_the_boxes_select(tmp_pat
     }
     (tmp_path / "s.jsonl").write_text(json.dumps(line))
     samples = read_samples(tmp_path / "s.jsonl")
-    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", *processor_of("tiny"))
+    preview(samples * 6, 5, tmp_path / "new" / "sheet.png", processor_of("tiny"))
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width == 16 + 4 * 336  # four in a row, and a second row
     assert sheet.getpixel((16 + 40, 16 + 40)) == (200, 0, 0)
@@ -285,20 +285,21 @@ def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path
         )
     )
     samples = read_samples(tmp_path / "s.jsonl")
-    family, spec = processor_of("tiny")
-    rows, columns = family.token_grid(family.grid_of(400, 500, spec), spec)
-    preview(samples, 1, tmp_path / "sheet.png", family, spec)
+    processor = processor_of("tiny")
+    rows, columns = processor.token_grid(processor.grid_of(400, 500))
+    preview(samples, 1, tmp_path / "sheet.png", processor)
     with Image.open(tmp_path / "sheet.png") as opened:
         sheet = opened.copy()
     assert sheet.width == 16 + columns * 28 + 16
     top = 16 + (columns - rows) * 28 // 2
     shown = np.asarray(sheet.crop((16, top, 16 + columns * 28, top + rows * 28))).astype(int)
-    seen = np.asarray(family.frames(open_picture(tmp_path / "noise.png"), spec)[0][0]).astype(int)
+    frames, _ = processor.family.frames(open_picture(tmp_path / "noise.png"), processor.image)
+    seen = np.asarray(frames[0]).astype(int)
     inside = np.abs(shown - seen).sum(-1)[
         2:26, 2:26
     ]  # of one token: its rim and the grid are drawn over it
     assert inside.max() == 0
-    preview(samples, 1, tmp_path / "coarse.png", family, spec | {"max_pixels": 28 * 28 * 12})
+    preview(samples, 1, tmp_path / "coarse.png", processor.with_max_pixels(28 * 28 * 12))
     with Image.open(tmp_path / "coarse.png") as coarse:
         assert coarse.width == 16 + 320 + 16  # small ones are enlarged
 
@@ -306,6 +307,6 @@ def test_a_preview_shows_pictures_at_the_size_that_the_model_sees(tmp_path: Path
 def test_a_preview_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "data", 2, 0, "train")
     with pytest.raises(DataError, match="no samples to show"):
-        preview([], 3, tmp_path / "sheet.png", *processor_of("tiny"))
+        preview([], 3, tmp_path / "sheet.png", processor_of("tiny"))
     with pytest.raises(DataError, match="cannot be written"):
-        preview(read_samples(path), 3, tmp_path / "data", *processor_of("tiny"))
+        preview(read_samples(path), 3, tmp_path / "data", processor_of("tiny"))

@@ -23,6 +23,7 @@ from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.families import ImageSpec
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy.make import write_scenes
 from lvr_lite.train import finetune as module
@@ -295,7 +296,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     monkeypatch.setattr(module, "arguments", lambda *_: _stop())
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
-    assert seen == [read_checkpoint_spec(tmp_path / "out")["max_pixels"]] == [6272]
+    assert seen == [read_checkpoint_spec(tmp_path / "out").max_pixels] == [6272]
 
 
 class _Stopped(Exception):
@@ -306,7 +307,7 @@ def _stop() -> Any:
     raise _Stopped
 
 
-def read_checkpoint_spec(out: Path) -> dict[str, Any]:
+def read_checkpoint_spec(out: Path) -> ImageSpec:
     """The picture sizes with which a run that was stopped early would be read."""
     (out / "adapter_model.safetensors").touch()
     return read_checkpoint(out).processor.image

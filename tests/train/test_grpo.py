@@ -29,19 +29,8 @@ from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
 from lvr_lite.train.batches import Examples
-from lvr_lite.train.grpo import (
-    Policy,
-    Repeated,
-    Roller,
-    advantages,
-    batch_of,
-    batches_of,
-    divergence,
-    donors_of,
-    grpo,
-    objective,
-    readings,
-)
+from lvr_lite.train.grpo import Repeated, Roller, advantages, divergence, donors_of, grpo, objective
+from lvr_lite.train.policy import Policy, batch_of, batches_of, readings
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
 STEPS = 3

@@ -190,7 +190,7 @@ def exact(small_tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         lambda: nf4.load_trained(checkpoint, torch.float32),
         "exact",
         ExactConvert(weights),
-    )
+    ).manifest
 
 
 def test_an_exact_bundle_decodes_what_was_trained(

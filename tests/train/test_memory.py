@@ -4,12 +4,9 @@ tensors counted as they are made.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lvr_lite import cli
+from lvr_lite.bench.experiments import memory, memory_model
+from lvr_lite.bench.experiments.live_bytes import Saved, model_tensors
+from lvr_lite.cli import app as cli
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
@@ -28,23 +27,7 @@ from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train import load as nf4
 from lvr_lite.train import memory as plan
 from lvr_lite.train.finetune import adapted
-from lvr_lite.train.grpo import Policy, batches_of, readings
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def memory() -> ModuleType:
-    """docs/results/memory.py, which measures; the same script runs on a card."""
-    spec = importlib.util.spec_from_file_location(
-        "memory_results", ROOT / "docs" / "results" / "memory.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from lvr_lite.train.policy import Policy, batches_of, readings
 
 
 def settings(*overrides: str) -> Settings:
@@ -80,13 +63,11 @@ def test_parameters_are_those_of_a_built_model(small_model: Any, small_checkpoin
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 8), ("3b", 3755), ("2b", 2209)])
-def test_parameters_are_those_of_transformers_model(
-    memory: ModuleType, name: str, millions: int
-) -> None:
+def test_parameters_are_those_of_transformers_model(name: str, millions: int) -> None:
     import transformers
 
-    config = memory.config_of(name, None)
-    family = memory.architectureS[config["model_type"]]
+    config = memory_model.config_of(name, None)
+    family = memory_model.ARCHITECTURES[config["model_type"]]
     made = getattr(transformers, f"{family}Config")(
         **{k: v for k, v in config.items() if k != "model_type"}
     )
@@ -97,14 +78,14 @@ def test_parameters_are_those_of_transformers_model(
     assert round(sum(found.values()) / 1e6) == millions
 
 
-def test_text_sizes_may_stand_at_the_top_of_a_config(memory: ModuleType) -> None:
-    nested = memory.config_of("3b", None)
+def test_text_sizes_may_stand_at_the_top_of_a_config() -> None:
+    nested = memory_model.config_of("3b", None)
     flat = nested["text_config"] | {k: v for k, v in nested.items() if k != "text_config"}
     assert plan.shape_of(flat) == plan.shape_of(nested)
 
 
-def test_a_head_of_its_own_counts(memory: ModuleType) -> None:
-    shape = plan.shape_of(memory.config_of("3b", None))
+def test_a_head_of_its_own_counts() -> None:
+    shape = plan.shape_of(memory_model.config_of("3b", None))
     assert plan.parameters(replace(shape, tied=False))["head"] == 151936 * 2048
     assert plan.parameters(shape)["head"] == 0
 
@@ -119,8 +100,8 @@ def test_a_family_that_is_not_counted_is_refused_and_not_guessed() -> None:
 @pytest.mark.parametrize(
     "missing", ["vision_config", "text_config.hidden_size", "vision_config.depth"]
 )
-def test_a_config_that_lacks_a_size_is_refused_by_the_key(memory: ModuleType, missing: str) -> None:
-    config = memory.config_of("3b", None)
+def test_a_config_that_lacks_a_size_is_refused_by_the_key(missing: str) -> None:
+    config = memory_model.config_of("3b", None)
     at, _, key = missing.rpartition(".")
     del (config[at] if at else config)[key]
     with pytest.raises(BundleError, match=rf"config\.json: '{key}' is missing"):
@@ -153,7 +134,7 @@ def test_bytes_of_a_4_bit_linear_are_those_of_bitsandbytes(out: int, into: int) 
 @pytest.fixture(scope="module")
 def checkpoint(small_checkpoint: Path) -> Checkpoint:
     found = read_checkpoint(small_checkpoint)
-    return replace(found, image_spec=found.image_spec | {"max_pixels": 28 * 28 * 256})
+    return replace(found, processor=found.processor.with_max_pixels(28 * 28 * 256))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +152,11 @@ def test_trained_tensors_are_those_of_the_adapted_model(model: Any, checkpoint: 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_what_stays_is_what_a_loaded_model_holds(
-    model: Any, checkpoint: Checkpoint, memory: ModuleType
-) -> None:
+def test_what_stays_is_what_a_loaded_model_holds(model: Any, checkpoint: Checkpoint) -> None:
     held = sum(
         {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in memory.model_tensors(model)
+            for t in model_tensors(model)
         }.values()
     )
     stays = plan.standing_bytes(plan.shape_of(checkpoint.config), settings())
@@ -187,10 +166,10 @@ def test_what_stays_is_what_a_loaded_model_holds(
 @pytest.mark.parametrize(
     "name", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "sgd"]
 )
-def test_optimizer_states_are_those_of_the_optimizer(memory: ModuleType, name: str) -> None:
+def test_optimizer_states_are_those_of_the_optimizer(name: str) -> None:
     sizes = [64, 4095, 4096, 5000, 110_000]
     parameters = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
-    optimizer = memory.optimizer_of(name, parameters)
+    optimizer = memory_model.make_optimizer(name, parameters)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -224,7 +203,6 @@ def test_only_large_states_are_paged() -> None:
 def test_saved_activations_and_peak_are_as_planned(
     model: Any,
     checkpoint: Checkpoint,
-    memory: ModuleType,
     method: str,
     batch: int,
     checkpointing: str,
@@ -236,23 +214,23 @@ def test_saved_activations_and_peak_are_as_planned(
         f"train.gradient_checkpointing={checkpointing}",
     )
     found = memory.measure_training(model, checkpoint, chosen, visual, torch.float32, "cpu")
-    assert found["saved_predicted"] == pytest.approx(found["saved"], rel=0.1)
-    assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
+    assert found.saved_predicted == pytest.approx(found.saved, rel=0.1)
+    assert found.predicted == pytest.approx(found.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("method", ["lvr-free", "lvr-bottleneck"])
 def test_so_they_are_where_latents_run_freely(
-    model: Any, checkpoint: Checkpoint, memory: ModuleType, method: str, checkpointing: str
+    model: Any, checkpoint: Checkpoint, method: str, checkpointing: str
 ) -> None:
     chosen = settings(f"latent.method={method}", f"train.gradient_checkpointing={checkpointing}")
     found = memory.measure_training(model, checkpoint, chosen, 64, torch.float32, "cpu")
-    assert found["saved_predicted"] == pytest.approx(found["saved"], rel=0.1)
-    assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
+    assert found.saved_predicted == pytest.approx(found.saved, rel=0.1)
+    assert found.predicted == pytest.approx(found.peak, rel=0.1)
 
 
 def test_so_they_are_in_bf16_under_autocast_with_the_contrastive_loss(
-    checkpoint: Checkpoint, memory: ModuleType
+    checkpoint: Checkpoint,
 ) -> None:
     chosen = load_settings(
         None,
@@ -260,8 +238,8 @@ def test_so_they_are_in_bf16_under_autocast_with_the_contrastive_loss(
     )
     tuned = adapted(nf4.load_nf4(checkpoint, torch.bfloat16), checkpoint, chosen)
     found = memory.measure_training(tuned, checkpoint, chosen, 64, torch.bfloat16, "cpu")
-    assert found["saved_predicted"] == pytest.approx(found["saved"], rel=0.1)
-    assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
+    assert found.saved_predicted == pytest.approx(found.saved, rel=0.1)
+    assert found.predicted == pytest.approx(found.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
@@ -270,7 +248,6 @@ def test_so_they_are_in_bf16_under_autocast_with_the_contrastive_loss(
 def test_so_is_a_replay_of_stage_2(
     model: Any,
     checkpoint: Checkpoint,
-    memory: ModuleType,
     mode: str,
     checkpointing: str,
     found: str,
@@ -310,7 +287,7 @@ def test_so_is_a_replay_of_stage_2(
         for i, p in enumerate(prompts)
     ]
     batches = batches_of(made)
-    saved = memory.Saved(policy)
+    saved = Saved(policy)
     with saved.hooks():
         scores = policy(batches)
     text = len(prompts[0].ids) - 64
@@ -320,15 +297,13 @@ def test_so_is_a_replay_of_stage_2(
     assert planned == pytest.approx(saved.bytes(), rel=0.15), len(scores)
 
 
-def test_so_is_the_answering_of_held_out_questions(
-    model: Any, checkpoint: Checkpoint, memory: ModuleType
-) -> None:
+def test_so_is_the_answering_of_held_out_questions(model: Any, checkpoint: Checkpoint) -> None:
     found = memory.measure_answering(model, checkpoint, settings(), 64, "cpu")
-    assert found["predicted"] == pytest.approx(found["peak"], rel=0.1)
+    assert found.predicted == pytest.approx(found.peak, rel=0.1)
 
 
 def test_a_difference_would_be_noticed(
-    model: Any, checkpoint: Checkpoint, memory: ModuleType, monkeypatch: pytest.MonkeyPatch
+    model: Any, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The measure is not a copy of the formula: a layer that is planned without its MLP fails."""
     whole = plan.layer_bytes
@@ -337,7 +312,7 @@ def test_a_difference_would_be_noticed(
     found = memory.measure_training(
         model, checkpoint, settings("train.gradient_checkpointing=false"), 64, torch.float32, "cpu"
     )
-    assert found["saved_predicted"] < 0.9 * found["saved"]
+    assert found.saved_predicted < 0.9 * found.saved
 
 
 def columns(*overrides: str) -> list[tuple[int, int, bool]]:
@@ -373,8 +348,8 @@ def test_passes_by_method() -> None:
 
 
 @pytest.fixture(scope="module")
-def shape(memory: ModuleType) -> plan.Shape:
-    return plan.shape_of(memory.config_of("3b", None))
+def shape() -> plan.Shape:
+    return plan.shape_of(memory_model.config_of("3b", None))
 
 
 def test_one_layer_by_hand(shape: plan.Shape) -> None:
@@ -578,27 +553,17 @@ def test_a_wrong_call_is_told_in_one_line(arguments: tuple[str, ...], said: str)
     assert "\n" not in str(done.exception)
 
 
-def test_the_measuring_script_writes_rows_and_json(
-    memory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    small = [
-        "--shape",
-        "tiny",
-        "--layers",
-        "1",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--visual",
-        "64",
-        "--batch",
-        "1",
-    ]
-    monkeypatch.setattr(
-        sys, "argv", ["memory.py", *small, "--method", "lvr", "--out", str(tmp_path / "m.json")]
+def test_the_measuring_script_writes_rows_and_json(tmp_path: Path, capsys: Any) -> None:
+    memory.main(
+        shape="tiny",
+        layers=1,
+        device="cpu",
+        precision="fp32",
+        visual="64",
+        batch="1",
+        method="lvr",
+        out=tmp_path / "m.json",
     )
-    memory.main()
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert [(row["checkpointing"], row["method"]) for row in rows] == [
         ("on", "lvr"),

@@ -1272,7 +1272,7 @@ def test_a_skip_list_that_matches_nothing_is_noticed(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        checkpoint.processor.family, "KEEP_UNQUANTIZED", ["visual"]
+        checkpoint.processor.family, "keep_unquantized", ["visual"]
     )  # transformers ignores it in silence (docs/decisions.md)
     with pytest.raises(BundleError, match="4-bit loading went wrong"):
         nf4.load_nf4(checkpoint, torch.float32)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite import cli
+from lvr_lite.cli import app as cli
 from lvr_lite.commands import demo
-from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.errors import OutputError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Result
 from lvr_lite.generate.onnx import OnnxRuntime
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_drawing_of_before(
     look.write_look(tmp_path / "l.png", grey(9, 9))
     before = (tmp_path / "l.png").read_bytes()
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BundleError, match=r"l\.png: cannot be written \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"l\.png: cannot be written \(No space left on device\)"):
         look.write_look(tmp_path / "l.png", grey(20, 20))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"l.png": before}
 
@@ -199,7 +199,9 @@ def _always(monkeypatch: pytest.MonkeyPatch, opens: bool) -> None:
 
     def forced(self: OnnxRuntime, hidden: np.ndarray) -> np.ndarray:
         logits = np.array(head(self, hidden))
-        logits[:, self.tokens.lvr_start] = 1e4 if opens else -1e4  # decode allows the marker once
+        logits[:, self.processor.tokens.lvr_start] = (
+            1e4 if opens else -1e4
+        )  # decode allows the marker once
         return logits
 
     monkeypatch.setattr(OnnxRuntime, "head", forced)

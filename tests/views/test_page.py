@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import OutputError
 from lvr_lite.views import page
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -206,5 +206,5 @@ def test_numbers_are_short() -> None:
 
 def test_a_page_that_cannot_be_written_is_an_error_with_the_place(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(BundleError, match=r"report\.html"):
+    with pytest.raises(OutputError, match=r"report\.html"):
         page.write_page(results(), tmp_path / "report.html")

@@ -1,0 +1,175 @@
+"""What all experiments share: options, `lvr-lite` commands in processes of their own, JSON, tables
+and pages.
+
+An experiment is a function whose parameters are its options:
+
+    def main(out: Out, seeds: Seeds = "0,1,2") -> None: ...
+
+    if __name__ == "__main__":
+        launch(main, __doc__)
+
+May import: typer, lvr_lite.bench.machine and what stands below it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lvr_lite.bench import machine
+from lvr_lite.errors import LvrError
+from lvr_lite.files import write_atomically
+from lvr_lite.system import usable_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "configs" / "methods"
+# Pages, their figures and their JSON.
+RESULTS = ROOT / "docs" / "results"
+CORES = usable_cores()
+JsonObject = dict[str, object]
+
+Out = Annotated[Path, typer.Option(help="Folder for everything that is made.")]
+Jobs = Annotated[int, typer.Option(help="Processes at a time, each on one thread.")]
+Seeds = Annotated[str, typer.Option(help="With commas between.")]
+Rounds = Annotated[int, typer.Option(help="Each measures everything once, in another order.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of a runtime.")]
+Names = Annotated[str | None, typer.Option(help="Names with | between.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="As of `finetune`.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(help="Markdown page whose table of the same mark is replaced, or added."),
+]
+
+
+def launch(main: Callable[..., None], doc: str | None) -> None:
+    """Make a command of `main` and run it. doc: the module's docstring, shown by --help."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    # "\b" keeps the lines of a paragraph: the example commands stay as they are.
+    app.command(help="\b\n" + (doc or "").replace("\n\n", "\n\n\b\n"))(main)
+    try:
+        app()
+    except LvrError as error:
+        raise SystemExit(str(error)) from error
+
+
+# ----------------------------------------------------------------------------------------------
+# commands
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of `lvr-lite` with these arguments."""
+    return [sys.executable, "-m", "lvr_lite", *map(str, arguments)]
+
+
+def overrides(*settings: str) -> list[str]:
+    """Settings ("train.steps=60") as the arguments of `--set`."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def run(*arguments: object, log: Path, threads: int | None = None) -> str:
+    """Run `lvr-lite` as a user would and return what it printed, which also goes to the end of
+    `log`. Raises SystemExit where the command fails.
+
+    threads: of OpenMP, all by default.
+    """
+    line = f"lvr-lite {' '.join(map(str, arguments))}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(f"$ {line}\n")
+        file.flush()
+        begin = file.tell()
+        done = subprocess.run(
+            command(*arguments), stdout=file, stderr=file, env=environment, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"{line} ended with {done.returncode}; see {log}")
+    return log.read_bytes()[begin:].decode(errors="replace")
+
+
+def is_whole(path: Path) -> bool:
+    """An earlier run has finished this file."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def once(result: Path, *arguments: object, log: Path, threads: int | None = None) -> None:
+    """`run`, unless an earlier run has finished `result`, the file that the command writes last."""
+    if not is_whole(result):
+        run(*arguments, log=log, threads=threads)
+
+
+def in_parallel(jobs: int, work: Callable[..., None], cases: Iterable[Sequence[object]]) -> None:
+    """`work(*case)` for each case, so many at a time. Raises what the first failing one raises."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda case: work(*case), cases))
+
+
+# ----------------------------------------------------------------------------------------------
+# JSON
+
+
+def to_json(measured: Any) -> JsonObject:
+    """A dataclass as JSON, without what was not measured (None)."""
+    return {name: value for name, value in asdict(measured).items() if value is not None}
+
+
+def write_json(path: Path, value: object) -> None:
+    """value: may hold dataclasses."""
+    write_atomically(path, json.dumps(value, indent=1, default=to_json))
+
+
+def write_results(path: Path, measured: Mapping[str, object], threads: int | None = None) -> None:
+    """What was measured, with the card of the machine. threads: that the runtimes used."""
+    write_json(path, {"machine": machine.card(threads), **measured})
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------
+# tables and pages
+
+
+def row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def header(titles: Sequence[str]) -> str:
+    return f"{row(titles)}\n{row(['---'] * len(titles))}"
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join([header(titles), *map(row, rows)])
+
+
+def publish(text: str, page: Path | None, mark: str) -> None:
+    """Put a text on the page between its marks, in place of what an earlier run put there; at the
+    end of a page without these.
+
+    Raises SystemExit where a page has the first mark and not the second.
+    """
+    if page is None:
+        return
+    begin = f"<!-- {mark} -->\n"
+    end = f"<!-- end of {mark} -->"
+    old = page.read_text() if page.is_file() else ""
+    if begin not in old:
+        old = f"{old.rstrip()}\n\n{begin}{end}\n"
+    before, _, rest = old.partition(begin)
+    if end not in rest:
+        raise SystemExit(f"{page}: {begin.strip()} has no {end} after it")
+    after = rest.partition(end)[2]
+    write_atomically(page, f"{before}{begin}{text.strip()}\n{end}{after}")

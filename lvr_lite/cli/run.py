@@ -1,0 +1,109 @@
+"""`lvr-lite run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lvr_lite.cli.options import JsonOut, ModelFolder, Provider, Threads, write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lvr_lite.commands.model import Answer, AskOptions, Model
+
+
+def run(
+    model: ModelFolder,
+    words: Annotated[
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Pictures, then the question.")
+    ],
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=0, help="Latent steps K; the model's own by default, 0 for none."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the smallest set of tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    look: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Draw which visual tokens each latent step is nearest to, as heat maps.",
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Another question about the same pictures, which are not read again."),
+    ] = None,
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    json_: JsonOut = None,
+) -> None:
+    """Answer a question about one or more pictures.
+
+    Example: lvr-lite run bundle picture.png "what colour is the star"
+    """
+    from lvr_lite.commands.model import AskOptions, open_model
+    from lvr_lite.model.images import open_picture
+    from lvr_lite.system import peak_rss_mb
+    from lvr_lite.terminal import say
+    from lvr_lite.views.look import refuse, write_look
+
+    *images, question = words
+    questions = [question, *(also or [])]
+    _check_questions(questions, images)
+    pictures = [open_picture(Path(image)) for image in images]
+    opened = open_model(model, threads=threads, provider=provider)
+    if look is not None:
+        refuse(look, images, opened.runtime.latent, steps)
+    options = AskOptions(
+        max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed
+    )
+    answers = [_print(opened, pictures, asked, options, stream) for asked in questions]
+    first, *rest = answers
+    data = {"schema": "lvr-lite/run", "version": 1} | first.to_json()
+    data["peak_rss_mb"] = peak_rss_mb()
+    if rest:
+        data["also"] = [answer.to_json() for answer in rest]
+    write_json(json_, data)
+    if look is not None:
+        write_look(look, opened.look(first))
+        say(f"{look}: the nearest visual tokens of {first.latent_steps} latent steps")
+
+
+def _check_questions(questions: list[str], images: list[str]) -> None:
+    from lvr_lite.errors import UsageError
+
+    if not all(question.strip() for question in questions):
+        raise UsageError("the question is empty; write it after the pictures, in quotes")
+    if not images and Path(questions[0]).is_file():
+        raise UsageError(
+            f"{questions[0]} is a file; write the question after the pictures, in quotes"
+        )
+
+
+def _print(
+    model: Model, pictures: list[Image], question: str, options: AskOptions, stream: bool
+) -> Answer:
+    """Ask one question, and print the answer at once or piece by piece."""
+    from lvr_lite.terminal import say
+
+    for event in model.stream(pictures, question, options):
+        if stream:
+            print(event.text, end="", flush=True)
+    assert event.answer is not None
+    print("" if stream else event.answer.text)
+    if event.answer.reason == "length":
+        say(f"cut at {options.max_tokens} tokens; raise it with --max-tokens")
+    return event.answer

@@ -1,0 +1,206 @@
+"""`lvr-lite bench`: latency by stage, memory and answers of several systems, and what changed
+between two such runs. May import: Pillow and all that stands above `commands`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from lvr_lite.bench import compare, machine, measure, report
+from lvr_lite.bench.measure import Request, Setting, System
+from lvr_lite.commands import model as models
+from lvr_lite.errors import LvrError
+from lvr_lite.eval.suite import evaluate, load_suite
+from lvr_lite.files import JsonObject
+from lvr_lite.generate.decode import Options
+from lvr_lite.model.bundle import Bundle, is_bundle
+from lvr_lite.model.images import open_picture
+from lvr_lite.system import usable_cores
+from lvr_lite.terminal import progress
+
+# Without a number of runs: at least so many, and more until so many seconds have passed.
+RUNS = 20
+SECONDS = 15.0
+# scenes that are drawn for requests, and how many of them are asked
+DRAWN = 16
+ASKED = 12
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and how.
+
+    vs: other bundles or checkpoints, measured in the same rounds.
+    runs: timed requests a system; by default 20, and more until 15 seconds have passed.
+    warmup: untimed requests a system.
+    tokens: text tokens of every answer.
+    steps: latent steps; None stands for the model's own.
+    image_tokens: visual tokens that pictures are scaled to; None leaves them as they are.
+    batch: requests decoded together.
+    image, question: what is asked; drawn scenes by default.
+    limit: held-out scenes that are scored beside the speed.
+    provider: what runs the graphs of bundles.
+    threads: of ONNX Runtime; all usable cores by default.
+    """
+
+    vs: tuple[str, ...] = ()
+    runs: int | None = None
+    warmup: int = 3
+    tokens: int = 16
+    steps: tuple[int | None, ...] = (None,)
+    image_tokens: tuple[int | None, ...] = (None,)
+    batch: tuple[int, ...] = (1,)
+    image: Path | None = None
+    question: str = "describe"
+    limit: int = 0
+    provider: str = "cpu"
+    threads: int | None = None
+
+    @property
+    def plan(self) -> measure.Plan:
+        settings = tuple(
+            Setting(steps, image_tokens, batch)
+            for batch in self.batch
+            for image_tokens in self.image_tokens
+            for steps in self.steps
+        )
+        return measure.Plan(
+            rounds=self.runs or RUNS,
+            seconds=SECONDS if self.runs is None else 0.0,
+            warmup=self.warmup,
+            tokens=self.tokens,
+            settings=settings,
+            threads=self.threads or usable_cores(),
+        )
+
+    def provider_of(self, model: str) -> str:
+        """A checkpoint runs under torch, whatever runs the bundles."""
+        return self.provider if is_bundle(Path(model)) else "cpu"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured, with a machine card: as `lvr-lite bench --json` writes it."""
+
+    report: JsonObject
+
+    def to_json(self) -> JsonObject:
+        return self.report
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed between two benchmarks beyond noise: as `bench compare --json` writes it."""
+
+    report: JsonObject
+
+    @property
+    def regressed(self) -> bool:
+        """Whether something became slower, or a system gives other answers."""
+        slower = any(row["verdict"] == "slower" for row in self.report["rows"])
+        return slower or bool(self.report["answers"])
+
+    def to_json(self) -> JsonObject:
+        return self.report
+
+
+def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchmark:
+    """Measure a bundle or a checkpoint, and others beside it, interleaved.
+
+    Raises UsageError for a provider that is not there and for pictures that cannot have the visual
+    tokens that are asked for.
+    """
+    options = options or BenchOptions()
+    plan = options.plan
+    requests = _requests(options)
+    names = [str(model), *options.vs]
+    systems = [_system(name, names, options) for name in names]
+    with progress("measuring") as bar:
+        run = measure.measure(
+            systems,
+            requests,
+            plan,
+            lambda completed, total: bar(completed=completed, total=total),
+        )
+    bundles = {name: Path(name) for name in names if is_bundle(Path(name))}
+    card = {"provider": options.provider} | machine.card(plan.threads, bundles)
+    return Benchmark(report.to_json(run, card))
+
+
+def compare_benchmarks(
+    before: str | Path, after: str | Path, tolerance: float = compare.TOLERANCE
+) -> Comparison:
+    """Say what changed between two files that `lvr-lite bench --json` wrote.
+
+    tolerance: what a median may move without being called changed.
+
+    Raises DataError for other files, and where they have no system in common.
+    """
+    runs = report.read(Path(before)), report.read(Path(after))
+    return Comparison(compare.compare(*runs, tolerance))
+
+
+def table_of_benchmarks(files: Sequence[str | Path]) -> str:
+    """Files that `lvr-lite bench --json` wrote, of several machines, as one Markdown table."""
+    return report.machines_table([(str(file), report.read(Path(file))) for file in files])
+
+
+def _requests(options: BenchOptions) -> list[Request]:
+    if options.image is not None:
+        return [Request(open_picture(options.image), options.question)]
+    # Those without boxes are answered without latents.
+    items = (item for item in load_suite("scenes", DRAWN) if item[0].boxes)
+    return [Request(pictures[0], sample.question) for sample, pictures in islice(items, ASKED)]
+
+
+def _system(name: str, names: Sequence[str], options: BenchOptions) -> System:
+    """One of the models `names`, open, with what is measured of it apart."""
+    runtime = models.open_runtime(name, options.threads, options.provider_of(name))
+    precision = "fp32"
+    sizes = {}
+    if is_bundle(Path(name)):
+        manifest = Bundle.open(Path(name), check=False).manifest
+        precision = manifest.precision
+        sizes = {graph: written.bytes for graph, written in manifest.graphs.items()}
+    accuracy = None
+    if options.limit:
+        scores = evaluate(runtime, load_suite("scenes", options.limit), Options(max_tokens=16))
+        accuracy = {"suite": "scenes"} | {k: scores[k] for k in ("n", "accuracy", "interval")}
+    folders = [Path(other).name for other in names]
+    unique = folders.count(Path(name).name) == 1
+    return System(
+        name=Path(name).name if unique else name.rstrip("/"),
+        precision=precision,
+        runtime=runtime,
+        bytes=sizes,
+        peak_rss_mb=_rss_of_run(name, options),
+        accuracy=accuracy,
+    )
+
+
+def _rss_of_run(model: str, options: BenchOptions) -> float | None:
+    """Peak memory in MiB of `lvr-lite run` with this model, in a process of its own."""
+    sample, pictures = next(load_suite("scenes", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        picture = f"{folder}/picture.png"
+        result = f"{folder}/run.json"
+        pictures[0].save(picture)
+        command = [sys.executable, "-m", "lvr_lite", "run", model, picture, sample.question]
+        command += ["--json", result, "--provider", options.provider_of(model)]
+        if options.threads:
+            command += ["--threads", str(options.threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise LvrError(
+                f"{model}: `lvr-lite run` failed while its memory was measured: "
+                f"{done.stderr.strip().splitlines()[-1:]}"
+            )
+        peak: float | None = json.loads(Path(result).read_text())["peak_rss_mb"]
+        return peak

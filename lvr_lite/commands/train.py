@@ -1,0 +1,163 @@
+"""`lvr-lite finetune` and `grpo`, and what memory they will need. May import: the standard library
+and all that stands above `commands`; what needs torch inside functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+from lvr_lite.config import Settings, load_settings
+from lvr_lite.errors import UsageError
+from lvr_lite.files import JsonObject
+from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint, resolve
+from lvr_lite.terminal import quiet_libraries, say
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train.
+
+    config: a YAML recipe; None takes the one that comes with the package.
+    overrides: settings over the recipe's, such as "train.steps=100".
+    resume: go on from the last whole checkpoint in `out`.
+    """
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that came to its end.
+
+    command: "finetune" or "grpo".
+    out: the tuned checkpoint.
+    processes: that trained together.
+    peak_memory_gb: of the card, or of this process without one, in GiB.
+    history: what was logged, a dict a logged step.
+    """
+
+    command: str
+    out: Path
+    steps: int
+    processes: int
+    minutes: float
+    peak_memory_gb: float
+    trainable_parameters: int
+    history: list[JsonObject]
+
+    def to_json(self) -> JsonObject:
+        own = asdict(self)
+        del own["command"]
+        return {"schema": f"lvr-lite/{self.command}", "version": 1} | own | {"out": str(self.out)}
+
+
+def finetune(
+    model: str | Path, data: str | Path, out: str | Path, options: TrainOptions | None = None
+) -> Training:
+    """Teach a model, loaded in 4 bits, to reason in visual latents (QLoRA).
+
+    model: `tiny`, a model's folder, or a hub id.
+    data: "scenes", or a file of samples.
+    out: folder for the adapter, settings, metrics and checkpoints.
+
+    Raises UsageError for settings that do not fit and where `out` holds another run, DataError for
+    wrong samples, LvrError where the loss is no longer finite.
+    """
+    options = options or TrainOptions()
+    recipe, settings, checkpoint = _begin_finetune(model, options)
+    quiet_libraries()
+    from lvr_lite.eval.suite import accuracy_on
+    from lvr_lite.train import load
+    from lvr_lite.train.finetune import finetune as train
+
+    _say_recipe(recipe, options)
+    metrics = train(
+        checkpoint, load.load_nf4, str(data), Path(out), settings, options.resume, accuracy_on, say
+    )
+    return Training("finetune", Path(out), **metrics)
+
+
+def grpo(
+    checkpoint: str | Path, data: str | Path, out: str | Path, options: TrainOptions | None = None
+) -> Training:
+    """Reinforce right answers (GRPO) of a checkpoint that was tuned with latents.
+
+    data, out, errors: as `finetune`; the samples need no boxes.
+    """
+    options = options or TrainOptions()
+    recipe, settings, tuned = _begin_grpo(checkpoint, options)
+    quiet_libraries()
+    from lvr_lite.eval.suite import accuracy_on
+    from lvr_lite.train import load
+    from lvr_lite.train.grpo import grpo as train
+
+    _say_recipe(recipe, options)
+    metrics = train(
+        tuned, load.load_trained, str(data), Path(out), settings, options.resume, accuracy_on, say
+    )
+    return Training("grpo", Path(out), **metrics)
+
+
+def plan_finetune(
+    model: str | Path, options: TrainOptions | None = None, vram: float | None = None
+) -> JsonObject:
+    """What memory `finetune` will need and what fits on which card; trains nothing.
+
+    vram: a card's memory in GiB; 8, 12, 16 and 24 by default.
+    """
+    _, settings, checkpoint = _begin_finetune(model, options or TrainOptions())
+    return _plan(model, checkpoint, settings, vram)
+
+
+def plan_grpo(
+    checkpoint: str | Path, options: TrainOptions | None = None, vram: float | None = None
+) -> JsonObject:
+    """As `plan_finetune`, of `grpo`."""
+    _, settings, tuned = _begin_grpo(checkpoint, options or TrainOptions())
+    from lvr_lite.train.memory import stage2
+
+    return _plan(checkpoint, tuned, stage2(settings, tuned.latent), vram)
+
+
+def _begin_finetune(model: str | Path, options: TrainOptions) -> tuple[Path, Settings, Checkpoint]:
+    recipe = options.config or _recipe_of(resolve(str(model)), "recipe.yaml")
+    settings = load_settings(recipe, list(options.overrides))
+    checkpoint = read_checkpoint(model)
+    if checkpoint.adapter:
+        raise UsageError(
+            f"--model {model}: is a tuned checkpoint; give its base ({checkpoint.base}), "
+            "or go on with --resume"
+        )
+    return recipe, settings, checkpoint
+
+
+def _begin_grpo(checkpoint: str | Path, options: TrainOptions) -> tuple[Path, Settings, Checkpoint]:
+    tuned = read_checkpoint(checkpoint)
+    recipe = options.config or _recipe_of(tuned.base, "grpo.yaml")
+    return recipe, load_settings(recipe, list(options.overrides)), tuned
+
+
+def _recipe_of(base: Path, name: str) -> Path:
+    """The recipe that comes with the package: of the embedded model, or of any other."""
+    embedded = base.resolve() == resolve("tiny").resolve()
+    return Path(str(resources.files("lvr_lite"))) / ("toy" if embedded else "train") / name
+
+
+def _say_recipe(recipe: Path, options: TrainOptions) -> None:
+    overrides = f" with {', '.join(options.overrides)}" if options.overrides else ""
+    say(f"recipe: {recipe}{overrides}")
+
+
+def _plan(
+    model: str | Path, checkpoint: Checkpoint, settings: Settings, vram: float | None
+) -> JsonObject:
+    if vram is not None and not 0 < vram < 1e4:
+        raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
+    from lvr_lite.train import memory
+
+    max_pixels = checkpoint.processor.image.max_pixels
+    return memory.plan(str(model), checkpoint.config, max_pixels, settings, vram)
