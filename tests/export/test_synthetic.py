@@ -24,7 +24,9 @@ from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model import bundle
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.quant import quantize as weights
+from lvr_lite.quant.form import check_form
+from lvr_lite.quant.quantize import Converter
+from lvr_lite.quant.schemes import plan_of
 
 
 @pytest.mark.parametrize("name", synthetic.SHAPES)
@@ -106,7 +108,7 @@ def test_a_bundle_of_a_shape_runs(
         vision |= {"depth": 2, "embed_dim": 96, "hidden_size": 256, "num_heads": 3, "mlp_ratio": 2}
     monkeypatch.setitem(synthetic.SHAPES, name, shape)
     made = shape_of(name)
-    convert = weights.Converter(weights.whole("int4"))
+    convert = Converter(plan_of("int4"))
     manifest = write_bundle(
         made,
         SyntheticWeights(made),
@@ -124,8 +126,9 @@ def test_a_bundle_of_a_shape_runs(
     told = json.loads((tmp_path / "out" / "report.json").read_text())["graphs"]
     assert told["decoder"]["replaced"] == 2 * 7
     assert told["lm_head"]["shared"] == shape["tie_word_embeddings"]
-    weights.check_form(tmp_path / "out", manifest.graphs)
-    runtime = OnnxRuntime(Bundle.open(tmp_path / "out"))
+    opened = Bundle.open(tmp_path / "out")
+    check_form(opened)
+    runtime = OnnxRuntime(opened)
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
     )
