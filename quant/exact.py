@@ -16,7 +16,7 @@ from lvr_lite import terminal
 from lvr_lite.export.graphs import Origin
 from lvr_lite.export.onnxfile import DataFile
 from lvr_lite.quant.integers import Read, change_operator, declare_microsoft
-from lvr_lite.train.load import TrainedWeights
+from lvr_lite.train.trained_weights import TrainedWeights
 
 # MatMulBnb4's quant_type.
 NF4 = 1

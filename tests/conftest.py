@@ -79,11 +79,12 @@ def export() -> Callable[[Any, Path], Any]:
     """
     from lvr_lite.export.write import write_bundle
     from lvr_lite.train import load as nf4
+    from lvr_lite.train.trained_weights import TrainedWeights
 
     def write(checkpoint: Any, target: Path) -> Any:
         return write_bundle(
             checkpoint,
-            nf4.TrainedWeights(checkpoint),
+            TrainedWeights(checkpoint),
             target,
             [].append,
             lambda: nf4.load_merged(checkpoint),
@@ -126,7 +127,6 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     """
     from lvr_lite.config import load_settings
     from lvr_lite.model.checkpoint import read_checkpoint
-    from lvr_lite.train import load as nf4
     from lvr_lite.train.finetune import finetune
 
     out = tmp_path_factory.mktemp("small-tuned") / "tuned"
@@ -148,7 +148,6 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     ]
     finetune(
         read_checkpoint(small_checkpoint),
-        nf4.load_nf4,
         "scenes",
         out,
         load_settings(None, overrides),

@@ -66,7 +66,9 @@ def main() -> None:
                     command, cwd=folder, env=environment, check=False, stdin=subprocess.DEVNULL
                 )
                 line = f"{block.page}: {command[-1].strip()}"
-                print(f"--- {line}: exit {done.returncode}, {time.time() - began:.1f} s", flush=True)
+                print(
+                    f"--- {line}: exit {done.returncode}, {time.time() - began:.1f} s", flush=True
+                )
                 if done.returncode != 0:
                     sys.exit(f"{line}: ended with exit code {done.returncode}")
                 count += 1

@@ -45,11 +45,12 @@ from lvr_lite.bench.experiments.runner import (
 )
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train import memory as plan
-from lvr_lite.train.batches import Collator, Item
+from lvr_lite.train.batches import Collator
 from lvr_lite.train.finetune import adapted
 from lvr_lite.train.sft import LatentSFT
 

@@ -41,6 +41,7 @@ from lvr_lite.quant.quantize import Converter, quantize_bundle
 from lvr_lite.quant.schemes import RoundingPlan, Scheme, plan_of
 from lvr_lite.quant.search import Search, write_mixed
 from lvr_lite.train import load
+from lvr_lite.train.trained_weights import TrainedWeights
 
 BLOCKS = (32, 64, 128)
 ANSWER_TOKENS = 32
@@ -252,7 +253,7 @@ def add_mixed(table: Table, out: Path, calibration: Calibration, products: Produ
 
 
 def add_exact(table: Table, out: Path, checkpoint: Checkpoint) -> None:
-    weights = load.TrainedWeights(checkpoint, unmerged=True)
+    weights = TrainedWeights(checkpoint, unmerged=True)
     began = time.time()
     write_bundle(
         checkpoint,

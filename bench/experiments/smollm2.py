@@ -24,6 +24,7 @@ from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train import load
+from lvr_lite.train.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +130,7 @@ def bundle_of(out: Path) -> tuple[Checkpoint, OnnxRuntime]:
     make_checkpoint(out / "checkpoint")
     checkpoint = read_checkpoint(out / "checkpoint")
     if not (out / "fp32" / "lvr.json").is_file():
-        weights = load.TrainedWeights(checkpoint)
+        weights = TrainedWeights(checkpoint)
         write_bundle(checkpoint, weights, out / "fp32", print, lambda: load.load_merged(checkpoint))
     return checkpoint, OnnxRuntime(out / "fp32")
 

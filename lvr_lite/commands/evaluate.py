@@ -15,6 +15,8 @@ from lvr_lite.eval.suite import Plan as EvalOptions
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
 
+__all__ = ["EvalOptions", "Evaluation", "ProbeOptions", "Probing", "evaluate", "probe"]
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -98,12 +98,13 @@ def export_model(
     quiet_libraries()
     from lvr_lite.export.write import write_bundle
     from lvr_lite.train import load
+    from lvr_lite.train.trained_weights import TrainedWeights
 
     read = read_checkpoint(checkpoint)
     target = Path(bundle)
     if precision == "exact":
         return Written("export", target, precision, {"parity": _write_exact(read, target)})
-    weights = load.TrainedWeights(read)
+    weights = TrainedWeights(read)
     reference = partial(load.load_merged, read)
     if precision == "fp32":
         parity = write_bundle(read, weights, target, say, reference).manifest.parity
@@ -207,8 +208,9 @@ def _write_exact(checkpoint: Checkpoint, target: Path) -> JsonObject:
     from lvr_lite.export.write import write_bundle
     from lvr_lite.quant.exact import ExactConvert
     from lvr_lite.train import load
+    from lvr_lite.train.trained_weights import TrainedWeights
 
-    weights = load.TrainedWeights(checkpoint, unmerged=True)
+    weights = TrainedWeights(checkpoint, unmerged=True)
     reference = partial(load.load_trained, checkpoint, torch.float32)
     convert = ExactConvert(weights)
     return write_bundle(

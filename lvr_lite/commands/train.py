@@ -70,14 +70,10 @@ def finetune(
     options = options or TrainOptions()
     recipe, settings, checkpoint = _begin_finetune(model, options)
     quiet_libraries()
-    from lvr_lite.eval.suite import accuracy_on
-    from lvr_lite.train import load
     from lvr_lite.train.finetune import finetune as train
 
     _say_recipe(recipe, options)
-    metrics = train(
-        checkpoint, load.load_nf4, str(data), Path(out), settings, options.resume, accuracy_on, say
-    )
+    metrics = train(checkpoint, str(data), Path(out), settings, options.resume, say)
     return Training("finetune", Path(out), **metrics)
 
 
@@ -91,14 +87,10 @@ def grpo(
     options = options or TrainOptions()
     recipe, settings, tuned = _begin_grpo(checkpoint, options)
     quiet_libraries()
-    from lvr_lite.eval.suite import accuracy_on
-    from lvr_lite.train import load
     from lvr_lite.train.grpo import grpo as train
 
     _say_recipe(recipe, options)
-    metrics = train(
-        tuned, load.load_trained, str(data), Path(out), settings, options.resume, accuracy_on, say
-    )
+    metrics = train(tuned, str(data), Path(out), settings, options.resume, say)
     return Training("grpo", Path(out), **metrics)
 
 

@@ -2,9 +2,9 @@
 for. May import: numpy.
 
 A picture is resized to a grid of `rows` x `columns` visual tokens (a family's `token_grid`), so a
-normalized box goes straight onto that grid, whatever the picture's size was. A token belongs to a
-box when the box covers the centre of the token's cell or at least a quarter of the cell's area.
-Where no token does, the one token in whose cell the box's centre lies belongs to it: never none.
+normalized box lies on that grid whatever the picture's size was. A token belongs to a box when the
+box covers the centre of the token's cell or at least a quarter of the cell's area. Where no token
+does, the box gets the one token in whose cell its centre lies: every box has a token.
 """
 
 from __future__ import annotations
@@ -17,35 +17,49 @@ import numpy as np
 from lvr_lite.model.families import Grid
 from lvr_lite.model.processor import Processor
 
+# x0, y0, x1, y1
 Box = tuple[float, float, float, float]
 
-COVERED = 0.25  # the part of a cell that must be covered, where its centre is not
-_ROUNDING = 1e-6  # boxes are written with a few decimals
+# the part of a cell that must be covered where its centre is not
+COVERED = 0.25
+# boxes are written with a few decimals
+_ROUNDING = 1e-6
 
 
 def tokens_in_box(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
-    """Flat indices (n,) int64, ascending (reading order), n >= 1, of the visual tokens that a
-    normalized xyxy box selects.
+    """The visual tokens that a normalized box selects: flat indices (n,) int64, ascending (reading
+    order), n >= 1.
     """
     x0, y0, x1, y1 = box
-    width, across = _along(x0, x1, columns)
-    height, down = _along(y0, y1, rows)
-    covered = (down[:, None] & across[None]) | (
-        height[:, None] * width[None] >= COVERED - _ROUNDING
-    )
-    if covered.any():
-        return np.flatnonzero(covered).astype(np.int64)
-    row, column = (
-        min(int((y0 + y1) / 2 * rows), rows - 1),
-        min(int((x0 + x1) / 2 * columns), columns - 1),
-    )
+    width, holds_x = _coverage(x0, x1, columns)
+    height, holds_y = _coverage(y0, y1, rows)
+    holds_centre = holds_y[:, None] & holds_x[None]
+    area = height[:, None] * width[None]
+    selected = holds_centre | (area >= COVERED - _ROUNDING)
+    if selected.any():
+        return np.flatnonzero(selected).astype(np.int64)
+    row = min(int((y0 + y1) / 2 * rows), rows - 1)
+    column = min(int((x0 + x1) / 2 * columns), columns - 1)
     return np.array([row * columns + column], np.int64)
 
 
+def _coverage(low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """On one axis, for each cell: the part of it that [low, high] covers, and whether its centre is
+    covered.
+    """
+    start = np.arange(cells)
+    low = low * cells
+    high = high * cells
+    part = np.clip(np.minimum(high, start + 1) - np.maximum(low, start), 0, 1)
+    centre = start + 0.5
+    return part, (low <= centre + _ROUNDING) & (centre <= high + _ROUNDING)
+
+
 def upright(box: Sequence[float], orientation: int) -> Box:
-    """A normalized box of a picture's stored pixels, where it lies once the EXIF orientation (1 to
-    8; others are 1) is applied, as Pillow's `ImageOps.exif_transpose` applies it (Exif 2.3, tag
-    0x0112).
+    """Where a normalized box of a picture's stored pixels lies on the upright picture.
+
+    orientation: EXIF tag 0x0112 (Exif 2.3), 1 to 8; others count as 1. Applied as Pillow's
+        `ImageOps.exif_transpose` does.
     """
     x0, y0, x1, y1 = box
     turned = {
@@ -58,17 +72,6 @@ def upright(box: Sequence[float], orientation: int) -> Box:
         8: (y0, 1 - x1, y1, 1 - x0),
     }
     return turned.get(orientation, (x0, y0, x1, y1))
-
-
-def _along(low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """On one axis, for each cell: the part of it that [low, high] covers, and whether its centre is
-    covered.
-    """
-    start = np.arange(cells)
-    part = np.clip(np.minimum(high * cells, start + 1) - np.maximum(low * cells, start), 0, 1)
-    return part, (low * cells <= start + 0.5 + _ROUNDING) & (
-        start + 0.5 <= high * cells + _ROUNDING
-    )
 
 
 def tokens_in_boxes(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> list[np.ndarray]:
@@ -88,34 +91,39 @@ def visual_tokens_in_boxes(
 
 
 def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:
-    """Token indices (n,), n >= 1, cut into exactly `steps` runs for mean pooling; their lengths
+    """Token indices (n,), n >= 1, cut into exactly `steps` runs for mean pooling. Their lengths
     differ by one at most.
 
-    Fewer tokens than steps: each group holds one token, and tokens repeat, equally often to within
-    one. Raises ValueError for no tokens.
+    With fewer tokens than steps each group holds one token, and tokens repeat, equally often to
+    within one. Raises ValueError for no tokens.
     """
     n = len(indices)
     if n == 0 or steps < 1:
         raise ValueError(f"{n} tokens cannot be cut into {steps} groups")
     starts = [i * n // steps for i in range(steps + 1)]
-    return [indices[a : max(b, a + 1)] for a, b in pairwise(starts)]
+    return [indices[start : max(end, start + 1)] for start, end in pairwise(starts)]
 
 
 def pool_groups_of_boxes(tokens: Sequence[np.ndarray], steps: int) -> list[np.ndarray]:
-    """`pool_groups` over several boxes: exactly `steps` groups, in the order of the boxes. tokens:
-    what `tokens_in_boxes` gave.
+    """`pool_groups` over several boxes: exactly `steps` groups, in the order of the boxes.
 
-    Every box but the last has one group, the last has the rest: how long a look takes does not hang
-    on sizes that are not known before it. With fewer steps than boxes the union of all tokens is
-    cut, each token taken where it comes first. Raises ValueError for no boxes.
+    tokens: of each box, as `tokens_in_boxes` gives them.
+
+    Every box but the last has one group, and the last has all others. The number of steps for a box
+    must not depend on the box's size, which is unknown while decoding. With fewer steps than boxes
+    the union of all tokens is cut; a token that is in several boxes counts where it comes first.
+    Raises ValueError for no boxes.
     """
     if not tokens:
         raise ValueError("no boxes: nothing to pool")
     if steps < len(tokens):
         return pool_groups(_union(tokens), steps)
-    groups = [pool_groups(t, 1)[0] for t in tokens[:-1]]
+    groups = [pool_groups(of_box, 1)[0] for of_box in tokens[:-1]]
     return groups + pool_groups(tokens[-1], steps - len(groups))
 
 
 def _union(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array(list(dict.fromkeys(int(i) for t in tokens for i in t)), np.int64)
+    """The distinct tokens, in the order in which they come first."""
+    every = np.concatenate(tokens)
+    _, first = np.unique(every, return_index=True)
+    return every[np.sort(first)].astype(np.int64)

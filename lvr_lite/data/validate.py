@@ -1,9 +1,9 @@
 """Every check of a data file, pictures included: what `lvr-lite data validate` reports. May import:
-the standard library and the core.
+Pillow and what stands above `data`.
 
-Problems are what training would get wrong or stop at; notes are worth knowing and no mistake (a box
-that is smaller than what a visual token must be covered by still selects one). Files that are given
-together are kept apart, as training and test set are: a picture in two of them is a problem,
+Problems are what training would get wrong or stop at. Notes are worth knowing and no mistake: a box
+that covers less than a visual token needs, for example, still selects one. Files that are given
+together must be as separate as a training and a test set: a picture in two of them is a problem,
 whatever its name or file format (the hash is of the upright pixels).
 """
 
@@ -19,15 +19,20 @@ from itertools import islice
 from pathlib import Path
 
 from lvr_lite.data.boxes import COVERED, Box
-from lvr_lite.data.samples import Problem, Sample, placed_samples
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import PlacedSample, Sample, placed_samples
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import MAX_ASPECT, open_picture
 from lvr_lite.model.processor import Processor
 
+# pictures that are decoded together, and in how many threads at most
+GROUP = 256
+THREADS = 8
+
 
 @dataclass(frozen=True)
-class Look:
-    """A picture that was decoded whole. size: width and height, upright, in pixels; digest: of the
+class PictureFacts:
+    """A picture that could be decoded. size: width and height, upright, in pixels. digest: of the
     pixels.
     """
 
@@ -35,27 +40,26 @@ class Look:
     digest: str
 
 
-def look_at(paths: Iterable[Path]) -> dict[Path, Look | str]:
-    """Every picture decoded once, in threads: its look, or what is wrong with it."""
+def inspect_pictures(paths: Iterable[Path]) -> dict[Path, PictureFacts | str]:
+    """Every picture decoded once, in threads: its facts, or what is wrong with it."""
     waiting = iter(dict.fromkeys(paths))
-    found: dict[Path, Look | str] = {}
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        warnings.simplefilter(
-            "ignore"
-        )  # here too: what the threads do to the filters inside `open_picture` is not told apart
-        while group := list(islice(waiting, 256)):
-            found.update(zip(group, threads.map(_look, group), strict=True))
-    return found
+    facts: dict[Path, PictureFacts | str] = {}
+    workers = min(THREADS, os.cpu_count() or 1)
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as threads:
+        # Here too: filters are one for all threads, so those inside `open_picture` overlap.
+        warnings.simplefilter("ignore")
+        while group := list(islice(waiting, GROUP)):
+            facts.update(zip(group, threads.map(_facts, group), strict=True))
+    return facts
 
 
-def _look(path: Path) -> Look | str:
+def _facts(path: Path) -> PictureFacts | str:
     try:
         picture = open_picture(path)
     except DataError as error:
         return str(error).removeprefix(f"{path}: ")
-    return Look(
-        picture.size, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    )
+    content = repr(picture.size).encode() + picture.tobytes()
+    return PictureFacts(picture.size, hashlib.sha256(content).hexdigest())
 
 
 def validate(
@@ -64,104 +68,106 @@ def validate(
     """For each file, in turn: the number of samples without a problem, and all problems and notes
     in the order of the file.
 
-    processor: of the model whose visual tokens boxes are measured by. test: another file none
-    of whose pictures may be in these. Raises DataError where `test` itself is wrong.
+    processor: of the model whose visual tokens boxes are measured by.
+    test: another file none of whose pictures may be in these.
+
+    Raises DataError where `test` itself is wrong.
     """
-    read = [_File(path, processor) for path in files]
-    sides = [(file.path, file.pictures()) for file in read]
+    checked = [_CheckedFile(path, processor) for path in files]
+    separate = list(checked)
     if test is not None:
-        tested = _File(test, processor)
-        if wrong := next((p for p in tested.problems if not p.note), None):
-            raise DataError(f"{wrong} (`lvr-lite data validate {test}` lists all)")
-        sides.append((test, tested.pictures()))
-    for i, file in enumerate(read):
-        for path, pictures in sides[i + 1 :]:
-            file.keep_apart(path, pictures)
+        test_file = _CheckedFile(test, processor)
+        if first := next((p for p in test_file.problems if not p.note), None):
+            raise DataError(f"{first} (`lvr-lite data validate {test}` lists all)")
+        separate.append(test_file)
+    for i, file in enumerate(checked):
+        for other in separate[i + 1 :]:
+            file.report_pictures_of(other)
         problems = sorted(file.problems, key=lambda p: p.line or p.item or 0)
         bad = {(p.line, p.item) for p in problems if not p.note}
-        yield sum((line, item) not in bad for _, line, item in file.placed), problems
+        yield sum((placed.line, placed.item) not in bad for placed in file.placed), problems
 
 
-class _File:
-    """One file, its samples with their places, its pictures, and what was found."""
+class _CheckedFile:
+    """One file: its samples with their places, its pictures, and the problems of both."""
 
     def __init__(self, path: Path, processor: Processor) -> None:
         self.path = path
         self.processor = processor
         self.placed, self.problems = placed_samples(path)
-        self.looks = look_at(p for sample, _, _ in self.placed for p in sample.images)
-        self.asked: dict[
-            tuple[str, ...], tuple[str, str]
-        ] = {}  # digests and question -> answer, and where
-        for sample, line, item in self.placed:
-            self.problems += [
-                replace(p, line=line, item=item)
-                for p in self._beyond(sample, f"line {line}" if line else f"item {item}")
-            ]
+        self.facts = inspect_pictures(p for placed in self.placed for p in placed.sample.images)
+        # of each picture the place where the file shows it first, by digest
+        self.first_places: dict[str, str] = {}
+        # of each question about the same pictures the first answer, and where it is
+        self._answers: dict[tuple[str, ...], tuple[str, str]] = {}
+        for placed in self.placed:
+            for problem in self._problems_of(placed):
+                self.problems.append(replace(problem, line=placed.line, item=placed.item))
+            for path in placed.sample.images:
+                if isinstance(fact := self.facts[path], PictureFacts):
+                    self.first_places.setdefault(fact.digest, placed.place)
 
-    def pictures(self) -> dict[str, str]:
-        """Where each picture is first, by its digest."""
-        found: dict[str, str] = {}
-        for sample, line, item in self.placed:
-            for path in sample.images:
-                if isinstance(look := self.looks[path], Look):
-                    found.setdefault(look.digest, f"line {line}" if line else f"item {item}")
-        return found
+    def report_pictures_of(self, other: _CheckedFile) -> None:
+        """A problem for each sample that shows a picture of another file."""
+        for placed in self.placed:
+            for path in placed.sample.images:
+                fact = self.facts[path]
+                if isinstance(fact, str) or fact.digest not in other.first_places:
+                    continue
+                also = f"{path} is also in {other.path} ({other.first_places[fact.digest]})"
+                message = f"{also}; a picture may be in one of them only"
+                problem = Problem(self.path, "image", message, placed.line, placed.item)
+                self.problems.append(problem)
 
-    def keep_apart(self, other: Path, pictures: dict[str, str]) -> None:
-        for sample, line, item in self.placed:
-            for path in sample.images:
-                look = self.looks[path]
-                if isinstance(look, Look) and look.digest in pictures:
-                    message = f"{path} is also in {other} ({pictures[look.digest]}); a picture may be in one of them only"
-                    self.problems.append(Problem(self.path, "image", message, line, item))
-
-    def _beyond(self, sample: Sample, where: str) -> Iterator[Problem]:
+    def _problems_of(self, placed: PlacedSample) -> Iterator[Problem]:
         """What only shows in the pictures, and beside other questions about them."""
-        looks = [self.looks[path] for path in sample.images]
-        for path, look in zip(sample.images, looks, strict=True):
-            if not isinstance(look, Look):
-                yield Problem(self.path, "image", f"{path}: {look}")
-            elif max(look.size) > MAX_ASPECT * min(look.size):
-                size = f"{look.size[0]} x {look.size[1]} pixels"
-                yield Problem(
-                    self.path,
-                    "image",
-                    f"{path}: {size}, one side more than {MAX_ASPECT} times the other; crop it",
-                )
-            else:
-                continue
-            return
-        whole = [look for look in looks if isinstance(look, Look)]
-        yield from self._doubled(sample, where, whole)
-        width, height = whole[0].size
-        rows, columns = self.processor.token_grid(self.processor.grid_of(height, width))
+        sample = placed.sample
+        facts: list[PictureFacts] = []
+        for path in sample.images:
+            fact = self.facts[path]
+            if isinstance(fact, str):
+                yield Problem(self.path, "image", f"{path}: {fact}")
+                return
+            if max(fact.size) > MAX_ASPECT * min(fact.size):
+                size = f"{fact.size[0]} x {fact.size[1]} pixels"
+                ratio = f"one side more than {MAX_ASPECT} times the other"
+                yield Problem(self.path, "image", f"{path}: {size}, {ratio}; crop it")
+                return
+            facts.append(fact)
+        yield from self._repetitions(sample, placed.place, facts)
+        width, height = facts[0].size
+        grid = self.processor.grid_of(height, width)
+        rows, columns = self.processor.token_grid(grid)
         for i, box in enumerate(sample.boxes):
-            if said := _box_note(box, rows, columns, sample.boxes[:i]):
-                yield Problem(self.path, f"boxes[{i}]", said, note=True)
+            if note := _box_note(box, rows, columns, sample.boxes[:i]):
+                yield Problem(self.path, f"boxes[{i}]", note, note=True)
 
-    def _doubled(self, sample: Sample, where: str, looks: list[Look]) -> Iterator[Problem]:
-        key = (" ".join(sample.question.lower().split()), *(look.digest for look in looks))
-        answer, first = self.asked.setdefault(key, (sample.answer, where))
-        if first == where:
+    def _repetitions(
+        self, sample: Sample, place: str, facts: list[PictureFacts]
+    ) -> Iterator[Problem]:
+        """The same question about the same pictures, asked before."""
+        key = (" ".join(sample.question.lower().split()), *(fact.digest for fact in facts))
+        answer, first = self._answers.setdefault(key, (sample.answer, place))
+        if first == place:
             return
         if answer.strip().lower() != sample.answer.strip().lower():
-            said = f"{sample.answer!r}, and {first} answers {answer!r} to the same question about the same picture; keep the right one"
-            yield Problem(self.path, "answer", said)
+            other = f"{first} answers {answer!r} to the same question about the same picture"
+            message = f"{sample.answer!r}, and {other}; keep the right one"
+            yield Problem(self.path, "answer", message)
         else:
-            yield Problem(
-                self.path,
-                "question",
-                f"asked and answered in {first} about the same picture",
-                note=True,
-            )
+            message = f"asked and answered in {first} about the same picture"
+            yield Problem(self.path, "question", message, note=True)
 
 
 def _box_note(box: Box, rows: int, columns: int, before: Sequence[Box]) -> str | None:
+    """What is worth knowing of a box on a grid of visual tokens. before: the sample's boxes up to
+    it.
+    """
     x0, y0, x1, y1 = box
     tokens = (x1 - x0) * columns * (y1 - y0) * rows
     if tokens < COVERED:
-        return f"covers {tokens:.2g} of a visual token ({columns} x {rows} of the picture): the latents see mostly what is around it"
+        part = f"{tokens:.2g} of a visual token ({columns} x {rows} of the picture)"
+        return f"covers {part}: the latents see mostly what is around it"
     if tokens > 0.999 * rows * columns:
         return "is the whole picture: no place to look at"
     return "is there twice" if box in before else None

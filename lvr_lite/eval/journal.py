@@ -1,8 +1,15 @@
-"""A model's answers as they are given, in a file of JSONL that a later run goes on from. May
-import: the standard library and the core.
+"""A model's answers in a JSONL file that a later run goes on from. May import: the standard library
+and what stands above `eval`.
 
-{"schema": "lvr-lite/answers", "version": 1, "model": hash, "suite", "data", "seed", "max_tokens"}      the first line: under which settings
-{"id", "steps", "type", "answer", "expected", "correct", "score", "tokens", "images": [paths], "question"}    one line an answer
+The first line says under which settings the answers were given:
+
+    {"schema": "lvr-lite/answers", "version": 1, "model": hash, "suite", "data", "seed",
+     "max_tokens"}
+
+Each other line is an answer:
+
+    {"id", "steps", "type", "answer", "expected", "correct", "score", "tokens",
+     "images": [paths], "question"}
 """
 
 from __future__ import annotations
@@ -11,96 +18,104 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lvr_lite.data.rows import JsonObject
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 
-HEAD = {"schema": "lvr-lite/answers", "version": 1}
+HEAD: JsonObject = {"schema": "lvr-lite/answers", "version": 1}
+
+# An answer as the `eval` JSON has it: id, type, answer, expected, correct, score, tokens.
+Answer = dict[str, Any]
+_ANSWER_FIELDS = ("question", "expected", "answer", "type", "tokens")
+# fields that the file has and the `eval` JSON has not
+_OWN_FIELDS = ("steps", "images", "question")
 
 
 class Journal:
-    """Answers by sample and number of latent steps; kept in memory alone unless made by `open`."""
+    """Answers by sample and number of latent steps. Only a journal that `open` made has a file."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
-        self._answers: dict[tuple[str, int], dict[str, Any]] = {}
+        self._answers: dict[tuple[str, int], Answer] = {}
 
     @classmethod
-    def open(cls, path: Path, settings: dict[str, Any]) -> Journal:
-        """The answers of a file, to which new ones are added; the file begins with `settings` where
-        it is new.
+    def open(cls, path: Path, settings: JsonObject) -> Journal:
+        """The answers of a file, to which new ones are added. A new file begins with `settings`.
 
         What a stopped run left half-written at its end is cut off. Raises UsageError where the file
         is about other settings, DataError where it is no file of answers.
         """
-        journal, head = cls(), HEAD | settings
+        journal = cls()
         journal._path = path
+        head = json.dumps(HEAD | settings)
         data = path.read_bytes() if path.exists() else b""
         whole, _, torn = data.rpartition(b"\n")
-        lines = whole.split(b"\n") if whole else []
-        if not lines and torn and not json.dumps(head).encode().startswith(torn):
+        if not whole and torn and not head.encode().startswith(torn):
             raise DataError(f"--answers {path}: exists and holds something else; name another file")
-        for number, line in enumerate(lines, 1):
+        if not whole:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(head + "\n", encoding="utf-8")
+            return journal
+        for number, line in enumerate(whole.split(b"\n"), 1):
             try:
-                told = json.loads(line)
-                if number > 1:
-                    journal._answers[told["id"], told["steps"]] = told
-                    (
-                        told["question"],
-                        told["expected"],
-                        float(told["score"]),
-                        told["answer"],
-                        told["type"],
-                        told["tokens"],
-                    )
-                elif any(told[key] != value for key, value in HEAD.items()):
-                    raise ValueError("another schema")
+                journal._read(line, is_head=number == 1)
             except (ValueError, KeyError, TypeError) as error:
+                reason = "not what `lvr-lite eval --answers` writes"
                 raise DataError(
-                    f"--answers {path}:{number}: not what `lvr-lite eval --answers` writes; name another file"
+                    f"--answers {path}:{number}: {reason}; name another file"
                 ) from error
-            if number == 1 and (
-                other := [key for key in settings if told.get(key) != settings[key]]
-            ):
-                there, here = (x.get(other[0]) for x in (told, settings))
-                what = (
-                    "of another model"
-                    if other[0] == "model"
-                    else f"about {other[0]} {there}, not {here}"
-                )
-                raise UsageError(f"--answers {path}: is {what}; name another file, or remove it")
-        if torn and lines:
+            if number == 1:
+                _refuse_other_settings(path, json.loads(line), settings)
+        if torn:
             with path.open("r+b") as file:
                 file.truncate(len(whole) + 1)
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(head) + "\n", encoding="utf-8")
         return journal
+
+    def _read(self, line: bytes, is_head: bool) -> None:
+        """Raises ValueError, KeyError or TypeError for a line that the journal did not write."""
+        fields = json.loads(line)
+        if is_head:
+            if any(fields[key] != value for key, value in HEAD.items()):
+                raise ValueError("another schema")
+            return
+        float(fields["score"])
+        if missing := [name for name in _ANSWER_FIELDS if name not in fields]:
+            raise KeyError(missing[0])
+        self._answers[fields["id"], fields["steps"]] = fields
 
     def knows(self, sample: Sample, steps: int) -> bool:
         """Raises UsageError where the answer that is there is to another question."""
-        told = self._answers.get((sample.id, steps))
-        if (
-            told is not None
-            and "question" in told
-            and (told["question"], told["expected"]) != (sample.question, sample.answer)
-        ):
-            raise UsageError(
-                f"--answers {self._path}: the question {sample.id} has changed since; name another file, or remove it"
-            )
-        return told is not None
+        answer = self._answers.get((sample.id, steps))
+        if answer is None:
+            return False
+        # An answer of this run is to the question that was just asked, and does not repeat it.
+        known = answer.get("question"), answer["expected"]
+        if "question" in answer and known != (sample.question, sample.answer):
+            reason = f"the question {sample.id} has changed since"
+            raise UsageError(f"--answers {self._path}: {reason}; name another file, or remove it")
+        return True
 
-    def add(self, sample: Sample, steps: int, answer: dict[str, Any]) -> None:
-        """answer: as the `eval` JSON has it."""
+    def add(self, sample: Sample, steps: int, answer: Answer) -> None:
+        """One more answer, in memory and at the end of the file."""
         self._answers[sample.id, steps] = answer
-        if self._path is not None:
-            more = {"images": [str(path) for path in sample.images], "question": sample.question}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": sample.id, "steps": steps} | answer | more) + "\n")
+        if self._path is None:
+            return
+        images = [str(path) for path in sample.images]
+        own = {"images": images, "question": sample.question}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": sample.id, "steps": steps} | answer | own) + "\n")
 
-    def answer(self, sample: Sample, steps: int) -> dict[str, Any]:
-        """What was added, as the `eval` JSON has it."""
-        return {
-            k: v
-            for k, v in self._answers[sample.id, steps].items()
-            if k not in ("steps", "images", "question")
-        }
+    def answer(self, sample: Sample, steps: int) -> Answer:
+        """The answer that was added or read."""
+        answer = self._answers[sample.id, steps]
+        return {name: value for name, value in answer.items() if name not in _OWN_FIELDS}
+
+
+def _refuse_other_settings(path: Path, there: JsonObject, settings: JsonObject) -> None:
+    for name, value in settings.items():
+        if there.get(name) == value:
+            continue
+        what = f"about {name} {there.get(name)}, not {value}"
+        if name == "model":
+            what = "of another model"
+        raise UsageError(f"--answers {path}: is {what}; name another file, or remove it")

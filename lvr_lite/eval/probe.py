@@ -31,6 +31,7 @@ import numpy as np
 
 from lvr_lite.data.boxes import pool_groups_of_boxes, visual_tokens_in_boxes
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval import score
 from lvr_lite.eval.statistics import (
@@ -41,7 +42,7 @@ from lvr_lite.eval.statistics import (
     participation_ratio,
     unit,
 )
-from lvr_lite.eval.suite import MAX_TOKENS, Item, load_suite
+from lvr_lite.eval.suite import MAX_TOKENS, load_suite
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime

@@ -10,16 +10,16 @@ RESAMPLES = 2000
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Exact two-sided p-value of McNemar's test: how likely so uneven a split of `lost + gained`
-    discordant pairs is by a fair coin.
+    """Exact two-sided p-value of McNemar's test (Fay 2010, "exact McNemar"): how likely a fair coin
+    splits `lost + gained` discordant pairs at least so unevenly. 1.0 where there are none.
 
-    lost: items right before and wrong after; gained: the other way round. 1.0 where there are none
-    (Fay 2010, "exact McNemar").
+    lost: items that are right before and wrong after.
+    gained: items that are wrong before and right after.
     """
     n = lost + gained
-    ways = tail = (
-        1  # of choosing k from n, and their sum so far: whole numbers, whatever their size
-    )
+    # Ways of choosing k of n, and their sum so far: whole numbers, exact at any size.
+    ways = 1
+    tail = 1
     for k in range(min(lost, gained)):
         ways = ways * (n - k) // (k + 1)
         tail += ways
@@ -29,21 +29,21 @@ def mcnemar(lost: int, gained: int) -> float:
 def bootstrap_mean(
     values: np.ndarray, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1: of paired differences,
-    it is the paired bootstrap.
+    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1. With paired differences
+    as values it is the paired bootstrap.
 
-    Drawing n items with replacement is drawing how often each distinct value comes: one multinomial
-    a resample, exact and small.
+    Drawing n items with replacement is drawing how often each distinct value comes, so a resample
+    is one multinomial: exact, and small in memory.
     """
     distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     n = int(counts.sum())
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    low, high = np.percentile(drawn @ distinct / n, [2.5, 97.5])
+    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    low, high = np.percentile(draws @ distinct / n, [2.5, 97.5])
     return float(low), float(high)
 
 
 def grouped(values: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of values (n,) over each group (G,), and the groups' sizes (G,); groups: a name for each
+    """Sums of values (n,) over each group (G,), and the groups' sizes (G,). groups: a name for each
     value.
     """
     _, places = np.unique(groups, return_inverse=True)
@@ -53,13 +53,15 @@ def grouped(values: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarr
 def bootstrap_ratio(
     sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over items that come in G groups, of which
-    whole ones are drawn: sums and sizes (G,) as `grouped` gives them.
+    """95 % percentile bootstrap interval of the mean over items in G groups, of which whole ones are
+    drawn.
+
+    sums, sizes: of the groups (G,), as `grouped` gives them.
     """
-    drawn = np.random.default_rng(seed).multinomial(
-        len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
-    )
-    low, high = np.percentile((drawn @ sums) / (drawn @ sizes), [2.5, 97.5])
+    count = len(sums)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -71,27 +73,29 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def participation_ratio(vectors: np.ndarray) -> float | None:
     """Number of directions that vectors (N, H) use: (Σλ)² / Σλ² over the eigenvalues λ of their
-    covariance, 1 to min(N - 1, H).
+    covariance, 1 to min(N - 1, H). None where the vectors do not vary.
 
-    From the trace of the covariance and of its square, without the eigenvalues. None where the
-    vectors do not vary.
+    It is computed from the trace of the covariance and of its square, without eigenvalues.
     """
     centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
     trace = float((centred**2).sum())
     if trace <= (1e-5 * np.linalg.norm(vectors)) ** 2:
         return None
-    gram = (
-        centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    )  # the same eigenvalues, the smaller matrix
+    # Both products have the same eigenvalues but zeros; the smaller one is computed.
+    few = len(centred) < centred.shape[1]
+    gram = centred @ centred.T if few else centred.T @ centred
     return trace**2 / float((gram**2).sum())
 
 
 def mean_cosine(vectors: np.ndarray) -> float | None:
-    """Mean cosine between different ones of N vectors (N, H); vectors of zeros count as 0. None for
+    """Mean cosine between different ones of N vectors (N, H). Vectors of zeros count as 0. None for
     fewer than two.
     """
     n = len(vectors)
     if n < 2:
         return None
     directions = unit(np.asarray(vectors, np.float64))
-    return float(((directions.sum(0) ** 2).sum() - (directions**2).sum()) / (n * (n - 1)))
+    # The square of the sum has every pair twice, and each vector with itself.
+    with_itself = (directions**2).sum()
+    every_pair = (directions.sum(0) ** 2).sum()
+    return float((every_pair - with_itself) / (n * (n - 1)))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from lvr_lite.data.samples import Sample, read_samples
+from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item, Pictures, open_source
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.journal import Journal
@@ -27,61 +27,33 @@ from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import MANIFEST, Bundle, is_bundle
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
-from lvr_lite.model.images import open_picture
-from lvr_lite.toy import scenes
-from lvr_lite.toy.make import scene_samples, skill_samples
 
-Pictures = tuple[Image.Image, ...]
-Item = tuple[Sample, Pictures]
 Closed = tuple[
     Sample, Pictures | Callable[[], Pictures]
 ]  # an item whose pictures may still have to be opened
 Grade = Callable[[Sample, str], float]  # how right an answer is, 0 to 1
 SUITES = ("scenes", "skills")  # drawn
-DRAWN_LIMIT = 300  # items of a drawn suite, unless limited
 SKILLS_BESIDE = 150  # of the skills beside the scenes
 MAX_TOKENS, SKILLS_TOKENS = 16, 64  # of an answer; a caption of eight things takes 55
 TEST_SEED = 0
 
 
 def load_suite(suite: str, limit: int | None, seed: int = TEST_SEED) -> Iterator[Item]:
-    """The items of a suite: `scenes` (held-out scenes), `skills` (what they never ask), 300 of
-    either unless limited, or a file of samples. Raises DataError, UsageError.
+    """The items of a suite: `scenes` (held-out scenes), `skills` (question types that the scenes do
+    not contain), 300 of either unless limited, or a file of samples. Raises DataError, UsageError.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be 1 or more, not {limit}")
-    if suite == "scenes":
-        return scene_items(limit or DRAWN_LIMIT, seed)
-    if suite == "skills":
-        return (
-            (sample, (picture,)) for sample, picture in skill_samples(limit or DRAWN_LIMIT, seed)
-        )
-    path = Path(suite)
-    if not path.is_file():
+    if suite not in SUITES and not Path(suite).is_file():
         raise UsageError(
             f"--suite {suite}: neither a suite ({', '.join((*SUITES, *benchmarks.BENCHMARKS))}) nor a file of samples"
         )
-    samples = read_samples(path)
-    return islice(((s, tuple(open_picture(p) for p in s.images)) for s in samples), limit)
-
-
-def scene_items(count: int, seed: int, split: str = "test") -> Iterator[Item]:
-    """Drawn scenes as items, with their pictures in memory."""
-    return ((sample, (picture,)) for sample, picture in scene_samples(count, seed, split))
+    return open_source(suite, "test", seed, limit, SUITES).items()
 
 
 def expected_answers(suite: str, limit: int | None, seed: int = TEST_SEED) -> dict[str, str]:
     """The right answer to each item of a suite by its id, without opening or drawing a picture."""
-    if suite == "scenes":
-        return {
-            name: question.answer
-            for name, _, question, _ in scenes.items(seed, "test", limit or DRAWN_LIMIT)
-        }
-    if suite == "skills":
-        return {
-            name: question.answer for name, _, question in scenes.skills(seed, limit or DRAWN_LIMIT)
-        }
-    return {sample.id: sample.answer for sample in read_samples(suite)[:limit]}
+    return open_source(suite, "test", seed, limit, SUITES).answers()
 
 
 def exact(sample: Sample, answer: str) -> float:
@@ -357,11 +329,7 @@ def compare(
 def _count(plan: Plan, benchmark: benchmarks.Benchmark | None) -> int:
     if benchmark is not None:
         return len(benchmark.rows)
-    return (
-        plan.limit or DRAWN_LIMIT
-        if plan.suite in SUITES
-        else len(expected_answers(plan.suite, plan.limit))
-    )
+    return len(expected_answers(plan.suite, plan.limit))
 
 
 def _identity(model: str) -> str:

@@ -1,203 +1,208 @@
-"""Data files read row by row: JSONL, CSV and TSV, parquet. May import: the core; pyarrow where
-needed.
+"""Data files read row by row: JSONL, CSV and TSV, parquet. May import: pyarrow, in a function.
 
-A file is read through once for its texts, and again, one row at a time, for the pictures that lie
-in it, so that few of them are in memory. What is wrong with a row is told in one line in its place;
+A file is read through once for its texts. Pictures that lie inside it are read later, one row at a
+time, so that few of them are in memory. What is wrong with a row is a `FieldError` in its place;
 what is wrong with a whole file is a DataError.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from lvr_lite.data.rows import FieldError, JsonObject, Row, json_lines, parse_line
 from lvr_lite.errors import DataError
 
-LARGEST_FIELD = 1 << 30  # bytes of a cell: a picture of 8K in base64 has some 50 million
-UNREAD = "not read yet"  # a field of parquet that holds a whole picture
-Fields = dict[str, Any]
+if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
+
+# bytes of a cell: a picture of 8K in base64 has some 50 million
+LARGEST_FIELD = 1 << 30
+# stands for a field of parquet that holds a whole picture
+UNREAD = "not read yet"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. number: line or row, from 1; at: what finds it again."""
+    """Where a row stands.
+
+    where: "file:line", for messages.
+    number: line or row, from 1.
+    offset: what finds the row again: bytes of a text file, rows of a parquet file.
+    """
 
     where: str
     number: int
-    at: int
+    offset: int
 
 
-class Source(Protocol):
-    """A data file: its rows as fields, or in one line what is wrong with the row; and one row
-    again, for its pictures.
-    """
+class Table(Protocol):
+    """A data file."""
 
     path: Path
 
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]: ...
+    def rows(self) -> Iterator[tuple[Place, Row | FieldError]]:
+        """Every row, or what is wrong with it. A null is a field that is not there."""
 
-    def again(self, place: Place) -> Fields: ...
+    def reread(self, place: Place) -> JsonObject:
+        """The fields of one row, pictures included. Raises DataError."""
 
 
-class Lines:
+class JsonLines:
     """JSONL."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
+    def rows(self) -> Iterator[tuple[Place, Row | FieldError]]:
         with self.path.open("rb") as file:
-            at, number = file.tell(), 0
-            while line := file.readline():
-                number += 1
-                if line.strip():
-                    yield Place(f"{self.path}:{number}", number, at), self._fields(line)
-                at = file.tell()
+            for line in json_lines(file):
+                place = Place(f"{self.path}:{line.number}", line.number, line.start)
+                yield place, _row(line.data)
 
-    def _fields(self, line: bytes) -> Fields | str:
-        try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            return "is not UTF-8"
-        except (ValueError, RecursionError) as error:
-            return f"not valid JSON ({error})"
-        return (
-            fields
-            if isinstance(fields, dict)
-            else "must be an object with the fields of a question"
-        )
-
-    def again(self, place: Place) -> Fields:
+    def reread(self, place: Place) -> JsonObject:
         with self.path.open("rb") as file:
-            file.seek(place.at)
-            fields = self._fields(file.readline())
-        if isinstance(fields, str):
-            raise DataError("the file has changed since it was read first")
-        return fields
+            file.seek(place.offset)
+            return _unchanged(_row(file.readline()))
+
+
+def _row(line: bytes) -> Row | FieldError:
+    try:
+        value = parse_line(line)
+    except FieldError as error:
+        return error
+    if not isinstance(value, dict):
+        return FieldError("must be an object with the fields of a question")
+    return Row({name: field for name, field in value.items() if field is not None})
+
+
+def _unchanged(row: Row | FieldError) -> JsonObject:
+    if isinstance(row, FieldError):
+        raise DataError("the file has changed since it was read first")
+    return row.values
 
 
 class Delimited:
-    """CSV or TSV with a header, quoted as spreadsheets and pandas quote."""
+    """CSV or TSV with a header, quoted as spreadsheets and pandas quote.
+
+    needed: columns without which the file is refused with a DataError.
+    """
 
     def __init__(self, path: Path, delimiter: str, needed: Sequence[str]) -> None:
-        self.path, self.delimiter, self.needed = path, delimiter, needed
+        self.path = path
+        self.delimiter = delimiter
+        self.needed = needed
         self.columns: list[str] = []
         csv.field_size_limit(LARGEST_FIELD)
 
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
+    def rows(self) -> Iterator[tuple[Place, Row | FieldError]]:
         with self.path.open("rb") as file:
             reader = self._reader(file)
-            self.columns = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
-            self.columns = [
-                "Index" if name == "lndex" else name for name in self.columns
-            ]  # so is MMVP's misspelt in some copies
+            names = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
+            # some copies of MMVP misspell it
+            self.columns = ["Index" if name == "lndex" else name for name in names]
             _need_columns(self.path, self.columns, self.needed)
             while True:
-                place = Place(
-                    f"{self.path}:{reader.line_num + 1}", reader.line_num + 1, file.tell()
-                )
+                number = reader.line_num + 1
+                place = Place(f"{self.path}:{number}", number, file.tell())
                 try:
                     cells = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield place, f"not valid {self.path.suffix[1:].upper()} ({error})"
+                    form = self.path.suffix[1:].upper()
+                    yield place, FieldError(f"not valid {form} ({error})")
                     continue
                 if cells:
-                    yield place, self._fields(cells)
+                    yield place, self._row(cells)
 
-    def _reader(self, file: Any) -> Any:
-        lines = (
-            line.decode("utf-8", "surrogateescape") for line in iter(file.readline, b"")
-        )  # readline, so that tell() tells where
+    def _reader(self, file: BinaryIO) -> CsvReader:
+        # `readline` and not iteration, which reads ahead: `tell` must give the place of the line.
+        data = iter(file.readline, b"")
+        lines = (line.decode("utf-8", "surrogateescape") for line in data)
         return csv.reader(lines, delimiter=self.delimiter)
 
-    def _fields(self, cells: list[str]) -> Fields | str:
+    def _row(self, cells: list[str]) -> Row | FieldError:
         if len(cells) > len(self.columns):
-            return f"has {len(cells)} cells for {len(self.columns)} columns; a text that holds the delimiter must be in quotes"
-        return dict(zip(self.columns, cells, strict=False))
+            counts = f"has {len(cells)} cells for {len(self.columns)} columns"
+            return FieldError(f"{counts}; a text that holds the delimiter must be in quotes")
+        return Row(dict(zip(self.columns, cells, strict=False)))
 
-    def again(self, place: Place) -> Fields:
+    def reread(self, place: Place) -> JsonObject:
         with self.path.open("rb") as file:
-            file.seek(place.at)
-            fields = self._fields(next(self._reader(file), []))
-        if isinstance(fields, str):
-            raise DataError("the file has changed since it was read first")
-        return fields
+            file.seek(place.offset)
+            return _unchanged(self._row(next(self._reader(file), [])))
 
 
 class Parquet:
-    """Parquet. Of pictures (columns "image…") only their paths are read at first, and their bytes
-    again and in order, so that few of them are in memory.
+    """Parquet. At first only the paths of its pictures (columns "image…") are read, later their
+    bytes, a few rows at a time and in order.
+
+    needed: columns without which the file is refused with a DataError.
     """
 
+    # rows whose pictures are in memory together
     BATCH = 8
 
     def __init__(self, path: Path, needed: Sequence[str]) -> None:
         from pyarrow import ArrowException, parquet, types
 
-        self.path, self._errors = path, (ArrowException, OSError)
+        self.path = path
+        self._errors = (ArrowException, OSError)
         try:
             self._file = parquet.ParquetFile(path)
         except self._errors as error:
-            raise DataError(
-                f"{path}: not a whole parquet file ({_first_line(error)}); copy it again"
-            ) from error
+            reason = f"not a whole parquet file ({_first_line(error)})"
+            raise DataError(f"{path}: {reason}; copy it again") from error
         schema = self._file.schema_arrow
         _need_columns(path, schema.names, needed)
         self._images = [name for name in schema.names if name.startswith("image")]
-        self._unread = [
-            n
-            for n in self._images
-            if not (
-                types.is_struct(schema.field(n).type)
-                and schema.field(n).type.get_field_index("path") >= 0
-            )
+        self._with_path = [
+            name
+            for name in self._images
+            if types.is_struct(schema.field(name).type)
+            and schema.field(name).type.get_field_index("path") >= 0
         ]
         self._batches: Iterator[Any] = iter(())
+        # the rows that were read last, and the number of the first of them
+        self._rows: list[JsonObject] = []
         self._first = 0
-        self._rows: list[Fields] = []
 
-    def rows(self) -> Iterator[tuple[Place, Fields | str]]:
+    def rows(self) -> Iterator[tuple[Place, Row | FieldError]]:
+        unread = [name for name in self._images if name not in self._with_path]
         columns = [
-            f"{n}.path" if n in self._images else n
-            for n in self._file.schema_arrow.names
-            if n not in self._unread
+            f"{name}.path" if name in self._with_path else name
+            for name in self._file.schema_arrow.names
+            if name not in unread
         ]
         number = 0
         try:
             for batch in self._file.iter_batches(columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield (
-                        Place(f"{self.path}: row {number}", number, number - 1),
-                        fields | dict.fromkeys(self._unread, UNREAD),
-                    )
+                    present = {name: field for name, field in fields.items() if field is not None}
+                    row = Row(present | dict.fromkeys(unread, UNREAD))
+                    yield Place(f"{self.path}: row {number}", number, number - 1), row
         except self._errors as error:
-            raise DataError(
-                f"{self.path}: cannot be read beyond row {number} ({_first_line(error)}); copy it again"
-            ) from error
+            reason = f"cannot be read beyond row {number} ({_first_line(error)})"
+            raise DataError(f"{self.path}: {reason}; copy it again") from error
 
-    def again(self, place: Place) -> Fields:
+    def reread(self, place: Place) -> JsonObject:
         try:
-            if place.at < self._first or not self._rows:
-                self._batches, self._first, self._rows = (
-                    self._file.iter_batches(self.BATCH, columns=self._images),
-                    0,
-                    [],
-                )
-            while place.at >= self._first + len(self._rows):
+            if place.offset < self._first or not self._rows:
+                self._batches = self._file.iter_batches(self.BATCH, columns=self._images)
+                self._rows = []
+                self._first = 0
+            while place.offset >= self._first + len(self._rows):
                 self._first += len(self._rows)
                 self._rows = next(self._batches).to_pylist()
         except self._errors as error:
-            raise DataError(
-                f"image: cannot be read ({_first_line(error)}); copy the file again"
-            ) from error
-        return self._rows[place.at - self._first]
+            reason = f"image: cannot be read ({_first_line(error)})"
+            raise DataError(f"{reason}; copy the file again") from error
+        return self._rows[place.offset - self._first]
 
 
 def _first_line(error: Exception) -> str:
@@ -206,6 +211,6 @@ def _first_line(error: Exception) -> str:
 
 def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
     if missing := [name for name in needed if name not in columns]:
-        raise DataError(
-            f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)[:120] or 'none'}); use the published file"
-        )
+        there = ", ".join(columns)[:120] or "none"
+        reason = f"has no column {', '.join(missing)} (it has {there})"
+        raise DataError(f"{path}: {reason}; use the published file")

@@ -27,6 +27,7 @@ from lvr_lite.model.families import Grid
 from lvr_lite.model.families.qwen2_5_vl import FAMILY
 from lvr_lite.model.prompt import render
 from lvr_lite.toy import build, scenes
+from lvr_lite.toy.drawing import draw
 
 SEED_BASE = 1_000_000  # scene seeds of pre-training; `data make --seed` takes 0 … 999,999
 TURNS = 13
@@ -50,7 +51,7 @@ class Pictures:
         self.scenes = planned
         width, height = planned[0].width, planned[0].height
         self.grid = Grid(height // 14, width // 14)
-        self.patches = np.stack([self._patches(scenes.draw(s)) for s in planned])
+        self.patches = np.stack([self._patches(draw(s)) for s in planned])
         self.words = np.stack([self._cell_words(s) for s in planned])
 
     def _patches(self, picture: Any) -> np.ndarray:
@@ -65,7 +66,7 @@ class Pictures:
     def _cell_words(self, scene: scenes.Scene) -> np.ndarray:
         rows, columns = self.grid[0] // 2, self.grid[1] // 2
         out = np.zeros((rows, columns, len(WORDS)), bool)
-        for t in scene.things:
+        for t in scene.figures:
             for r in range(t.y // 28, min(rows, (t.y + t.size - 1) // 28 + 1)):
                 for c in range(t.x // 28, min(columns, (t.x + t.size - 1) // 28 + 1)):
                     across = min(t.x + t.size, c * 28 + 28) - max(t.x, c * 28)
@@ -115,7 +116,7 @@ def turns(
         (q.text if worded and rng.random() < WORDED[q.type] else q.short, q.answer)
         for q in asked.values()
     ]
-    thing = scene.things[int(rng.integers(len(scene.things)))]
+    thing = scene.figures[int(rng.integers(len(scene.figures)))]
     out.append((f"where {thing.shape}", scene.cell_words(thing)))
     if captions:
         out.append(("describe", scenes.describe(scene)))

@@ -10,104 +10,23 @@ from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
-from lvr_lite.data.samples import Picked, Sample
+from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item, Sizes, Source
 from lvr_lite.errors import DataError
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
-from lvr_lite.model.images import open_picture, picture_size
 from lvr_lite.model.latents import columns_read_again
 from lvr_lite.model.padding import PaddedBatch, pad_left, pad_right, spread
-from lvr_lite.toy import scenes
-from lvr_lite.toy.make import scene_sample, skill_sample
 from lvr_lite.train.methods import METHODS, Batch
 
-Item = tuple[Sample, tuple[Image.Image, ...]]
-Sizes = tuple[tuple[int, int], ...]  # height and width of pictures
-REPLAYED = ("caption", "short")
 # Batches whose samples are sorted by length together.
 POOL = 64
 # The box (x0, y0, x1, y1) of a sample that looks and has none.
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
-
-
-class Examples(torch.utils.data.Dataset[Item]):
-    """Samples with a way to their pictures, which are opened or drawn when they are asked for.
-
-    sizes: those of a sample's pictures, without opening them; drawn ones without it are looked
-    at.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        pictures: Callable[[int], tuple[Image.Image, ...]],
-        sizes: Callable[[int], Sizes] | None = None,
-    ) -> None:
-        self.samples, self.pictures = samples, pictures
-        self.sizes: Callable[[int], Sizes] = sizes or (
-            lambda i: tuple((p.height, p.width) for p in pictures(i))
-        )
-
-    @classmethod
-    def of_samples(cls, samples: Sequence[Sample]) -> Examples:
-        return cls(
-            samples,
-            lambda i: tuple(open_picture(p) for p in samples[i].images),
-            lambda i: tuple(picture_size(p) for p in samples[i].images),
-        )
-
-    @classmethod
-    def of_scenes(cls, seed: int, split: str, count: int) -> Examples:
-        """Drawn scenes, planned at once (`lvr_lite.toy.scenes.items`)."""
-        planned = list(scenes.items(seed, split, count))
-        samples = [
-            scene_sample(name, scene, question, pair) for name, scene, question, pair in planned
-        ]
-        return cls(samples, lambda i: (scenes.draw(planned[i][1]),))
-
-    @classmethod
-    def of_skills(cls, seed: int, count: int) -> Examples:
-        """Drawn questions of what the embedded model was pre-trained in, to scenes of the train
-        split (`lvr_lite.toy.scenes.skills`).
-        """
-        planned = list(scenes.skills(seed, count, "train", REPLAYED))
-        return cls(
-            [skill_sample(name, question) for name, _, question in planned],
-            lambda i: (scenes.draw(planned[i][1]),),
-        )
-
-    def and_also(self, others: Examples, count: int) -> Examples:
-        """These and `count` of `others`, from the first on and over again where they are too
-        few.
-        """
-        own = len(self)
-
-        def at(i: int) -> tuple[Examples, int]:
-            return (self, i) if i < own else (others, (i - own) % len(others))
-
-        def pictures(i: int) -> tuple[Image.Image, ...]:
-            source, place = at(i)
-            return source.pictures(place)
-
-        def sizes(i: int) -> Sizes:
-            source, place = at(i)
-            return source.sizes(place)
-
-        return Examples(Picked(lambda i: at(i)[0].samples[at(i)[1]], own + count), pictures, sizes)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.samples[index], self.pictures(index)
-
-    def items(self) -> Iterator[Item]:
-        return (self[i] for i in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -368,7 +287,7 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
     return METHODS[settings.method].latents and (settings.samples == "all" or bool(sample.boxes))
 
 
-def check_samples(examples: Examples, checkpoint: Checkpoint) -> None:
+def check_samples(examples: Source, checkpoint: Checkpoint) -> None:
     """Raises DataError for a sample whose question or answer holds a token that stands for a
     picture or for a step of the loop.
     """

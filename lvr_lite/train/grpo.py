@@ -1,19 +1,20 @@
-"""`lvr-lite grpo`: reinforcement learning on a tuned model (arXiv 2509.24251, stage 2; GRPO: arXiv
-2402.03300). No boxes are needed, only answers that can be checked. May import: torch, transformers,
-peft and the core.
+"""`lvr-lite grpo`: reinforcement learning on a tuned model (stage 2).
+
+arXiv 2509.24251, section 3; GRPO: arXiv 2402.03300. No boxes are needed, only answers that can be
+checked. May import: torch and what stands above `train`; this folder.
 
 A step: several answers to each question are drawn by the one decode loop, with the latents that the
-model finds; each is rewarded, and its advantage is how far that lies above the mean of its
+model finds. Each is rewarded, and its advantage is how far its reward lies above the mean of its
 question's answers, in standard deviations. Each answer is then read once more in one teacher-forced
 pass, and the choices of the head become more or less likely. The choice to reason is one of them;
-latents have no probabilities. With `grpo.latents=recorded` they are constants, those of the drawing
-(the paper); with `recomputed` they are found anew on the way, and the gradient goes through them.
+latents have no probabilities. With `grpo.latents=recorded` they are constants from the drawing (the
+paper); with `recomputed` they are computed again on the way, and the gradient goes through them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,50 +25,47 @@ import torch
 
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item, Source
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.train.batches import Examples, Item, check_samples
-from lvr_lite.train.finetune import (
-    SMALL,
-    arguments,
-    begin,
-    keep_less,
-    load_examples,
-    marker,
-    train_to_end,
-    trainer_class,
+from lvr_lite.train.batches import check_samples
+from lvr_lite.train.examples import load_examples
+from lvr_lite.train.load import load_to_reinforce
+from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
+from lvr_lite.train.rewards import Answer, Scoring, read_rewards
+from lvr_lite.train.trainer import (
+    LatentTrainer,
+    Run,
+    resume_point,
     training_device,
     training_dtype,
     write_side_files,
 )
-from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
-from lvr_lite.train.rewards import Answer, Scoring, read_rewards
 
-FLAT = 1e-6  # a standard deviation of rewards below this tells nothing
+# A standard deviation of rewards below this tells nothing.
+FLAT = 1e-6
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
     """How far each reward of a group lies above their mean, in standard deviations; all 0 where
-    they are equal.
-    """
+    they are equal."""
     values = np.array(rewards, np.float64)
     spread = float(values.std())
-    return (
-        [0.0] * len(values)
-        if spread < FLAT
-        else [float(v) for v in (values - values.mean()) / spread]
-    )
+    if spread < FLAT:
+        return [0.0] * len(values)
+    return [float(value) for value in (values - values.mean()) / spread]
 
 
 def objective(
     new: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """The clipped objective (n,) of choices, to be made large; new, old: log-probabilities now and
-    when they were drawn (PPO, arXiv 1707.06347).
+    """The clipped objective (n,) of choices, to be made large (PPO, arXiv 1707.06347).
+
+    new, old: log-probabilities (n,) now and when they were drawn.
     """
     ratio = (new - old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -75,25 +73,21 @@ def objective(
 
 def divergence(now: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """Of each choice (n,), an estimate of KL(now, start) that is never negative, from their
-    log-probabilities (Schulman's k3).
-    """
+    log-probabilities (Schulman's k3)."""
     gap = start - now
     return gap.exp() - gap - 1
 
 
 class Repeated(torch.utils.data.Sampler[int]):
-    """Indices in random order, in blocks of one step each, every block `updates` times. What no
-    whole block is left for ends the epoch.
-    """
+    """Indices in random order, in blocks of one step each, every block `updates` times. Indices
+    after the last full block are dropped, and the epoch ends."""
 
     def __init__(self, count: int, block: int, updates: int, seed: int) -> None:
-        self._count, self._block, self._updates, self._seed, self._epoch = (
-            count,
-            block,
-            updates,
-            seed,
-            0,
-        )
+        self._count = count
+        self._block = block
+        self._updates = updates
+        self._seed = seed
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -108,321 +102,287 @@ class Repeated(torch.utils.data.Sampler[int]):
                 yield from (int(i) for i in order[first : first + self._block])
 
 
+class Donors:
+    """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise.
+
+    Raises DataError where no pair of the source is one.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._pairs: dict[str, list[int]] = {}
+        for i, sample in enumerate(source.samples):
+            if sample.pair is not None:
+                self._pairs.setdefault(sample.pair, []).append(i)
+        firsts = (source.samples[group[0]] for group in self._pairs.values())
+        if not any(self.donor_of(sample) for sample in firsts):
+            raise DataError(
+                "grpo.rewards: latent-use needs pairs of samples (`pair`) that ask the same and "
+                "differ in their answer; none is here"
+            )
+
+    def donor_of(self, sample: Sample) -> Item | None:
+        for i in self._pairs.get(sample.pair or "", ()):
+            other = self._source.samples[i]
+            if other.question == sample.question and other.answer != sample.answer:
+                return self._source[i]
+        return None
+
+
 class Roller:
-    """Draws answers with a runtime and rewards them. donors: of a sample with a `pair`, the other
-    one (`donors_of`).
+    """Draws answers with a runtime and rewards them.
+
+    donors: where a reward asks for donors' latents; else None.
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        settings: Settings,
-        scoring: Scoring,
-        donors: Callable[[Sample], Item | None],
+        self, runtime: Runtime, settings: Settings, scoring: Scoring, donors: Donors | None
     ) -> None:
-        self.runtime, self.settings, self.scoring, self.donors = runtime, settings, scoring, donors
+        self.runtime = runtime
+        self.settings = settings
+        self.scoring = scoring
+        self.donors = donors
 
     def __call__(self, items: Sequence[Item], first: int) -> list[Rollout]:
-        """`grpo.group` rollouts of each item, those of one after another. first: the number of the
-        first one in all of the run, which its random numbers hang on, whatever it is drawn
-        beside.
+        """`grpo.group` rollouts of each item, those of one after another.
+
+        first: the number of the first rollout in all of the run. Its random numbers depend on that
+            alone, whatever it is drawn beside.
         """
-        g = self.settings.grpo
+        group = self.settings.grpo.group
+        prompts = [
+            prepare_prompt(self.runtime, pictures, sample.question)[0] for sample, pictures in items
+        ]
+        rollouts: list[Rollout] = []
+        for (sample, _), prompt in zip(items, prompts, strict=True):
+            rollouts += [Rollout(sample, prompt, Result()) for _ in range(group)]
+        self._draw(rollouts, first)
+        for number, ((sample, _), prompt) in enumerate(zip(items, prompts, strict=True)):
+            own, donated = self._answers_with_donor(sample, prompt)
+            answers = rollouts[number * group : (number + 1) * group]
+            for rollout in answers:
+                answer = self._answer(rollout.result, own, donated)
+                rollout.rewards = self.scoring(sample, answer)
+            rewards = [rollout.rewards["reward"] for rollout in answers]
+            for rollout, advantage in zip(answers, advantages(rewards), strict=True):
+                rollout.advantage = advantage
+        return rollouts
+
+    def _draw(self, rollouts: list[Rollout], first: int) -> None:
+        """Decode rollouts, `grpo.rows` at once."""
+        grpo = self.settings.grpo
         options = Options(
-            max_tokens=g.max_tokens,
-            temperature=g.temperature,
+            max_tokens=grpo.max_tokens,
+            temperature=grpo.temperature,
             seed=self.settings.train.seed,
             keep_scores=True,
         )
-        asked = [
-            (sample, prepare_prompt(self.runtime, pictures, sample.question)[0])
-            for sample, pictures in items
-        ]
-        rows = [(sample, prompt) for sample, prompt in asked for _ in range(g.group)]
-        found: list[Rollout] = []
-        for place in range(0, len(rows), g.rows):
-            part = rows[place : place + g.rows]
-            draws = range(first + place, first + place + len(part))
-            decoding = Decoding(self.runtime, [prompt for _, prompt in part], options, draws=draws)
+        for start in range(0, len(rollouts), grpo.rows):
+            rows = rollouts[start : start + grpo.rows]
+            draws = range(first + start, first + start + len(rows))
+            decoding = Decoding(self.runtime, [row.prompt for row in rows], options, draws=draws)
             for _ in decoding:
                 pass
-            found += [
-                Rollout(*row, result) for row, result in zip(part, decoding.results, strict=True)
-            ]
-        said = [
-            self._with_donor(sample, prompt) if self.scoring.needs_donor else (None, None)
-            for sample, prompt in asked
-        ]
-        for i, group in enumerate(found[k : k + g.group] for k in range(0, len(found), g.group)):
-            for rollout in group:
-                rollout.rewards = self.scoring(
-                    rollout.sample, self._answer(rollout.result, *said[i])
-                )
-            for rollout, advantage in zip(
-                group, advantages([r.rewards["reward"] for r in group]), strict=True
-            ):
-                rollout.advantage = advantage
-        return found
+            for row, result in zip(rows, decoding.results, strict=True):
+                row.result = result
 
-    def _answer(self, result: Result, own: str | None, donor: str | None) -> Answer:
+    def _answer(self, result: Result, own: str | None, donated: str | None) -> Answer:
         start = self.runtime.processor.tokens.lvr_start
-        before = result.choices.index(start) if start in result.choices else 0
         return Answer(
-            self.runtime.processor.text(result.tokens),
-            len(result.latents),
-            before,
-            result.reason == "stop",
-            donor,
-            own,
+            text=self.runtime.processor.text(result.tokens),
+            latents=len(result.latents),
+            before=result.choices.index(start) if start in result.choices else 0,
+            ended=result.reason == "stop",
+            donor=donated,
+            own=own,
         )
 
-    def _with_donor(self, sample: Sample, prompt: Prompt) -> tuple[str | None, str | None]:
-        """What is said with a prompt's own latents and with those of its donor, without drawing by
-        lot.
-        """
-        item = self.donors(sample)
+    def _answers_with_donor(self, sample: Sample, prompt: Prompt) -> tuple[str | None, str | None]:
+        """The greedy answers to a prompt with its own latents and with those of its donor; None
+        where there is no donor, or it is not looked for."""
+        item = self.donors.donor_of(sample) if self.donors is not None else None
         if item is None:
             return None, None
         options = Options(max_tokens=self.settings.grpo.max_tokens)
-        other, _ = prepare_prompt(self.runtime, item[1], item[0].question)
-        own, donor = decode(self.runtime, [prompt, other], options)
+        donor_sample, pictures = item
+        donor_prompt, _ = prepare_prompt(self.runtime, pictures, donor_sample.question)
+        own, donor = decode(self.runtime, [prompt, donor_prompt], options)
         if not donor.latents:
             return None, None
         (swapped,) = decode(self.runtime, [prompt], options, [np.stack(donor.latents)])
-        return self.runtime.processor.text(own.tokens), self.runtime.processor.text(swapped.tokens)
+        text = self.runtime.processor.text
+        return text(own.tokens), text(swapped.tokens)
 
 
-def donors_of(examples: Examples) -> Callable[[Sample], Item | None]:
-    """Finds the sample that shares a sample's `pair`, asks the same and is answered otherwise.
-    Raises DataError where no pair is one.
-    """
-    pairs: dict[str, list[int]] = {}
-    for i, sample in enumerate(examples.samples):
-        if sample.pair is not None:
-            pairs.setdefault(sample.pair, []).append(i)
+class GrpoTrainer(LatentTrainer):
+    """A step draws answers, or takes those drawn before, and learns from them; the rest is as in
+    stage 1."""
 
-    def other(sample: Sample) -> Item | None:
-        for i in pairs.get(sample.pair or "", ()):
-            found = examples.samples[i]
-            if found.question == sample.question and found.answer != sample.answer:
-                return examples[i]
-        return None
+    def __init__(self, run: Run, roller: Roller, policy: Policy, **kwargs: Any) -> None:
+        super().__init__(run, policy, roller.runtime, collator=list, **kwargs)
+        self.roller = roller
+        # The rollouts of each batch of a step.
+        self.drawn: list[list[Rollout]] = []
+        # Log-probabilities before the first update, by batch of a step and part of it.
+        self.old: dict[tuple[int, int], torch.Tensor] = {}
+        self.calls: int | None = None
 
-    if not any(other(examples.samples[group[0]]) for group in pairs.values()):
-        raise DataError(
-            "grpo.rewards: latent-use needs pairs of samples (`pair`) that ask the same and differ in their answer; none is here"
-        )
-    return other
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        batches_a_step = self.args.gradient_accumulation_steps
+        updates = self.run.settings.grpo.updates
+        if self.calls is None:
+            self.calls = self.state.global_step * batches_a_step
+        step, slot = divmod(self.calls, batches_a_step)
+        self.calls += 1
+        if step % updates == 0:
+            self.drawn = self.drawn[:slot]
+            self.old = {place: scores for place, scores in self.old.items() if place[0] < slot}
+            batch_number = step // updates * batches_a_step + slot
+            first = (batch_number * self.args.world_size + self.args.process_index) * len(inputs)
+            model.eval()
+            with self.compute_loss_context_manager():
+                self.drawn.append(self.roller(inputs, first * self.run.settings.grpo.group))
+            self.note_drawn(self.drawn[slot])
+        model.train()
+        return self.learn(model, slot)
+
+    def learn(self, model: Any, slot: int) -> torch.Tensor:
+        """Gradients of the loss of one batch's rollouts, `grpo.rows` at once; returns the loss."""
+        rollouts = self.drawn[slot]
+        grpo = self.run.settings.grpo
+        # Equal rewards teach nothing; without any other, one rollout keeps all processes in step.
+        learning = [r for r in rollouts if r.advantage or grpo.beta] or rollouts[:1]
+        learning.sort(key=lambda r: len(r.prompt.ids) + len(r.result.choices))
+        parts = [learning[i : i + grpo.rows] for i in range(0, len(learning), grpo.rows)]
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts):
+            last = part is parts[-1]
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, part, (slot, number)) / len(rollouts)
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            total += loss.detach()
+        total /= self.current_gradient_accumulation_steps
+        return total
+
+    def _loss(self, model: Any, part: list[Rollout], place: tuple[int, int]) -> torch.Tensor:
+        """The loss of some rollouts, summed over them; place: its key in `old`."""
+        grpo = self.run.settings.grpo
+        policy = self.model
+        rows = [readings(r.prompt, r.result, policy.tokens, policy.spec.mode) for r in part]
+        batches = [self._prepare_inputs(batch) for batch in batches_of(rows)]
+        # First the choices of all first readings, then those of all second ones (`batches_of`).
+        owners = [
+            rollout
+            for reading in (0, 1)
+            for rollout, of_rollout in zip(part, rows, strict=True)
+            for row in of_rollout[reading : reading + 1]
+            for _ in row.chosen
+        ]
+        device = self.args.device
+        each = torch.tensor([1 / len(r.result.choices) for r in owners], device=device)
+        advantage = torch.tensor([r.advantage for r in owners], device=device)
+        new = model(batches)
+        old = self.old.setdefault(place, new.detach())
+        gain = objective(new, old, advantage, grpo.clip)
+        if grpo.beta:
+            with torch.no_grad(), policy.at_start():
+                start = model(batches)
+            apart = divergence(new, start)
+            self.note("kl", float(apart.detach().mean()))
+            gain = gain - grpo.beta * apart
+        ratio = (new.detach() - old).exp()
+        self.note("clipped", float(((ratio - 1).abs() > grpo.clip).float().mean()))
+        return -(gain * each).sum()
+
+    def note_drawn(self, rollouts: list[Rollout]) -> None:
+        """What the next log line tells of drawn answers: rewards, the share of flat groups, how
+        many looked, and how long they are."""
+        for name in rollouts[0].rewards:
+            self.note(name, float(np.mean([r.rewards[name] for r in rollouts])))
+        size = self.run.settings.grpo.group
+        groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+        flat = [not any(r.advantage for r in group) for group in groups]
+        self.note("flat", float(np.mean(flat)))
+        self.note("latents", float(np.mean([bool(r.result.latents) for r in rollouts])))
+        self.note("tokens", float(np.mean([len(r.result.tokens) for r in rollouts])))
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Free-running accuracy on held-out samples; there is no other loss to look at."""
+        return self.free_running_accuracy()
 
 
 def grpo(
     checkpoint: Checkpoint,
-    load_trained: Callable[[Checkpoint, torch.dtype, str, int], Any],
     data: str,
     out: Path,
     settings: Settings,
     resume: bool = False,
-    accuracy: Callable[[Runtime, Iterable[Item]], float] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Go on with the adapter of a tuned `checkpoint` on `data` into `out`; returns the metrics that
-    metrics.json holds.
+    metrics.json holds. Arguments and files are those of `lvr_lite.train.finetune.finetune`.
 
-    load_trained: loads the 4-bit model with its adapter (checkpoint, dtype, device, parameters
-    below which it is unpacked); the other arguments and the files as in
-    `lvr_lite.train.finetune.finetune`. Raises UsageError for a checkpoint without latents, for a
+    Raises UsageError for a checkpoint without latents, for settings that are for stage 1, for a
     step that takes more questions than there are, or where `out` holds another run; LvrError for a
     reward that fails.
     """
-    import transformers
+    began = time.time()
+    _refuse_misfits(checkpoint, settings)
+    scoring = read_rewards(settings.grpo.rewards)
+    device = training_device()
+    dtype = training_dtype(settings, device)
+    resume_from = resume_point(out, resume, checkpoint)
+    # Pictures stay as large as the checkpoint was tuned on, unless the settings say otherwise.
+    max_pixels = settings.max_pixels or checkpoint.processor.image.max_pixels
+    settings = replace(settings, max_pixels=max_pixels)
+    checkpoint = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(max_pixels))
+    all_look = replace(settings, latent=replace(settings.latent, samples="all"))
+    train, held_out = load_examples(data, all_look)
+    check_samples(train, checkpoint)
+    check_samples(held_out, checkpoint)
+    donors = Donors(train) if scoring.needs_donor else None
+    model = load_to_reinforce(checkpoint, dtype, device, settings)
+    options = settings.grpo
+    policy = Policy(
+        model,
+        checkpoint.processor.tokens,
+        checkpoint.latent,
+        options.temperature,
+        options.latents,
+        keep_start=options.beta > 0,
+    )
+    write_side_files(out, checkpoint, settings)
+    run = Run(checkpoint, out, settings, device, dtype, resume_from, began)
+    roller = Roller(TorchRuntime(model, checkpoint), settings, scoring, donors)
+    trainer = GrpoTrainer(run, roller, policy, train=train, held_out=held_out)
+    block = settings.train.batch * settings.train.accumulation * trainer.args.world_size
+    if len(train) < block:
+        raise UsageError(
+            f"{data}: {len(train)} samples for training, fewer than the {block} of a step; "
+            "lower train.batch or train.accumulation"
+        )
+    trainer.sampler = Repeated(len(train), block, options.updates, settings.train.seed)
+    say(
+        f"{options.group} answers to each of {block} questions a step, {options.updates} updates "
+        f"with them; rewards {options.rewards}"
+    )
+    return trainer.to_end(say)
 
-    started = time.time()
+
+def _refuse_misfits(checkpoint: Checkpoint, settings: Settings) -> None:
     if not (checkpoint.adapter and checkpoint.latent.steps):
         raise UsageError(
-            f"{checkpoint.folder}: was not tuned with latents; tune it with `lvr-lite finetune` first"
+            f"{checkpoint.folder}: was not tuned with latents; "
+            "tune it with `lvr-lite finetune` first"
         )
     if settings.data.replay is not None:
         raise UsageError(
             "data.replay is for finetune: stage 2 has no labels to replay; leave it out"
         )
-    if settings.train.save_every % settings.grpo.updates:
+    updates = settings.grpo.updates
+    if settings.train.save_every % updates:
         raise UsageError(
-            f"train.save_every must be a multiple of grpo.updates ({settings.grpo.updates}), so that a run can go on from there"
+            f"train.save_every must be a multiple of grpo.updates ({updates}), "
+            "so that a run can go on from there"
         )
-    scoring = read_rewards(settings.grpo.rewards)
-    device = training_device()
-    dtype = training_dtype(settings, device)
-    begin_from = begin(out, resume, checkpoint)
-    # pictures stay as large as the checkpoint was tuned on, unless said otherwise
-    max_pixels = settings.max_pixels or checkpoint.processor.image.max_pixels
-    settings = replace(settings, max_pixels=max_pixels)
-    checkpoint = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(max_pixels))
-    train, held_out = load_examples(
-        data, replace(settings, latent=replace(settings.latent, samples="all"))
-    )
-    for examples in (train, held_out):
-        check_samples(examples, checkpoint)
-    donors = donors_of(train) if scoring.needs_donor else lambda _: None
-    unpacked_below = SMALL if device == "cpu" and settings.train.dequantize == "auto" else 0
-    model = _trainable(load_trained(checkpoint, dtype, device, unpacked_below))
-    if settings.train.gradient_checkpointing:
-        keep_less(model)
-    g = settings.grpo
-    policy = Policy(
-        model, checkpoint.processor.tokens, checkpoint.latent, g.temperature, g.latents, g.beta > 0
-    )
-    write_side_files(out, checkpoint, checkpoint.latent, settings)
-    runtime = TorchRuntime(model, checkpoint)
-    trainer = _trainer(transformers)(
-        model=policy,
-        args=arguments(transformers, out, settings, dtype, device),
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=list,
-        callbacks=[marker(transformers, out, checkpoint, checkpoint.latent, settings)],
-    )
-    block = settings.train.batch * settings.train.accumulation * trainer.args.world_size
-    if len(train) < block:
-        raise UsageError(
-            f"{data}: {len(train)} samples for training, fewer than the {block} of a step; lower train.batch or train.accumulation"
-        )
-    trainer.roller, trainer.settings = Roller(runtime, settings, scoring, donors), settings
-    trainer.sampler = Repeated(len(train), block, settings.grpo.updates, settings.train.seed)
-    if accuracy is not None:
-        trainer.answer_accuracy = lambda: accuracy(runtime, held_out.items())
-    say(
-        f"{g.group} answers to each of {block} questions a step, {g.updates} updates with them; rewards {g.rewards}"
-    )
-    return train_to_end(trainer, out, settings, begin_from, device, started, say)
-
-
-def _trainable(model: Any) -> Any:
-    """The adapter of a loaded checkpoint made trainable again, without dropout: what is scored must
-    be what was drawn.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def _trainer(transformers: Any) -> Any:
-    class GrpoTrainer(trainer_class(transformers)):  # type: ignore[misc]
-        """A step draws answers, or takes those drawn before, and learns from them; the rest is as
-        in fine-tuning.
-        """
-
-        roller: Roller
-        settings: Settings
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.drawn: list[list[Rollout]] = []
-            self.old: dict[
-                tuple[int, int], torch.Tensor
-            ] = {}  # by batch of a step and part of it: log-probabilities before the first update
-            self.calls: int | None = None
-
-        def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            args, updates = self.args, self.settings.grpo.updates
-            if self.calls is None:
-                self.calls = self.state.global_step * args.gradient_accumulation_steps
-            step, slot = divmod(self.calls, args.gradient_accumulation_steps)
-            self.calls += 1
-            if step % updates == 0:
-                self.drawn = self.drawn[:slot]
-                self.old = {place: scores for place, scores in self.old.items() if place[0] < slot}
-                number = (
-                    (step // updates * args.gradient_accumulation_steps + slot) * args.world_size
-                    + args.process_index
-                ) * len(inputs)
-                model.eval()
-                with self.compute_loss_context_manager():
-                    self.drawn.append(self.roller(inputs, number * self.settings.grpo.group))
-                self.note_drawn(self.drawn[slot])
-            model.train()
-            return self.learn(model, slot)
-
-        def learn(self, model: Any, slot: int) -> torch.Tensor:
-            """Gradients of the loss of the rollouts of one batch, which is returned; a few of them
-            at once.
-            """
-            rollouts = self.drawn[slot]
-            g, policy = self.settings.grpo, self.model
-            learning = [r for r in rollouts if r.advantage or g.beta] or rollouts[
-                :1
-            ]  # equal rewards teach nothing
-            learning.sort(key=lambda r: len(r.prompt.ids) + len(r.result.choices))
-            parts = [learning[i : i + g.rows] for i in range(0, len(learning), g.rows)]
-            total = torch.zeros((), device=self.args.device)
-            for number, part in enumerate(parts):
-                made = [
-                    (r, readings(r.prompt, r.result, policy.tokens, policy.spec.mode)) for r in part
-                ]
-                batches = [
-                    self._prepare_inputs(batch) for batch in batches_of([rows for _, rows in made])
-                ]
-                owners = [
-                    r
-                    for i in (0, 1)
-                    for r, rows in made
-                    for row in rows[i : i + 1]
-                    for _ in row.chosen
-                ]
-                each = torch.tensor(
-                    [1 / len(r.result.choices) for r in owners], device=self.args.device
-                )
-                advantage = torch.tensor([r.advantage for r in owners], device=self.args.device)
-                with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        new = model(batches)
-                        old = self.old.setdefault((slot, number), new.detach())
-                        gain = objective(new, old, advantage, g.clip)
-                        if g.beta:
-                            with torch.no_grad(), policy.at_start():
-                                start = model(batches)
-                            apart = divergence(new, start)
-                            self.note("kl", float(apart.detach().mean()))
-                            gain = gain - g.beta * apart
-                    loss = -(gain * each).sum() / len(rollouts)
-                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-                total += loss.detach()
-                self.note(
-                    "clipped",
-                    float((((new.detach() - old).exp() - 1).abs() > g.clip).float().mean()),
-                )
-            total /= self.current_gradient_accumulation_steps
-            return total
-
-        def note(self, name: str, value: float) -> None:
-            self.parts.setdefault(name, []).append(value)
-
-        def note_drawn(self, rollouts: list[Rollout]) -> None:
-            for name in rollouts[0].rewards:
-                self.note(name, float(np.mean([r.rewards[name] for r in rollouts])))
-            groups = [
-                rollouts[i : i + self.settings.grpo.group]
-                for i in range(0, len(rollouts), self.settings.grpo.group)
-            ]
-            self.note(
-                "flat", float(np.mean([not any(r.advantage for r in group) for group in groups]))
-            )
-            self.note("latents", float(np.mean([bool(r.result.latents) for r in rollouts])))
-            self.note("tokens", float(np.mean([len(r.result.tokens) for r in rollouts])))
-
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """Free-running accuracy on held-out samples; there is no other loss to look at."""
-            self.model.eval()
-            found = (
-                {}
-                if self.answer_accuracy is None or not self.is_world_process_zero()
-                else {"eval_accuracy": self.answer_accuracy()}
-            )
-            if found:
-                self.log(dict(found))
-            self.model.train()
-            return found
-
-    return GrpoTrainer

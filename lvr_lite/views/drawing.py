@@ -1,5 +1,5 @@
 """What drawings of pictures and their visual tokens share: the contact sheet of samples and
-`--look`. May import: Pillow, the core.
+`--look`. May import: Pillow and what stands above `views`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-PAPER, INK, QUIET = (250, 250, 248), (25, 25, 25), (95, 95, 95)
-_BOXES = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
+PAPER = (250, 250, 248)
+INK = (25, 25, 25)
+QUIET = (95, 95, 95)
+_BOX_COLOURS = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (130, 60, 220))
 
 
 def fitted(picture: Image.Image, side: int) -> Image.Image:
     """The picture with its longer side at `side` pixels."""
     scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    width = max(1, round(picture.width * scale))
+    height = max(1, round(picture.height * scale))
     # Nearest keeps the pixels of a small picture visible, which is what a drawing of it is for.
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    filter = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return picture.resize((width, height), filter)
 
 
 def cell_edges(length: int, cells: int) -> list[int]:
@@ -30,22 +34,25 @@ def cell_edges(length: int, cells: int) -> list[int]:
 
 
 def box_colour(box: int) -> Colour:
-    return _BOXES[box % len(_BOXES)]
+    """The colour of a sample's box of this number, from 0."""
+    return _BOX_COLOURS[box % len(_BOX_COLOURS)]
 
 
 def draw_boxes(
     draw: ImageDraw.ImageDraw, boxes: Sequence[Sequence[float]], size: tuple[int, int]
 ) -> None:
     """Normalized xyxy boxes as outlines over a picture of `size` pixels, each in its colour."""
-    w, h = size
+    width, height = size
     for i, (x0, y0, x1, y1) in enumerate(boxes):
-        at = (x0 * w, y0 * h, max(x1 * w - 1, x0 * w), max(y1 * h - 1, y0 * h))
-        draw.rectangle(at, outline=box_colour(i), width=2)
+        left = x0 * width
+        top = y0 * height
+        right = max(x1 * width - 1, left)
+        bottom = max(y1 * height - 1, top)
+        draw.rectangle((left, top, right, bottom), outline=box_colour(i), width=2)
 
 
 def wrapped(text: str, font: Font, width: int) -> list[str]:
     """The text in lines of about `width` pixels, three at most."""
-    widest = max(
-        1, int(0.95 * width * len(text) / font.getlength(text))
-    )  # characters a line, at this text's mean width
-    return textwrap.wrap(text, widest, max_lines=3, placeholder=" ...")
+    # characters a line, at the mean width of this text's characters
+    characters = max(1, int(0.95 * width * len(text) / font.getlength(text)))
+    return textwrap.wrap(text, characters, max_lines=3, placeholder=" ...")

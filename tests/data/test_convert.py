@@ -1190,5 +1190,5 @@ def test_scenes_written_as_coco_keep_their_boxes(tmp_path: Path) -> None:
     assert counts
     for sample in counts:
         scene = drawn[sample.images[0].name]
-        wanted = sorted(tuple(scene.box(t)) for t in scene.things if t.shape in sample.question)
+        wanted = sorted(tuple(scene.box(t)) for t in scene.figures if t.shape in sample.question)
         np.testing.assert_allclose(sorted(sample.boxes), wanted, atol=1e-4)

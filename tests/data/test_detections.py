@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite.data.convert.detections import LARGER, MOST, Picture, Thing, not_there, questions
+from lvr_lite.data.convert.detections import (
+    LARGER,
+    MOST,
+    Detection,
+    Picture,
+    absent_classes,
+    questions,
+)
 from lvr_lite.data.samples import Sample
 
 NAMES = {
@@ -32,16 +39,16 @@ def drawn(count: int, seed: int = 0, unsure: bool = False) -> list[Picture]:
             (name,) = rng.choices(list(NAMES), list(NAMES.values()))
             w, h = rng.uniform(0.05, 0.45), rng.uniform(0.05, 0.45)
             x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-            things.append(Thing(name, (x, y, x + w, y + h), f"{i}.{j}"))
+            things.append(Detection(name, (x, y, x + w, y + h), f"{i}.{j}"))
         there = {t.name for t in things}
         crowds = {rng.choice(list(NAMES))} if unsure and i % 2 else set()
-        lacks = not_there(sorted(set(NAMES) - there - crowds), there | crowds)
+        lacks = absent_classes(sorted(set(NAMES) - there - crowds), there | crowds)
         pictures.append(Picture(str(i), Path(f"{i}.png"), tuple(things), frozenset(crowds), lacks))
     return pictures
 
 
-def of(picture: Picture, name: str) -> list[Thing]:
-    return [t for t in picture.things if t.name == name]
+def of(picture: Picture, name: str) -> list[Detection]:
+    return [t for t in picture.detections if t.name == name]
 
 
 def area(box: tuple[float, float, float, float]) -> float:
@@ -113,7 +120,7 @@ def right(sample: Sample, picture: Picture) -> bool:
             left, top = (0.5 if "right" in quarter else 0), (0.5 if "bottom" in quarter else 0)
             reaching = [
                 t
-                for t in picture.things
+                for t in picture.detections
                 if t.box[0] < left + 0.5
                 and t.box[2] > left
                 and t.box[1] < top + 0.5
@@ -214,9 +221,9 @@ def test_the_place_of_the_answer_among_the_choices_tells_nothing(asked: list[Sam
 
 
 def test_things_whose_number_is_known_all_have_a_question() -> None:
-    pictures = [p for p in drawn(200, 3) if len(p.things) <= 5]
+    pictures = [p for p in drawn(200, 3) if len(p.detections) <= 5]
     shown = {box for s in questions(pictures, 8, 0) for box in s.boxes}
-    assert all(t.box in shown for p in pictures for t in p.things)
+    assert all(t.box in shown for p in pictures for t in p.detections)
 
 
 def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
@@ -224,7 +231,7 @@ def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
         Picture(
             str(i),
             Path(f"{i}.png"),
-            (Thing("bird", (0.1, 0.1, 0.2, 0.2), str(i)),),
+            (Detection("bird", (0.1, 0.1, 0.2, 0.2), str(i)),),
             frozenset(),
             (),
         )
@@ -263,7 +270,7 @@ def test_more_things_than_can_be_looked_at_are_not_counted() -> None:
         return Picture(
             str(n),
             Path(f"{n}.png"),
-            tuple(Thing("ant", box, str(i)) for i, box in enumerate(boxes)),
+            tuple(Detection("ant", box, str(i)) for i, box in enumerate(boxes)),
             frozenset(),
             (),
         )
@@ -273,6 +280,6 @@ def test_more_things_than_can_be_looked_at_are_not_counted() -> None:
 
 
 def test_a_class_is_not_absent_where_its_name_is_part_of_one_that_is_there() -> None:
-    assert not_there(
+    assert absent_classes(
         ["light", "cup", "dog", "hot dog", "Traffic Light"], {"traffic light", "dog"}
     ) == ("cup",)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import Problem, Sample, Samples, check_samples, read_samples, sample_json
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import (
+    Sample,
+    SampleFile,
+    check_samples,
+    read_samples,
+    sample_json,
+)
 from lvr_lite.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -391,20 +398,20 @@ def test_samples_that_are_read_when_they_are_asked_for_are_those_of_the_file(fol
     )
     official_file = official(folder, OFFICIAL, {**OFFICIAL, "question_id": 8})
     for file in (path, official_file):
-        found = Samples(file)
+        found = SampleFile(file)
         assert list(found) == found[:] == read_samples(file)
         assert (found[-1], found[1:3]) == (found[len(found) - 1], list(found)[1:3])
         with pytest.raises(IndexError):
             found[len(found)]
-    found = Samples(path)
+    found = SampleFile(path)
     assert list(found.boxed) == [0, 1, 1, 0, 1, 1, 0]
     assert [found.pictures.index(n) for n in found.pictures] == [0, 1, 0, 1, 0, 1, 0]
 
 
 def test_they_are_refused_as_a_whole_and_where_the_file_changes(folder: Path) -> None:
     with pytest.raises(DataError, match=r"samples\.jsonl:2: id: 'a' is already taken by line 1"):
-        Samples(jsonl(folder, GOOD, GOOD))
-    found = Samples(jsonl(folder, GOOD, changed(id="b")))
+        SampleFile(jsonl(folder, GOOD, GOOD))
+    found = SampleFile(jsonl(folder, GOOD, changed(id="b")))
     jsonl(folder, changed(question="a longer question than before"), changed(id="b"))
     with pytest.raises(DataError, match="was changed while it was read"):
         found[1]

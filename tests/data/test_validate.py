@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite.data.convert.convert import Options, convert
-from lvr_lite.data.samples import Problem
+from lvr_lite.data.rows import Problem
 from lvr_lite.data.validate import validate
 from lvr_lite.errors import DataError
 from lvr_lite.model.checkpoint import processor_of

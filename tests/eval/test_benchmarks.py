@@ -410,7 +410,7 @@ def problems(benchmark: benchmarks.Benchmark) -> list[str]:
     the folder.
     """
 
-    def problem(row: benchmarks.Row) -> str:
+    def problem(row: benchmarks.Question) -> str:
         try:
             row.pictures()
         except DataError as error:
@@ -489,7 +489,7 @@ def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
         "test_questions.jsonl:13: must be an object with the fields of a question",
         "test_questions.jsonl:14: the id direct_attributes-0 is already taken by test_questions.jsonl:1",
         "test_questions.jsonl:17: not valid JSON",
-        "test_questions.jsonl:18: is not UTF-8",
+        "test_questions.jsonl:18: not UTF-8",
         "test_questions.jsonl:15: image: x.jpg: no such picture",
     ]
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from lvr_lite.cli import app as cli
 from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.probe import (
     COSTLY,
@@ -47,7 +48,6 @@ from lvr_lite.eval.probe import (
 from lvr_lite.eval.report import show_probe, write_probe_page
 from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
-from lvr_lite.eval.suite import Item
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.checkpoint import read_checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lvr_lite.eval.score import (
-    agreement,
     caption,
     chosen_letter,
     is_correct,
@@ -135,13 +134,6 @@ def test_half_a_pair_does_not_count() -> None:
 @pytest.mark.parametrize("outcomes", [[], [(None, True)], [("a", True)]])
 def test_without_a_whole_pair_there_is_no_share(outcomes: list[tuple[str | None, bool]]) -> None:
     assert pair_accuracy(outcomes) is None
-
-
-def test_agreement_is_the_share_of_equal_answers() -> None:
-    assert agreement([[1, 2], [3], []], [[1, 2], [4], []]) == pytest.approx(2 / 3)
-    assert agreement([], []) == 0.0
-    with pytest.raises(ValueError, match="zip"):
-        agreement([[1]], [])
 
 
 def test_groups_count_where_they_are_whole() -> None:

@@ -270,7 +270,7 @@ def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
     """The answer to a short question, worked out again from its words, apart from the code that
     asks.
     """
-    by_shape = {t.shape: t for t in scene.things}
+    by_shape = {t.shape: t for t in scene.figures}
     what, *names = asked.split()
     if what == "where":
         x, y = by_shape[names[0]].centre()
@@ -278,17 +278,17 @@ def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
     if what in ("colour", "pattern", "letter"):
         return str(getattr(by_shape[names[0]], "glyph" if what == "letter" else what))
     if what == "shape":
-        (thing,) = (t for t in scene.things if t.colour == names[0])
+        (thing,) = (t for t in scene.figures if t.colour == names[0])
         return thing.shape
     if what in ("across", "down"):
         axis = ("across", "down").index(what)
         after, before = (by_shape[n].centre()[axis] for n in names)
         return (("left", "right"), ("above", "below"))[axis][before > after]
     if what == "count":
-        return scenes.NUMBERS[sum(names[0] in (t.colour, t.pattern) for t in scene.things)]
+        return scenes.NUMBERS[sum(names[0] in (t.colour, t.pattern) for t in scene.figures)]
     assert asked == "odd"
-    colours = Counter(t.colour for t in scene.things)
-    (thing,) = (t for t in scene.things if colours[t.colour] == 1)
+    colours = Counter(t.colour for t in scene.figures)
+    (thing,) = (t for t in scene.figures if colours[t.colour] == 1)
     return thing.shape
 
 
@@ -298,10 +298,10 @@ def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
             told = {tuple(phrase.split()) for phrase in question.answer.split(" ; ")}
             where = {
                 t.shape: tuple(answer_from_the_scene(scene, f"where {t.shape}").split())
-                for t in scene.things
+                for t in scene.figures
             }
             assert told == {
-                (t.shape, t.colour, t.pattern, t.glyph, *where[t.shape]) for t in scene.things
+                (t.shape, t.colour, t.pattern, t.glyph, *where[t.shape]) for t in scene.figures
             }, name
         else:
             assert answer_from_the_scene(scene, question.text) == question.answer, name
@@ -337,13 +337,13 @@ def test_skills_are_300_unless_limited_and_follow_from_the_seed_alone() -> None:
 
 
 def test_skills_show_combinations_that_training_never_does() -> None:
-    shown = {(t.shape, t.colour) for _, scene, _ in scenes.skills(0, 300) for t in scene.things}
+    shown = {(t.shape, t.colour) for _, scene, _ in scenes.skills(0, 300) for t in scene.figures}
     assert shown >= scenes.HELD_OUT
 
 
 def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
     tokenizer = read_checkpoint("tiny").processor.tokenizer
-    found = [(len(s.things), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
+    found = [(len(s.figures), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
     assert max(things for things, _ in found) == 8
     assert (
         max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found)

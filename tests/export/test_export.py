@@ -24,11 +24,12 @@ from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model import bundle
 from lvr_lite.model.bundle import Bundle, TensorInfo
-from lvr_lite.model.families import Grid
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.families import Grid
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy import build
-from lvr_lite.train.load import TrainedWeights, load_merged
+from lvr_lite.train.load import load_merged
+from lvr_lite.train.trained_weights import TrainedWeights
 
 
 @pytest.fixture(scope="module")

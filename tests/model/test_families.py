@@ -423,7 +423,7 @@ def test_it_is_tuned_in_4_bits_and_exported(
     ]
     out = tmp_path / "tuned"
     metrics = finetune(
-        case.checkpoint, nf4.load_nf4, "scenes", out, load_settings(None, overrides), say=[].append
+        case.checkpoint, "scenes", out, load_settings(None, overrides), say=[].append
     )
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)

@@ -16,6 +16,7 @@ from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.model.families.qwen2_5_vl import FAMILY as family
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.toy import build, scenes
+from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.pretrain import IMAGE_SPEC, Packer, Pictures, see, turns
 from lvr_lite.train import load as nf4
 
@@ -36,7 +37,7 @@ def test_the_fast_vision_forward_equals_that_of_transformers(
         k: torch.from_numpy(v) for k, v in family.vision_inputs([pictures.grid], IMAGE_SPEC).items()
     }
     processor = read_checkpoint(small_checkpoint).processor
-    pixels = processor.see([scenes.draw(s) for s in pictures.scenes])
+    pixels = processor.see([draw(s) for s in pictures.scenes])
     assert pixels.grids == [pictures.grid] * 2
     with torch.no_grad():
         got = see(small_model, torch.from_numpy(pictures.patches), inputs)

@@ -21,6 +21,7 @@ from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import scenes
+from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.make import scene_samples, write_scenes
 from lvr_lite.views.preview import preview
 
@@ -38,7 +39,7 @@ def test() -> list[Item]:
 
 
 def combinations(items: list[Item]) -> set[tuple[str, str]]:
-    return {(t.shape, t.colour) for _, scene, _, _ in items for t in scene.things}
+    return {(t.shape, t.colour) for _, scene, _, _ in items for t in scene.figures}
 
 
 def test_the_same_seed_draws_the_same_bytes_in_every_version() -> None:
@@ -84,7 +85,7 @@ def test_every_answer_is_among_its_choices(train: list[Item], test: list[Item]) 
 
 
 def test_shapes_are_unique_within_a_scene(train: list[Item], test: list[Item]) -> None:
-    assert all(len({t.shape for t in s.things}) == len(s.things) for _, s, _, _ in train + test)
+    assert all(len({t.shape for t in s.figures}) == len(s.figures) for _, s, _, _ in train + test)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -93,11 +94,11 @@ def test_shapes_are_unique_within_a_scene(train: list[Item], test: list[Item]) -
 
 def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
     """The answer worked out again from the question's words, apart from the code that asks."""
-    by_shape = {t.shape: t for t in scene.things}
+    by_shape = {t.shape: t for t in scene.figures}
     if found := re.fullmatch(r"what (colour|pattern) is the (\w+)", text):
         return str(getattr(by_shape[found[2]], found[1]))
     if found := re.fullmatch(r"what shape is (\w+)", text):
-        (thing,) = (t for t in scene.things if t.colour == found[1])
+        (thing,) = (t for t in scene.figures if t.colour == found[1])
         return thing.shape
     if found := re.fullmatch(r"what letter is on the (\w+)", text):
         return by_shape[found[1]].glyph
@@ -110,7 +111,7 @@ def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
             "above" if by_shape[found[2]].centre()[1] < by_shape[found[1]].centre()[1] else "below"
         )
     if found := re.fullmatch(r"how many are (\w+)", text):
-        return scenes.NUMBERS[sum(found[1] in (t.colour, t.pattern) for t in scene.things)]
+        return scenes.NUMBERS[sum(found[1] in (t.colour, t.pattern) for t in scene.figures)]
     odd = odd_one_out(scene)
     about = {
         "which shape is": odd.shape,
@@ -120,10 +121,10 @@ def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
     return about[text.removesuffix(" the odd one out")]
 
 
-def odd_one_out(scene: scenes.Scene) -> scenes.Thing:
-    counts = Counter(t.colour for t in scene.things)
+def odd_one_out(scene: scenes.Scene) -> scenes.Figure:
+    counts = Counter(t.colour for t in scene.figures)
     assert len(counts) == 2
-    (thing,) = (t for t in scene.things if counts[t.colour] == 1)
+    (thing,) = (t for t in scene.figures if counts[t.colour] == 1)
     return thing
 
 
@@ -134,23 +135,23 @@ def test_every_answer_follows_from_the_scene(train: list[Item], test: list[Item]
 
 def test_the_boxes_are_of_the_things_that_the_question_names(train: list[Item]) -> None:
     for _, scene, question, _ in train:
-        named = {t.shape for t in scene.things if t.shape in question.text.split()}
-        boxed = {t.shape for t in question.things}
+        named = {t.shape for t in scene.figures if t.shape in question.text.split()}
+        boxed = {t.shape for t in question.figures}
         assert named <= boxed
         if question.type == "count":
             assert not boxed, "there is no one place to look at"
         elif question.type.startswith("odd"):
-            assert question.things == (odd_one_out(scene),)
+            assert question.figures == (odd_one_out(scene),)
         elif question.type != "position":
             assert len(boxed) == 1
 
 
 def test_a_thing_changes_pixels_inside_its_box_only_and_fills_it(train: list[Item]) -> None:
     for _, scene, _, _ in train[::12]:
-        picture = np.asarray(scenes.draw(scene)).astype(int)
-        for thing in scene.things:
+        picture = np.asarray(draw(scene)).astype(int)
+        for thing in scene.figures:
             without = np.asarray(
-                scenes.draw(replace(scene, things=tuple(t for t in scene.things if t is not thing)))
+                draw(replace(scene, figures=tuple(t for t in scene.figures if t is not thing)))
             ).astype(int)
             rows, columns = np.nonzero(np.abs(picture - without).sum(-1) > 12)
             x0, y0, x1, y1 = np.array(scene.box(thing)) * ([scene.width, scene.height] * 2)
@@ -165,7 +166,7 @@ def test_a_thing_changes_pixels_inside_its_box_only_and_fills_it(train: list[Ite
 
 def test_boxes_do_not_overlap(train: list[Item]) -> None:
     for _, scene, _, _ in train:
-        for a, b in itertools.combinations(map(scene.box, scene.things), 2):
+        for a, b in itertools.combinations(map(scene.box, scene.figures), 2):
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
 
 
@@ -180,7 +181,7 @@ def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(
         assert pair == same_pair
         assert (first.text, one.clutter) == (second.text, two.clutter)
         assert first.answer != second.answer
-        ((a, b),) = [(a, b) for a, b in zip(one.things, two.things, strict=True) if a != b]
+        ((a, b),) = [(a, b) for a, b in zip(one.figures, two.figures, strict=True) if a != b]
         assert (
             sum(
                 getattr(a, f) != getattr(b, f)
@@ -188,8 +189,8 @@ def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(
             )
             == 1
         )
-        assert first.things == (a,)
-        assert second.things == (b,)
+        assert first.figures == (a,)
+        assert second.figures == (b,)
 
 
 # -------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from lvr_lite.config import load_settings
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sources import Source, open_source
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
-from lvr_lite.train.batches import Collator, Examples, LengthGrouped
+from lvr_lite.train.batches import Collator, LengthGrouped
 from lvr_lite.train.sft import LatentSFT
 
 COUNT, BATCH = 300, 4
@@ -29,7 +29,7 @@ def checkpoint(small_checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """Samples of a file: pictures of very different sizes, some turned by EXIF, and answers of one
     word to twenty.
     """
@@ -51,11 +51,11 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
             }
         )
     (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return Examples.of_samples(read_samples(folder / "mixed.jsonl"))
+    return open_source(str(folder / "mixed.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def lengths(checkpoint: Checkpoint, examples: Examples) -> list[int]:
+def lengths(checkpoint: Checkpoint, examples: Source) -> list[int]:
     collator = Collator(checkpoint, SETTINGS.latent)
     return [collator.length(examples.samples[i], examples.sizes(i)) for i in range(COUNT)]
 
@@ -66,7 +66,7 @@ def padding(order: list[int], lengths: list[int]) -> float:
 
 
 def test_a_length_is_that_of_the_sample_in_a_batch(
-    checkpoint: Checkpoint, examples: Examples, lengths: list[int]
+    checkpoint: Checkpoint, examples: Source, lengths: list[int]
 ) -> None:
     collator = Collator(checkpoint, SETTINGS.latent)
     for i in (0, 7, 19, 42):
@@ -105,7 +105,7 @@ def test_lengths_are_asked_for_shortly_before_they_are_needed() -> None:
 
 @pytest.mark.parametrize("method", ["sft", "lvr", "lvr-bottleneck"])
 def test_a_batch_has_the_loss_of_its_samples_alone(
-    small_model: Any, checkpoint: Checkpoint, examples: Examples, method: str
+    small_model: Any, checkpoint: Checkpoint, examples: Source, method: str
 ) -> None:
     settings = load_settings(
         None, ["latent.samples=all", "latent.steps=4", f"latent.method={method}"]

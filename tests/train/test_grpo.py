@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import load_settings
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import open_source
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
@@ -28,7 +29,6 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
-from lvr_lite.train.batches import Examples
 from lvr_lite.train.grpo import Repeated, Roller, advantages, divergence, donors_of, grpo, objective
 from lvr_lite.train.policy import Policy, batch_of, batches_of, readings
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
@@ -348,9 +348,7 @@ def reinforce(
 ) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     settings = load_settings(None, [*FEW, *overrides])
-    return grpo(
-        read_checkpoint(checkpoint), nf4.load_trained, data, out, settings, resume, say=said.append
-    ), said
+    return grpo(read_checkpoint(checkpoint), data, out, settings, resume, say=said.append), said
 
 
 def moved(before: Path, after: Path) -> float:
@@ -522,7 +520,7 @@ def test_two_processes_learn_what_one_does_with_all_questions(
 
 
 def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Path) -> None:
-    examples = Examples.of_scenes(0, "train", 200)
+    examples = open_source("scenes", "train", 0, 200)
     donor = donors_of(examples)
     found = [(s, donor(s)) for s in examples.samples if s.pair is not None]
     assert found
@@ -531,7 +529,7 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
             assert (item[0].question, item[0].pair) == (sample.question, sample.pair)
             assert item[0].answer != sample.answer
     with pytest.raises(DataError, match="latent-use needs pairs"):
-        donors_of(Examples.of_scenes(0, "train", 1))
+        donors_of(open_source("scenes", "train", 0, 1))
     checkpoint = read_checkpoint(small_tuned)
     runtime = TorchRuntime(nf4.load_trained(checkpoint, torch.float32), checkpoint)
     i = next(

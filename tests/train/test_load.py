@@ -29,6 +29,7 @@ from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.toy import build
 from lvr_lite.train import load as nf4
+from lvr_lite.train.trained_weights import TrainedWeights
 
 Q_PROJ = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -39,7 +40,7 @@ def test_weights_one_by_one_are_those_of_the_merged_model(small_tuned: Path) -> 
         nf4.load_merged(checkpoint).state_dict(),
         nf4.load_plain(read_checkpoint(checkpoint.base)).state_dict(),
     )
-    weights = nf4.TrainedWeights(checkpoint)
+    weights = TrainedWeights(checkpoint)
     changed = set()
     for name, weight in weights.items():
         assert weight.dtype == torch.float32
@@ -63,11 +64,11 @@ def test_weights_one_by_one_are_those_of_the_merged_model(small_tuned: Path) -> 
 
 def test_unmerged_weights_and_their_adapters_make_the_merged_ones(small_tuned: Path) -> None:
     checkpoint = read_checkpoint(small_tuned)
-    apart = nf4.TrainedWeights(checkpoint, unmerged=True)
+    apart = TrainedWeights(checkpoint, unmerged=True)
     down, up = apart[f"{Q_PROJ}.lora_A"], apart[f"{Q_PROJ}.lora_B"]
     assert (tuple(down.shape), tuple(up.shape)) == ((4, 256), (256, 4))
     assert float((up @ down).abs().max()) > 1e-3, "the adapter is too small to show a mistake"
-    merged = nf4.TrainedWeights(checkpoint)
+    merged = TrainedWeights(checkpoint)
     torch.testing.assert_close(
         apart[f"{Q_PROJ}.weight"] + up @ down, merged[f"{Q_PROJ}.weight"], atol=1e-6, rtol=1e-5
     )
@@ -80,7 +81,7 @@ def test_a_base_checkpoint_is_not_rounded(small_checkpoint: Path) -> None:
     checkpoint = read_checkpoint(small_checkpoint)
     plain = nf4.load_plain(checkpoint).state_dict()
     assert all(
-        torch.equal(weight, plain[name]) for name, weight in nf4.TrainedWeights(checkpoint).items()
+        torch.equal(weight, plain[name]) for name, weight in TrainedWeights(checkpoint).items()
     )
 
 
@@ -110,7 +111,7 @@ def other_base(
     return folder
 
 
-@pytest.mark.parametrize("load", [nf4.TrainedWeights, nf4.load_merged, nf4.load_trained])
+@pytest.mark.parametrize("load", [TrainedWeights, nf4.load_merged, nf4.load_trained])
 def test_an_adapter_of_another_base_is_refused_by_name(
     other_base: Path, load: Callable[[Any], Any]
 ) -> None:
@@ -137,7 +138,7 @@ def same_shapes(small_tuned: Path, copied: Callable[[Path], Path], tmp_path: Pat
     return folder
 
 
-@pytest.mark.parametrize("load", [nf4.TrainedWeights, nf4.load_merged, nf4.load_trained])
+@pytest.mark.parametrize("load", [TrainedWeights, nf4.load_merged, nf4.load_trained])
 def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     same_shapes: Path, load: Callable[[Any], Any]
 ) -> None:
@@ -157,7 +158,7 @@ def test_the_same_base_in_another_place_is_its_base(
     settings = json.loads((folder / LVR_CONFIG).read_text())
     shutil.copytree(settings["base"], tmp_path / "moved")
     (folder / LVR_CONFIG).write_text(json.dumps(settings | {"base": str(tmp_path / "moved")}))
-    nf4.TrainedWeights(read_checkpoint(folder))
+    TrainedWeights(read_checkpoint(folder))
 
 
 def test_a_truncated_adapter_is_one_line_with_its_name(
@@ -168,7 +169,7 @@ def test_a_truncated_adapter_is_one_line_with_its_name(
     with pytest.raises(
         BundleError, match=r"adapter_model\.safetensors: truncated, or not a safetensors file"
     ):
-        nf4.TrainedWeights(read_checkpoint(file.parent))
+        TrainedWeights(read_checkpoint(file.parent))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_a_truncated_adapter_is_one_line_with_its_name(
 def exact(small_tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     checkpoint = read_checkpoint(small_tuned)
     weights, folder = (
-        nf4.TrainedWeights(checkpoint, unmerged=True),
+        TrainedWeights(checkpoint, unmerged=True),
         tmp_path_factory.mktemp("exact") / "bundle",
     )
     return folder, write_bundle(
@@ -226,7 +227,7 @@ def test_an_exact_bundle_is_not_the_merged_one(
     hidden = {}
     prompt = prepare_prompt(OnnxRuntime(Bundle.open(exact[0])), [], "where heart")[0]
     bare = replace(checkpoint, adapter=False)
-    weights = nf4.TrainedWeights(bare, unmerged=True)
+    weights = TrainedWeights(bare, unmerged=True)
     write_bundle(
         bare,
         weights,
@@ -280,7 +281,7 @@ def test_exact_bytes_are_those_of_bitsandbytes(
     exact: tuple[Path, Manifest], small_tuned: Path
 ) -> None:
     folder, manifest = exact
-    weights = nf4.TrainedWeights(read_checkpoint(small_tuned), unmerged=True)
+    weights = TrainedWeights(read_checkpoint(small_tuned), unmerged=True)
     path = folder / manifest.graphs["decoder"].path
     stored = {
         tensor.name: onnxfile.read(tensor, path.parent)

@@ -26,7 +26,7 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train import load as nf4
 from lvr_lite.train import memory as plan
-from lvr_lite.train.finetune import adapted
+from lvr_lite.train.load import adapted
 from lvr_lite.train.policy import Policy, batches_of, readings
 
 

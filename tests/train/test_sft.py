@@ -22,6 +22,7 @@ from PIL import Image
 from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.boxes import tokens_in_box
 from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import FileSource, Item, open_source
 from lvr_lite.errors import BundleError, DataError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
@@ -30,8 +31,8 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train import load as nf4
 from lvr_lite.train import sft as module
-from lvr_lite.train.batches import Collator, Examples, Item, check_samples, in_order
-from lvr_lite.train.finetune import adapted, norm_of_visual_tokens, write_side_files
+from lvr_lite.train.batches import Collator, check_samples, in_order
+from lvr_lite.train.load import adapted, norm_of_visual_tokens, write_side_files
 from lvr_lite.train.methods import METHODS, Bottleneck
 from lvr_lite.train.sft import LatentSFT
 
@@ -58,7 +59,7 @@ def items() -> list[Item]:
     """Scenes of six question types, with one and with several boxes, in pictures of all sizes;
     every third answer made longer.
     """
-    found = list(Examples.of_scenes(0, "train", 12).items())
+    found = list(open_source("scenes", "train", 0, 12).items())
     found = [
         (replace(s, answer=f"{s.answer} and {s.answer}") if i % 3 == 1 else s, pictures)
         for i, (s, pictures) in enumerate(found)
@@ -385,7 +386,7 @@ def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(
 ) -> None:
     bad = replace(Sample("bad", (), "q", "a"), **{part: f"a {token}"})
     with pytest.raises(DataError, match=f"sample bad: its {part} contains {re.escape(token)}"):
-        check_samples(Examples.of_samples([Sample("good", (), "q", "a"), bad]), checkpoint)
+        check_samples(FileSource([Sample("good", (), "q", "a"), bad]), checkpoint)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1044,14 +1045,13 @@ def test_what_is_fed_freely_is_the_state_before_it(
 def test_the_norm_of_visual_tokens_is_their_mean_length_in_the_first_samples(
     small_model: Any, checkpoint: Checkpoint, items: list[Item]
 ) -> None:
-    examples = Examples([sample for sample, _ in items], lambda i: items[i][1])
     features, _ = given_latents(small_model, checkpoint, items)
     lengths = [float(token.norm()) for f in features[:3] for token in f]
     collator = Collator(checkpoint, SETTINGS.latent)
-    found = norm_of_visual_tokens(small_model, collator, examples, 3)
+    found = norm_of_visual_tokens(small_model, collator, items, 3)
     assert found == pytest.approx(sum(lengths) / len(lengths), rel=1e-5)
     assert found != pytest.approx(
-        norm_of_visual_tokens(small_model, collator, examples), rel=1e-5
+        norm_of_visual_tokens(small_model, collator, items), rel=1e-5
     )  # of all twelve
 
 
@@ -1428,7 +1428,7 @@ def test_a_loss_of_random_weights_is_about_that_of_guessing(
 
 
 def test_pictures_of_a_file_are_opened_when_they_are_asked_for(tmp_path: Path) -> None:
-    examples = Examples.of_samples(
+    examples = FileSource(
         [Sample("a", (tmp_path / "a.png",), "q", "a"), Sample("b", (tmp_path / "b.png",), "q", "a")]
     )
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "b.png")

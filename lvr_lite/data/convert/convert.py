@@ -1,8 +1,7 @@
-"""Other formats -> the project's JSONL (`lvr_lite/data/convert/formats.py` reads them): questions
-where there are none, the split, the writing.
+"""Other formats -> the project's JSONL: reading, questions where there are none, the split, writing.
 
 Pictures stay where they are; the file names them relative to itself. May import: the standard
-library and the core.
+library and what stands above `data`.
 """
 
 from __future__ import annotations
@@ -14,23 +13,37 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lvr_lite.data.convert.coco import coco
 from lvr_lite.data.convert.detections import questions
-from lvr_lite.data.convert.formats import READERS
-from lvr_lite.data.convert.reading import Found
-from lvr_lite.data.samples import Problem, Sample, sample_json
-from lvr_lite.data.validate import Look, look_at
+from lvr_lite.data.convert.labelstudio import labelstudio
+from lvr_lite.data.convert.reading import Import
+from lvr_lite.data.convert.viscot import lvr, viscot
+from lvr_lite.data.convert.yolo import yolo
+from lvr_lite.data.rows import FieldError, Problem
+from lvr_lite.data.samples import Sample, sample_json
+from lvr_lite.data.validate import PictureFacts, inspect_pictures
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.files import write_atomically
 
+READERS = {
+    "coco": coco,
+    "yolo": yolo,
+    "labelstudio": labelstudio,
+    "viscot": viscot,
+    "lvr": lvr,
+}
 FORMATS = tuple(READERS)
 
 
 @dataclass(frozen=True)
 class Options:
-    """images: folder of the pictures, beside the file unless given. boxes_are: "stored" or
-    "upright" pixels, found out unless given. split: one of the source's own. test_share: of the
-    pictures. per_image: most questions made of a picture's classes. absent: also ask about classes
-    that are not there.
+    """images: folder of the pictures; by default beside the file.
+    boxes_are: "stored" or "upright" pixels; found out by default.
+    split: one of the source's own.
+    test_share: share of the pictures that is held out, above 0 and below 1.
+    per_image: most questions made of a picture's classes.
+    seed: of these questions and of the held-out share.
+    absent: also ask about classes that are not there.
     """
 
     images: Path | None = None
@@ -43,73 +56,86 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Written:
-    """files: what was written, with the number of samples. pictures: in all. types: of the samples.
-    skipped, told: what, how often.
+class Summary:
+    """What was written.
+
+    files: with the number of samples of each.
+    pictures: how many in all.
+    types: how many samples of each type.
+    omissions, remarks: what was left out, and what else the user should know; each how often.
     """
 
     files: dict[Path, int]
     pictures: int
     types: Counter[str]
-    skipped: Counter[str]
-    told: Counter[str]
+    omissions: Counter[str]
+    remarks: Counter[str]
 
     def __str__(self) -> str:
         files = " and ".join(f"{path}: {count} questions" for path, count in self.files.items())
         types = ", ".join(f"{kind} {n}" for kind, n in sorted(self.types.items()))
-        said = [f"{files} about {self.pictures} pictures ({types})"]
-        if skipped := [f"{n} {what}" for what, n in sorted(self.skipped.items()) if n]:
-            said.append(f"left out: {', '.join(skipped)}")
-        return "; ".join(said + [f"{n} {what}" for what, n in sorted(self.told.items())])
+        parts = [f"{files} about {self.pictures} pictures ({types})"]
+        if omissions := [f"{n} {what}" for what, n in sorted(self.omissions.items()) if n]:
+            parts.append(f"left out: {', '.join(omissions)}")
+        parts += [f"{n} {what}" for what, n in sorted(self.remarks.items())]
+        return "; ".join(parts)
 
 
 def convert(
     source: Path, target: Path, form: str, options: Options, skip_broken: bool = False
-) -> tuple[Written | None, list[Problem]]:
+) -> tuple[Summary | None, list[Problem]]:
     """Read `source` in one of FORMATS and write `target`, or with a test share its two parts
     (`parts`), whole or not at all.
 
-    Also gives every broken row, named. With broken rows nothing is written (None), unless
+    Also returns every broken row, named. With broken rows nothing is written (None), unless
     `skip_broken` leaves them out. Raises UsageError for options that do not fit, DataError for a
-    source that cannot be read at all or gives no question.
+    source that cannot be read at all or supports no question.
     """
     _refuse_senseless(source, target, form, options)
-    found = Found(source, options.images, options.boxes_are, options.split)
-    READERS[form](found)
-    sides = _sides(found, options) if skip_broken or not found.problems else []
-    order = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in found.problems))}
-    found.problems.sort(key=lambda p: (order[p.file], p.line or p.item or 0))
-    if found.problems and not skip_broken:
-        return None, found.problems
-    if found.problems:
-        found.skipped["broken rows"] = len(found.problems)
+    imported = Import(source, options.images, options.boxes_are, options.split)
+    READERS[form](imported)
+    problems = imported.problems
+    sides = _sides(imported, options) if skip_broken or not problems else []
+    # by file, in the order in which files were read, and by place within
+    order = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in problems))}
+    problems.sort(key=lambda p: (order[p.file], p.line or p.item or 0))
+    if problems and not skip_broken:
+        return None, problems
+    if problems:
+        imported.omissions["broken rows"] = len(problems)
     paths = parts(target) if options.test_share is not None else (target,)
-    samples = [_asked(found, side, options) for side in sides]
-    for path, side in zip(paths, samples, strict=True):
+    samples = [_samples_about(imported, side, options) for side in sides]
+    files = dict(zip(paths, samples, strict=True))
+    for path, side in files.items():
         if not side:
-            raise DataError(
-                f"{source}: gives no question for {path.name}: no box, class or question in it supports one; nothing was written"
-            )
-    _write(dict(zip(paths, samples, strict=True)))
+            reason = "no box, class or question in it supports one"
+            none = f"gives no question for {path.name}: {reason}"
+            raise DataError(f"{source}: {none}; nothing was written")
+    _write(files)
     every = [sample for side in samples for sample in side]
-    pictures = len({p for sample in every for p in sample.images})
-    types = Counter(str(sample.type) for sample in every)
-    counts = {path: len(side) for path, side in zip(paths, samples, strict=True)}
-    return Written(counts, pictures, types, found.skipped, found.told), found.problems
-
-
-def _asked(found: Found, pictures: set[Path] | None, options: Options) -> list[Sample]:
-    """The samples about these pictures, or about all."""
-    own = [s for s in found.samples if pictures is None or s.images[0] in pictures]
-    shown = [p for p in found.pictures if pictures is None or p.path in pictures]
-    return own + questions(shown, options.per_image, options.seed, options.absent)
+    summary = Summary(
+        {path: len(side) for path, side in files.items()},
+        len({path for sample in every for path in sample.images}),
+        Counter(str(sample.type) for sample in every),
+        imported.omissions,
+        imported.remarks,
+    )
+    return summary, problems
 
 
 def parts(target: Path) -> tuple[Path, Path]:
     """Where the two parts go: set.jsonl -> set-train.jsonl and set-test.jsonl beside it."""
-    return target.with_name(f"{target.stem}-train{target.suffix}"), target.with_name(
-        f"{target.stem}-test{target.suffix}"
+    train, test = (
+        target.with_name(f"{target.stem}-{part}{target.suffix}") for part in ("train", "test")
     )
+    return train, test
+
+
+def _samples_about(imported: Import, side: set[Path] | None, options: Options) -> list[Sample]:
+    """The samples about the pictures of one side, or about all."""
+    own = [s for s in imported.samples if side is None or s.images[0] in side]
+    pictures = [p for p in imported.pictures if side is None or p.path in side]
+    return own + questions(pictures, options.per_image, options.seed, options.absent)
 
 
 def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -> None:
@@ -118,42 +144,39 @@ def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -
     if options.boxes_are not in (None, "stored", "upright"):
         raise UsageError(f"--boxes-are {options.boxes_are}: must be stored or upright")
     if options.split is not None and form not in ("yolo", "viscot"):
-        raise UsageError(
-            f"--split is for yolo and viscot, which name theirs; {form} does not: leave it out"
-        )
+        which = "yolo and viscot, which name theirs"
+        raise UsageError(f"--split is for {which}; {form} does not: leave it out")
     if options.images is not None and form == "yolo":
         raise UsageError("--images: a YOLO set says where its pictures are; leave it out")
     if options.images is not None and not options.images.is_dir():
         raise UsageError(f"--images {options.images}: no such folder")
-    if options.test_share is not None and not 0 < options.test_share < 1:
-        raise UsageError(
-            f"--test-share {options.test_share:g}: must be between 0 and 1, such as 0.1"
-        )
+    share = options.test_share
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"--test-share {share:g}: must be between 0 and 1, such as 0.1")
     if options.per_image < 1:
         raise UsageError(f"--per-image {options.per_image}: must be 1 or more")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; name what is to be converted")
-    if source.resolve() in {p.resolve() for p in (target, *parts(target))}:
+    if source.resolve() in {path.resolve() for path in (target, *parts(target))}:
         raise UsageError(f"{target}: is the source itself; choose another name")
 
 
 def _write(files: dict[Path, list[Sample]]) -> None:
     """All files or none: a new training set beside an old test set would share pictures."""
-    staged = {path.with_name(f".{path.name}.new-{os.getpid()}"): path for path in files}
+    staged = {path: path.with_name(f".{path.name}.new-{os.getpid()}") for path in files}
     try:
-        for (new, path), samples in zip(staged.items(), files.values(), strict=True):
+        for path, samples in files.items():
             if path.is_dir():
                 raise DataError(f"{path}: is a folder; give the name of a file to write")
-            folder = path.parent.resolve()  # through a link "../" would lead elsewhere
-            lines = [
-                json.dumps(sample_json(_resolved(sample), folder), ensure_ascii=False) + "\n"
-                for sample in samples
-            ]
-            write_atomically(new, "".join(lines))
-        for new, path in staged.items():
+            # Through a link "../" would lead elsewhere.
+            folder = path.parent.resolve()
+            objects = [sample_json(_resolved(sample), folder) for sample in samples]
+            lines = [json.dumps(data, ensure_ascii=False) + "\n" for data in objects]
+            write_atomically(staged[path], "".join(lines))
+        for path, new in staged.items():
             new.replace(path)
     finally:
-        for new in staged:
+        for new in staged.values():
             new.unlink(missing_ok=True)
 
 
@@ -161,44 +184,71 @@ def _resolved(sample: Sample) -> Sample:
     return replace(sample, images=tuple(p.parent.resolve() / p.name for p in sample.images))
 
 
-def _sides(found: Found, options: Options) -> list[set[Path] | None]:
+# ----------------------------------------------------------------------------------------------
+# the split
+
+
+class _Groups:
+    """Pictures that must stay on one side: those of the same pixels, and those that one sample
+    shows together. A union-find over digests of pixels.
+    """
+
+    def __init__(self, digests: dict[Path, str]) -> None:
+        self._digests = digests
+        self._leaders = {digest: digest for digest in digests.values()}
+
+    def of(self, path: Path) -> str:
+        """The name of a picture's group."""
+        digest = self._digests[path]
+        while self._leaders[digest] != digest:
+            digest = self._leaders[digest]
+        return digest
+
+    def join(self, one: Path, other: Path) -> None:
+        first, second = sorted((self.of(one), self.of(other)))
+        self._leaders[second] = first
+
+
+def _sides(imported: Import, options: Options) -> list[set[Path] | None]:
     """[None] for all together, or the pictures of the training and of the test set.
 
-    Pictures of the same pixels are on one side, and pictures that one sample shows together. Of the
-    groups, in the order of their hash with the seed, the first are the test set: the share of them,
-    one at least.
+    The groups are put in the order of their hash with the seed. The first of them are the test set:
+    the share of the groups, one at least.
     """
     if options.test_share is None:
         return [None]
-    shown = [list(s.images) for s in found.samples] + [[p.path] for p in found.pictures]
-    looks = look_at(path for paths in shown for path in paths)
-    bad = {path for path, look in looks.items() if not isinstance(look, Look)}
-    for path in sorted(bad):
-        found.broken("image", str(looks[path]), file=path)
-    found.samples = [s for s in found.samples if not bad & set(s.images)]
-    found.pictures = [p for p in found.pictures if p.path not in bad]
-    leader = {look.digest: look.digest for look in looks.values() if isinstance(look, Look)}
-
-    def group(path: Path) -> str:
-        look = looks[path]
-        assert isinstance(look, Look)
-        digest = look.digest
-        while leader[digest] != digest:
-            digest = leader[digest]
-        return digest
-
-    kept = [paths for paths in shown if not bad & set(paths)]
-    for paths in kept:
+    together = [list(sample.images) for sample in imported.samples]
+    together += [[picture.path] for picture in imported.pictures]
+    digests = _digests(imported, together)
+    whole = [paths for paths in together if all(path in digests for path in paths)]
+    groups = _Groups(digests)
+    for paths in whole:
         for path in paths[1:]:
-            leader[max(group(path), group(paths[0]))] = min(group(path), group(paths[0]))
-    groups = sorted(
-        {group(p) for paths in kept for p in paths},
-        key=lambda g: hashlib.sha256(f"{options.seed} {g}".encode()).digest(),
-    )
-    if len(groups) < 2:
-        raise DataError(
-            f"{found.source}: has {len(groups)} pictures that differ, which make no training and test set; leave out --test-share"
-        )
-    held = set(groups[: min(max(1, round(options.test_share * len(groups))), len(groups) - 1)])
-    tested = {p for paths in kept for p in paths if group(p) in held}
-    return [{p for paths in kept for p in paths} - tested, tested]
+            groups.join(path, paths[0])
+    pictures = {path for paths in whole for path in paths}
+    order = sorted({groups.of(path) for path in pictures}, key=lambda g: _rank(g, options.seed))
+    if len(order) < 2:
+        reason = f"has {len(order)} pictures that differ, which make no training and test set"
+        raise DataError(f"{imported.source}: {reason}; leave out --test-share")
+    count = min(max(1, round(options.test_share * len(order))), len(order) - 1)
+    test_groups = set(order[:count])
+    test = {path for path in pictures if groups.of(path) in test_groups}
+    return [pictures - test, test]
+
+
+def _digests(imported: Import, together: list[list[Path]]) -> dict[Path, str]:
+    """Of the pixels of each picture. Pictures that cannot be opened are reported and left out."""
+    digests: dict[Path, str] = {}
+    facts = inspect_pictures(path for paths in together for path in paths)
+    for path, fact in sorted(facts.items()):
+        if isinstance(fact, PictureFacts):
+            digests[path] = fact.digest
+        else:
+            imported.report(FieldError(fact, field="image"), file=path)
+    imported.samples = [s for s in imported.samples if all(p in digests for p in s.images)]
+    imported.pictures = [p for p in imported.pictures if p.path in digests]
+    return digests
+
+
+def _rank(group: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {group}".encode()).digest()

@@ -1,5 +1,5 @@
-"""Label Studio's JSON export: rectangles with classes, or with questions and answers. May import:
-the standard library and the core.
+"""Reader of Label Studio's JSON export: rectangles with classes, or with questions and answers. May
+import: the standard library and what stands above `data`.
 """
 
 from __future__ import annotations
@@ -7,243 +7,312 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from lvr_lite.data.boxes import Box
-from lvr_lite.data.convert.detections import Thing
-from lvr_lite.data.convert.reading import (
-    SUFFIXES,
-    BrokenError,
-    Found,
-    Frame,
-    class_name,
-    numbers,
-    size_of,
-)
-from lvr_lite.data.samples import Reader, Sample
+from lvr_lite.data.convert.detections import Detection
+from lvr_lite.data.convert.reading import SUFFIXES, Frame, Import, Size, class_name, size_of
+from lvr_lite.data.rows import FieldError, JsonObject, Row, numbers, plain_text
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
+
+_RECTANGLES = ("rectanglelabels", "rectangle")
+_TEXTS = ("textarea", "choices")
+
+# A result of an annotation: {"type", "id", "from_name", "value": {…}, …}. Labels, texts and choices
+# in it may be of any type, so each is checked where it is used.
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Task:
+    """A picture with the annotation of it that is read.
+
+    item: place in the export, from 1.
+    data: what the task shows.
+    annotation: id of the annotation.
+    size: of the picture, as the results state it.
+    """
+
     item: int
     id: str
-    data: dict[str, Any]
-    annotation: dict[str, Any]
+    data: JsonObject
+    annotation: str
+    results: list[Result]
     path: Path
-    size: tuple[float, float] | None
-
-    def results(self, *kinds: str) -> list[dict[str, Any]]:
-        return [r for r in self.annotation["result"] if r.get("type") in kinds]
+    size: Size | None
 
 
-_RECTANGLES, _TEXTS = ("rectanglelabels", "rectangle"), ("textarea", "choices")
+@dataclass
+class _Rectangles:
+    """The rectangles of a task.
 
-
-def labelstudio(found: Found) -> None:
-    """The JSON export: x, y, width, height in percent of the picture as shown, rotation in degrees
-    clockwise about x, y. Texts whose name (from_name) has "question" or "answer" in it, or the
-    task's own question, make a sample of all rectangles or of their own.
+    named: with a class.
+    unnamed: without one.
+    unsure: classes of which one may be missing.
+    all_unsure: whether one of any class may be missing.
     """
-    tasks = found.json()
-    if not isinstance(tasks, list):
-        raise DataError(f"{found.source}: not Label Studio's JSON export, which is a list of tasks")
-    whole = [
-        task for item, data in enumerate(tasks, 1) if (task := _task(found, data, item)) is not None
-    ]
-    found.learn((task.path, task.size) for task in whole)
+
+    named: list[Detection] = field(default_factory=list)
+    unnamed: list[Detection] = field(default_factory=list)
+    unsure: set[str] = field(default_factory=set)
+    all_unsure: bool = False
+
+
+def labelstudio(imported: Import) -> None:
+    """x, y, width, height are in percent of the picture as shown, rotation is in degrees clockwise
+    about x, y. Texts whose name (from_name) has "question" or "answer" in it, or the task's own
+    question, make a sample of all rectangles or of their own one.
+    """
+    values = imported.json()
+    if not isinstance(values, list):
+        reason = "not Label Studio's JSON export, which is a list of tasks"
+        raise DataError(f"{imported.source}: {reason}")
+    tasks = []
+    for item, value in enumerate(values, 1):
+        with imported.row(item=item):
+            if task := _task(imported, value, item):
+                tasks.append(task)
+    imported.learn_pixels((task.path, task.size) for task in tasks)
     pictures = []
-    for task in whole:
-        things, unsure, unlabelled = _rectangles(found, task)
-        if not _answered(found, task, things + unlabelled):
-            found.skipped["rectangles without a class"] += len(unlabelled)
-            pictures.append((task, things, unsure))
-    used = {thing.name for _, things, _ in pictures for thing in things}
-    for task, things, unsure in pictures:
-        found.picture(
-            task.id,
-            task.path,
-            things,
-            used if None in unsure else {u for u in unsure if u is not None},
-            used,
-        )
+    for task in tasks:
+        rectangles = _rectangles(imported, task)
+        if not _add_samples(imported, task, rectangles.named + rectangles.unnamed):
+            imported.omissions["rectangles without a class"] += len(rectangles.unnamed)
+            pictures.append((task, rectangles))
+    used = {detection.name for _, rectangles in pictures for detection in rectangles.named}
+    for task, rectangles in pictures:
+        unsure = used if rectangles.all_unsure else rectangles.unsure
+        imported.add_picture(task.id, task.path, rectangles.named, unsure, used)
 
 
-def _task(found: Found, data: Any, item: int) -> _Task | None:
-    try:
-        if (
-            not isinstance(data, dict)
-            or not isinstance(data.get("data"), dict)
-            or not isinstance(data.get("annotations"), list)
-        ):
-            raise BrokenError(
-                "must be a task with data and annotations; export as JSON, not as JSON-MIN"
-            )
-        done = [
-            a
-            for a in data["annotations"]
-            if isinstance(a, dict) and isinstance(a.get("result"), list)
-        ]
-        if len(done) < len(data["annotations"]):
-            raise BrokenError("annotations: each must be an object with a list of results")
-        kept = [a for a in done if not a.get("was_cancelled")]
-        found.skipped["cancelled annotations"] += len(done) - len(kept)
-        if not kept:
-            found.skipped["tasks without an annotation"] += 1
-            return None
-        kept.sort(key=lambda a: not a.get("ground_truth"))
-        found.skipped["other annotations of a task"] += len(kept) - 1
-        if not all(
-            isinstance(r, dict) and isinstance(r.get("value") or {}, dict)
-            for r in kept[0]["result"]
-        ):
-            raise BrokenError("result: each must be an object with a value")
-        if any(r.get("image_rotation") for r in kept[0]["result"]):
-            raise BrokenError(
-                "image_rotation: was turned in Label Studio; turn it back there and export again"
-            )
-        size = next(
-            (
-                s
-                for r in kept[0]["result"]
-                if (s := size_of(r, "original_width", "original_height"))
-            ),
-            None,
-        )
-        path = _studio_picture(found, data["data"])
-        found.tells(path, size)
-        return _Task(item, str(data.get("id", f"task{item}")), data["data"], kept[0], path, size)
-    except BrokenError as error:
-        found.broken("", str(error), item=item)
+# ----------------------------------------------------------------------------------------------
+# tasks
+
+
+def _task(imported: Import, value: object, item: int) -> _Task | None:
+    """None for a task without an annotation. Raises FieldError."""
+    if not isinstance(value, dict) or not isinstance(value.get("data"), dict):
+        raise _not_a_task()
+    if not isinstance(value.get("annotations"), list):
+        raise _not_a_task()
+    whole = [a for a in value["annotations"] if _has_results(a)]
+    if len(whole) < len(value["annotations"]):
+        raise FieldError("each must be an object with a list of results", field="annotations")
+    valid = [a for a in whole if not a.get("was_cancelled")]
+    imported.omissions["cancelled annotations"] += len(whole) - len(valid)
+    if not valid:
+        imported.omissions["tasks without an annotation"] += 1
         return None
+    valid.sort(key=lambda a: not a.get("ground_truth"))
+    imported.omissions["other annotations of a task"] += len(valid) - 1
+    results = valid[0]["result"]
+    if not all(isinstance(r, dict) and isinstance(r.get("value") or {}, dict) for r in results):
+        raise FieldError("each must be an object with a value", field="result")
+    if any(result.get("image_rotation") for result in results):
+        remedy = "turn it back there and export again"
+        raise FieldError("was turned in Label Studio", remedy, "image_rotation")
+    sizes = (size_of(result, "original_width", "original_height") for result in results)
+    size = next((size for size in sizes if size), None)
+    path = _picture(imported, value["data"])
+    imported.pixels_of(path, size)
+    name = str(value.get("id", f"task{item}"))
+    annotation = str(valid[0].get("id", "annotation"))
+    return _Task(item, name, value["data"], annotation, results, path, size)
 
 
-def _studio_picture(found: Found, data: dict[str, Any]) -> Path:
+def _not_a_task() -> FieldError:
+    reason = "must be a task with data and annotations"
+    return FieldError(reason, "export as JSON, not as JSON-MIN")
+
+
+def _has_results(annotation: object) -> bool:
+    return isinstance(annotation, dict) and isinstance(annotation.get("result"), list)
+
+
+def _picture(imported: Import, data: JsonObject) -> Path:
+    """The file of a task's picture, which the task names by a path or a URL. Raises FieldError."""
     value = data.get("image")
     if not isinstance(value, str):
-        named = [
-            v
-            for v in data.values()
-            if isinstance(v, str) and urlsplit(v).path.lower().endswith(SUFFIXES)
-        ]
-        if len(named) != 1:
-            raise BrokenError("data.image is missing; it must name the picture")
-        (value,) = named
-    name = value
-    url = urlsplit(value)
+        texts = [text for text in data.values() if isinstance(text, str)]
+        names = [text for text in texts if urlsplit(text).path.lower().endswith(SUFFIXES)]
+        if len(names) != 1:
+            raise FieldError("data.image is missing", "it must name the picture")
+        value = names[0]
     if value.startswith("data:"):
-        raise BrokenError("data.image holds the picture itself; save it as a file and name that")
-    if found.images is None or not (found.images / value).is_file():
-        if "local-files" in url.path and "d" in parse_qs(url.query):
-            name = parse_qs(url.query)["d"][0]
-        elif url.path.startswith("/data/") or len(url.scheme) > 1:  # one letter is a Windows drive
-            name = unquote(url.path).removeprefix("/data/upload/").lstrip("/")
+        remedy = "save it as a file and name that"
+        raise FieldError("data.image holds the picture itself", remedy)
+    name = value
+    if imported.images is None or not (imported.images / value).is_file():
+        name = _name_in_url(value)
     try:
-        return found.find(name)
-    except BrokenError:
+        return imported.find(name)
+    except FieldError:
+        # Uploading puts eight hexadecimal digits before a name.
         folder, _, last = name.rpartition("/")
-        if (
-            not (bare := re.sub(r"^[0-9a-f]{8}-", "", last)) or bare == last
-        ):  # what uploading puts before a name
+        bare = re.sub(r"^[0-9a-f]{8}-", "", last)
+        if not bare or bare == last:
             raise
-        return found.find(f"{folder}/{bare}".lstrip("/"))
+        return imported.find(f"{folder}/{bare}".lstrip("/"))
 
 
-def _rectangles(found: Found, task: _Task) -> tuple[list[Thing], set[str | None], list[Thing]]:
-    """Things; classes of which one may be missing (None: of any); rectangles without a class."""
-    things: list[Thing] = []
-    unlabelled: list[Thing] = []
-    unsure: set[str | None] = set()
-    frame = found.frame(task.path, task.size)
-    for number, result in enumerate(task.annotation["result"]):
-        kind, value = result.get("type"), result.get("value") or {}
-        labels = value.get(kind if kind != "rectangle" else "labels") or value.get("labels") or []
-        labels = [labels] if isinstance(labels, str) else labels
+def _name_in_url(value: str) -> str:
+    url = urlsplit(value)
+    query = parse_qs(url.query)
+    if "local-files" in url.path and "d" in query:
+        return query["d"][0]
+    # A scheme of one letter is a Windows drive.
+    if url.path.startswith("/data/") or len(url.scheme) > 1:
+        return unquote(url.path).removeprefix("/data/upload/").lstrip("/")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------
+# rectangles
+
+
+def _rectangles(imported: Import, task: _Task) -> _Rectangles:
+    rectangles = _Rectangles()
+    frame = imported.frame(task.path, task.size)
+    for number, result in enumerate(task.results):
+        kind = result.get("type")
         if kind in _TEXTS:
             continue
+        value = result.get("value") or {}
+        labels = value.get("labels" if kind == "rectangle" else kind) or value.get("labels") or []
+        labels = [labels] if isinstance(labels, str) else labels
         if kind not in _RECTANGLES:
-            found.skipped[f"results of type {kind}"] += 1
-            unsure |= set(map(str, labels)) if isinstance(labels, list) and labels else {None}
+            imported.omissions[f"results of type {kind}"] += 1
+            if isinstance(labels, list) and labels:
+                rectangles.unsure.update(map(str, labels))
+            else:
+                rectangles.all_unsure = True
             continue
         try:
             names = [class_name(label) for label in labels]
-            box = _rectangle(found, frame, value)
-        except BrokenError as error:
-            found.broken(f"result[{number}] (id {result.get('id')})", str(error), item=task.item)
-            unsure.add(None)
+            box = _box(imported, frame, value)
+        except FieldError as error:
+            label = f"result[{number}] (id {result.get('id')})"
+            imported.report(error, label, item=task.item)
+            rectangles.all_unsure = True
             continue
         own = str(result.get("id", f"r{number}"))
-        things += [
-            Thing(name, box, own if i == 0 else f"{own}.{i}") for i, name in enumerate(names)
-        ]
-        unlabelled += [] if names else [Thing("", box, own)]
-    return things, unsure, unlabelled
+        for i, name in enumerate(names):
+            rectangles.named.append(Detection(name, box, own if i == 0 else f"{own}.{i}"))
+        if not names:
+            rectangles.unnamed.append(Detection("", box, own))
+    return rectangles
 
 
-def _rectangle(found: Found, frame: Frame, value: dict[str, Any]) -> Box:
-    x, y, w, h = numbers([value.get(k) for k in ("x", "y", "width", "height")], 4)
-    (turn,) = numbers([value.get("rotation") or 0], 1)
-    x, w = x * frame.width / 100, w * frame.width / 100
-    y, h = y * frame.height / 100, h * frame.height / 100
-    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-    if turn == 0 or w <= 0 or h <= 0:
-        return found.box(frame, x, y, x + w, y + h)
-    xs, ys = (0, w * c, -h * s, w * c - h * s), (0, w * s, h * c, w * s + h * c)
-    return found.box(frame, x + min(xs), y + min(ys), x + max(xs), y + max(ys), cut=True)
+def _box(imported: Import, frame: Frame, value: JsonObject) -> Box:
+    """The upright rectangle around a rotated one. Raises FieldError."""
+    percent = numbers([value.get(key) for key in ("x", "y", "width", "height")], 4)
+    (degrees,) = numbers([value.get("rotation") or 0], 1)
+    x = percent[0] * frame.width / 100
+    y = percent[1] * frame.height / 100
+    w = percent[2] * frame.width / 100
+    h = percent[3] * frame.height / 100
+    if degrees == 0 or w <= 0 or h <= 0:
+        return imported.box(frame, (x, y, x + w, y + h))
+    c = math.cos(math.radians(degrees))
+    s = math.sin(math.radians(degrees))
+    xs = (0, w * c, -h * s, w * c - h * s)
+    ys = (0, w * s, h * c, w * s + h * c)
+    corners = (x + min(xs), y + min(ys), x + max(xs), y + max(ys))
+    return imported.box(frame, corners, cut=True)
 
 
-def _answered(found: Found, task: _Task, things: list[Thing]) -> bool:
+# ----------------------------------------------------------------------------------------------
+# questions and answers
+
+
+class _Texts:
+    """What the annotator wrote or chose, by kind ("question", "answer", "other") and by region: the
+    id of a rectangle, or "" for the whole picture.
+    """
+
+    def __init__(self, task: _Task, regions: set[str]) -> None:
+        self._texts: defaultdict[tuple[str, str], list[object]] = defaultdict(list)
+        for result in task.results:
+            if result.get("type") in _TEXTS:
+                value = result.get("value") or {}
+                texts = value.get("text") or value.get("choices") or []
+                region = str(result.get("id"))
+                place = (_kind_of(result), region if region in regions else "")
+                self._texts[place] += texts if isinstance(texts, list) else [texts]
+        question, answer = (task.data.get(name) for name in ("question", "answer"))
+        self._own_question: list[object] = [question] if isinstance(question, str) else []
+        answered = any(kind == "answer" for kind, _ in self._texts)
+        if self._own_question and isinstance(answer, str) and not answered:
+            self._texts["answer", ""] = [answer]
+
+    def regions(self) -> list[str]:
+        """The regions that have something else than a question."""
+        return sorted({region for kind, region in self._texts if kind != "question"})
+
+    def questions(self, region: str) -> list[object]:
+        own = self._texts.get(("question", region)) or self._texts.get(("question", ""))
+        return own or self._own_question
+
+    def answers(self, region: str) -> list[object]:
+        return self._texts.get(("answer", region)) or self._texts.get(("other", region)) or []
+
+
+def _kind_of(result: Result) -> str:
+    name = str(result.get("from_name", "")).lower()
+    return next((kind for kind in ("question", "answer") if kind in name), "other")
+
+
+def _add_samples(imported: Import, task: _Task, rectangles: list[Detection]) -> bool:
     """Adds the samples that a task's own questions and answers make; False where it has none."""
-    regions = {thing.id for thing in things}
-    said: defaultdict[tuple[str, str], list[str]] = defaultdict(
-        list
-    )  # (what, region or "") -> texts
-    for result in task.results(*_TEXTS):
-        name, value = str(result.get("from_name", "")).lower(), result.get("value") or {}
-        texts = value.get("text") or value.get("choices") or []
-        what = "question" if "question" in name else "answer" if "answer" in name else "other"
-        region = str(result.get("id")) if str(result.get("id")) in regions else ""
-        said[what, region] += texts if isinstance(texts, list) else [texts]
-    given = [task.data[k] for k in ("question", "answer") if isinstance(task.data.get(k), str)]
-    if len(given) == 2 and not any(what == "answer" for what, _ in said):
-        said["answer", ""] = [given[1]]
-    made = False
-    for region in sorted({region for what, region in said if what != "question"}):
-        answers = said.get(("answer", region)) or said.get(("other", region)) or []
-        asked = said.get(("question", region)) or said.get(("question", "")) or given[:1]
-        if not asked or not answers:
-            found.skipped["texts and choices without a question"] += 1
+    texts = _Texts(task, {rectangle.id for rectangle in rectangles})
+    has_questions = False
+    for region in texts.regions():
+        questions = texts.questions(region)
+        answers = texts.answers(region)
+        if not questions or not answers:
+            imported.omissions["texts and choices without a question"] += 1
             continue
-        made = True
-        boxes = tuple(dict.fromkeys(t.box for t in things if t.id == region or not region))
-        if len(asked) != len(answers):
-            found.broken(
-                "result",
-                f"has {len(asked)} questions for {len(answers)} answers; write one for each",
-                item=task.item,
-            )
+        has_questions = True
+        if len(questions) != len(answers):
+            reason = f"has {len(questions)} questions for {len(answers)} answers"
+            error = FieldError(reason, "write one for each", "result")
+            imported.report(error, item=task.item)
             continue
-        for i, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-            read = Reader({})
-            texts = [
-                read.plain_text(field, text).strip()
-                for field, text in (("question", question), ("answer", answer))
-            ]
-            for flaw in read.flaws:
-                found.broken(flaw.field, flaw.message, item=task.item)
-            if not read.flaws:
-                name = "-".join(
-                    [
-                        task.id,
-                        str(task.annotation.get("id", "annotation")),
-                        *([region] if region else []),
-                        f"q{i}",
-                    ]
-                )
-                found.samples.append(
-                    Sample(name, (task.path,), texts[0], texts[1], None, boxes, "question")
-                )
-    return made
+        # The same box may stand in several rectangles.
+        boxes = dict.fromkeys(r.box for r in rectangles if not region or r.id == region)
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            place = [region] if region else []
+            name = "-".join([task.id, task.annotation, *place, f"q{i}"])
+            _add_sample(imported, task, name, question, answer, tuple(boxes))
+    return has_questions
+
+
+def _add_sample(
+    imported: Import,
+    task: _Task,
+    name: str,
+    question: object,
+    answer: object,
+    boxes: tuple[Box, ...],
+) -> None:
+    row = Row({"question": question, "answer": answer})
+    checked_question = row.need("question", plain_text)
+    checked_answer = row.need("answer", plain_text)
+    for error in row.errors:
+        imported.report(error, item=task.item)
+    if checked_question is None or checked_answer is None:
+        return
+    sample = Sample(
+        name,
+        (task.path,),
+        checked_question.strip(),
+        checked_answer.strip(),
+        None,
+        boxes,
+        "question",
+    )
+    imported.samples.append(sample)

@@ -1,10 +1,11 @@
-"""What the readers of other formats share: finding pictures, telling which pixels boxes are of,
+"""What the readers of other formats share: finding pictures, deciding which pixels boxes are of, and
 collecting what is whole and what is not.
 
-What a format says about a picture's size tells whether its boxes are of the stored or of the
-upright pixels (EXIF orientation); where nothing tells, they are taken as those of the other
-pictures of the file, or as upright: so annotation tools show pictures, and so YOLO trainers read
-them. May import: the standard library, the core.
+The pixels of a picture that its EXIF orientation rotates are either the stored or the upright ones.
+Where a format states the picture's size, the size shows which ones its boxes are of. Where nothing
+shows it, they are those of the file's other pictures, or else the upright ones: annotation tools
+show pictures upright, and YOLO trainers read them so. May import: the standard library and what
+stands above `data`.
 """
 
 from __future__ import annotations
@@ -17,30 +18,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lvr_lite.data.boxes import Box, upright
-from lvr_lite.data.convert.detections import Picture, Thing, not_there
-from lvr_lite.data.samples import Problem, Reader, Sample
+from lvr_lite.data.convert.detections import Detection, Picture, absent_classes
+from lvr_lite.data.rows import FieldError, JsonObject, Problem, numbers, plain_text
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import stored_shape
 
-SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # of pictures, where a folder is searched
-_SLACK = 0.01  # of a side: so far a box may reach over the edge by rounding; it is cut there
+# of the pictures that a search of a folder finds
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# How far a box may reach over the edge by rounding, as a part of the side. It is cut there.
+_SLACK = 0.01
 
-
-class BrokenError(Exception):
-    """What is wrong with a row."""
+# width and height of a picture in pixels, as a source states them
+Size = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -55,239 +47,254 @@ class Frame:
 
 
 @dataclass
-class Found:
-    """What is read from a source: samples that have questions, pictures that have only boxes,
-    broken rows, and what was left out.
+class Import:
+    """What is read from one source.
+
+    images: the folder of the pictures, if it was given.
+    boxes_are: "stored" or "upright" where the user knows it.
+    split: the one of the source's own splits that is read, or None for all.
+    samples: what has questions of its own. pictures: what has only boxes.
+    problems: broken rows.
+    omissions, remarks: what was left out, and what else the user should know; each how often.
+    default_pixels: what boxes are of where no size shows it.
     """
 
     source: Path
-    images: Path | None = None  # the pictures' folder
-    boxes_are: str | None = None  # "stored" or "upright"
+    images: Path | None = None
+    boxes_are: str | None = None
     split: str | None = None
     samples: list[Sample] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    told: Counter[str] = field(default_factory=Counter)
-    shapes: dict[Path, tuple[tuple[int, int], int]] = field(default_factory=dict)
-    otherwise: str = "upright"  # what boxes are of where nothing tells
-    index: dict[str, list[Path]] | None = None
+    omissions: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    default_pixels: str = "upright"
+    _shapes: dict[Path, tuple[tuple[int, int], int]] = field(default_factory=dict)
+    _paths_by_name: dict[str, list[Path]] | None = None
 
-    def broken(
+    def report(
         self,
-        where: str,
-        message: str,
+        error: FieldError,
+        field: str = "",
         line: int | None = None,
         item: int | None = None,
         file: Path | None = None,
     ) -> None:
-        self.problems.append(Problem(file or self.source, where, message, line, item))
+        """One more broken row. field: where the error itself names none. file: if not the source."""
+        name = error.field or field
+        self.problems.append(Problem(file or self.source, name, str(error), line, item))
 
     @contextmanager
     def row(
-        self,
-        where: str = "",
-        line: int | None = None,
-        item: int | None = None,
-        file: Path | None = None,
+        self, field: str = "", line: int | None = None, item: int | None = None
     ) -> Iterator[None]:
-        """A row that may be broken: it is named, and reading goes on."""
+        """A row that may be broken: it is reported, and reading goes on."""
         try:
             yield
-        except BrokenError as error:
-            self.broken(where, str(error), line, item, file)
+        except FieldError as error:
+            self.report(error, field, line, item)
 
     def text(self) -> str:
+        """The source's text. Raises DataError."""
         try:
             return self.source.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.source}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-            ) from error
+            reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+            raise DataError(f"{self.source}: {reason}; save it as UTF-8") from error
 
-    def json(self) -> Any:
+    def json(self) -> object:
+        """The source's JSON value. Raises DataError."""
         try:
-            return json.loads(self.text())
+            value: object = json.loads(self.text())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.source}: not valid JSON ({error}); export it again") from error
+        return value
 
     @property
     def folder(self) -> Path:
-        """Of the pictures: as given; above a folder of annotations; or the source's."""
+        """The folder of the pictures: as given; the one above a folder of annotations; or the
+        source's.
+        """
         beside = self.source.absolute().parent
         return self.images or (beside.parent if beside.name == "annotations" else beside)
 
-    def find(self, name: str) -> Path:
-        """The picture of a name: at that place in the folder, or the one in it whose path has most
-        of its end in common.
+    # ------------------------------------------------------------------------------------------
+    # pictures
 
-        Raises BrokenError where there is none, or no single one.
+    def find(self, name: str) -> Path:
+        """The picture of a name: at that place in the folder, or the one in it whose path has the
+        longest end in common with the name.
+
+        Raises FieldError where there is none, or no single one.
         """
         name = name.replace("\\", "/")
         try:
             if (self.folder / name).is_file():
                 return self.folder / name
-        except (
-            OSError
-        ) as error:  # a name that no file can have, such as a whole picture written as text
-            raise BrokenError(f"{name[:40]}… names no picture ({error.strerror})") from error
-        if self.index is None:
-            self.index = defaultdict(list)
-            for folder, _, files in os.walk(self.folder):
-                for file in files:
-                    self.index[file].append(Path(folder) / file)
+        except OSError as error:
+            # A name that no file can have, such as a whole picture written as text.
+            raise FieldError(f"{name[:40]}… names no picture ({error.strerror})") from error
+        if self._paths_by_name is None:
+            self._paths_by_name = _paths_by_name(self.folder)
         wanted = Path(name).parts[::-1]
-
-        def alike(path: Path) -> int:
-            same = [a == b for a, b in zip(path.absolute().parts[::-1], wanted, strict=False)]
-            return same.index(False) if False in same else len(same)
-
-        alikes = [(alike(path), path) for path in self.index.get(Path(name).name, [])]
-        most = max((common for common, _ in alikes), default=0)
-        best = sorted(path for common, path in alikes if common == most)
+        ranked = [
+            (_common_parts(path, wanted), path)
+            for path in self._paths_by_name.get(Path(name).name, [])
+        ]
+        most = max((common for common, _ in ranked), default=0)
+        best = sorted(path for common, path in ranked if common == most)
         if not best:
-            raise BrokenError(
-                f"{name} is not in {self.folder}; name the folder of the pictures with --images"
-            )
+            remedy = "name the folder of the pictures with --images"
+            raise FieldError(f"{name} is not in {self.folder}", remedy)
         if len(best) > 1:
-            raise BrokenError(
-                f"{name} may be {best[0]} or {best[1]}; name the folder of the right one with --images"
-            )
+            remedy = "name the folder of the right one with --images"
+            raise FieldError(f"{name} may be {best[0]} or {best[1]}", remedy)
         return best[0]
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises
-        BrokenError.
+        FieldError.
         """
-        if path not in self.shapes:
+        if path not in self._shapes:
             try:
-                self.shapes[path] = stored_shape(path)
+                self._shapes[path] = stored_shape(path)
             except DataError as error:
-                raise BrokenError(str(error)) from error
-        return self.shapes[path]
+                raise FieldError(str(error)) from error
+        return self._shapes[path]
 
-    def learn(self, said: Iterable[tuple[Path, tuple[float, float] | None]]) -> None:
-        """From the pictures whose size tells: what boxes are of where it does not."""
-        telling = Counter(own for path, size in said if (own := self.tells(path, size)) is not None)
-        if len(telling) == 1:
-            self.otherwise = next(iter(telling))
+    def can_read(self, path: Path) -> bool:
+        """Whether the header of a picture was read."""
+        return path in self._shapes
 
-    def tells(self, path: Path, said: tuple[float, float] | None) -> str | None:
-        """What the size that a source says tells of a turned picture. Raises BrokenError where it
-        is of another picture.
+    # ------------------------------------------------------------------------------------------
+    # pixels
+
+    def pixels_of(self, path: Path, size: Size | None) -> str | None:
+        """Which pixels the stated size is of, "stored" or "upright"; None where it does not show.
+        Raises FieldError where the size is of another picture.
         """
         stored, orientation = self.shape(path)
-        if said is None:
+        if size is None:
             return None
-        sizes = {"stored": stored, "upright": stored[::-1] if orientation >= 5 else stored}
-        alike = [name for name, size in sizes.items() if _same_shape(size, said)]
-        if not alike:
-            one = f"{stored[0]} x {stored[1]} pixels"
-            raise BrokenError(
-                f"{path} has {one}, and its boxes are of a picture of {said[0]:g} x {said[1]:g}; find the right picture"
-            )
-        return alike[0] if len(alike) == 1 else None
+        shapes = {"stored": stored, "upright": stored[::-1] if orientation >= 5 else stored}
+        fitting = [pixels for pixels, shape in shapes.items() if _same_shape(shape, size)]
+        if not fitting:
+            own = f"{stored[0]} x {stored[1]} pixels"
+            theirs = f"a picture of {size[0]:g} x {size[1]:g}"
+            reason = f"{path} has {own}, and its boxes are of {theirs}"
+            raise FieldError(reason, "find the right picture")
+        return fitting[0] if len(fitting) == 1 else None
 
-    def frame(self, path: Path, said: tuple[float, float] | None) -> Frame:
-        """The pixels that the boxes of a picture are of. said: the width and height that the source
-        has for it. Raises BrokenError.
+    def learn_pixels(self, sizes: Iterable[tuple[Path, Size | None]]) -> None:
+        """Take what the pictures with a telling size agree on as the default for the others."""
+        shown = {self.pixels_of(path, size) for path, size in sizes} - {None}
+        if len(shown) == 1:
+            self.default_pixels = str(shown.pop())
+
+    def frame(self, path: Path, size: Size | None) -> Frame:
+        """The pixels that the boxes of a picture are of. size: as the source states it. Raises
+        FieldError.
         """
         stored, orientation = self.shape(path)
-        told = self.tells(path, said)
-        boxes_are = self.boxes_are or told or self.otherwise
-        if orientation > 1 and not (self.boxes_are or told):
-            self.told[
-                f"turned pictures whose boxes are taken as {self.otherwise} (--boxes-are)"
-            ] += 1
-        width, height = said or (
-            stored if boxes_are == "stored" or orientation < 5 else stored[::-1]
-        )
-        if self.boxes_are and told not in (None, boxes_are):
-            width, height = (
-                height,
-                width,
-            )  # the user knows better than the source's size, which is of the other one
-        return Frame(width, height, orientation if boxes_are == "stored" else 1)
+        shown = self.pixels_of(path, size)
+        pixels = self.boxes_are or shown or self.default_pixels
+        if orientation > 1 and not (self.boxes_are or shown):
+            taken = f"turned pictures whose boxes are taken as {self.default_pixels}"
+            self.remarks[f"{taken} (--boxes-are)"] += 1
+        sideways = pixels == "upright" and orientation >= 5
+        width, height = size or (stored[::-1] if sideways else stored)
+        if self.boxes_are and shown not in (None, pixels):
+            # The user knows better than the stated size, which is of the other pixels.
+            width, height = height, width
+        return Frame(width, height, orientation if pixels == "stored" else 1)
 
-    def box(
-        self, frame: Frame, x0: float, y0: float, x1: float, y1: float, cut: bool = False
-    ) -> Box:
-        """A box in pixels of the frame, on the upright picture. cut: what is outside is meant to be
-        lost. Raises BrokenError.
+    def box(self, frame: Frame, corners: Box, cut: bool = False) -> Box:
+        """A box on the upright picture, normalized.
+
+        corners: x0, y0, x1, y1 in pixels of the frame.
+        cut: the part outside the picture is meant to be lost.
+
+        Raises FieldError.
         """
-        corners = (x0, y0, x1, y1)
         shown = f"[{', '.join(f'{v:.6g}' for v in corners)}]"
         if not all(math.isfinite(v) for v in corners):
-            raise BrokenError(f"{shown} holds a value that is no number; write the box again")
+            raise FieldError(f"{shown} holds a value that is no number", "write the box again")
+        x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
-            raise BrokenError(f"{shown} is empty or inverted; width and height must be more than 0")
-        w, h = frame.width, frame.height
-        over = max(-x0 / w, -y0 / h, x1 / w - 1, y1 / h - 1)
-        inside = (
-            min(max(x0 / w, 0), 1),
-            min(max(y0 / h, 0), 1),
-            min(max(x1 / w, 0), 1),
-            min(max(y1 / h, 0), 1),
-        )
-        if (over > _SLACK and not cut) or inside[0] >= inside[2] or inside[1] >= inside[3]:
-            raise BrokenError(
-                f"{shown} lies outside the picture of {w:g} x {h:g}; correct or remove the box"
-            )
+            reason = f"{shown} is empty or inverted"
+            raise FieldError(reason, "width and height must be more than 0")
+        parts = (x0 / frame.width, y0 / frame.height, x1 / frame.width, y1 / frame.height)
+        over = max(-parts[0], -parts[1], parts[2] - 1, parts[3] - 1)
+        left, top, right, bottom = (min(max(part, 0), 1) for part in parts)
+        if (over > _SLACK and not cut) or left >= right or top >= bottom:
+            picture = f"the picture of {frame.width:g} x {frame.height:g}"
+            raise FieldError(f"{shown} lies outside {picture}", "correct or remove the box")
         if over > 1e-4:
-            self.told["boxes cut at the edge"] += 1
-        a, b, c, d = (round(v, 8) for v in upright(inside, frame.orientation))
+            self.remarks["boxes cut at the edge"] += 1
+        turned = upright((left, top, right, bottom), frame.orientation)
+        a, b, c, d = (round(v, 8) for v in turned)
         return a, b, c, d
 
-    def picture(
+    def add_picture(
         self,
         name: str,
         path: Path,
-        things: list[Thing],
+        detections: list[Detection],
         unsure: Iterable[str],
-        absent: Iterable[str],
+        classes: Iterable[str],
     ) -> None:
-        """A picture that has only boxes. Boxes that are there twice would be counted twice."""
-        once = {(t.name, t.box): t for t in reversed(things)}
-        if len(once) < len(things):
-            self.skipped["boxes that are there twice"] += len(things) - len(once)
-        there, unknown = {t.name for t in things}, frozenset(unsure)
-        lacks = not_there(sorted(set(absent) - there - unknown), there | unknown)
-        self.pictures.append(Picture(name, path, tuple(reversed(once.values())), unknown, lacks))
+        """A picture that has only boxes.
+
+        unsure: classes of which the picture may show more than `detections`.
+        classes: those that it is known to lack where it has no detection of them.
+        """
+        # A box that is there twice would be counted twice.
+        once = {(d.name, d.box): d for d in reversed(detections)}
+        if len(once) < len(detections):
+            self.omissions["boxes that are there twice"] += len(detections) - len(once)
+        unknown = frozenset(unsure)
+        present = {detection.name for detection in detections}
+        absent = absent_classes(sorted(set(classes) - present - unknown), present | unknown)
+        self.pictures.append(Picture(name, path, tuple(reversed(once.values())), unknown, absent))
 
 
-def _same_shape(size: tuple[int, int], said: tuple[float, float]) -> bool:
+def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
+    paths: defaultdict[str, list[Path]] = defaultdict(list)
+    for place, _, names in os.walk(folder):
+        for name in names:
+            paths[name].append(Path(place) / name)
+    return paths
+
+
+def _common_parts(path: Path, wanted: tuple[str, ...]) -> int:
+    """How many parts, from the end on, a path shares with the reversed parts `wanted`."""
+    same = [a == b for a, b in zip(path.absolute().parts[::-1], wanted, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def _same_shape(shape: tuple[int, int], size: Size) -> bool:
     """Whether a picture has this size, or was scaled since, to within a pixel."""
-    return abs(size[0] * said[1] - size[1] * said[0]) <= max(*size, *said) if size != said else True
+    if shape == size:
+        return True
+    return abs(shape[0] * size[1] - shape[1] * size[0]) <= max(*shape, *size)
 
 
-def numbers(value: Any, count: int) -> list[float]:
-    if (
-        not isinstance(value, list)
-        or len(value) != count
-        or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value)
-    ):
-        raise BrokenError(f"must be {count} numbers, not {json.dumps(value)[:60]}")
-    return [
-        float(v) if isinstance(v, float) or abs(v) < 1e300 else math.inf for v in value
-    ]  # JSON's whole numbers have no limit, and floats have
-
-
-def size_of(data: dict[str, Any], width: str, height: str) -> tuple[float, float] | None:
-    """The width and height that an object has, if it has both. Raises BrokenError where they are
-    none.
+def size_of(data: JsonObject, width: str, height: str) -> Size | None:
+    """The width and height that an object states, if it states both. Raises FieldError where they
+    are none.
     """
     if data.get(width) is None or data.get(height) is None:
         return None
     w, h = numbers([data[width], data[height]], 2)
     if not (0 < w < math.inf and 0 < h < math.inf):
-        raise BrokenError(f"{width} and {height} must be more than 0, not {w:g} and {h:g}")
+        raise FieldError(f"{width} and {height} must be more than 0, not {w:g} and {h:g}")
     return w, h
 
 
-def class_name(name: Any) -> str:
-    """A class as questions name it. Raises BrokenError."""
-    read = Reader({})
-    text = read.plain_text("name", name)
-    if read.flaws:
-        raise BrokenError(f"the name of a class {read.flaws[0].message}")
-    return " ".join(text.replace("_", " ").split())
+def class_name(name: object) -> str:
+    """A class as questions name it. Raises FieldError."""
+    try:
+        words = plain_text(name)
+    except FieldError as error:
+        raise FieldError(f"the name of a class {error}") from error
+    return " ".join(words.replace("_", " ").split())

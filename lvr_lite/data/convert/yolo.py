@@ -1,0 +1,259 @@
+"""Reader of Ultralytics' YOLO layout: images/… and labels/… alike below; each label file has a line
+an object. May import: PyYAML in a function, the standard library and what stands above `data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lvr_lite.data.boxes import Box
+from lvr_lite.data.convert.detections import Detection
+from lvr_lite.data.convert.reading import SUFFIXES, Import, class_name
+from lvr_lite.data.rows import FieldError, JsonObject
+from lvr_lite.errors import DataError, UsageError
+
+SPLITS = ("train", "val", "valid", "test")
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """What data.yaml or the folder itself says.
+
+    root: what ids are relative to.
+    names: of classes, by number.
+    pictures: all of them, each with its split ("" where there is none).
+    keypoints: whether lines have some after the box.
+    """
+
+    root: Path
+    names: dict[int, str]
+    pictures: dict[Path, str]
+    keypoints: bool
+
+
+def yolo(imported: Import) -> None:
+    """A line is `class cx cy w h`, or `class x1 y1 x2 y2 …` for an outline, normalized."""
+    data_set = _data_set(imported)
+    source = imported.source
+    if not data_set.pictures:
+        reason = "holds no pictures"
+        remedy = "they belong under images/, and their labels under labels/ alike"
+        raise DataError(f"{source}: {reason}; {remedy}")
+    labels = {path: _label_file(path) for path in data_set.pictures}
+    if not any(label.is_file() for label in labels.values()):
+        first = next(iter(labels.values()))
+        reason = f"none of its {len(labels)} pictures has labels, the first would be {first}"
+        raise DataError(f"{source}: {reason}; check the layout")
+    _report_orphans(imported, labels)
+    pictures = [
+        (path, *_detections(imported, data_set, path, label)) for path, label in labels.items()
+    ]
+    used = {detection.name for _, detections, _ in pictures for detection in detections}
+    for path, detections, unsure in pictures:
+        inside = path.is_relative_to(data_set.root)
+        name = (path.relative_to(data_set.root) if inside else path).as_posix()
+        if imported.can_read(path):
+            imported.add_picture(name, path, detections, unsure, used)
+
+
+def _report_orphans(imported: Import, labels: dict[Path, Path]) -> None:
+    """Labels in folders of their own that have no picture. labels: of each picture."""
+    folders = {
+        label.parent: path.parent for path, label in labels.items() if label.parent != path.parent
+    }
+    for folder, pictures in sorted(folders.items()):
+        beside = pictures.iterdir() if pictures.is_dir() else ()
+        stems = {path.stem for path in _pictures_among(beside)}
+        for label in sorted(folder.glob("*.txt")):
+            if label.stem not in stems and label.name != "classes.txt":
+                remedy = "add the picture, or remove the labels"
+                imported.report(FieldError("labels without a picture", remedy), file=label)
+
+
+def _detections(
+    imported: Import, data_set: _DataSet, path: Path, label: Path
+) -> tuple[list[Detection], set[str]]:
+    """The objects of a picture, and the classes of which one may be missing since its line is
+    broken.
+    """
+    try:
+        frame = replace(imported.frame(path, None), width=1, height=1)
+    except FieldError as error:
+        reason = str(error).removeprefix(f"{path} ")
+        imported.report(FieldError(reason), file=path)
+        return [], set()
+    detections: list[Detection] = []
+    unsure: set[str] = set()
+    lines = _lines(label, errors="replace") if label.is_file() else []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            name = _class_of(words[0], data_set.names)
+            box = imported.box(frame, _corners(words, data_set.keypoints))
+            detections.append(Detection(name, box, f"L{number}"))
+        except FieldError as error:
+            imported.report(error, line=number, file=label)
+            unsure |= set(data_set.names.values())
+    return detections, unsure
+
+
+def _class_of(word: str, names: dict[int, str]) -> str:
+    if not word.isdecimal() or int(word) not in names:
+        reason = f"class {word[:20]} is not one of the {len(names)} that have a name"
+        raise FieldError(reason, "correct the number, or name it")
+    return names[int(word)]
+
+
+def _corners(words: list[str], keypoints: bool) -> Box:
+    """The corners x0, y0, x1, y1 of an object's line, normalized."""
+    try:
+        values = [float(word) for word in words[1:]]
+    except ValueError:
+        reason = f"{' '.join(words)[:60]!r} holds what is no number"
+        raise FieldError(reason, "an object is `class cx cy w h`") from None
+    if len(values) == 4 or (keypoints and len(values) > 4):
+        x, y, w, h = values[:4]
+        return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    if len(values) < 6 or len(values) % 2:
+        remedy = "an object is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for an outline"
+        raise FieldError(f"has {len(words)} values", remedy)
+    xs = values[::2]
+    ys = values[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _label_file(path: Path) -> Path:
+    """labels/ for the last images/ of a picture's path; beside it where there are none."""
+    parts = list(path.parts)
+    beside = path.with_suffix(".txt")
+    if "images" not in parts[:-1]:
+        return beside
+    last = max(i for i, part in enumerate(parts[:-1]) if part == "images")
+    parts[last] = "labels"
+    mirrored = Path(*parts).with_suffix(".txt")
+    return beside if beside.is_file() and not mirrored.is_file() else mirrored
+
+
+# ----------------------------------------------------------------------------------------------
+# the data set
+
+
+def _data_set(imported: Import) -> _DataSet:
+    """From data.yaml, as given or in the folder, or else from the folder and its classes.txt."""
+    source = imported.source
+    if source.is_file() and source.suffix not in (".yaml", ".yml"):
+        remedy = "give the folder that holds images and labels"
+        raise DataError(f"{source}: neither a folder nor a data.yaml; {remedy}")
+    data = _description(source)
+    base = source.parent if source.is_file() else source
+    root = base / str(data.get("path") or "")
+    root = root if root.is_dir() else base
+    pictures = _listed_pictures(imported, root, data) or _pictures_below(root)
+    splits = sorted(set(pictures.values()) - {""})
+    wanted = imported.split
+    if wanted is not None:
+        if wanted not in splits:
+            there = ", ".join(splits) or "no splits"
+            raise UsageError(f"--split {wanted}: {source} has {there}")
+        pictures = {path: split for path, split in pictures.items() if split == wanted}
+    elif len(splits) > 1:
+        together = f"splits written together ({', '.join(splits)}; --split takes one)"
+        imported.remarks[together] = len(splits)
+    return _DataSet(root, _names(source, data, base, root), pictures, "kpt_shape" in data)
+
+
+def _description(source: Path) -> JsonObject:
+    """The content of data.yaml; {} where there is none."""
+    if source.is_file():
+        return _yaml(source)
+    files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    if len(files) == 1:
+        return _yaml(files[0])
+    return next((_yaml(path) for path in files if path.stem in ("data", "dataset")), {})
+
+
+def _yaml(path: Path) -> JsonObject:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not valid YAML ({reason})") from error
+    if not isinstance(data, dict):
+        must = "must hold names and the folders of pictures"
+        raise DataError(f"{path}: {must}, not {type(data).__name__}")
+    return data
+
+
+def _names(source: Path, data: JsonObject, base: Path, root: Path) -> dict[int, str]:
+    """The classes by number, from data.yaml or from classes.txt."""
+    names = data.get("names")
+    if names is None:
+        places = (base / "classes.txt", root / "classes.txt", root / "labels" / "classes.txt")
+        file = next((path for path in places if path.is_file()), None)
+        if file is None:
+            remedy = "add data.yaml with names, or classes.txt with one a line"
+            raise DataError(f"{source}: its classes have no names; {remedy}")
+        names = _lines(file)
+        while names and not names[-1].strip():
+            names.pop()
+    try:
+        if not isinstance(names, dict | list):
+            raise TypeError(f"{type(names).__name__!r} object is not iterable")
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        return {int(number): class_name(str(name)) for number, name in pairs}
+    except (FieldError, TypeError, ValueError) as error:
+        must = "must be a list of names, or number: name"
+        raise DataError(f"{source}: names: {must} ({error})") from error
+
+
+def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Path, str]:
+    """The pictures that data.yaml names for each split: folders, or text files with one path a
+    line.
+    """
+    pictures: dict[Path, str] = {}
+    for split in SPLITS:
+        entry = data.get(split)
+        entries = entry if isinstance(entry, list) else [entry] if entry else []
+        for name in map(str, entries):
+            place = root / name
+            # Roboflow writes paths from a folder below.
+            if not place.exists() and name.startswith("../"):
+                place = root / name[3:]
+            if place.is_dir():
+                pictures |= dict.fromkeys(_pictures_among(place.rglob("*")), split)
+            elif place.is_file():
+                pictures |= dict.fromkeys(_paths_in(place, root), split)
+            else:
+                imported.omissions[f"splits that are not there ({split}: {name})"] += 1
+    return pictures
+
+
+def _paths_in(file: Path, root: Path) -> list[Path]:
+    """The paths that a text file lists, one a line."""
+    lines = [line for line in _lines(file) if line.strip()]
+    return [(file.parent if line.startswith("./") else root) / line.strip() for line in lines]
+
+
+def _pictures_below(root: Path) -> dict[Path, str]:
+    """The pictures in folders named images, or else all, each with the split that its path names."""
+    every = _pictures_among(root.rglob("*"))
+    apart = [path for path in every if "images" in path.relative_to(root).parts[:-1]]
+    return {path: _split_of(path.relative_to(root)) for path in apart or every}
+
+
+def _pictures_among(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+
+
+def _split_of(path: Path) -> str:
+    return next((part for part in path.parts[:-1] if part in SPLITS), "")
+
+
+def _lines(file: Path, errors: str = "strict") -> list[str]:
+    return file.read_text(encoding="utf-8-sig", errors=errors).splitlines()
