@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, State
 from lvr_lite.generate.runtime import Runtime
 
 # Prompts decoded together.
@@ -69,7 +69,7 @@ class _ScriptedRuntime:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         assert self.decoding is not None
         logits = np.array(self._runtime.head(hidden))
-        rows = [i for i, row in enumerate(self.decoding.rows) if row.state == "text"]
+        rows = [i for i, row in enumerate(self.decoding.rows) if row.state is State.TEXT]
         for place, row in enumerate(rows):
             recorded = self.logits.setdefault(row, [])
             recorded.append(logits[place].copy())

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
-from lvr_lite.generate.decode import Prompt
+from lvr_lite.export.layers import DecoderLayers, LayerCall
+from lvr_lite.generate.decode import Prompt, embedded
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.quant.prompts import scene_prompts
+from lvr_lite.model.padding import PaddedBatch
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.reports import DecoderDrift, Drift, StepDrift
 
 # Latent steps over which drift is measured.
@@ -46,7 +47,7 @@ def _graph_drift(reference: Runtime, other: Runtime) -> dict[str, float]:
     noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
     pixels = reference.processor.see([noise])
     ids = rng.integers(0, reference.processor.tokenizer.get_vocab_size(), (1, 24), np.int64)
-    hidden = _start(reference, scene_prompts(reference, 1, SEED))
+    hidden = _start(reference, load_prompts(reference, "scenes", 1, SEED))
     both = (reference, other)
     return {
         "vision_encoder": _relative(*(r.encode(pixels.patches, pixels.grids) for r in both)),
@@ -59,7 +60,7 @@ def _layer_drift(source: Bundle, quantized: Bundle, runtime: Runtime) -> list[fl
     """Of what each layer adds to a prompt's states; both read what the fp32 layers before wrote."""
     reference = DecoderLayers(source)
     other = DecoderLayers(quantized)
-    embeds, positions, lengths = _inputs(runtime, scene_prompts(runtime, 1, SEED))
+    embeds, positions, lengths = _inputs(runtime, load_prompts(runtime, "scenes", 1, SEED))
     width = runtime.hidden_size
     states = embeds[..., :width]
     drifts = []
@@ -78,8 +79,8 @@ def latent_loop(reference: Runtime, other: Runtime, count: int = PROMPTS) -> Dec
     """Drift over the latent steps of `count` prompts; the visual tokens are those of each runtime's
     own vision graph.
     """
-    wanted_prompts = scene_prompts(reference, count, SEED)
-    got_prompts = scene_prompts(other, count, SEED)
+    wanted_prompts = load_prompts(reference, "scenes", count, SEED)
+    got_prompts = load_prompts(other, "scenes", count, SEED)
     wanted = _loop(reference, wanted_prompts, feeds_back=True)
     got = _loop(other, got_prompts, feeds_back=True)
     wanted_fed = _loop(reference, wanted_prompts, feeds_back=False)
@@ -125,39 +126,22 @@ def _start(runtime: Runtime, prompts: list[Prompt]) -> np.ndarray:
 
 
 def _inputs(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings, positions and lengths of the prompts with <|lvr_start|> after them."""
-    start = runtime.processor.tokens.lvr_start
-    return _padded(runtime, [_followed_by(prompt, start) for prompt in prompts])
-
-
-def _followed_by(prompt: Prompt, token: int) -> Prompt:
-    position = np.full((3, 1), prompt.positions.max() + 1)
-    return Prompt(
-        ids=np.append(prompt.ids, token),
-        features=prompt.features,
-        positions=np.concatenate([prompt.positions, position], 1),
-    )
-
-
-def _padded(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts side by side, as `Runtime.prefill` takes them: embeddings (B, S, H), or as wide as
-    the visual tokens, which are in their places; positions (3, B, S); lengths (B,).
+    """What `Runtime.prefill` takes of the prompts with <|lvr_start|> after them: embeddings (B, S,
+    H), or as wide as the visual tokens, positions (3, B, S) and lengths (B,).
     """
-    lengths = np.array([len(prompt.ids) for prompt in prompts])
-    longest = int(lengths.max())
     tokens = runtime.processor.tokens
-    ids = np.full((len(prompts), longest), tokens.end[0], np.int64)
-    positions = np.zeros((3, len(prompts), longest), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : lengths[row]] = prompt.ids
-        positions[:, row, : lengths[row]] = prompt.positions
-    embeds = runtime.embed(ids)
-    wider = max(prompt.features.shape[1] for prompt in prompts) - embeds.shape[2]
-    embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
-    for row, prompt in enumerate(prompts):
-        places = np.flatnonzero(prompt.ids == tokens.image)
-        embeds[row, places, : prompt.features.shape[1]] = prompt.features
-    return embeds, positions, lengths
+    batch = PaddedBatch.of(
+        [np.append(prompt.ids, tokens.lvr_start) for prompt in prompts],
+        [_one_more(prompt.positions) for prompt in prompts],
+        filler=tokens.end[0],
+    )
+    features = [prompt.features for prompt in prompts]
+    return embedded(runtime, batch, tokens.image, features), batch.positions, batch.lengths
+
+
+def _one_more(positions: np.ndarray) -> np.ndarray:
+    following = np.full((3, 1), positions.max() + 1)
+    return np.concatenate([positions, following], 1)
 
 
 def _norm(states: np.ndarray) -> np.ndarray:

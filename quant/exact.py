@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from lvr_lite import terminal
-from lvr_lite.export.graphs import Origin
+from lvr_lite.export.graphs.structure import Origin
 from lvr_lite.export.onnxfile import DataFile
 from lvr_lite.quant.integers import Read, change_operator, declare_microsoft
 from lvr_lite.train.trained_weights import TrainedWeights

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import Bundle

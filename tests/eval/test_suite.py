@@ -36,7 +36,7 @@ from lvr_lite.eval.suite import (
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.model.spec import LatentSpec
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions, scenes
 from lvr_lite.toy.make import skill_samples, write_scenes
 
 H = 4
@@ -293,7 +293,7 @@ def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
 
 
 def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
-    for name, scene, question in scenes.skills(4, 300):
+    for name, scene, question in questions.skills(4, 300):
         if question.type == "caption":
             told = {tuple(phrase.split()) for phrase in question.answer.split(" ; ")}
             where = {
@@ -308,7 +308,7 @@ def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
 
 
 def test_skills_take_turns_and_among_them_all_types_that_the_base_knows() -> None:
-    asked = [question for _, _, question in scenes.skills(0, 90)]
+    asked = [question for _, _, question in questions.skills(0, 90)]
     assert [q.type for q in asked[:4]] == ["caption", "place", "short", "caption"]
     short = Counter(q.text.split()[0] for q in asked if q.type == "short")
     assert short["odd"] == short["count"] == short["across"] + short["down"] == 5
@@ -317,7 +317,7 @@ def test_skills_take_turns_and_among_them_all_types_that_the_base_knows() -> Non
 
 
 def test_tuning_on_scenes_never_asks_what_the_skills_ask() -> None:
-    tuned = {q.text for _, _, q, _ in scenes.items(0, "train", 2000)}
+    tuned = {q.text for _, _, q, _ in questions.items(0, "train", 2000)}
     assert not tuned & {s.question for s, _ in skill_samples(120, 0)}
 
 
@@ -337,13 +337,13 @@ def test_skills_are_300_unless_limited_and_follow_from_the_seed_alone() -> None:
 
 
 def test_skills_show_combinations_that_training_never_does() -> None:
-    shown = {(t.shape, t.colour) for _, scene, _ in scenes.skills(0, 300) for t in scene.figures}
+    shown = {(t.shape, t.colour) for _, scene, _ in questions.skills(0, 300) for t in scene.figures}
     assert shown >= scenes.HELD_OUT
 
 
 def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
     tokenizer = read_checkpoint("tiny").processor.tokenizer
-    found = [(len(s.figures), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
+    found = [(len(s.figures), q.answer) for _, s, q in questions.skills(0, 300) if q.type == "caption"]
     assert max(things for things, _ in found) == 8
     assert (
         max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found)

@@ -13,13 +13,13 @@ import pytest
 
 from lvr_lite.errors import BundleError
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant import half
-from lvr_lite.quant.prompts import scene_prompts
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 
 
@@ -36,7 +36,7 @@ def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32
         runtime = OnnxRuntime(Bundle.open(folder))
         options = Options(max_tokens=3, min_tokens=3, keep_hidden=True)
         outcomes.append(
-            decode(StartsWithLatents(runtime, 3), scene_prompts(runtime, 3, seed=7), options)
+            decode(StartsWithLatents(runtime, 3), load_prompts(runtime, "scenes", 3), options)
         )
     for want, got in zip(*outcomes, strict=True):
         assert want.tokens == got.tokens

@@ -360,8 +360,8 @@ def test_a_matrix_that_the_block_does_not_divide_gets_half_of_it_or_a_quarter() 
     assert [INT4.fit(columns).block for columns in (256, 192, 96, 48)] == [128, 64, 32, 128]
 
 
-# ---------------------------------------------------------------------------------------------- one
-# matrix for two graphs
+# ----------------------------------------------------------------------------------------------
+# one matrix for two graphs
 
 
 def test_an_embedding_and_its_head_share_their_bytes(
@@ -426,7 +426,7 @@ def test_what_a_head_shares_is_what_it_multiplies_by(columns: int, tied: bool) -
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the last check
 
 
@@ -541,7 +541,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         OutputError,
-        match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another disk",
+        match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another",
     ):
         quantize_bundle(source, tmp_path / "out", "int8", [].append)
     assert not list(tmp_path.iterdir())

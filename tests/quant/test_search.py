@@ -26,7 +26,7 @@ from lvr_lite.quant.blocks import gptq
 from lvr_lite.quant.calibrated import quantize_calibrated
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.products import Products
-from lvr_lite.quant.prompts import load_prompts, scene_prompts
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.toy.make import write_scenes
 
@@ -50,7 +50,9 @@ def source(small_fp32: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def mixed(
-    source: Bundle, tmp_path_factory: pytest.TempPathFactory, quickly: None
+    source: Bundle,
+    tmp_path_factory: pytest.TempPathFactory,
+    quickly: None,  # noqa: ARG001
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
     report = quantize_calibrated(source, folder, "mixed", "scenes", [].append, bits=BUDGET)
@@ -143,7 +145,7 @@ def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(
     mixed: tuple[Path, dict[str, Any]], source: Bundle, tmp_path: Path
 ) -> None:
     runtime = OnnxRuntime(Bundle.open(mixed[0]))
-    prompts = scene_prompts(runtime, 1, seed=7)
+    prompts = load_prompts(runtime, "scenes", 1)
     result = decode(runtime, prompts, Options(max_tokens=3, min_tokens=3))[0]
     assert len(result.tokens) == 3
     reference = OnnxRuntime(source)
