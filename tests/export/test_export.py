@@ -231,7 +231,7 @@ def test_a_bundle_that_fails_the_gate_is_not_written(
             small,
             TrainedWeights(small),
             tmp_path / "out",
-            [].append,
+            print,
             lambda: load_merged(small),
             convert=changing(graph, weight),
         )
@@ -283,7 +283,7 @@ def test_a_bundle_without_a_reference_is_compared_with_nothing(
     small: Checkpoint, small_fp32: Path, tmp_path: Path
 ) -> None:
     manifest = write_bundle(
-        small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"}
+        small, TrainedWeights(small), tmp_path / "out", print, source={"origin": "mine"}
     ).manifest
     assert manifest.parity == {} == Bundle.open(tmp_path / "out").manifest.parity
     assert manifest.source["origin"] == "mine"
@@ -370,7 +370,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     with pytest.raises(
         OutputError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"
     ):
-        write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", [].append)
+        write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", print)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -388,7 +388,7 @@ def test_a_weight_that_is_not_finite_is_not_exported(
     with pytest.raises(
         BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"
     ):
-        write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", [].append)
+        write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", print)
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -423,7 +423,7 @@ def test_export_refuses_a_folder_that_is_not_a_bundle(small: Checkpoint, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="not an earlier result"):
-        write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append)
+        write_bundle(small, TrainedWeights(small), tmp_path / "out", print)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 

@@ -109,7 +109,7 @@ def test_a_bundle_of_a_shape_runs(
         shape,
         SyntheticWeights(shape),
         tmp_path / "out",
-        [].append,
+        print,
         precision="int4",
         convert=Converter(plan_of("int4")),
         source={"synthetic": name},

@@ -390,7 +390,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
 
 
 def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(Bundle.open(bundle), tmp_path / "int8", "int8", [].append)
+    quantize_bundle(Bundle.open(bundle), tmp_path / "int8", "int8", print)
     prompts = [
         prepare_prompt(
             TorchRuntime(case.model, case.checkpoint), PICTURES["square"][0], "describe"
@@ -494,9 +494,7 @@ def test_it_is_tuned_in_4_bits_and_exported(
         "train.dequantize=never",
     ]
     out = tmp_path / "tuned"
-    metrics = finetune(
-        case.checkpoint, "scenes", out, load_settings(None, overrides), say=[].append
-    )
+    metrics = finetune(case.checkpoint, "scenes", out, load_settings(None, overrides), say=print)
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)
     assert tuned.processor.family.model_type == case.checkpoint.processor.family.model_type

@@ -60,7 +60,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path
 @pytest.fixture(scope="module")
 def reports(source: Bundle) -> dict[str, dict[str, Any]]:
     return {
-        name: quantize_bundle(source, source.folder.parent / name, name, [].append).to_json()
+        name: quantize_bundle(source, source.folder.parent / name, name, print).to_json()
         for name in ("int8", "int4")
     }
 
@@ -336,7 +336,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, int]:
 
 
 def test_a_block_is_that_of_weights_of_four_bits(source: Bundle, tmp_path: Path) -> None:
-    report = quantize_bundle(source, tmp_path / "out", "int4", [].append, block=32)
+    report = quantize_bundle(source, tmp_path / "out", "int4", print, block=32)
     assert report.graphs["decoder"].conversion.schemes == ["4 bits, block 32"]
     assert report.graphs["lm_head"].conversion.schemes == ["8 bits, block 128"]
 
@@ -346,7 +346,7 @@ def test_a_block_that_the_kernels_do_not_have_is_a_usage_error(
     source: Bundle, tmp_path: Path, block: int
 ) -> None:
     with pytest.raises(UsageError, match=f"block {block}: must be a power of two, 16 or more"):
-        quantize_bundle(source, tmp_path / "out", "int4", [].append, block=block)
+        quantize_bundle(source, tmp_path / "out", "int4", print, block=block)
     assert not list(tmp_path.iterdir())
 
 
@@ -504,7 +504,7 @@ def test_an_unknown_precision_is_a_usage_error_that_names_the_known_ones(
     with pytest.raises(
         UsageError, match="'int3' is not known; quantize writes int8, int4, mixed, fp16"
     ):
-        quantize_bundle(source, tmp_path / "out", "int3", [].append)
+        quantize_bundle(source, tmp_path / "out", "int3", print)
 
 
 def test_a_source_that_is_quantized_already_is_refused(
@@ -512,15 +512,13 @@ def test_a_source_that_is_quantized_already_is_refused(
 ) -> None:
     assert reports
     with pytest.raises(BundleError, match="its precision is int8"):
-        quantize_bundle(
-            Bundle.open(source.folder.parent / "int8"), tmp_path / "out", "int4", [].append
-        )
+        quantize_bundle(Bundle.open(source.folder.parent / "int8"), tmp_path / "out", "int4", print)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_source_is_never_its_own_target(source: Bundle) -> None:
     with pytest.raises(BundleError, match="is the source itself"):
-        quantize_bundle(source, source.folder, "int8", [].append)
+        quantize_bundle(source, source.folder, "int8", print)
 
 
 def test_a_failure_midway_leaves_nothing(
@@ -530,7 +528,7 @@ def test_a_failure_midway_leaves_nothing(
         drift, "measure", lambda *_: (_ for _ in ()).throw(BundleError("cannot load it"))
     )
     with pytest.raises(BundleError, match="cannot load it"):
-        quantize_bundle(source, tmp_path / "out", "int8", [].append)
+        quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
@@ -543,10 +541,10 @@ def test_too_little_disk_is_said_before_anything_is_written(
         OutputError,
         match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another",
     ):
-        quantize_bundle(source, tmp_path / "out", "int8", [].append)
+        quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
 def test_exact_is_not_made_from_a_bundle(source: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="precision exact: is written from the checkpoint"):
-        quantize_bundle(source, tmp_path / "out", "exact", [].append)
+        quantize_bundle(source, tmp_path / "out", "exact", print)

@@ -55,7 +55,7 @@ def mixed(
     quickly: None,  # noqa: ARG001
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
-    report = quantize_calibrated(source, folder, "mixed", "scenes", [].append, bits=BUDGET)
+    report = quantize_calibrated(source, folder, "mixed", "scenes", print, bits=BUDGET)
     return folder, report.to_json()
 
 
@@ -106,14 +106,14 @@ def test_what_is_written_is_rounded_as_it_would_be_anew(
     monkeypatch.setattr(
         integers, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given)
     )
-    loaded = Calibration.load(source, "scenes", tmp_path, [].append)
+    loaded = Calibration.load(source, "scenes", tmp_path, print)
     plan = search.Search(loaded, loaded.products()).plan(frozenset())
     once = len(calls)
     assert once > 2 * 7
-    quantize_bundle(source, tmp_path / "cached", "mixed", [].append, plan=plan)
+    quantize_bundle(source, tmp_path / "cached", "mixed", print, plan=plan)
     assert len(calls) == once
     anew = replace(plan, cache=None)
-    quantize_bundle(source, tmp_path / "anew", "mixed", [].append, plan=anew)
+    quantize_bundle(source, tmp_path / "anew", "mixed", print, plan=anew)
     assert len(calls) == 2 * once
     digests = [
         [graph.files for graph in Bundle.open(tmp_path / name).manifest.graphs.values()]
@@ -151,7 +151,7 @@ def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(
     reference = OnnxRuntime(source)
     prompts = load_prompts(reference, "scenes", 4)
     references = reference_answers(reference, prompts)
-    quantize_bundle(source, tmp_path / "int4", "int4", [].append)
+    quantize_bundle(source, tmp_path / "int4", "int4", print)
     int4 = OnnxRuntime(Bundle.open(tmp_path / "int4"))
     losses = [answer_loss(r, prompts, references).total for r in (reference, runtime, int4)]
     assert losses[0] == pytest.approx(0, abs=1e-5)
@@ -166,7 +166,7 @@ def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(
     with pytest.raises(
         UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"
     ):
-        quantize_calibrated(source, tmp_path / "out", "mixed", "scenes", [].append, bits=budget)
+        quantize_calibrated(source, tmp_path / "out", "mixed", "scenes", print, bits=budget)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,7 +251,7 @@ class StartsSurely(StartsWithLatents):
 def test_the_loss_follows_the_latents_step_by_step(
     source: Bundle, small_int8: Path, tmp_path: Path
 ) -> None:
-    quantize_bundle(source, tmp_path / "int4", "int4", [].append)
+    quantize_bundle(source, tmp_path / "int4", "int4", print)
     reference = OnnxRuntime(source)
     prompts = load_prompts(reference, "scenes", 3)
     latents: list[np.ndarray] = []

@@ -35,10 +35,8 @@ def trained(
         patch.setattr(calibration, "PROMPTS", 16)
         patch.setattr(answers, "TOKENS", 8)
         source = Bundle.open(small_fp32)
-        quantize_calibrated(source, folder / "rounded", "int4", "scenes", [].append, steps=0)
-        report = quantize_calibrated(
-            source, folder / "trained", "int4", "scenes", [].append, steps=8
-        )
+        quantize_calibrated(source, folder / "rounded", "int4", "scenes", print, steps=0)
+        report = quantize_calibrated(source, folder / "trained", "int4", "scenes", print, steps=8)
         return folder, report.to_json()
 
 
@@ -81,7 +79,7 @@ def test_training_mends_scales_that_were_spoiled(
     """Learned from some questions, seen in the answers to others, under ONNX Runtime."""
     monkeypatch.setattr(tune, "RATE", 5e-3)  # the way back is long
     source = Bundle.open(small_fp32)
-    quantize_bundle(source, tmp_path / "int8", "int8", [].append)
+    quantize_bundle(source, tmp_path / "int8", "int8", print)
     int8 = Bundle.open(tmp_path / "int8")
     reference = OnnxRuntime(source)
     prompts = load_prompts(reference, "scenes", 32)
@@ -151,7 +149,7 @@ def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(
     Runtime's rounding.
     """
     # int8 has zero points.
-    quantize_bundle(Bundle.open(small_fp32), tmp_path / "int8", "int8", [].append)
+    quantize_bundle(Bundle.open(small_fp32), tmp_path / "int8", "int8", print)
     graph = torchgraph.TorchGraph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
     x = torch.randn(
         4,
@@ -178,7 +176,7 @@ def test_a_single_prompt_cannot_be_trained_on_and_held_out(
         DataError,
         match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0",
     ):
-        quantize_calibrated(Bundle.open(small_fp32), tmp_path / "out", "int4", str(path), [].append)
+        quantize_calibrated(Bundle.open(small_fp32), tmp_path / "out", "int4", str(path), print)
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
 
 
