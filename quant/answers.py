@@ -12,6 +12,7 @@ import numpy as np
 
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, State
 from lvr_lite.generate.runtime import Runtime
+from lvr_lite.quant.reports import AnswerLoss
 
 # Prompts decoded together.
 BATCH = 16
@@ -33,22 +34,6 @@ class Reference:
     log_probabilities: list[np.ndarray]
     hidden: list[np.ndarray]
     latents: int
-
-
-@dataclass(frozen=True)
-class AnswerLoss:
-    """How far answers are from the reference.
-
-    kl: divergence of the distributions from fp32's, in nats, mean over all choices.
-    drift: 1 - cosine of the latents to fp32's, mean over all latent steps.
-    """
-
-    kl: float
-    drift: float
-
-    @property
-    def total(self) -> float:
-        return self.kl + self.drift
 
 
 class _ScriptedRuntime:

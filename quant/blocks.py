@@ -80,7 +80,9 @@ def quantize(
     count = -(-columns // scheme.block)
     weight = None
     if importance is not None:
-        weight = _weight_of_errors(importance, count, scheme.block)
+        # None of padding, and a little of columns without any importance.
+        weight = _cut(importance[None], scheme.block)[0]
+        weight += 1e-6 * float(importance.max() or 1)
     values = np.zeros((rows, count, scheme.block), np.uint8)
     scales = np.zeros((rows, count), np.float32)
     zeros = np.zeros((rows, count), np.uint8)
@@ -102,13 +104,6 @@ def quantize(
     )
 
 
-def _weight_of_errors(importance: np.ndarray, count: int, block: int) -> np.ndarray:
-    """(blocks, block): none of padding, and a little of columns without any importance."""
-    padded = np.zeros(count * block, np.float32)
-    padded[: len(importance)] = importance
-    return padded.reshape(count, block) + 1e-6 * float(importance.max() or 1)
-
-
 def storable(scale: np.ndarray) -> np.ndarray:
     """The nearest scale that float16 holds; none becomes 0, which has no sign and divides by 0."""
     stored = scale.astype(np.float16).astype(np.float32)
@@ -121,12 +116,11 @@ Rounded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _round(matrix: np.ndarray, scheme: Scheme, weight: np.ndarray | None) -> Rounded:
     x = _cut(matrix, scheme.block)
-    round_once = _symmetric if scheme.symmetric else _asymmetric
-    best = round_once(x, scheme.bits, SHRINK[0], weight)
+    best = _round_once(x, scheme, SHRINK[0], weight)
     least = _squared_error(x, best, weight)
     # At 8 bits clipping never pays.
     for shrink in SHRINK[1:] if scheme.bits < 8 else ():
-        candidate = round_once(x, scheme.bits, shrink, weight)
+        candidate = _round_once(x, scheme, shrink, weight)
         error = _squared_error(x, candidate, weight)
         better = error < least
         least[better] = error[better]
@@ -198,26 +192,27 @@ def _factor(products: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
 
 
-def _symmetric(x: np.ndarray, bits: int, shrink: np.float32, weight: np.ndarray | None) -> Rounded:
-    half = 1 << (bits - 1)
+def _round_once(
+    x: np.ndarray, scheme: Scheme, shrink: np.float32, weight: np.ndarray | None
+) -> Rounded:
+    """With scales that reach the part `shrink` of the largest values, refitted."""
+    top = (1 << scheme.bits) - 1
     low = x.min(-1)
     high = x.max(-1)
-    # The sign of the value furthest from 0 decides the scale's: q has one step more below zero.
-    extreme = np.where(-low > high, low, high)
-    scale = _nonzero(extreme * shrink / -half)
-    q = np.clip(np.rint(x / scale[..., None]), -half, half - 1)
-    scale = _refit(x, q, scale, weight)
-    return q + half, scale, np.full(scale.shape, half, np.float32)
-
-
-def _asymmetric(x: np.ndarray, bits: int, shrink: np.float32, weight: np.ndarray | None) -> Rounded:
-    top = (1 << bits) - 1
-    low = np.minimum(x.min(-1), 0) * shrink
-    high = np.maximum(x.max(-1), 0) * shrink
-    scale = _nonzero((high - low) / top)
-    zero = np.clip(np.rint(-low / scale), 0, top)
-    q = np.clip(np.rint(x / scale[..., None]) + zero[..., None], 0, top)
-    return q, _refit(x, q - zero[..., None], scale, weight), zero
+    if scheme.symmetric:
+        half = 1 << (scheme.bits - 1)
+        # The sign of the value furthest from 0 decides the scale's: q has one step more below.
+        extreme = np.where(-low > high, low, high)
+        scale = _nonzero(extreme * shrink / -half)
+        zero = np.full(scale.shape, half, np.float32)
+    else:
+        low = np.minimum(low, 0) * shrink
+        high = np.maximum(high, 0) * shrink
+        scale = _nonzero((high - low) / top)
+        zero = np.clip(np.rint(-low / scale), 0, top)
+    zeros = zero[..., None]
+    q = np.clip(np.rint(x / scale[..., None]) + zeros, 0, top)
+    return q, _refit(x, q - zeros, scale, weight), zero
 
 
 def _nonzero(scale: np.ndarray) -> np.ndarray:

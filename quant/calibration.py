@@ -52,7 +52,15 @@ class Calibration:
         samples.
         """
         large = source.bytes > LARGE
-        runtime = _runtime(source, large, scratch, progress)
+        answering = source
+        if large:
+            progress(
+                "calibration: an int8 copy reasons and answers, since fp32 would take too much "
+                "memory"
+            )
+            quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
+            answering = Bundle.open(scratch / "int8", check=False)
+        runtime = OnnxRuntime(answering)
         prompts = load_prompts(runtime, data, PROMPTS_LARGE if large else PROMPTS)
         return cls(source, runtime, prompts, large, scratch, progress)
 
@@ -75,13 +83,3 @@ class Calibration:
                 "--tune-steps 0"
             )
         return Tuner(self.runtime, products, steps, self.progress)
-
-
-def _runtime(
-    source: Bundle, large: bool, scratch: Path, progress: Callable[[str], None]
-) -> OnnxRuntime:
-    if not large:
-        return OnnxRuntime(source)
-    progress("calibration: an int8 copy reasons and answers, since fp32 would take too much memory")
-    quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
-    return OnnxRuntime(Bundle.open(scratch / "int8", check=False))

@@ -15,6 +15,7 @@ import onnx
 from lvr_lite import terminal
 from lvr_lite.export.graphs.structure import Origin
 from lvr_lite.export.onnxfile import DataFile
+from lvr_lite.files import JsonObject
 from lvr_lite.quant.integers import Read, change_operator, declare_microsoft
 from lvr_lite.train.trained_weights import TrainedWeights
 
@@ -37,7 +38,7 @@ class ExactConvert:
         read: Read,
         data: DataFile,
         origins: Mapping[str, Origin],
-    ) -> dict[str, object]:
+    ) -> JsonObject:
         """Linears of the 4-bit base become MatMulBnb4, in place; all else stays in float32."""
         weights = {tensor.name: tensor for tensor in model.graph.initializer}
         packed: list[onnx.TensorProto] = []

@@ -55,94 +55,75 @@ class EmbeddingTable:
         return not padded and self.scheme == scheme and np.array_equal(self.matrix, matrix)
 
 
-def convert(
-    name: str,
-    model: onnx.ModelProto,
-    read: Read,
-    data: DataFile,
-    plan: RoundingPlan,
-    table: EmbeddingTable | None = None,
-) -> tuple[Conversion, EmbeddingTable | None]:
-    """Turn a float graph into one of integer weights, in place.
+@dataclass
+class IntegerGraph:
+    """A float graph that becomes one of integer weights.
 
     name: of the graph, such as "decoder".
+    model: is changed in place.
     read: gives the values of a weight.
     data: the file that the new weights go to.
-    table: the embedding that was rounded before, for the head.
-    Returns what became of the graph, and the table for those that come after it. Raises BundleError
-    for a weight that cannot be rounded.
-    """
-    graph = _IntegerGraph(name, model, read, data, plan, table)
-    graph.convert()
-    return graph.conversion(), graph.table
-
-
-class _IntegerGraph:
-    """One graph on its way from float to integer weights.
-
-    table: the embedding that was rounded, here or before.
-    parts: {weight: names of the tensors that took its place}; several nodes may share a weight.
-    schemes: {node: how its weight was rounded}; of a shared weight, the first node.
-    errors: {node: relative error of its weight}.
-    kept: {weight: why it stayed in float}.
+    plan: how each weight is rounded.
+    table: the embedding that was rounded before, for the head; afterwards this graph's, if it has
+        one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: onnx.ModelProto,
-        read: Read,
-        data: DataFile,
-        plan: RoundingPlan,
-        table: EmbeddingTable | None,
-    ) -> None:
-        self._name = name
-        self._model = model
-        self._read = read
-        self._data = data
-        self._plan = plan
-        self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    name: str
+    model: onnx.ModelProto
+    read: Read
+    data: DataFile
+    plan: RoundingPlan
+    table: EmbeddingTable | None = None
+
+    def __post_init__(self) -> None:
+        self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        # {weight: names of the tensors that took its place}; several nodes may share a weight
         self._parts: dict[str, list[str]] = {}
+        # {scales in float32: node that widens them}
         self._casts: dict[str, onnx.NodeProto] = {}
+        # {node: how its weight was rounded, and with which error}; of a shared weight, the first
         self._schemes: dict[str, Scheme] = {}
         self._errors: dict[str, float] = {}
         self._kept: dict[str, str] = {}
         self._shared = False
         self._values = 0
         self._bytes = 0
-        self._squared_error = 0.0
-        self._squared_norm = 0.0
-        self.table = table
+        # Squares of the rounding errors, and of the weights.
+        self._squares = np.zeros(2)
 
-    def convert(self) -> None:
-        nodes = [node for node in self._model.graph.node if self._is_replaceable(node)]
-        for node in terminal.bar(nodes, f"{self._name}: weights"):
+    def convert(self) -> Conversion:
+        """Returns what became of the graph. Raises BundleError for a weight that cannot be
+        rounded.
+        """
+        nodes = [node for node in self.model.graph.node if self._is_replaceable(node)]
+        for node in terminal.bar(nodes, f"{self.name}: weights"):
             weight = self._weights[node.input[WEIGHT_INPUT[node.op_type]]]
             if node.op_type == "MatMul":
                 self._replace_matmul(node, weight)
             else:
                 self._replace_gather(node, weight)
         for cast in self._casts.values():
-            self._model.graph.node.insert(0, cast)
+            self.model.graph.node.insert(0, cast)
         self._keep_the_rest()
-        declare_microsoft(self._model)
+        declare_microsoft(self.model)
+        return self._conversion()
 
-    def conversion(self) -> Conversion:
+    def _conversion(self) -> Conversion:
         number = {bits: sum(s.bits == bits for s in self._schemes.values()) for bits in (4, 8)}
         mixed = all(number.values())
         names = [
             f"{n} × {bits} bits" if mixed else f"{bits} bits" for bits, n in number.items() if n
         ]
         return Conversion(
-            precision="mixed" if mixed else f"int{self._plan.by_graph[self._name].bits}",
+            precision="mixed" if mixed else f"int{self.plan.by_graph[self.name].bits}",
             what=" and ".join(names),
-            schemes=sorted({str(scheme) for scheme in self._schemes.values()}),
+            schemes=sorted(map(str, set(self._schemes.values()))),
             replaced=len(self._errors),
             kept=self._kept,
             shared=self._shared,
             weights=self._values,
             bytes_of_weights=self._bytes,
-            weight_error=_relative(self._squared_error, self._squared_norm),
+            weight_error=_relative(self._squares),
             errors=self._errors,
             layers=layer_errors(self._errors),
             bits={node: scheme.bits for node, scheme in self._schemes.items()},
@@ -163,21 +144,21 @@ class _IntegerGraph:
         would stay as it is unnoticed.
         """
         new = {name for names in self._parts.values() for name in names}
-        used = {name for node in self._model.graph.node for name in node.input}
-        tensors = [tensor for tensor in self._model.graph.initializer if tensor.name in used]
+        used = {name for node in self.model.graph.node for name in node.input}
+        tensors = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
         for tensor in tensors:
             if tensor.name not in new and _is_float_matrix(tensor):
                 self._keep(tensor)
-        del self._model.graph.initializer[:]
-        self._model.graph.initializer.extend(
-            tensor if tensor.name in new else self._data.add(tensor.name, self._read(tensor))
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(
+            tensor if tensor.name in new else self.data.add(tensor.name, self.read(tensor))
             for tensor in tensors
         )
 
     def _keep(self, tensor: onnx.TensorProto) -> None:
         size = int(np.prod(tensor.dims))
         if size >= SMALL:
-            readers = {n.op_type for n in self._model.graph.node if tensor.name in n.input}
+            readers = {n.op_type for n in self.model.graph.node if tensor.name in n.input}
             raise BundleError(
                 f"weight {tensor.name} {list(tensor.dims)} of {', '.join(sorted(readers))} "
                 "cannot be quantized; nothing written"
@@ -214,24 +195,24 @@ class _IntegerGraph:
         and how it was rounded.
         """
         columns = weight.dims[0 if transpose else 1]
-        scheme = self._plan.scheme(self._name, weight.name, columns)
+        scheme = self.plan.scheme(self.name, weight.name, columns)
         if weight.name not in self._parts:
             matrix = self._matrix(weight, transpose)
             self._values += matrix.size
             if transpose and self.table is not None and self.table.is_tied_to(matrix, scheme):
                 self._parts[weight.name] = self._share(self.table)
             else:
-                blocks = self._round(f"{self._name}/{weight.name}", matrix, scheme)
+                blocks = self._round(f"{self.name}/{weight.name}", matrix, scheme)
                 tensors = self._add(weight.name, blocks, flat=not transpose)
                 self._parts[weight.name] = [tensor.name for tensor in tensors]
                 self._errors[node.name] = self._error(blocks, matrix)
-                if not transpose and self._name == "embed_tokens":
+                if not transpose and self.name == "embed_tokens":
                     self.table = EmbeddingTable(matrix, scheme, tensors)
             self._schemes[node.name] = scheme
         return self._widened(self._parts[weight.name]), scheme
 
     def _matrix(self, weight: onnx.TensorProto, transpose: bool) -> np.ndarray:
-        matrix = self._read(weight)
+        matrix = self.read(weight)
         onnxfile.check_finite(weight.name, matrix)
         if float(np.abs(matrix).max()) > LARGEST:
             raise BundleError(
@@ -241,28 +222,25 @@ class _IntegerGraph:
         return np.ascontiguousarray(matrix.T) if transpose else matrix
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
-        if scheme.bits == 8 or key not in self._plan.products:
+        if scheme.bits == 8 or key not in self.plan.products:
             return quantize(matrix, scheme)
-        if self._plan.cache is None:
-            return gptq(matrix, self._plan.products[key], scheme)
-        file = self._plan.cache / f"{hashlib.sha256(f'{key} {scheme}'.encode()).hexdigest()}.npz"
+        if self.plan.cache is None:
+            return gptq(matrix, self.plan.products[key], scheme)
+        file = self.plan.cache / f"{hashlib.sha256(f'{key} {scheme}'.encode()).hexdigest()}.npz"
         if not file.is_file():
-            _save(file, gptq(matrix, self._plan.products[key], scheme))
+            _save(file, gptq(matrix, self.plan.products[key], scheme))
         return _load(file, scheme, matrix.shape[1])
 
     def _error(self, blocks: Blocks, matrix: np.ndarray) -> float:
         """The relative error of one matrix, which is added to that of the graph."""
         step = max(1, MEASURED // matrix.shape[1])
-        squared_error = 0.0
-        squared_norm = 0.0
+        squares = np.zeros(2)
         for first in range(0, len(matrix), step):
             rows = slice(first, first + step)
-            gap = blocks.rows(rows).dense() - matrix[rows]
-            squared_error += float(np.square(gap).sum())
-            squared_norm += float(np.square(matrix[rows]).sum())
-        self._squared_error += squared_error
-        self._squared_norm += squared_norm
-        return _relative(squared_error, squared_norm)
+            error = blocks.rows(rows).dense() - matrix[rows]
+            squares += [np.square(error).sum(), np.square(matrix[rows]).sum()]
+        self._squares += squares
+        return _relative(squares)
 
     def _share(self, table: EmbeddingTable) -> list[str]:
         """The embedding's bytes, which stay in its file, as MatMulNBits wants them declared."""
@@ -277,7 +255,7 @@ class _IntegerGraph:
             tensors.append(mine)
         del tensors[0].dims[:]
         tensors[0].dims.extend([rows, columns // block, block * table.scheme.bits // 8])
-        self._model.graph.initializer.extend(tensors)
+        self.model.graph.initializer.extend(tensors)
         return [tensor.name for tensor in tensors]
 
     def _add(self, name: str, blocks: Blocks, flat: bool) -> list[onnx.TensorProto]:
@@ -292,8 +270,8 @@ class _IntegerGraph:
         if blocks.zeros is not None:
             arrays[f"{name}_zeros"] = pack(blocks.zeros, blocks.bits)
         self._bytes += sum(array.nbytes for array in arrays.values())
-        tensors = [self._data.add(key, array) for key, array in arrays.items()]
-        self._model.graph.initializer.extend(tensors)
+        tensors = [self.data.add(key, array) for key, array in arrays.items()]
+        self.model.graph.initializer.extend(tensors)
         return tensors
 
     def _widened(self, names: list[str]) -> list[str]:
@@ -328,8 +306,9 @@ def _load(file: Path, scheme: Scheme, columns: int) -> Blocks:
         )
 
 
-def _relative(squared_error: float, squared_norm: float) -> float:
-    return float(np.sqrt(squared_error / max(squared_norm, 1e-30)))
+def _relative(squares: np.ndarray) -> float:
+    error, norm = squares
+    return float(np.sqrt(error / max(norm, 1e-30)))
 
 
 def change_operator(

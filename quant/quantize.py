@@ -20,18 +20,18 @@ from lvr_lite import files
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.export.onnxfile import DataFile
+from lvr_lite.files import JsonObject
 from lvr_lite.model.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
     Graph,
     Manifest,
-    TensorInfo,
     write_manifest,
 )
-from lvr_lite.quant import drift, half, integers
+from lvr_lite.quant import drift, half
 from lvr_lite.quant.form import check_form
-from lvr_lite.quant.integers import EmbeddingTable, Read
+from lvr_lite.quant.integers import EmbeddingTable, IntegerGraph, Read
 from lvr_lite.quant.reports import Conversion, Drift, GraphReport, QuantizationReport, TuningReport
 from lvr_lite.quant.schemes import RoundingPlan, plan_of
 from lvr_lite.quant.tune import Tuner
@@ -54,12 +54,12 @@ class Converter:
         self._table: EmbeddingTable | None = None
 
     def convert(self, graph: str, model: onnx.ModelProto, read: Read, data: DataFile) -> Conversion:
-        """`model` is changed in place, see `integers.convert` and `half.convert`."""
+        """`model` is changed in place, see `IntegerGraph` and `half.convert`."""
         if self._plan is None:
             return half.convert(model, read, data)
-        conversion, self._table = integers.convert(
-            graph, model, read, data, self._plan, self._table
-        )
+        integer_graph = IntegerGraph(graph, model, read, data, self._plan, self._table)
+        conversion = integer_graph.convert()
+        self._table = integer_graph.table
         return conversion
 
     def __call__(
@@ -69,7 +69,7 @@ class Converter:
         read: Read,
         data: DataFile,
         origins: Mapping[str, object],  # noqa: ARG002
-    ) -> dict[str, object]:
+    ) -> JsonObject:
         return self.convert(graph, model, read, data).to_json()
 
 
@@ -106,17 +106,18 @@ def quantize_bundle(
     with files.fresh_folder(target, MANIFEST) as folder:
         (folder / "onnx").mkdir()
         for name in ORDER:
+            before = source.manifest.graphs[name]
             conversion = _write_graph(source, name, folder, converter)
-            graphs[name] = _entry(source.manifest.graphs[name], folder, conversion.precision)
-            before = source.manifest.graphs[name].bytes
-            reports[name] = GraphReport(conversion, before, graphs[name].bytes)
+            graphs[name] = onnxfile.describe(folder, before.path, conversion.precision)
+            reports[name] = GraphReport(conversion, before.bytes, graphs[name].bytes)
             progress(reports[name].line(name))
         (folder / TOKENIZER).write_bytes((source.folder / TOKENIZER).read_bytes())
         written = Bundle(folder, _manifest(source.manifest, graphs, precision))
         tuning = None
         if tuner is not None:
             tuning = tuner.tune(written)
-            graphs["decoder"] = _entry(graphs["decoder"], folder, graphs["decoder"].precision)
+            decoder = graphs["decoder"]
+            graphs["decoder"] = onnxfile.describe(folder, decoder.path, decoder.precision)
             written = written.with_manifest(graphs=graphs)
         write_manifest(folder, written.manifest)
         check_form(written)
@@ -172,30 +173,6 @@ def _write_graph(source: Bundle, name: str, folder: Path, converter: Converter) 
         conversion = converter.convert(name, model, read, data)
     path.write_bytes(model.SerializeToString())
     return conversion
-
-
-def _entry(graph: Graph, folder: Path, precision: str) -> Graph:
-    """The manifest's entry for a graph of the source, or of this bundle, as it now is."""
-    proto = onnxfile.load(folder / graph.path).graph
-    digests, size = onnxfile.graph_files(folder, graph.path)
-    return Graph(
-        files=digests,
-        bytes=size,
-        precision=precision,
-        inputs=_typed(graph.inputs, proto.input),
-        outputs=_typed(graph.outputs, proto.output),
-    )
-
-
-def _typed(
-    ports: dict[str, TensorInfo], values: list[onnx.ValueInfoProto]
-) -> dict[str, TensorInfo]:
-    """Inputs or outputs with the types that they now have."""
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return {
-        name: replace(port, dtype=str(onnx.helper.tensor_dtype_to_np_dtype(types[name])))
-        for name, port in ports.items()
-    }
 
 
 def _manifest(manifest: Manifest, graphs: dict[str, Graph], precision: str) -> Manifest:

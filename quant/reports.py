@@ -1,12 +1,10 @@
-"""What report.json says of a quantized bundle, one class an object. May import: the standard
-library.
-"""
+"""What report.json says of a quantized bundle, one class an object. May import: the core."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from lvr_lite.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Conversion:
     layers: dict[str, float]
     bits: dict[str, int]
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -52,7 +50,7 @@ class GraphReport:
     bytes_before: int
     bytes: int
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         sizes = {"bytes_before": self.bytes_before, "bytes": self.bytes}
         return self.conversion.to_json() | sizes
 
@@ -110,12 +108,12 @@ class Drift:
     layers: list[float]
     decoder: DecoderDrift | None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         decoder = None if self.decoder is None else asdict(self.decoder)
         return {**self.graphs, "layers": self.layers, "decoder": decoder}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Drift:
+    def from_json(cls, data: JsonObject) -> Drift:
         graphs = {name: data[name] for name in data if name not in ("layers", "decoder")}
         decoder = data["decoder"]
         if decoder is not None:
@@ -142,32 +140,37 @@ class TuningReport:
 
 
 @dataclass(frozen=True)
+class AnswerLoss:
+    """How far answers are from the reference.
+
+    kl: divergence of the distributions from fp32's, in nats, mean over all choices.
+    drift: 1 - cosine of the latents to fp32's, mean over all latent steps.
+    """
+
+    kl: float
+    drift: float
+
+    @property
+    def total(self) -> float:
+        return self.kl + self.drift
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A mixture of 4 and 8 bits, and what a bundle of it costs.
 
     eight: units of 8 bits.
     bits: a weight of decoder, embedding and head, scales included.
-    kl: divergence of the answers from fp32's, in nats.
-    drift: mean of 1 - cosine of the latents to fp32's.
     """
 
     eight: frozenset[str]
     bits: float
-    kl: float
-    drift: float
+    loss: AnswerLoss
 
-    @property
-    def loss(self) -> float:
-        return self.kl + self.drift
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "eight": sorted(self.eight),
-            "bits": round(self.bits, 4),
-            "kl": self.kl,
-            "drift": self.drift,
-            "loss": self.loss,
-        }
+    def to_json(self) -> JsonObject:
+        bits = round(self.bits, 4)
+        costs = {**asdict(self.loss), "loss": self.loss.total}
+        return {"eight": sorted(self.eight), "bits": bits, **costs}
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class SearchReport:
     measured: list[Candidate]
     prompts: int
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         return {
             "chosen": self.chosen.to_json(),
             "budget": self.budget,
@@ -218,30 +221,23 @@ class QuantizationReport:
     bits_per_weight: float
     graphs: dict[str, GraphReport]
     drift: Drift
-    parity: dict[str, Any]
+    parity: JsonObject
     tuning: TuningReport | None = None
     seconds: float | None = None
     peak_rss_mb: float | None = None
     search: SearchReport | None = None
     search_seconds: float | None = None
 
-    def to_json(self) -> dict[str, object]:
-        report: dict[str, object] = {
-            "precision": self.precision,
-            "bytes_before": self.bytes_before,
-            "bytes": self.bytes,
-            "bits_per_weight": self.bits_per_weight,
+    def to_json(self) -> JsonObject:
+        report: JsonObject = {
+            **vars(self),
             "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
             "drift": self.drift.to_json(),
-            "parity": self.parity,
         }
         if self.tuning is not None:
             report["tuning"] = asdict(self.tuning)
-        if self.seconds is not None:
-            report["seconds"] = self.seconds
-            report["peak_rss_mb"] = self.peak_rss_mb
         if self.search is not None:
             report["search"] = self.search.to_json()
-        if self.search_seconds is not None:
-            report["search_seconds"] = self.search_seconds
-        return report
+        # Of a bundle that is written the peak stands there even where the system does not tell it.
+        always = {"peak_rss_mb"} if self.seconds is not None else set()
+        return {k: v for k, v in report.items() if v is not None or k in always}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -63,8 +64,8 @@ def write_mixed(
     written = quantize_bundle(source, target, "mixed", progress, plan=plan, tuner=tuner)
     assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
     progress(
-        f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.kl:.2e}, "
-        f"drift {chosen.drift:.2e}"
+        f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.loss.kl:.2e}, "
+        f"drift {chosen.loss.drift:.2e}"
     )
     report = replace(written, search=result)
     write_report(target, report)
@@ -95,16 +96,22 @@ class _Variant:
     def weights(self) -> int:
         return sum(c.weights for c in self.conversions.values() if not c.shared)
 
-    def node_bytes(self) -> dict[str, int]:
-        """{node of the decoder: bytes of its weight}"""
-        sizes = {tensor.name: onnxfile.size(tensor) for tensor in self.decoder.initializer}
-        for node in self.decoder.node:
-            if node.op_type == "Cast" and node.input[0] in sizes:
-                sizes[node.output[0]] = sizes[node.input[0]]
-        return {
-            node.name: sum(sizes.get(name, 0) for name in node.input[1:])
-            for node in self.decoder.node
-        }
+    def decoder_bytes(self) -> Counter[str]:
+        """{weight of the decoder: its bytes}"""
+        sizes: Counter[str] = Counter()
+        for tensor in self.decoder.initializer:
+            sizes[_weight_of(tensor)] += onnxfile.size(tensor)
+        return sizes
+
+
+def _weight_of(tensor: onnx.TensorProto) -> str:
+    """The weight that integers, scales or zero points stand for."""
+    return str(tensor.name.rpartition("_")[0])
+
+
+def _weight_read(node: onnx.NodeProto) -> str:
+    """Nodes are named after their weights."""
+    return f"{node.name.partition('/')[0]}.weight"
 
 
 class Search:
@@ -157,13 +164,13 @@ class Search:
             )
         gains: dict[str, float] = {}
         for unit in terminal.bar(list(self._costs), "8 bits for one unit"):
-            gains[unit] = base.loss - self._measure(frozenset([unit])).loss
+            gains[unit] = base.loss.total - self._measure(frozenset([unit])).loss.total
         mixtures = list(dict.fromkeys(self._mixtures(gains, budget)))
         for eight in terminal.bar(mixtures, "candidates"):
             self._measure(eight)
         within = [candidate for candidate in self.measured if candidate.bits <= budget]
         return SearchReport(
-            chosen=min(within, key=lambda candidate: candidate.loss),
+            chosen=min(within, key=lambda candidate: candidate.loss.total),
             budget=budget,
             units=len(self._costs),
             measured=list(self.measured),
@@ -173,7 +180,6 @@ class Search:
     def plan(self, eight: frozenset[str]) -> RoundingPlan:
         """How a bundle is rounded whose units `eight` have 8 bits."""
         small = COMPACT if HEAD in eight else self._four_bits
-        layers = {node.split("/")[0] for node in self._nodes(eight)}
         return RoundingPlan(
             by_graph={
                 "vision_encoder": COMPACT,
@@ -181,7 +187,7 @@ class Search:
                 "lm_head": small,
                 "decoder": self._four_bits,
             },
-            by_weight={f"decoder/{layer}.weight": COMPACT for layer in layers},
+            by_weight={f"decoder/{weight}": COMPACT for weight in self._weights(eight)},
             products=self._products,
             cache=self._cache,
         )
@@ -219,38 +225,36 @@ class Search:
 
     @cached_property
     def _units(self) -> dict[str, list[str]]:
-        """{unit: nodes of the decoder}: a weight; in a deep model the same weight of so many
-        neighbouring layers that there are no more than UNITS. A layer's own weights never go
-        together: its values, a small part of it, gain several times what its largest do.
+        """{unit: weights of the decoder}: one; in a deep model the same one of so many neighbouring
+        layers that there are no more than UNITS. A layer's own weights never go together: its
+        values, a small part of it, gain several times what its largest do.
         """
-        nodes = [n.name for n in self._variants[4].decoder.node if n.op_type == "MatMulNBits"]
+        nodes = self._variants[4].decoder.node
+        weights = [_weight_read(node) for node in nodes if node.op_type == "MatMulNBits"]
         most = UNITS_LARGE if self.calibration.large else UNITS
-        span = -(-len(nodes) // most)
+        span = -(-len(weights) // most)
         units: dict[str, list[str]] = {}
-        for node in nodes:
-            unit = node.split("/")[0].removeprefix("language_model.")
+        for weight in weights:
+            unit = weight.removeprefix("language_model.").removesuffix(".weight")
             layer = re.search(r"layers\.(\d+)", unit)
             if layer and span > 1:
                 first = int(layer[1]) // span * span
                 unit = unit.replace(layer[0], f"layers.{first}-{first + span - 1}")
-            units.setdefault(unit, []).append(node)
+            units.setdefault(unit, []).append(weight)
         return units
 
     @cached_property
     def _costs(self) -> dict[str, int]:
         """{unit: bytes that it takes more with 8 bits}"""
-        four = self._variants[4].node_bytes()
-        eight = self._variants[8].node_bytes()
-        costs = {
-            unit: sum(eight[node] - four[node] for node in nodes)
-            for unit, nodes in self._units.items()
-        }
-        small = [self._variants[bits].bytes(*SMALL_GRAPHS) for bits in (4, 8)]
-        return costs | {HEAD: small[1] - small[0]}
+        four, eight = (self._variants[bits] for bits in (4, 8))
+        sizes = eight.decoder_bytes()
+        sizes.subtract(four.decoder_bytes())
+        costs = {unit: sum(sizes[w] for w in weights) for unit, weights in self._units.items()}
+        return costs | {HEAD: eight.bytes(*SMALL_GRAPHS) - four.bytes(*SMALL_GRAPHS)}
 
-    def _nodes(self, eight: frozenset[str]) -> set[str]:
-        """The decoder's nodes of these units."""
-        return {node for unit in eight for node in self._units.get(unit, ())}
+    def _weights(self, eight: frozenset[str]) -> set[str]:
+        """The decoder's weights of these units."""
+        return {weight for unit in eight for weight in self._units.get(unit, ())}
 
     def _bits(self, eight: frozenset[str]) -> float:
         """A weight, scales included."""
@@ -270,34 +274,26 @@ class Search:
             head=open_session(small["lm_head"].SerializeToString(), scratch),
         )
         loss = answer_loss(runtime, self._prompts, self._references)
-        self.measured.append(Candidate(eight, self._bits(eight), loss.kl, loss.drift))
+        self.measured.append(Candidate(eight, self._bits(eight), loss))
         return self.measured[-1]
 
     def _mixture(self, eight: frozenset[str]) -> onnx.ModelProto:
         """The decoder with the nodes of these units from the 8-bit graph and all others from the
         4-bit one.
         """
-        wide = self._nodes(eight)
+        wide = self._weights(eight)
+        four_bits = self._variants[4].decoder
+        eight_bits = self._variants[8].decoder
         model = onnx.ModelProto()
         model.CopyFrom(self._variants[4].graphs["decoder"])
-        wide_nodes = {node.name: node for node in self._variants[8].decoder.node}
-        # {tensor: bits of the variant that has it}
-        bits: dict[str, int] = {}
-        for node in model.graph.node:
-            if node.name in wide:
-                node.CopyFrom(wide_nodes[node.name])
-            bits |= dict.fromkeys(node.input, 8 if node.name in wide else 4)
-        for node in model.graph.node:
-            if node.op_type == "Cast" and node.output[0] in bits:
-                bits[node.input[0]] = bits[node.output[0]]
-        tensors = {
-            count: {tensor.name: tensor for tensor in variant.decoder.initializer}
-            for count, variant in self._variants.items()
-        }
+        for node, wide_node in zip(model.graph.node, eight_bits.node, strict=True):
+            if _weight_read(node) in wide:
+                node.CopyFrom(wide_node)
         del model.graph.initializer[:]
         model.graph.initializer.extend(
-            tensors[count][name] for name, count in bits.items() if name in tensors[count]
+            t for t in four_bits.initializer if _weight_of(t) not in wide
         )
+        model.graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
         return model
 
 
@@ -307,7 +303,7 @@ def draw(search: SearchReport, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    points = sorted((candidate.bits, candidate.loss) for candidate in search.measured)
+    points = sorted((candidate.bits, candidate.loss.total) for candidate in search.measured)
     front: list[tuple[float, float]] = []
     for size, loss in points:
         if not front or loss < front[-1][1]:
@@ -315,10 +311,9 @@ def draw(search: SearchReport, path: Path) -> None:
     chosen = search.chosen
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(*zip(*points, strict=True), s=14, color="0.6", label="measured")
+    axes.plot(*zip(*points, strict=True), "o", ms=4, color="0.6", label="measured")
     axes.plot(*zip(*front, strict=True), marker="o", label="best of its size")
-    ring = {"facecolor": "none", "edgecolor": "red", "zorder": 3}
-    axes.scatter([chosen.bits], [chosen.loss], s=90, label="written", **ring)
+    axes.plot(chosen.bits, chosen.loss.total, "o", ms=10, mfc="none", mec="red", label="written")
     axes.axvline(search.budget, linestyle=":", color="0.5")
     axes.set(
         xlabel="bits a weight (decoder, embedding, head; scales included)",
