@@ -142,7 +142,8 @@ def _cut(matrix: np.ndarray, block: int) -> np.ndarray:
 def _squared_error(x: np.ndarray, rounded: Rounded, weight: np.ndarray | None) -> np.ndarray:
     """(rows, blocks), of each block."""
     q, scale, zero = rounded
-    square = np.square((q - zero[..., None]) * scale[..., None] - x)
+    rounded_x = (q - zero[..., None]) * scale[..., None]
+    square = np.square(rounded_x - x)
     if weight is not None:
         square = square * weight
     return np.asarray(square.sum(-1))
@@ -193,7 +194,10 @@ def _factor(products: np.ndarray) -> np.ndarray:
 
 
 def _round_once(
-    x: np.ndarray, scheme: Scheme, shrink: np.float32, weight: np.ndarray | None
+    x: np.ndarray,
+    scheme: Scheme,
+    shrink: np.float32,
+    weight: np.ndarray | None,
 ) -> Rounded:
     """With scales that reach the part `shrink` of the largest values, refitted."""
     top = (1 << scheme.bits) - 1
@@ -220,7 +224,10 @@ def _nonzero(scale: np.ndarray) -> np.ndarray:
 
 
 def _refit(
-    x: np.ndarray, q: np.ndarray, scale: np.ndarray, weight: np.ndarray | None
+    x: np.ndarray,
+    q: np.ndarray,
+    scale: np.ndarray,
+    weight: np.ndarray | None,
 ) -> np.ndarray:
     """The scale with the least squared error for these integers; `scale` where all are 0."""
     weighed = q if weight is None else q * weight
@@ -237,8 +244,11 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return values
     if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], -1)
-    return np.asarray(values[..., ::2] | (values[..., 1::2] << 4))
+        last = np.zeros((*values.shape[:-1], 1), np.uint8)
+        values = np.concatenate([values, last], -1)
+    low = values[..., ::2]
+    high = values[..., 1::2]
+    return np.asarray(low | (high << 4))
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:

@@ -72,7 +72,10 @@ def quantize_calibrated(
 
 
 def _write_int4(
-    calibration: Calibration, target: Path, plan: RoundingPlan, steps: int | None
+    calibration: Calibration,
+    target: Path,
+    plan: RoundingPlan,
+    steps: int | None,
 ) -> QuantizationReport:
     calibration.progress(
         f"calibration: {len(calibration.prompts)} prompts (`--calibration none` goes without: "

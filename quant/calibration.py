@@ -46,7 +46,11 @@ class Calibration:
 
     @classmethod
     def load(
-        cls, source: Bundle, data: str, scratch: Path, progress: Callable[[str], None]
+        cls,
+        source: Bundle,
+        data: str,
+        scratch: Path,
+        progress: Callable[[str], None],
     ) -> Calibration:
         """data: "scenes", or the path of a file of samples. Raises DataError for a file without
         samples.

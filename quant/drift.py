@@ -149,12 +149,14 @@ def _norm(states: np.ndarray) -> np.ndarray:
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((a * b).sum(-1) / np.maximum(_norm(a) * _norm(b), 1e-30))
+    lengths = np.maximum(_norm(a) * _norm(b), 1e-30)
+    return np.asarray((a * b).sum(-1) / lengths)
 
 
 def _relative(wanted: np.ndarray, got: np.ndarray) -> float:
     """Norm of the difference / norm of what is wanted."""
-    return float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+    size = max(float(np.linalg.norm(wanted)), 1e-30)
+    return float(np.linalg.norm(got - wanted) / size)
 
 
 def draw(drifts: Mapping[str, Drift], path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +110,15 @@ class IntegerGraph:
         return self._conversion()
 
     def _conversion(self) -> Conversion:
-        number = {bits: sum(s.bits == bits for s in self._schemes.values()) for bits in (4, 8)}
-        mixed = all(number.values())
-        names = [
-            f"{n} × {bits} bits" if mixed else f"{bits} bits" for bits, n in number.items() if n
-        ]
+        # {bits of a weight: number of weights}
+        counts = Counter(scheme.bits for scheme in self._schemes.values())
+        mixed = len(counts) > 1
+        what = [f"{bits} bits" for bits in counts]
+        if mixed:
+            what = [f"{counts[bits]} × {bits} bits" for bits in sorted(counts)]
         return Conversion(
             precision="mixed" if mixed else f"int{self.plan.by_graph[self.name].bits}",
-            what=" and ".join(names),
+            what=" and ".join(what),
             schemes=sorted(map(str, set(self._schemes.values()))),
             replaced=len(self._errors),
             kept=self._kept,
@@ -226,7 +228,8 @@ class IntegerGraph:
             return quantize(matrix, scheme)
         if self.plan.cache is None:
             return gptq(matrix, self.plan.products[key], scheme)
-        file = self.plan.cache / f"{hashlib.sha256(f'{key} {scheme}'.encode()).hexdigest()}.npz"
+        digest = hashlib.sha256(f"{key} {scheme}".encode())
+        file = self.plan.cache / f"{digest.hexdigest()}.npz"
         if not file.is_file():
             _save(file, gptq(matrix, self.plan.products[key], scheme))
         return _load(file, scheme, matrix.shape[1])
@@ -312,7 +315,10 @@ def _relative(squares: np.ndarray) -> float:
 
 
 def change_operator(
-    node: onnx.NodeProto, operator: str, inputs: list[str], attributes: dict[str, int]
+    node: onnx.NodeProto,
+    operator: str,
+    inputs: list[str],
+    attributes: dict[str, int],
 ) -> None:
     """Turn a node into another operator of ONNX Runtime's own, in place: its name, outputs and
     position in the graph stay.
@@ -349,4 +355,5 @@ def layer_errors(errors: dict[str, float]) -> dict[str, float]:
     for node, error in errors.items():
         match = re.search(r"(layers|blocks)\.\d+", node)
         by_layer.setdefault(match.group() if match else node, []).append(error)
-    return {name: float(np.sqrt(np.mean(np.square(each)))) for name, each in by_layer.items()}
+    squares = {name: np.square(each) for name, each in by_layer.items()}
+    return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}

@@ -13,7 +13,10 @@ CALIBRATION_SEED = 90_001
 
 
 def load_prompts(
-    runtime: Runtime, data: str, count: int, seed: int = CALIBRATION_SEED
+    runtime: Runtime,
+    data: str,
+    count: int,
+    seed: int = CALIBRATION_SEED,
 ) -> list[Prompt]:
     """Questions of the training split.
 

@@ -53,7 +53,13 @@ class Converter:
         self._plan = plan
         self._table: EmbeddingTable | None = None
 
-    def convert(self, graph: str, model: onnx.ModelProto, read: Read, data: DataFile) -> Conversion:
+    def convert(
+        self,
+        graph: str,
+        model: onnx.ModelProto,
+        read: Read,
+        data: DataFile,
+    ) -> Conversion:
         """`model` is changed in place, see `IntegerGraph` and `half.convert`."""
         if self._plan is None:
             return half.convert(model, read, data)
@@ -164,7 +170,12 @@ def write_report(folder: Path, report: QuantizationReport) -> None:
     (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1))
 
 
-def _write_graph(source: Bundle, name: str, folder: Path, converter: Converter) -> Conversion:
+def _write_graph(
+    source: Bundle,
+    name: str,
+    folder: Path,
+    converter: Converter,
+) -> Conversion:
     file = source.path(name)
     path = folder / source.manifest.graphs[name].path
     model = onnxfile.load(file)

@@ -80,7 +80,8 @@ class RoundingPlan:
     cache: Path | None = None
 
     def scheme(self, graph: str, weight: str, columns: int) -> Scheme:
-        return self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph]).fit(columns)
+        scheme = self.by_weight.get(f"{graph}/{weight}", self.by_graph[graph])
+        return scheme.fit(columns)
 
 
 def plan_of(precision: str, block: int | None = None) -> RoundingPlan:

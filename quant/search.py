@@ -50,7 +50,10 @@ GRAPHS = ("decoder", *SMALL_GRAPHS)
 
 
 def write_mixed(
-    search: Search, target: Path, budget: float, tuner: Tuner | None
+    search: Search,
+    target: Path,
+    budget: float,
+    tuner: Tuner | None,
 ) -> QuantizationReport:
     """Write what the search finds best within `budget` bits a weight; returns what report.json
     says, the search included. Raises as `quantize_bundle` does, and UsageError for a budget below

@@ -174,7 +174,12 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
-def _rotate(attributes: Attributes, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(
+    attributes: Attributes,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
     """RotaryEmbedding of (B, S, heads * D) by cos and sin (B, S, D / 2), whose halves make
     pairs.
     """

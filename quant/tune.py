@@ -109,14 +109,18 @@ class Tuning:
         """
         words = ~np.isin(reading.ids, (self._tokens.image, self._tokens.lvr))
         embeds = reading.call.hidden.copy()
-        embeds[0, words] = self._embed.run(None, {"input_ids": reading.ids[None, words]})[0][0]
+        ids = reading.ids[None, words]
+        (word_embeds,) = self._embed.run(None, {"input_ids": ids})
+        embeds[0, words] = word_embeds[0]
         inputs = {"inputs_embeds": embeds, "position_ids": reading.call.positions}
         if self._deepstack is not None:
             added = reading.call.added
             if added is None:
-                added = np.zeros((*embeds.shape[:2], int(self._deepstack.axes[-1])), np.float32)
+                width = int(self._deepstack.axes[-1])
+                added = np.zeros((*embeds.shape[:2], width), np.float32)
             inputs["deepstack_embeds"] = added
-        return self._decoder({name: torch.from_numpy(value) for name, value in inputs.items()})[0]
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return self._decoder(tensors)[0]
 
     def _loss_held_out(self) -> float:
         with torch.no_grad():
