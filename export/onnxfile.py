@@ -20,7 +20,7 @@ import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
 from lvr_lite.errors import BundleError
-from lvr_lite.model.bundle import hashes_and_bytes
+from lvr_lite.model.bundle import Graph, TensorInfo, hashes_and_bytes
 
 # Of each weight in its file, in bytes, so that ONNX Runtime can map it.
 ALIGNMENT = 4096
@@ -141,6 +141,27 @@ def graph_files(folder: Path, path: str) -> tuple[dict[str, str], int]:
     digests, _ = hashes_and_bytes(folder, [path, *sorted(data)])
     counted = [path, own] if own in data else [path]
     return digests, sum((folder / p).stat().st_size for p in counted)
+
+
+def describe(folder: Path, path: str, precision: str) -> Graph:
+    """The manifest's entry for the graph at `path` in a bundle, its inputs and outputs read off the
+    file.
+    """
+    proto = load(folder / path).graph
+    digests, size = graph_files(folder, path)
+    return Graph(
+        precision=precision,
+        inputs={value.name: _tensor_info(value) for value in proto.input},
+        outputs={value.name: _tensor_info(value) for value in proto.output},
+        files=digests,
+        bytes=size,
+    )
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
 
 
 def locations(model: onnx.ModelProto) -> set[str]:

@@ -121,9 +121,10 @@ def small_fp32(
 @pytest.fixture(scope="session")
 def small_int8(small_fp32: Path) -> Path:
     """`small_fp32` with its weights in 8 bits."""
+    from lvr_lite.model.bundle import Bundle
     from lvr_lite.quant.quantize import quantize_bundle
 
-    quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", print)
+    quantize_bundle(Bundle.open(small_fp32), small_fp32.parent / "int8", "int8", print)
     return small_fp32.parent / "int8"
 
 

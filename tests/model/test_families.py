@@ -32,7 +32,7 @@ from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.families import Grid, ImageSpec
 from lvr_lite.model.spec import LatentSpec
-from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.products import Products
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.quant.tune import Tuning
 from lvr_lite.toy import build
@@ -355,8 +355,8 @@ def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: 
         prepare_prompt(runtime, pictures, "where heart")[0]
         for pictures in (PICTURES["two pictures"][0], [])
     ]
-    readings = Products(StartsWithLatents(runtime, STEPS), prompts, bundle).readings()  # type: ignore[arg-type]
-    tuning = Tuning(bundle, opened.manifest, runtime, readings)
+    readings = Products(StartsWithLatents(runtime, STEPS), prompts, opened).readings()
+    tuning = Tuning(opened, runtime, readings)
     assert len(readings) == (2 if mode == "open" else 4)
     for reading in readings:
         assert (reading.ids == runtime.processor.tokens.lvr).sum() > 0
@@ -390,7 +390,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
 
 
 def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(bundle, tmp_path / "int8", "int8", print)
+    quantize_bundle(Bundle.open(bundle), tmp_path / "int8", "int8", print)
     prompts = [
         prepare_prompt(
             TorchRuntime(case.model, case.checkpoint), PICTURES["square"][0], "describe"
