@@ -11,11 +11,11 @@ from pathlib import Path
 from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
 from lvr_lite.eval import suite as suites
-from lvr_lite.eval.suite import Plan as EvalOptions
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
 
-__all__ = ["EvalOptions", "Evaluation", "ProbeOptions", "Probing", "evaluate", "probe"]
+# What `evaluate` asks.
+EvalOptions = suites.Plan
 
 
 @dataclass(frozen=True)
