@@ -190,7 +190,7 @@ def as_on_a_card(device: str, dtype: torch.dtype) -> Iterator[None]:
 def tokens_of(batch: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
     """The tokens of a batch's longest row, as the plan has them."""
     (rows,) = [batch] if "ids" in batch else batch["direct"]
-    visual = int((rows["ids"][0] == checkpoint.tokens.image).sum())
+    visual = int((rows["ids"][0] == checkpoint.processor.tokens.image).sum())
     latents = plan.latents(settings, plan.Tokens(visual))
     text = int(rows["response"]) - visual
     markers = 2 if latents else 0
@@ -229,7 +229,7 @@ def measure_training(
     set_checkpointing(model, settings.train.gradient_checkpointing)
     batch = Collator(checkpoint, settings.latent)(items_of(visual, settings.train.batch))
     tokens = tokens_of(batch, checkpoint, settings)
-    sft = LatentSFT(model, checkpoint.tokens, settings.latent).train()
+    sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(settings.train.optimizer, trained)
     saved = Saved(sft)
