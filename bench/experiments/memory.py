@@ -326,8 +326,8 @@ def measure(shape: str, options: Options) -> Iterator[tuple[Case, Measured]]:
     """The rows of one shape."""
     tiny = read_checkpoint("tiny")
     config = config_of(shape, options.layers)
-    image_spec = tiny.image_spec | {"max_pixels": 28 * 28 * max(SIDES)}
-    checkpoint = replace(tiny, config=config, image_spec=image_spec)
+    processor = tiny.processor.with_max_pixels(28 * 28 * max(SIDES))
+    checkpoint = replace(tiny, config=config, processor=processor)
     device = options.device
     base = build(config, checkpoint, options.dtype, device)
     model = adapted(base, checkpoint, options.settings())
