@@ -51,7 +51,8 @@ from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train import memory as plan
 from lvr_lite.train.batches import Collator
-from lvr_lite.train.finetune import adapted
+from lvr_lite.train.load import adapted
+from lvr_lite.train.methods import Batch
 from lvr_lite.train.sft import LatentSFT
 
 ANSWERING = "answering held-out questions"
@@ -187,7 +188,7 @@ def as_on_a_card(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def tokens_of(batch: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
+def tokens_of(batch: Batch, checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
     """The tokens of a batch's longest row, as the plan has them."""
     (rows,) = [batch] if "ids" in batch else batch["direct"]
     visual = int((rows["ids"][0] == checkpoint.processor.tokens.image).sum())

@@ -60,7 +60,8 @@ class Pictures:
         rows, columns = self.grid
         split = np.asarray(picture).reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
         # Patches of one visual token follow each other; within a patch, colours come first.
-        return split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * PATCH**2)
+        patches = split.transpose(0, 3, 1, 4, 6, 2, 5)
+        return np.reshape(patches, (rows * columns, 3 * PATCH**2))
 
     def _cell_words(self, scene: scenes.Scene) -> np.ndarray:
         rows = self.grid.rows // 2

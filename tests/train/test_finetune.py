@@ -32,9 +32,19 @@ from lvr_lite.train.finetune import finetune
 from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
 
 TINY_RUN = [
-    "train.steps=4", "train.batch=2", "train.accumulation=1", "train.save_every=2", "train.eval_every=4", "train.log_every=1",
-    "train.precision=fp32", "train.gradient_checkpointing=false", "train.lr=1e-3", "data.count=16", "data.eval_count=2", "lora.rank=4",
-]  # fmt: skip
+    "train.steps=4",
+    "train.batch=2",
+    "train.accumulation=1",
+    "train.save_every=2",
+    "train.eval_every=4",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "train.gradient_checkpointing=false",
+    "train.lr=1e-3",
+    "data.count=16",
+    "data.eval_count=2",
+    "lora.rank=4",
+]
 
 
 def settings(*more: str) -> Settings:
@@ -320,7 +330,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
         tune(small_checkpoint, tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # data
 
 
@@ -509,7 +519,7 @@ def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Pat
         load_examples(str(tmp_path / "one.jsonl"), settings())
 
 
-# -----------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # more than one process
 
 

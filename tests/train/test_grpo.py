@@ -35,9 +35,12 @@ from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_ac
 
 STEPS = 3
 SPECS = {
-    "open": LatentSpec(STEPS), "open, token": LatentSpec(STEPS, "token"), "open, norm-matched": LatentSpec(STEPS, "norm-matched", norm=6.0),
-    "bottleneck": LatentSpec(STEPS, mode="bottleneck"), "bottleneck, norm-matched": LatentSpec(STEPS, "norm-matched", "bottleneck", 6.0),
-}  # fmt: skip
+    "open": LatentSpec(STEPS),
+    "open, token": LatentSpec(STEPS, "token"),
+    "open, norm-matched": LatentSpec(STEPS, "norm-matched", norm=6.0),
+    "bottleneck": LatentSpec(STEPS, mode="bottleneck"),
+    "bottleneck, norm-matched": LatentSpec(STEPS, "norm-matched", "bottleneck", 6.0),
+}
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 FEW = [
     "train.steps=2",
@@ -57,7 +60,7 @@ FEW += [
 FEW += ["grpo.group=4", "grpo.max_tokens=3", "train.warmup=0"]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # drawn and replayed
 
 
@@ -229,7 +232,7 @@ def test_a_row_draws_the_same_whatever_it_is_drawn_beside(hesitant: tuple[Any, C
     assert choices([0, 1, 2, 3]) == choices([0, 1]) + choices([2, 3])
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the objective
 
 
@@ -261,7 +264,7 @@ def test_blocks_come_so_often_as_there_are_updates() -> None:
     assert list(sampler) != order
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # rewards
 
 
@@ -272,13 +275,23 @@ def sample_of(answer: str, choices: tuple[str, ...] | None = None) -> Sample:
 @pytest.mark.parametrize(
     ("said", "right", "choices", "wanted"),
     [
-        ("Red.", "red", None, 1), ("blue", "red", None, 0), ("<answer> red </answer>", "red", None, 1), ("", "red", None, 0),
-        ("12.0", "12", None, 1), ("about 12 cats", "12", None, 1), ("12 of 13", "12", None, 0), ("1,200", "1200", None, 1),
+        ("Red.", "red", None, 1),
+        ("blue", "red", None, 0),
+        ("<answer> red </answer>", "red", None, 1),
+        ("", "red", None, 0),
+        ("12.0", "12", None, 1),
+        ("about 12 cats", "12", None, 1),
+        ("12 of 13", "12", None, 0),
+        ("1,200", "1200", None, 1),
         ("11", "12", None, 0),
-        ("b", "left", ("right", "left"), 1), ("(B)", "left", ("right", "left"), 1), ("B. left", "left", ("right", "left"), 1),
-        ("a", "left", ("right", "left"), 0), ("B. right", "left", ("right", "left"), 0), ("a left", "right", ("right", "left"), 0),
+        ("b", "left", ("right", "left"), 1),
+        ("(B)", "left", ("right", "left"), 1),
+        ("B. left", "left", ("right", "left"), 1),
+        ("a", "left", ("right", "left"), 0),
+        ("B. right", "left", ("right", "left"), 0),
+        ("a left", "right", ("right", "left"), 0),
     ],
-)  # fmt: skip
+)
 def test_accuracy(said: str, right: str, choices: tuple[str, ...] | None, wanted: float) -> None:
     assert accuracy(sample_of(right, choices), Answer(said)) == wanted
 
@@ -324,13 +337,20 @@ def test_rewards_are_read_with_their_weights(
     monkeypatch.syspath_prepend(str(tmp_path))
     scoring = read_rewards("accuracy, format=0.5, mine_of_grpo:short=0.01")
     assert scoring(sample_of("red"), Answer("red", latents=1)) == {
-        "accuracy": 1, "format": 1, "mine_of_grpo:short": -3, "reward": pytest.approx(1.47),
-    }  # fmt: skip
+        "accuracy": 1,
+        "format": 1,
+        "mine_of_grpo:short": -3,
+        "reward": pytest.approx(1.47),
+    }
     for text, message in (
-        ("acuracy", r"acuracy is not known; choose of accuracy"), ("format=much", "weight of format must be a number"), ("", "is empty"),
-        ("broken_of_grpo:f", "broken_of_grpo does not import .ModuleNotFoundError"), ("mine_of_grpo:g", "mine_of_grpo has no function g"),
-        ("format,format=2", "format is there twice"), ("no_such_module_here:f", "does not import"),
-    ):  # fmt: skip
+        ("acuracy", r"acuracy is not known; choose of accuracy"),
+        ("format=much", "weight of format must be a number"),
+        ("", "is empty"),
+        ("broken_of_grpo:f", "broken_of_grpo does not import .ModuleNotFoundError"),
+        ("mine_of_grpo:g", "mine_of_grpo has no function g"),
+        ("format,format=2", "format is there twice"),
+        ("no_such_module_here:f", "does not import"),
+    ):
         with pytest.raises(UsageError, match=message):
             read_rewards(text)
     with pytest.raises(
@@ -339,7 +359,7 @@ def test_rewards_are_read_with_their_weights(
         read_rewards("mine_of_grpo:bad")(sample_of("red"), Answer("red"))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # whole runs
 
 
@@ -374,9 +394,18 @@ def test_a_policy_moves_towards_what_is_paid_for(
 ) -> None:
     monkeypatch.syspath_prepend(str(arms))
     metrics, _ = reinforce(
-        small_tuned, tmp_path / "out", "grpo.rewards=arms_of_grpo:even", "train.steps=10", "train.batch=4", "grpo.group=16",
-        "grpo.max_tokens=1", "train.optimizer=adamw_torch", "train.lr=1e-2", "data.count=64", "grpo.rows=64",
-    )  # fmt: skip
+        small_tuned,
+        tmp_path / "out",
+        "grpo.rewards=arms_of_grpo:even",
+        "train.steps=10",
+        "train.batch=4",
+        "grpo.group=16",
+        "grpo.max_tokens=1",
+        "train.optimizer=adamw_torch",
+        "train.lr=1e-2",
+        "data.count=64",
+        "grpo.rows=64",
+    )
     paid = [entry["reward"] for entry in metrics["history"] if "reward" in entry]
     assert len(paid) == 10
     assert np.mean(paid[-3:]) > np.mean(paid[:3]) + 0.2, paid
@@ -547,11 +576,14 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
     ("overrides", "message"),
     [
         (["data.replay=skills"], "data.replay is for finetune"),
-        (["grpo.updates=2", "train.save_every=3"], "train.save_every must be a multiple of grpo.updates"),
+        (
+            ["grpo.updates=2", "train.save_every=3"],
+            "train.save_every must be a multiple of grpo.updates",
+        ),
         (["train.batch=64"], "scenes: 8 samples for training, fewer than the 64 of a step"),
         (["grpo.rewards=nothing"], "grpo.rewards: nothing is not known"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_is_one_line(
     small_tuned: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:

@@ -172,7 +172,7 @@ def test_a_truncated_adapter_is_one_line_with_its_name(
         TrainedWeights(read_checkpoint(file.parent))
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # as it was trained
 
 
@@ -257,8 +257,11 @@ def test_every_linear_of_an_exact_decoder_reads_nf4_with_its_adapter_beside_it(
     folder, manifest = exact
     assert manifest.precision == "exact"
     assert {name: graph.precision for name, graph in manifest.graphs.items()} == {
-        "vision_encoder": "fp32", "embed_tokens": "fp32", "decoder": "nf4", "lm_head": "fp32",
-    }  # fmt: skip
+        "vision_encoder": "fp32",
+        "embed_tokens": "fp32",
+        "decoder": "nf4",
+        "lm_head": "fp32",
+    }
     graph = onnxfile.load(folder / manifest.graphs["decoder"].path).graph
     linears = 2 * 7
     assert sum(node.op_type == "MatMulBnb4" for node in graph.node) == linears
