@@ -145,10 +145,12 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     checkpoint = read_checkpoint(same_shapes)
     with pytest.raises(
         BundleError,
-        match=r"base, whose weights have another sha256; name the one that .* as `base` in lvr_config\.json$",
+        match=r"base, whose weights have another sha256; "
+        r"name the one that .* as `base` in lvr_config\.json$",
     ):
         load(checkpoint)
-    load(replace(checkpoint, trained_over=None))  # tuned before the sha256 was kept
+    # Tuned before the sha256 was recorded.
+    load(replace(checkpoint, trained_over=None))
 
 
 def test_the_same_base_in_another_place_is_its_base(
