@@ -111,9 +111,9 @@ def _needed(command: str, data: str | None, out: Path | None) -> tuple[str, Path
 
 
 def _show_plan(report: JsonObject, json_: Path | None) -> None:
-    from lvr_lite.train import memory
+    from lvr_lite.train import memory_report
 
-    memory.show(report)
+    memory_report.show(report)
     write_json(json_, report)
 
 
