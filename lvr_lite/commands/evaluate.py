@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
-from lvr_lite.eval import suite as suites
+from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.suite import Plan as EvalOptions
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
@@ -92,7 +92,7 @@ def evaluate(
     """
     plan = options or EvalOptions()
     with progress("answering") as bar:
-        report = suites.compare(
+        report = compare(
             str(model),
             against,
             plan,
