@@ -11,6 +11,7 @@ from pathlib import Path
 from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
 from lvr_lite.eval.comparing import compare
+from lvr_lite.eval.interventions import chosen
 from lvr_lite.eval.suite import Plan as EvalOptions
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
@@ -112,7 +113,7 @@ def probe(
     Raises UsageError for a model without latents, and where it opened the latent loop in no answer.
     """
     options = options or ProbeOptions()
-    interventions = probing.chosen(options.only)
+    interventions = chosen(options.only)
     items = probing.load_items(options.data, options.limit, options.seed)
     runtime = models.open_runtime(model, threads)
     with progress("answering") as bar:
