@@ -22,7 +22,8 @@ from lvr_lite.bench.measure import LATENCIES, STAGES, Measured, Run, summary
 from lvr_lite.errors import DataError
 from lvr_lite.files import write_atomically
 from lvr_lite.model.bundle import GRAPHS
-from lvr_lite.views.page import curve, interval_bars, number, percent, render_page, stacked_bars
+from lvr_lite.views.charts import curve, interval_bars, number, percent, stacked_bars
+from lvr_lite.views.page import render_page
 
 SCHEMA, VERSION = "lvr-lite/bench", 1
 TITLES = {

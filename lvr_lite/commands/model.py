@@ -20,7 +20,7 @@ from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.checkpoint import is_checkpoint, read_checkpoint
 from lvr_lite.model.images import open_picture
 from lvr_lite.terminal import quiet_libraries
-from lvr_lite.views import look as looking
+from lvr_lite.views.look import answer_views, heat_maps
 
 Picture = str | Path | Image.Image
 # What the decoder of text writes for bytes that are no whole character yet.
@@ -132,8 +132,8 @@ class Model:
         """Heat maps of which visual tokens each latent step of an answer is nearest to. Raises
         LvrError for an answer without latents.
         """
-        seen = looking.views(self.runtime, answer.pictures, answer.prompt, answer.result)
-        return looking.look(seen, answer.question, answer.text)
+        views = answer_views(self.runtime, answer.pictures, answer.prompt, answer.result)
+        return heat_maps(views, answer.question, answer.text)
 
 
 def open_model(

@@ -6,15 +6,15 @@ All of it is made from the JSON alone, so that a saved file can be shown again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lvr_lite.eval.benchmarks import PUBLISHED
-from lvr_lite.files import write_atomically
-from lvr_lite.views.page import NONE, interval_bars, number, percent, render_page
+from lvr_lite.files import JsonObject, write_atomically
+from lvr_lite.views.charts import NONE, interval_bars, number, percent
+from lvr_lite.views.page import render_page
 
 SHOWN_BROKEN = 20  # rows that could not be asked
 UNSEEN = 0.02  # a skill that falls by more than this is told in words
@@ -38,7 +38,7 @@ WHAT = {
 }
 
 
-def show(result: dict[str, Any], console: Console | None = None) -> None:
+def show(result: JsonObject, console: Console | None = None) -> None:
     """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the
     differences to other models; the skills.
 
@@ -74,7 +74,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
             )
 
 
-def _score(result: dict[str, Any]) -> Table:
+def _score(result: JsonObject) -> Table:
     """One run on a suite that is not a benchmark."""
     low, high = result["interval"]
     table = Table(title=f"{result['model']} on {result['suite']}", title_justify="left")
@@ -93,7 +93,7 @@ def _score(result: dict[str, Any]) -> Table:
     return table
 
 
-def _columns(runs: list[dict[str, Any]]) -> Table:
+def _columns(runs: list[JsonObject]) -> Table:
     """A benchmark, or several numbers of latent steps: scores and types down, the runs across."""
     first = runs[0]
     table = Table(
@@ -118,11 +118,11 @@ def _columns(runs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _named_scores(run: JsonObject) -> dict[str, JsonObject]:
     """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all
     questions and pairs; then its types.
     """
-    scores: list[dict[str, Any]] = run.get("scores", [])
+    scores: list[JsonObject] = run.get("scores", [])
     if not scores:
         scores = [
             {"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}
@@ -137,7 +137,7 @@ def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _beside_published(
-    runs: list[dict[str, Any]], published: list[tuple[str, dict[str, float]]]
+    runs: list[JsonObject], published: list[tuple[str, dict[str, float]]]
 ) -> Table:
     """Ours above, and marked as theirs what the paper published for the same scores."""
     names = list(published[0][1])
@@ -160,7 +160,7 @@ def _beside_published(
     return table
 
 
-def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
+def _differences(against: list[JsonObject], what: str = "") -> Table:
     """One row for each model that was compared."""
     table = Table(
         "less that of",
@@ -185,7 +185,7 @@ def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
     return table
 
 
-def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "") -> Table:
+def _skills(skills: JsonObject, against: list[JsonObject], what: str = "") -> Table:
     """The skills by type, and how they changed against each model that was compared."""
     table = Table(f"outside the suite{what}")
     for title in ("n", "accuracy"):
@@ -204,7 +204,7 @@ def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "
     return table
 
 
-def _change(other: dict[str, Any] | None) -> str:
+def _change(other: JsonObject | None) -> str:
     """A difference in words where it is a loss that nobody should miss."""
     if other is None:
         return "not in that file"
@@ -224,7 +224,7 @@ def _p(p: float | None) -> str:
 # the probe
 
 
-def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
+def show_probe(data: JsonObject, console: Console | None = None) -> None:
     """Print the JSON of `lvr_lite.eval.probe.probe`: every intervention against the baseline,
     retrieval, and the verdict.
     """
@@ -248,7 +248,7 @@ def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"[bold]{data['verdict']}[/]", highlight=False, soft_wrap=True)
 
 
-def notes(data: dict[str, Any]) -> list[str]:
+def notes(data: JsonObject) -> list[str]:
     """What else the probe found, a sentence a line: which model and items, retrieval, the shape of
     the latents.
     """
@@ -281,12 +281,12 @@ def notes(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def donors(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def donors(data: JsonObject) -> dict[str, JsonObject]:
     """The interventions that fed another picture's latents, where there were pairs to count."""
     return {name: one for name, one in data["interventions"].items() if one.get("pairs")}
 
 
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+def _cells(one: JsonObject) -> tuple[str, ...]:
     return (
         str(one["n"]),
         _with_interval(one["accuracy"], one["interval"]),
@@ -308,7 +308,7 @@ def points(share: float | None) -> str:
     return NONE if share is None else f"{round(100 * share, 1) + 0:.1f}"
 
 
-def write_probe_page(data: dict[str, Any], out: Path) -> None:
+def write_probe_page(data: JsonObject, out: Path) -> None:
     """Write the probe's JSON as one self-contained HTML page. Raises BundleError where the file
     cannot be written.
     """

@@ -117,7 +117,7 @@ def test_panels_of_all_steps_and_pictures_share_one_scale() -> None:
     second = look.View(grey(56, 56), (2, 1), np.array([[0.2, 0.5], [1.0, -1.0]]))
     scale = look.bounds([first, second])
     assert scale == (-1.0, 1.0)
-    sheet = look.look([first, second], "q", "a")
+    sheet = look.heat_maps([first, second], "q", "a")
     side, gap, line = look._SIDE, look._GAP, look._LINE
     for row, view in enumerate([first, second]):
         y = gap + 2 * line + gap + row * (side + 4 + line + gap)
@@ -136,19 +136,19 @@ def test_panels_of_all_steps_and_pictures_share_one_scale() -> None:
 
 def test_a_sheet_grows_with_what_it_has_to_say() -> None:
     view = look.View(grey(56, 28), (1, 2), np.zeros((9, 2)))
-    plain = look.look([view], "q", "")
-    assert look.look([view], "q", "a", expected="b").height == plain.height + look._LINE
+    plain = look.heat_maps([view], "q", "")
+    assert look.heat_maps([view], "q", "a", expected="b").height == plain.height + look._LINE
     assert (
-        look.look([view], "why " * 200, "a").height == plain.height + 2 * look._LINE
+        look.heat_maps([view], "why " * 200, "a").height == plain.height + 2 * look._LINE
     )  # three lines at most
     assert plain.width == 5 * (look._SIDE + look._GAP) + look._GAP
-    few = look.look([look.View(grey(56, 28), (1, 2), np.zeros((4, 2)))], "q", "")
+    few = look.heat_maps([look.View(grey(56, 28), (1, 2), np.zeros((4, 2)))], "q", "")
     assert plain.height == few.height + look._SIDE // 2 + 4 + look._LINE + look._GAP, (
         "five panels in a line: steps 5 to 9 have a second one"
     )
-    boxed = look.look([view, view], "q", "a", boxes=[(0, 0, 0.5, 1)])
+    boxed = look.heat_maps([view, view], "q", "a", boxes=[(0, 0, 0.5, 1)])
     changed = np.argwhere(
-        (np.asarray(boxed) != np.asarray(look.look([view, view], "q", "a"))).any(-1)
+        (np.asarray(boxed) != np.asarray(look.heat_maps([view, view], "q", "a"))).any(-1)
     )
     assert len(changed)
     assert changed[:, 1].max() < look._GAP + look._SIDE / 2 + 1, (
@@ -183,7 +183,7 @@ def test_each_picture_is_looked_at_by_its_own_tokens(small_int8: Path) -> None:
     pictures[1] = pictures[1].resize((84, 140))
     prompt, _ = prepare_prompt(runtime, pictures, "what differs")
     told = replace(prompt, features=np.random.default_rng(1).normal(size=prompt.features.shape))
-    first, second = look.views(
+    first, second = look.answer_views(
         runtime, pictures, told, Result(latents=[told.features[2], told.features[-2]])
     )
     assert second.grid == (5, 3)
