@@ -1,112 +1,151 @@
-"""What changed between two runs of the bench beyond noise. May import: numpy, rich, the core.
+"""What changed between two runs of the bench beyond noise. May import: numpy, rich, files.
 
 A median counts as changed where two things hold: it moved by more than a tolerance beyond what the
 machine itself moved (the speed of its memory, and of its cores, both measured in each run), and so
 did, without the tolerance, the whole interval of the ratio of medians, bootstrapped. Not samples
-are drawn but stretches of rounds, since what follows each other shares its luck: the steps of one
-answer, and the rounds of the same seconds. The level of the interval is divided among all
-comparisons.
+are drawn but stretches of rounds, since neighbours are not independent: the steps of one answer,
+and the rounds of the same seconds. The level of the interval is divided among all comparisons.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lvr_lite.bench.measure import LATENCIES, STAGES
-from lvr_lite.bench.report import TITLES, rounds_of
+from lvr_lite.bench.record import LATENCIES, STAGES, Benchmark, Summary, SystemResult
 from lvr_lite.errors import DataError
+from lvr_lite.files import JsonObject
 
-TOLERANCE = 0.05  # of a median
-SHARE = 0.05  # of a request, below which a stage is not looked at
-RISK = 0.01  # of calling any noise a change
+# Of a median.
+TOLERANCE = 0.05
+# Of a request, below which a stage is not compared.
+SHARE = 0.05
+# Of a stage or a latency, in ms, below which it is not compared.
+SHORTEST_MS = 0.1
+# Of calling any noise a change.
+RISK = 0.01
 DRAWS = 4000
-STRETCHES = 10  # at most twice as many, and each of at least one round
+# At most twice as many, and each of at least one round.
+STRETCHES = 10
+COLOURS = {"same": "dim", "slower": "red", "faster": "green"}
 
 
-def compare(
-    before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE
-) -> dict[str, Any]:
-    """Two runs, as JSON, beside each other: every latency and stage of every system that both have.
+@dataclass(frozen=True)
+class Change:
+    """One stage or latency of one system in both runs.
 
-    Returns {"rows": [{"system", "measure", "before_ms", "after_ms", "ratio", "interval", "verdict":
-    "same", "slower" or "faster"}], "answers": [systems that say other things now], "tolerance",
-    "by_machine": [least, most] that a ratio may be by the machine alone, "machine": notes}. Raises
-    DataError where they have no system in common.
+    ratio: of medians, after over before; interval: of the ratio.
+    verdict: "same", "slower" or "faster".
     """
-    systems = {s["name"]: s for s in before["systems"]}
-    pairs = [(systems[s["name"]], s) for s in after["systems"] if s["name"] in systems]
+
+    system: str
+    measure: str
+    before_ms: float
+    after_ms: float
+    ratio: float
+    interval: tuple[float, float]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs beside each other, as `bench compare --json` writes it.
+
+    answers: the systems that give other answers now.
+    by_machine: the least and the most that a ratio may be by the machine alone.
+    machine: what differs between the machines, and how fast they were.
+    """
+
+    rows: list[Change]
+    answers: list[str]
+    tolerance: float
+    by_machine: tuple[float, float]
+    machine: list[str]
+
+    @property
+    def regressed(self) -> bool:
+        """Whether something became slower, or a system gives other answers."""
+        return any(row.verdict == "slower" for row in self.rows) or bool(self.answers)
+
+    def to_json(self) -> JsonObject:
+        return {"schema": "lvr-lite/bench-compare", "version": 1} | asdict(self)
+
+
+def compare(before: Benchmark, after: Benchmark, tolerance: float = TOLERANCE) -> Comparison:
+    """Every latency and stage of every system that both runs have.
+
+    Raises DataError where they have no system in common.
+    """
+    systems = {system.name: system for system in before.systems}
+    pairs = [(systems[s.name], s) for s in after.systems if s.name in systems]
     if not pairs:
+        others = ", ".join(system.name for system in after.systems)
         raise DataError(
-            f"no system is in both runs: {', '.join(systems)} in one, {', '.join(s['name'] for s in after['systems'])} in the other"
+            f"no system is in both runs: {', '.join(systems)} in one, {others} in the other"
         )
-    notes = _machine(before, after)
-    cores = (_cores(before), _cores(after))
-    slower = [
-        1.0,
-        before["bandwidth_gb_s"] / after["bandwidth_gb_s"],
-        cores[1] / cores[0] if cores[0] and cores[1] else 1.0,
-    ]
-    least, most = min(slower), max(slower)  # what a ratio may be by the machine alone
-    cases = [(a["name"], name, x, y) for a, b in pairs for name, x, y in _measures(a, b)]
-    rng, level = np.random.default_rng(0), RISK / max(len(cases), 1)
+    least, most = _by_machine(before, after)
+    cases = [(a.name, *case) for a, b in pairs for case in _measures(a, b)]
+    rng = np.random.default_rng(0)
+    level = RISK / max(len(cases), 1)
     rows = []
     for system, name, x, y in cases:
-        first, second = (
-            _by_round(x["samples_ms"], rounds_of(before)),
-            _by_round(y["samples_ms"], rounds_of(after)),
-        )
-        ratio = float(y["p50_ms"] / x["p50_ms"])
+        assert x.p50_ms is not None
+        assert y.p50_ms is not None
+        ratio = float(y.p50_ms / x.p50_ms)
+        first = _by_round(x.samples_ms, before.rounds)
+        second = _by_round(y.samples_ms, after.rounds)
         low, high = _interval(first, second, level, rng)
-        changed = (
-            min(low, ratio / (1 + tolerance)) > most or max(high, ratio * (1 + tolerance)) < least
-        )
-        verdict = "same" if not changed else "slower" if ratio > 1 else "faster"
-        rows.append({"system": system, "measure": name, "before_ms": x["p50_ms"], "after_ms": y["p50_ms"], "ratio": ratio,
-                     "interval": [low, high], "verdict": verdict})  # fmt: skip
-    answers = [
-        a["name"]
-        for a, b in pairs
-        if before["plan"] == after["plan"] and a["output_md5"] != b["output_md5"]
-    ]
-    told = {
-        "rows": rows,
-        "answers": answers,
-        "tolerance": tolerance,
-        "by_machine": [least, most],
-        "machine": notes,
-    }
-    return {"schema": "lvr-lite/bench-compare", "version": 1, **told}
+        verdict = "same"
+        if min(low, ratio / (1 + tolerance)) > most or max(high, ratio * (1 + tolerance)) < least:
+            verdict = "slower" if ratio > 1 else "faster"
+        rows.append(Change(system, name, x.p50_ms, y.p50_ms, ratio, (low, high), verdict))
+    asked_the_same = before.plan == after.plan
+    return Comparison(
+        rows=rows,
+        answers=[a.name for a, b in pairs if asked_the_same and a.output_md5 != b.output_md5],
+        tolerance=tolerance,
+        by_machine=(least, most),
+        machine=_machine_notes(before, after),
+    )
 
 
-def _measures(
-    a: dict[str, Any], b: dict[str, Any]
-) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(name, summary in one, summary in the other) of what both measured. Times below 0.1 ms are
-    the clock's and Python's; of a stage that takes little of a request nobody would notice a
-    change, and it is Python's luck of a process.
+def _by_machine(before: Benchmark, after: Benchmark) -> tuple[float, float]:
+    """The least and the most that a ratio may be by the machine alone."""
+    ratios = [1.0, before.bandwidth_gb_s / after.bandwidth_gb_s]
+    first = _core_ms(before)
+    second = _core_ms(after)
+    if first and second:
+        ratios.append(second / first)
+    return min(ratios), max(ratios)
+
+
+def _measures(a: SystemResult, b: SystemResult) -> Iterator[tuple[str, Summary, Summary]]:
+    """(name, summary in one, summary in the other) of what both measured and can be compared.
+
+    Not stages below SHORTEST_MS, which vary between processes with memory layout, and not those
+    that take so little of a request that nobody would notice a change. `latent_step` is the latency
+    `tpls`.
     """
-    found = [(name, a.get(f"{name}_ms"), b.get(f"{name}_ms")) for name in LATENCIES]
-    stages = [
-        name
-        for name in STAGES
-        if name != "latent_step" and max(_share(a, name), _share(b, name)) >= SHARE
-    ]  # that one is tpls
-    found += [(name, a["stages"].get(name), b["stages"].get(name)) for name in stages]
-    return [
-        (n, x, y)
-        for n, x, y in found
-        if x and y and x["samples_ms"] and y["samples_ms"] and min(x["p50_ms"], y["p50_ms"]) >= 0.1
+    large = [name for name in STAGES if max(_share(a, name), _share(b, name)) >= SHARE]
+    cases = [
+        *((name, a.latencies[name], b.latencies[name]) for name in LATENCIES),
+        *((name, a.stages[name], b.stages[name]) for name in large if name != "latent_step"),
     ]
+    for name, x, y in cases:
+        medians = [summary.p50_ms for summary in (x, y) if summary.p50_ms is not None]
+        if len(medians) == 2 and min(medians) >= SHORTEST_MS:
+            yield name, x, y
 
 
-def _share(system: dict[str, Any], stage: str) -> float:
-    """What a stage takes of a request."""
-    spent = system.get("request_ms", {}).get(stage)
-    return 1.0 if spent is None else float(spent / system["end_to_end_ms"]["p50_ms"])
+def _share(system: SystemResult, stage: str) -> float:
+    """What a stage takes of a request; 1 where that is not known."""
+    spent = system.request_ms.get(stage)
+    whole = system.latencies["end_to_end"].p50_ms
+    return 1.0 if spent is None or whole is None else float(spent / whole)
 
 
 def _by_round(samples: list[float], rounds: int) -> np.ndarray:
@@ -119,65 +158,69 @@ def _interval(
     first: np.ndarray, second: np.ndarray, level: float, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Of the ratio of medians, second over first, at 1 - level."""
-    drawn = []
+    medians = []
     for values in (first, second):
-        each = max(1, len(values) // STRETCHES)
-        stretches = values[len(values) % each :].reshape(-1, each)
-        chosen = stretches[rng.integers(0, len(stretches), (DRAWS, len(stretches)))]
-        drawn.append(np.median(chosen.reshape(DRAWS, -1), axis=1))
-    low, high = np.quantile(drawn[1] / drawn[0], [level / 2, 1 - level / 2])
+        rounds = max(1, len(values) // STRETCHES)
+        stretches = values[len(values) % rounds :].reshape(-1, rounds)
+        sample = stretches[rng.integers(0, len(stretches), (DRAWS, len(stretches)))]
+        medians.append(np.median(sample.reshape(DRAWS, -1), axis=1))
+    low, high = np.quantile(medians[1] / medians[0], [level / 2, 1 - level / 2])
     return float(low), float(high)
 
 
-def _cores(data: dict[str, Any]) -> float | None:
-    """Median ms of `machine.read_compute`; None in older files, which took another one."""
-    return float(np.median(data["core_ms"])) if data.get("core_ms") else None
+def _core_ms(run: Benchmark) -> float | None:
+    """Median ms of `machine.read_compute`; None in files of older releases, which took another
+    computation.
+    """
+    return float(np.median(run.core_ms)) if run.core_ms else None
 
 
-def _machine(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    notes = [
-        f"{name}: {before['machine'].get(name)} in one run, {after['machine'].get(name)} in the other"
+def _machine_notes(before: Benchmark, after: Benchmark) -> list[str]:
+    facts = [
+        (name, before.machine.get(name), after.machine.get(name))
         for name in ("cpu", "threads", "governor", "packages")
-        if before["machine"].get(name) != after["machine"].get(name)
     ]
-    if before["plan"] != after["plan"]:
-        notes.append(f"plan: {before['plan']} in one run, {after['plan']} in the other")
+    facts.append(("plan", before.plan, after.plan))
+    notes = [
+        f"{name}: {first} in one run, {second} in the other"
+        for name, first, second in facts
+        if first != second
+    ]
     notes.append(
-        f"memory read at {before['bandwidth_gb_s']:.1f} GB/s in one run, {after['bandwidth_gb_s']:.1f} in the other"
+        f"memory read at {before.bandwidth_gb_s:.1f} GB/s in one run, "
+        f"{after.bandwidth_gb_s:.1f} in the other"
     )
-    if (first := _cores(before)) and (second := _cores(after)):
+    first = _core_ms(before)
+    second = _core_ms(after)
+    if first and second:
         notes.append(
             f"a fixed computation took {first:.2f} ms in one run, {second:.2f} in the other"
         )
     return notes
 
 
-def show(data: dict[str, Any], console: Console) -> None:
+def show(comparison: Comparison, console: Console) -> None:
     table = Table("system", "measure", title="medians, ms", title_justify="left")
     for title in ("before", "after", "ratio", "interval", ""):
         table.add_column(title, justify="right")
-    for row in data["rows"]:
-        colour = {"same": "dim", "slower": "red", "faster": "green"}[row["verdict"]]
-        interval = f"{row['interval'][0]:.2f} … {row['interval'][1]:.2f}"
-        numbers = (
-            f"{row['before_ms']:.2f}",
-            f"{row['after_ms']:.2f}",
-            f"{row['ratio']:.3f}",
-            interval,
-        )
+    for row in comparison.rows:
         table.add_row(
-            row["system"],
-            TITLES.get(row["measure"], row["measure"]),
-            *numbers,
-            f"[{colour}]{row['verdict']}[/]",
+            row.system,
+            LATENCIES.get(row.measure, row.measure),
+            f"{row.before_ms:.2f}",
+            f"{row.after_ms:.2f}",
+            f"{row.ratio:.3f}",
+            f"{row.interval[0]:.2f} … {row.interval[1]:.2f}",
+            f"[{COLOURS[row.verdict]}]{row.verdict}[/]",
         )
     console.print(table)
-    for note in data["machine"]:
+    for note in comparison.machine:
         console.print(note, highlight=False)
-    for name in data["answers"]:
+    for name in comparison.answers:
         console.print(f"[red]{name} gives other answers than before[/]", highlight=False)
-    count = sum(row["verdict"] != "same" for row in data["rows"])
+    count = sum(row.verdict != "same" for row in comparison.rows)
     console.print(
-        f"{count or 'nothing'} of {len(data['rows'])} changed by more than {data['tolerance']:.0%} beyond noise and the machine's speed",
+        f"{count or 'nothing'} of {len(comparison.rows)} changed by more than "
+        f"{comparison.tolerance:.0%} beyond noise and the machine's speed",
         highlight=False,
     )

@@ -1,7 +1,7 @@
 """The machine: the card of what a number was measured on; how fast it reads memory, how busy it is
 and what energy it takes.
 
-May import: the standard library, numpy and the core; onnxruntime only for its providers.
+May import: numpy, system, files, model/.
 
 What it cannot learn on a system (no /proc, no git) is null, never a guess.
 """
@@ -15,28 +15,30 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import lvr_lite
 from lvr_lite import files, system
+from lvr_lite.files import JsonObject
 from lvr_lite.model import bundle
 
 PACKAGES = ("lvr-lite", "onnxruntime", "numpy", "tokenizers", "pillow", "torch", "transformers")
-BUFFER_MB = 512  # larger than any last-level cache that a desktop has
+# MiB: larger than any last-level cache that a desktop has.
+BUFFER_MB = 512
 
 
-def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> dict[str, Any]:
+def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> JsonObject:
     """Everything about machine and software that a time depends on, ready for JSON.
 
-    threads: that the runtimes were told to use. bundles: {system: bundle folder}, each identified
-    by the sha256 of its manifest, which itself holds the sha256 of every file.
+    threads: that the runtimes were told to use.
+    bundles: {system: bundle folder}, each identified by the sha256 of its manifest, which itself
+        holds the sha256 of every file.
     """
     model, flags = system.cpu()
     total, available = system.memory_gib()
+    versions = {name: system.version(name) for name in PACKAGES}
     return {
         "cpu": model,
         "arch": platform.machine() or None,
@@ -49,11 +51,10 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
         "memory_available_gib": available,
         "os": _system(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := system.version(name))},
+        "packages": {name: version for name, version in versions.items() if version},
         "providers": system.providers(),
-        "tunables": os.environ.get(
-            "GLIBC_TUNABLES"
-        ),  # huge pages seem to choose between the two speeds of a machine
+        # Huge pages seem to choose between the two speeds of a machine.
+        "tunables": os.environ.get("GLIBC_TUNABLES"),
         "commit": commit(),
         "bundles": {name: manifest_hash(folder) for name, folder in (bundles or {}).items()},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -74,19 +75,14 @@ def commit(package: Path | None = None) -> str | None:
     other project's checkout does not count.
     """
     root = (package or Path(lvr_lite.__file__).parent).resolve().parent
-    head = (
-        _git(root, "rev-parse", "HEAD")
-        if (root / ".git").exists() and (root / "pyproject.toml").is_file()
-        else None
-    )
+    head = None
+    if (root / ".git").exists() and (root / "pyproject.toml").is_file():
+        head = _git(root, "rev-parse", "HEAD")
     if head is None:
-        try:
-            return "v" + metadata.version("lvr-lite")
-        except metadata.PackageNotFoundError:
-            return None
-    return head + (
-        "+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
-    )
+        version = system.version("lvr-lite")
+        return None if version is None else f"v{version}"
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changed" if changed else head
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -128,9 +124,8 @@ def read_bandwidth(threads: int, megabytes: int = BUFFER_MB, repeats: int = 4) -
     vectorises everywhere, without BLAS (whose own threads would interfere) and without the
     interpreter lock. One thread does not saturate most machines.
     """
-    buffer = np.ones(
-        megabytes * 2**18, np.int32
-    )  # ones, not zeros: every page must be backed by memory of its own
+    # Ones, not zeros: every page must be backed by memory of its own.
+    buffer = np.ones(megabytes * 2**18, np.int32)
     shares = np.array_split(buffer, threads)
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
@@ -146,18 +141,20 @@ def read_compute(repeats: int = 3) -> float:
     how fast the cores are just now, with their clock and what else runs on them (in a virtual
     machine also others' work, which no load shows).
 
-    One thread, and after a rest: two wait for each other and for Python's lock, and ONNX Runtime's
-    threads spin for a while after a call; either hides what is asked for
+    One thread, and after a rest: two threads wait for each other and for Python's lock, and ONNX
+    Runtime's threads spin for a while after a call; either would be measured instead of the cores
     (docs/results/runtime.md).
     """
-    values, taken = np.ones(1 << 15, np.float32), []  # 128 KiB
+    # 128 KiB
+    values = np.ones(1 << 15, np.float32)
+    milliseconds = []
     time.sleep(0.02)
     for _ in range(repeats):
         began = time.perf_counter()
         for _ in range(200):
             np.multiply(values, 1.0, out=values)
-        taken.append((time.perf_counter() - began) * 1e3)
-    return min(taken)
+        milliseconds.append((time.perf_counter() - began) * 1e3)
+    return min(milliseconds)
 
 
 def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
@@ -167,15 +164,17 @@ def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
     A counter starts again at 0 now and then (after an hour or more); a difference is then negative,
     and no measurement.
     """
-    found = []
+    joules = []
     for zone in sorted(counters.glob("intel-rapl:*")):
-        if zone.name.count(":") != 1:  # parts of a package
+        # Others are parts of a package.
+        if zone.name.count(":") != 1:
             continue
         try:
-            found.append(int((zone / "energy_uj").read_text()) / 1e6)
-        except OSError:  # only root may read it on most systems
+            joules.append(int((zone / "energy_uj").read_text()) / 1e6)
+        except OSError:
+            # Only root may read it on most systems.
             return None
-    return sum(found) if found else None
+    return sum(joules) if joules else None
 
 
 def load_average() -> float | None:

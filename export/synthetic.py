@@ -1,5 +1,7 @@
 """Bundles of the shapes that people use, with random weights: latency and memory of a model before
-one has it. May import: the core.
+one has it.
+
+May import: torch, tokenizers, model/.
 
 Sizes are those of the models' published config.json. Vocabulary and template are the embedded
 model's, whose few hundred ids are among the many; answers mean nothing, and cost what a real
@@ -23,76 +25,158 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec
 
-_CLIP = {
+# A config.json, or a part of one.
+Config = dict[str, Any]
+
+# Mean and standard deviation of a picture's channels, as CLIP has them, and as 0.5 everywhere.
+CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-_HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_QWEN = {
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768,
-}
-_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def _smolvlm(text: dict[str, int], vision: dict[str, int], scale: int) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 100000.0}
+def _qwen(model_type: str, text: Config, vision: Config) -> Config:
+    """A Qwen-VL's config.json."""
+    shared = {
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+    }
     return {
-        "model_type": "smolvlm", "scale_factor": scale, "tie_word_embeddings": False,
-        "text_config": {"model_type": "llama", "vocab_size": 49280, "head_dim": 64, "rope_parameters": rope, "rms_norm_eps": 1e-5,
-                        "max_position_embeddings": 8192, "tie_word_embeddings": False, **text},
-        "vision_config": vision,
-    }  # fmt: skip
+        "model_type": model_type,
+        "tie_word_embeddings": True,
+        "text_config": shared | text,
+        "vision_config": vision | {"spatial_merge_size": 2},
+    }
 
 
-_SIGLIP = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2-vl-2b": {
-        "model_type": "qwen2_vl", "tie_word_embeddings": True,
-        "text_config": {
-            **_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-            "num_key_value_heads": 2, "rope_parameters": _MROPE,
-        },
+def _mrope(theta: float, sections: list[int]) -> Config:
+    return {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
+
+
+def _smolvlm(text: Config) -> Config:
+    """A SmolVLM2's config.json; both sizes have the same vision tower."""
+    shared = {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "head_dim": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+    return {
+        "model_type": "smolvlm",
+        "scale_factor": 4,
+        "tie_word_embeddings": False,
+        "text_config": shared | text,
         "vision_config": {
-            "depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
+            "num_hidden_layers": 12,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "image_size": 512,
+            "patch_size": 16,
         },
-    },
-    "qwen2.5-vl-3b": {
-        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
-        "text_config": {
-            **_QWEN, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-            "num_key_value_heads": 2, "rope_parameters": _MROPE,
+    }
+
+
+SHAPES: dict[str, Config] = {
+    "qwen2-vl-2b": _qwen(
+        "qwen2_vl",
+        {
+            "num_hidden_layers": 28,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "rope_parameters": _mrope(1e6, [16, 24, 24]),
         },
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048, "patch_size": 14,
-            "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        {
+            "depth": 32,
+            "embed_dim": 1280,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "hidden_size": 1536,
+            "patch_size": 14,
         },
-    },
-    "qwen3-vl-2b": {
-        "model_type": "qwen3_vl", "tie_word_embeddings": True,
-        "text_config": {
-            **_QWEN, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-            "num_key_value_heads": 8, "head_dim": 128,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    ),
+    "qwen2.5-vl-3b": _qwen(
+        "qwen2_5_vl",
+        {
+            "num_hidden_layers": 36,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "rope_parameters": _mrope(1e6, [16, 24, 24]),
         },
-        "vision_config": {
-            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048, "patch_size": 16,
-            "spatial_merge_size": 2, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
         },
-    },
+    ),
+    "qwen3-vl-2b": _qwen(
+        "qwen3_vl",
+        {
+            "num_hidden_layers": 28,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": _mrope(5e6, [24, 20, 20]),
+        },
+        {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    ),
     "smolvlm-256m": _smolvlm(
-        {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
-        _SIGLIP, 4,
+        {
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        }
     ),
     "smolvlm-500m": _smolvlm(
-        {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5},
-        _SIGLIP, 4,
+        {
+            "num_hidden_layers": 32,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+        }
     ),
-}  # fmt: skip
+}
+
+
+def _preprocessor(config: Config) -> Config:
+    """The part of preprocessor_config.json that a family reads."""
+    if config["model_type"] == "smolvlm":
+        side = config["vision_config"]["image_size"]
+        return HALF | {
+            "size": {"longest_edge": 4 * side},
+            "max_image_size": {"longest_edge": side},
+        }
+    channels = HALF if config["model_type"] == "qwen3_vl" else CLIP
+    return channels | {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 
 
 def shape_of(name: str) -> Checkpoint:
@@ -101,29 +185,16 @@ def shape_of(name: str) -> Checkpoint:
     """
     if name not in SHAPES:
         raise UsageError(f"--synthetic {name}: not known; choose one of {', '.join(SHAPES)}")
-    config, tiny = SHAPES[name], read_checkpoint("tiny")
+    config = SHAPES[name]
+    tiny = read_checkpoint("tiny")
     family = families.get(config["model_type"])
     tokenizer = Tokenizer.from_str(tiny.processor.tokenizer.to_str())
     tokenizer.add_special_tokens([family.image_token, *family.picture_tokens])
-    smol = config["model_type"] == "smolvlm"
-    preprocessor = {
-        **(_HALF if smol or config["model_type"] == "qwen3_vl" else _CLIP),
-        "min_pixels": 56 * 56,
-        "max_pixels": 1280 * 28 * 28,
-    }
-    if smol:
-        side = config["vision_config"]["image_size"]
-        preprocessor |= {
-            "size": {"longest_edge": 4 * side},
-            "max_image_size": {"longest_edge": side},
-            "min_pixels": None,
-            "max_pixels": None,
-        }
     image = tokenizer.token_to_id(family.image_token)
-    assert image is not None  # added above
+    assert image is not None
     processor = Processor(
         family=family,
-        image=family.image_spec(config, preprocessor),
+        image=family.image_spec(config, _preprocessor(config)),
         template=tiny.processor.template.replace("<|image_pad|>", family.image_token),
         tokenizer=tokenizer,
         tokens=replace(tiny.processor.tokens, image=image),
@@ -145,9 +216,8 @@ class SyntheticWeights:
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
         self.model = empty_model(checkpoint.config, checkpoint.processor.family)
-        self._shapes = {
-            name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)
-        }
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in named}
         self._numbers = {name: i for i, name in enumerate(self._shapes)}
         self._seed = seed
 

@@ -17,7 +17,7 @@ import numpy as np
 from lvr_lite.data.sources import open_source
 from lvr_lite.errors import DataError
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime

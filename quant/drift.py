@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime

@@ -86,7 +86,7 @@ def export() -> Callable[[Any, Path], Any]:
             checkpoint,
             TrainedWeights(checkpoint),
             target,
-            [].append,
+            print,
             lambda: nf4.load_merged(checkpoint),
         ).manifest
 
@@ -115,7 +115,7 @@ def small_int8(small_fp32: Path) -> Path:
     """`small_fp32` with its weights in 8 bits."""
     from lvr_lite.quant.quantize import quantize_bundle
 
-    quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", [].append)
+    quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", print)
     return small_fp32.parent / "int8"
 
 
@@ -150,7 +150,7 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
         "scenes",
         out,
         load_settings(None, overrides),
-        say=[].append,
+        say=print,
     )
     return out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lvr_lite.bench.compare import compare
 from lvr_lite.bench.experiments.runner import Out, launch, once
-from lvr_lite.bench.report import read
+from lvr_lite.bench.record import read
 
 
 def main(
@@ -38,17 +38,15 @@ def main(
         if i == 0:
             continue
         comparison = compare(read(out / f"{i - 1:02}.json"), read(file))
-        distances = {
-            row["measure"]: max(row["ratio"], 1 / row["ratio"]) for row in comparison["rows"]
-        }
+        distances = {row.measure: max(row.ratio, 1 / row.ratio) for row in comparison.rows}
         farthest = max(distances, key=distances.__getitem__)
-        changed = [row["measure"] for row in comparison["rows"] if row["verdict"] != "same"]
+        changed = [row.measure for row in comparison.rows if row.verdict != "same"]
         unchanged += not changed
         near += distances[farthest] <= 1.05
         verdict = f"changed: {', '.join(changed)}" if changed else "no change"
         print(
             f"{i}: {verdict}; farthest by {distances[farthest]:.3f} ({farthest}); "
-            f"tolerance {comparison['tolerance']:.1%}",
+            f"tolerance {comparison.tolerance:.1%}",
             flush=True,
         )
     print(f"{unchanged} of {tries} report no change; every median within 5 % in {near}")

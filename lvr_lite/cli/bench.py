@@ -105,14 +105,14 @@ def run(
         provider=provider,
         threads=threads,
     )
-    data = benchmark(model, options).to_json()
-    report.show(data, Console())
+    result = benchmark(model, options)
+    report.show(result, Console())
     if html is not None:
-        report.write_html(data, html)
+        report.write_html(result, html)
     if csv is not None:
-        report.write_csv(data, csv)
-    write_json(json_, data)
-    print(json.dumps(data))
+        report.write_csv(result, csv)
+    write_json(json_, result.to_json())
+    print(json.dumps(result.to_json()))
 
 
 @app.command()
@@ -136,7 +136,7 @@ def compare(
     from lvr_lite.commands.bench import compare_benchmarks
 
     comparison = compare_benchmarks(before, after, tolerance)
-    compare.show(comparison.to_json(), Console())
+    compare.show(comparison, Console())
     write_json(json_, comparison.to_json())
     if comparison.regressed:
         raise typer.Exit(1)

@@ -87,12 +87,13 @@ def _function(function: Any) -> str:
 
 def _class(kind: Any) -> str:
     """A class with its fields, which its text explains, and its public methods."""
+    name = kind.__name__
     if not dataclasses.is_dataclass(kind):
         methods = [m for n, m in inspect.getmembers(kind, inspect.isfunction) if n[0] != "_"]
-        entries = [_entry(f"{kind.__name__}.{m.__name__}{_signature(m)}", m) for m in methods]
-        return "\n".join([_entry(f"class {kind.__name__}", kind), *entries])
+        entries = [_entry(f"{name}.{m.__name__}{_signature(m)}", m) for m in methods]
+        return "\n".join([_entry(f"class {name}", kind), *entries])
     fields = [f"{f.name}: {f.type}" for f in dataclasses.fields(kind) if f.repr]
-    return _entry(f"class {kind.__name__}({', '.join(fields)})", kind)
+    return _entry(f"class {name}({', '.join(fields)})", kind)
 
 
 def _signature(function: Any) -> str:

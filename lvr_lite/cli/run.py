@@ -58,7 +58,6 @@ def run(
     from lvr_lite.model.images import open_picture
     from lvr_lite.system import peak_rss_mb
     from lvr_lite.terminal import say
-    from lvr_lite.views.look import refuse, write_look
 
     *images, question = words
     questions = [question, *(also or [])]
@@ -66,6 +65,8 @@ def run(
     pictures = [open_picture(Path(image)) for image in images]
     opened = open_model(model, threads=threads, provider=provider)
     if look is not None:
+        from lvr_lite.views.look import refuse
+
         refuse(look, images, opened.runtime.latent, steps)
     options = AskOptions(
         max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed
@@ -78,6 +79,8 @@ def run(
         data["also"] = [answer.to_json() for answer in rest]
     write_json(json_, data)
     if look is not None:
+        from lvr_lite.views.look import write_look
+
         write_look(look, opened.look(first))
         say(f"{look}: the nearest visual tokens of {first.latent_steps} latent steps")
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from lvr_lite.bench import compare, machine, measure, report
-from lvr_lite.bench.measure import Request, Setting, System
+from lvr_lite.bench import compare, machine, record, report
+from lvr_lite.bench.compare import Comparison
+from lvr_lite.bench.measure import measure
+from lvr_lite.bench.plan import Plan, Request, Setting, System
+from lvr_lite.bench.record import Accuracy, Benchmark
 from lvr_lite.commands import model as models
 from lvr_lite.errors import LvrError
 from lvr_lite.eval.suite import evaluate, load_suite
-from lvr_lite.files import JsonObject
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.images import open_picture
@@ -64,14 +66,14 @@ class BenchOptions:
     threads: int | None = None
 
     @property
-    def plan(self) -> measure.Plan:
+    def plan(self) -> Plan:
         settings = tuple(
             Setting(steps, image_tokens, batch)
             for batch in self.batch
             for image_tokens in self.image_tokens
             for steps in self.steps
         )
-        return measure.Plan(
+        return Plan(
             rounds=self.runs or RUNS,
             seconds=SECONDS if self.runs is None else 0.0,
             warmup=self.warmup,
@@ -83,32 +85,6 @@ class BenchOptions:
     def provider_of(self, model: str) -> str:
         """A checkpoint runs under torch, whatever runs the bundles."""
         return self.provider if is_bundle(Path(model)) else "cpu"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What was measured, with a machine card: as `lvr-lite bench --json` writes it."""
-
-    report: JsonObject
-
-    def to_json(self) -> JsonObject:
-        return self.report
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What changed between two benchmarks beyond noise: as `bench compare --json` writes it."""
-
-    report: JsonObject
-
-    @property
-    def regressed(self) -> bool:
-        """Whether something became slower, or a system gives other answers."""
-        slower = any(row["verdict"] == "slower" for row in self.report["rows"])
-        return slower or bool(self.report["answers"])
-
-    def to_json(self) -> JsonObject:
-        return self.report
 
 
 def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchmark:
@@ -123,7 +99,7 @@ def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchma
     names = [str(model), *options.vs]
     systems = [_system(name, names, options) for name in names]
     with progress("measuring") as bar:
-        run = measure.measure(
+        run = measure(
             systems,
             requests,
             plan,
@@ -131,7 +107,7 @@ def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchma
         )
     bundles = {name: Path(name) for name in names if is_bundle(Path(name))}
     card = {"provider": options.provider} | machine.card(plan.threads, bundles)
-    return Benchmark(report.to_json(run, card))
+    return run.result(card)
 
 
 def compare_benchmarks(
@@ -143,13 +119,12 @@ def compare_benchmarks(
 
     Raises DataError for other files, and where they have no system in common.
     """
-    runs = report.read(Path(before)), report.read(Path(after))
-    return Comparison(compare.compare(*runs, tolerance))
+    return compare.compare(record.read(Path(before)), record.read(Path(after)), tolerance)
 
 
 def table_of_benchmarks(files: Sequence[str | Path]) -> str:
     """Files that `lvr-lite bench --json` wrote, of several machines, as one Markdown table."""
-    return report.machines_table([(str(file), report.read(Path(file))) for file in files])
+    return report.machines_table([(str(file), record.read(Path(file))) for file in files])
 
 
 def _requests(options: BenchOptions) -> list[Request]:
@@ -172,7 +147,7 @@ def _system(name: str, names: Sequence[str], options: BenchOptions) -> System:
     accuracy = None
     if options.limit:
         scores = evaluate(runtime, load_suite("scenes", options.limit), Options(max_tokens=16))
-        accuracy = {"suite": "scenes"} | {k: scores[k] for k in ("n", "accuracy", "interval")}
+        accuracy = Accuracy("scenes", scores["n"], scores["accuracy"], scores["interval"])
     folders = [Path(other).name for other in names]
     unique = folders.count(Path(name).name) == 1
     return System(

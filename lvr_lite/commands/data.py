@@ -10,13 +10,15 @@ from pathlib import Path
 
 from lvr_lite.data import validate
 from lvr_lite.data.convert import convert
-from lvr_lite.data.convert.convert import Options as ConvertOptions
-from lvr_lite.data.convert.convert import Written as Summary
-from lvr_lite.data.samples import Problem, read_samples
+from lvr_lite.data.rows import Problem
+from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.toy.make import write_scenes
 from lvr_lite.views.preview import preview
+
+# What `convert_data` reads and makes.
+ConvertOptions = convert.Options
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Conversion:
     problems: the broken rows.
     """
 
-    summary: Summary | None
+    summary: convert.Written | None
     problems: list[Problem]
 
 

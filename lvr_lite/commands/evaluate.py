@@ -12,9 +12,12 @@ from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
 from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.interventions import chosen
-from lvr_lite.eval.suite import Plan as EvalOptions
+from lvr_lite.eval.suite import Plan
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
+
+# What `evaluate` asks.
+EvalOptions = Plan
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.checkpoint import is_checkpoint, read_checkpoint
 from lvr_lite.model.images import open_picture
 from lvr_lite.terminal import quiet_libraries
-from lvr_lite.views.look import answer_views, heat_maps
 
 Picture = str | Path | Image.Image
 # What the decoder of text writes for bytes that are no whole character yet.
@@ -29,7 +28,10 @@ PARTIAL = "\ufffd"
 
 @dataclass(frozen=True)
 class AskOptions(Options):
-    """How to answer: as `lvr_lite.generate.decode.Options`, with room for a longer answer."""
+    """How to answer: as `lvr_lite.generate.decode.Options`, with room for a longer answer.
+
+    max_tokens: text tokens at most.
+    """
 
     max_tokens: int = 64
 
@@ -132,6 +134,8 @@ class Model:
         """Heat maps of which visual tokens each latent step of an answer is nearest to. Raises
         LvrError for an answer without latents.
         """
+        from lvr_lite.views.look import answer_views, heat_maps
+
         views = answer_views(self.runtime, answer.pictures, answer.prompt, answer.result)
         return heat_maps(views, answer.question, answer.text)
 

@@ -43,14 +43,22 @@ def tokens_in_box(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
     return np.array([row * columns + column], np.int64)
 
 
-def _coverage(low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
+def _coverage(
+    low: float,
+    high: float,
+    cells: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """On one axis, for each cell: the part of it that [low, high] covers, and whether its centre is
     covered.
     """
     start = np.arange(cells)
     low = low * cells
     high = high * cells
-    part = np.clip(np.minimum(high, start + 1) - np.maximum(low, start), 0, 1)
+    part = np.clip(
+        np.minimum(high, start + 1) - np.maximum(low, start),
+        0,
+        1,
+    )
     centre = start + 0.5
     return part, (low <= centre + _ROUNDING) & (centre <= high + _ROUNDING)
 
@@ -74,7 +82,11 @@ def upright(box: Sequence[float], orientation: int) -> Box:
     return turned.get(orientation, (x0, y0, x1, y1))
 
 
-def tokens_in_boxes(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> list[np.ndarray]:
+def tokens_in_boxes(
+    boxes: Sequence[Sequence[float]],
+    rows: int,
+    columns: int,
+) -> list[np.ndarray]:
     """`tokens_in_box` of each box, in the order of the boxes."""
     return [tokens_in_box(box, rows, columns) for box in boxes]
 

@@ -109,8 +109,9 @@ def parse_json(line: str) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({json_reason(error)})"
-        raise FieldError(reason, "every line must be one whole object") from error
+        raise FieldError(
+            f"not valid JSON ({json_reason(error)})", "every line must be one whole object"
+        ) from error
 
 
 def json_reason(error: Exception) -> str:
@@ -141,8 +142,9 @@ def text(value: object) -> str:
     if not value.strip():
         raise FieldError("is empty", "write its text or remove the sample")
     if has_lone_surrogate(value):
-        reason = "holds half of a surrogate pair, which is no character"
-        raise FieldError(reason, "write the file again as UTF-8")
+        raise FieldError(
+            "holds half of a surrogate pair, which is no character", "write the file again as UTF-8"
+        )
     return value
 
 
@@ -154,8 +156,9 @@ def plain_text(value: object) -> str:
     """Text in which no part is a control token of a model."""
     checked = text(value)
     if token := _CONTROL_TOKEN.search(checked):
-        reason = f"contains {token.group()}, which a model reads as a control token"
-        raise FieldError(reason, "leave it out")
+        raise FieldError(
+            f"contains {token.group()}, which a model reads as a control token", "leave it out"
+        )
     return checked
 
 
@@ -178,14 +181,16 @@ def normalized_box(value: object) -> Box:
     if any(v != v for v in value):
         raise FieldError(f"{shown} holds NaN", "write the box again")
     if max(value) > 1.5:
-        remedy = "divide x by the picture's width and y by its height (as shown upright)"
-        raise FieldError(f"{shown} looks like pixels", remedy)
+        raise FieldError(
+            f"{shown} looks like pixels",
+            "divide x by the picture's width and y by its height (as shown upright)",
+        )
     if min(value) < 0 or max(value) > 1:
-        remedy = "coordinates must be between 0 and 1"
-        raise FieldError(f"{shown} lies outside the picture", remedy)
+        raise FieldError(f"{shown} lies outside the picture", "coordinates must be between 0 and 1")
     if x0 > x1 or y0 > y1:
-        remedy = "write x0, y0 (upper left) before x1, y1 (lower right)"
-        raise FieldError(f"{shown} is inverted", remedy)
+        raise FieldError(
+            f"{shown} is inverted", "write x0, y0 (upper left) before x1, y1 (lower right)"
+        )
     if x0 == x1 or y0 == y1:
         raise FieldError(f"{shown} is empty", "width and height must be more than 0")
     return float(x0), float(y0), float(x1), float(y1)
@@ -223,7 +228,11 @@ class Row:
             raise FieldError("is null", "it must be given", field)
         raise FieldError("is missing", "every sample needs it", field)
 
-    def need(self, field: str, check: Callable[[object], T]) -> T | None:
+    def need(
+        self,
+        field: str,
+        check: Callable[[object], T],
+    ) -> T | None:
         """The value of a field that must be there; None, with the error noted, where it is wrong."""
         try:
             return self.require(field, check)
@@ -231,11 +240,20 @@ class Row:
             self.errors.append(error)
             return None
 
-    def get(self, field: str, check: Callable[[object], T]) -> T | None:
+    def get(
+        self,
+        field: str,
+        check: Callable[[object], T],
+    ) -> T | None:
         """The value of a field that may be missing or null; None too where it is wrong."""
         return None if self.values.get(field) is None else self.need(field, check)
 
-    def check(self, field: str, value: object, check: Callable[[object], T]) -> T | None:
+    def check(
+        self,
+        field: str,
+        value: object,
+        check: Callable[[object], T],
+    ) -> T | None:
         """A value that stands deeper in the row, under the name `field`; None where it is wrong."""
         try:
             return _checked(field, value, check)
@@ -243,9 +261,21 @@ class Row:
             self.errors.append(error)
             return None
 
-    def each(self, field: str, values: list[object], check: Callable[[object], T]) -> list[T]:
+    def each(
+        self,
+        field: str,
+        values: list[object],
+        check: Callable[[object], T],
+    ) -> list[T]:
         """The values of a list that are right."""
-        checked = [self.check(f"{field}[{i}]", value, check) for i, value in enumerate(values)]
+        checked = [
+            self.check(
+                f"{field}[{i}]",
+                value,
+                check,
+            )
+            for i, value in enumerate(values)
+        ]
         return [value for value in checked if value is not None]
 
     def images(self, folder: Path) -> tuple[Path, ...]:
@@ -282,7 +312,11 @@ class Row:
         return () if values is None else tuple(self.each(field, values, normalized_box))
 
 
-def _checked(field: str, value: object, check: Callable[[object], T]) -> T:
+def _checked(
+    field: str,
+    value: object,
+    check: Callable[[object], T],
+) -> T:
     try:
         return check(value)
     except FieldError as error:

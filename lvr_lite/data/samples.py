@@ -81,50 +81,49 @@ class Sample:
 
 @dataclass(frozen=True)
 class PlacedSample:
-    """A sample and where it stands in its file: a line, or an item of a list, from 1."""
+    """A sample and where it stands in its file.
+
+    line, item: the line, or the item of a list, from 1.
+    start, end: of a line, in bytes.
+    """
 
     sample: Sample
     line: int | None
     item: int | None
+    start: int = 0
+    end: int = 0
 
     @property
     def place(self) -> str:
         return f"line {self.line}" if self.line else f"item {self.item}"
 
 
-def read_samples(path: Path | str, need_boxes: bool = False) -> list[Sample]:
-    """All samples of a file in either format. need_boxes: a sample without boxes is a problem.
+def read_samples(path: Path | str) -> list[Sample]:
+    """All samples of a file in either format.
 
     Raises DataError with the first problem: file, line or item, field, what is wrong and what to
     do.
     """
-    samples, problems = check_samples(path, need_boxes)
+    placed, problems = placed_samples(Path(path))
     _raise_first(path, problems)
-    return samples
-
-
-def check_samples(path: Path | str, need_boxes: bool = False) -> tuple[list[Sample], list[Problem]]:
-    """The good samples of a file and all problems that show without opening pictures, in the order
-    of the file.
-    """
-    checker = _Checker(Path(path), need_boxes)
-    checker.run()
-    return [placed.sample for placed in checker.placed], checker.problems
+    return [one.sample for one in placed]
 
 
 def placed_samples(
     path: Path, images: Path | None = None
 ) -> tuple[list[PlacedSample], list[Problem]]:
-    """As `check_samples`, with the place of each sample. images: the folder that paths are relative
-    to, if not the file's.
+    """The good samples of a file and all problems that show without opening pictures, in the order
+    of the file. images: the folder that paths are relative to, if not the file's.
     """
-    checker = _Checker(path, images=images)
+    checker = _Checker(path, images)
     checker.run()
     return checker.placed, checker.problems
 
 
 def sample_json(sample: Sample, folder: Path) -> JsonObject:
-    """A sample as an object of the project's JSONL, its pictures relative to `folder`, the file's."""
+    """A sample as an object of the project's JSONL. folder: the file's, which paths are relative
+    to.
+    """
     paths = [Path(os.path.relpath(p, folder)).as_posix() for p in sample.images]
     return {
         "id": sample.id,
@@ -157,20 +156,6 @@ class LazySamples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self.read(i) for i in range(*index.indices(len(self)))]
         return self.read(range(len(self))[index])
-
-
-class PickedSamples(LazySamples):
-    """Those of `samples` at `places`."""
-
-    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
-        self._samples = samples
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def read(self, index: int) -> Sample:
-        return self._samples[int(self._places[index])]
 
 
 class SampleFile(LazySamples):
@@ -232,9 +217,8 @@ class _Checker:
     images: the folder that paths of pictures are relative to, the file's own by default.
     """
 
-    def __init__(self, path: Path, need_boxes: bool = False, images: Path | None = None) -> None:
+    def __init__(self, path: Path, images: Path | None = None) -> None:
         self.path = path
-        self.need_boxes = need_boxes
         self.images = images or path.parent
         self.placed: list[PlacedSample] = []
         self.problems: list[Problem] = []
@@ -254,11 +238,14 @@ class _Checker:
                 else:
                     self._check_lines(file)
         except OSError as error:
-            reason = f"cannot be read ({error.strerror or error})"
-            self._report(FieldError(reason, "name a JSONL file of samples"))
+            self._report(
+                FieldError(
+                    f"cannot be read ({error.strerror or error})", "name a JSONL file of samples"
+                )
+            )
 
-    def add(self, placed: PlacedSample, line: Line | None) -> None:
-        """One more good sample. line: where a JSONL file holds it."""
+    def add(self, placed: PlacedSample) -> None:
+        """One more good sample."""
         self.placed.append(placed)
 
     def _check_lines(self, file: BinaryIO) -> None:
@@ -270,7 +257,7 @@ class _Checker:
             except FieldError as error:
                 self._report(error, line.number)
                 continue
-            self._check_object(value, line=line)
+            self._check_object(value, line)
         if blank:
             self._report(FieldError("empty", "it must hold one sample a line"))
 
@@ -281,33 +268,44 @@ class _Checker:
             self._report(utf8_error(error), line=1 + data[: error.start].count(b"\n"))
             return
         except (ValueError, RecursionError) as error:
-            reason = f"not a valid JSON list ({json_reason(error)})"
             line = getattr(error, "lineno", None)
-            self._report(FieldError(reason, "mend or write it again"), line)
+            self._report(
+                FieldError(
+                    f"not a valid JSON list ({json_reason(error)})", "mend or write it again"
+                ),
+                line,
+            )
             return
         if not values:
             self._report(FieldError("an empty list", "it must hold samples"))
         for item, value in enumerate(values, 1):
-            self._check_object(value, item=item)
+            self._check_object(value, item)
 
-    def _check_object(
-        self, value: object, line: Line | None = None, item: int | None = None
-    ) -> None:
-        """One object of the file: one more sample, or its problems."""
-        number = line.number if line else None
+    def _check_object(self, value: object, place: Line | int) -> None:
+        """One object of the file: one more sample, or its problems. place: a line, or an item."""
+        line = place.number if isinstance(place, Line) else None
+        item = None if isinstance(place, Line) else place
         if not isinstance(value, dict):
             kind = kind_of(value)
-            reason = f"must be an object with the fields of a sample, not {kind}"
-            self._report(FieldError(reason), number, item)
+            error = FieldError(f"must be an object with the fields of a sample, not {kind}")
+            self._report(error, line, item)
             return
         sample = self._converted(value, item)
         errors = self._errors_beside(sample) if isinstance(sample, Sample) else sample
         for error in errors:
-            self._report(error, number, item)
-        if isinstance(sample, Sample) and not errors:
-            self.add(PlacedSample(sample, number, item), line)
+            self._report(error, line, item)
+        if isinstance(sample, list) or errors:
+            return
+        if isinstance(place, Line):
+            self.add(PlacedSample(sample, line, item, place.start, place.end))
+        else:
+            self.add(PlacedSample(sample, line, item))
 
-    def _converted(self, value: JsonObject, item: int | None) -> Sample | list[FieldError]:
+    def _converted(
+        self,
+        value: JsonObject,
+        item: int | None,
+    ) -> Sample | list[FieldError]:
         if item is None:
             return _from_line(value, self.images)
         return _from_official(value, self.images, item)
@@ -316,17 +314,23 @@ class _Checker:
         """What shows only beside the other samples and the disk."""
         errors = []
         if hash(sample.id) in self._id_hashes:
-            reason = f"{sample.id!r} is already taken by {self._first_place(sample.id)}"
-            errors.append(FieldError(reason, "give every sample its own", "id"))
+            errors.append(
+                FieldError(
+                    f"{sample.id!r} is already taken by {self._first_place(sample.id)}",
+                    "give every sample its own",
+                    "id",
+                )
+            )
         self._id_hashes.add(hash(sample.id))
         for path in sample.images:
             if not self._is_file(path):
-                remedy = "paths are relative to the data file's folder"
-                errors.append(FieldError(f"{path} does not exist", remedy, "image"))
-        if self.need_boxes and not sample.boxes:
-            reason = f"sample {sample.id!r} has none, and they are needed here"
-            remedy = "add the regions that its question is about"
-            errors.append(FieldError(reason, remedy, "boxes"))
+                errors.append(
+                    FieldError(
+                        f"{path} does not exist",
+                        "paths are relative to the data file's folder",
+                        "image",
+                    )
+                )
         return errors
 
     def _is_file(self, path: Path) -> bool:
@@ -349,12 +353,26 @@ class _Checker:
                     continue
                 sample = self._converted(value, number if listed else None)
                 if isinstance(sample, Sample):
-                    place = f"{'item' if listed else 'line'} {number}"
-                    self._first_places.setdefault(sample.id, place)
+                    self._first_places.setdefault(
+                        sample.id, f"{'item' if listed else 'line'} {number}"
+                    )
         return self._first_places[sample_id]
 
-    def _report(self, error: FieldError, line: int | None = None, item: int | None = None) -> None:
-        self.problems.append(Problem(self.path, error.field, str(error), line, item))
+    def _report(
+        self,
+        error: FieldError,
+        line: int | None = None,
+        item: int | None = None,
+    ) -> None:
+        self.problems.append(
+            Problem(
+                self.path,
+                error.field,
+                str(error),
+                line,
+                item,
+            )
+        )
 
 
 class _Indexer(_Checker):
@@ -367,12 +385,12 @@ class _Indexer(_Checker):
         self.pictures = array("q")
         self.boxed = bytearray()
 
-    def add(self, placed: PlacedSample, line: Line | None) -> None:
-        if line is None:
-            super().add(placed, line)
+    def add(self, placed: PlacedSample) -> None:
+        if placed.line is None:
+            super().add(placed)
         else:
-            self.starts.append(line.start)
-            self.ends.append(line.end)
+            self.starts.append(placed.start)
+            self.ends.append(placed.end)
         self.pictures.append(hash(placed.sample.images))
         self.boxed.append(bool(placed.sample.boxes))
 
@@ -402,8 +420,11 @@ def _from_line(data: JsonObject, folder: Path) -> Sample | list[FieldError]:
     choices = row.choices()
     boxes = row.boxes("boxes")
     if choices is not None and answer and answer not in choices:
-        reason = f"{answer!r} is not among the choices ({', '.join(choices)[:80]})"
-        row.reject("answer", reason, "write it as it stands there")
+        row.reject(
+            "answer",
+            f"{answer!r} is not among the choices ({', '.join(choices)[:80]})",
+            "write it as it stands there",
+        )
     kind = row.get("type", text)
     pair = row.get("pair", text)
     if row.errors or sample_id is None or question is None or answer is None:
@@ -446,8 +467,10 @@ def _turns(row: Row) -> tuple[str | None, str | None]:
 def _two_turns(value: object) -> list[JsonObject]:
     turns = value if isinstance(value, list) else []
     if [turn.get("from") if isinstance(turn, dict) else None for turn in turns] != ["human", "gpt"]:
-        reason = "must be two turns, from human and then from gpt"
-        raise FieldError(reason, "split longer conversations into several items")
+        raise FieldError(
+            "must be two turns, from human and then from gpt",
+            "split longer conversations into several items",
+        )
     return turns
 
 
@@ -472,8 +495,9 @@ def _official_answer(row: Row, gpt: str | None) -> str | None:
     marks = gpt.count("<lvr>")
     boxes = row.values.get("bboxes") or []
     if isinstance(boxes, list) and marks != len(boxes):
-        reason = f"has {marks} <lvr> for {len(boxes)} boxes in bboxes"
-        row.reject(field, reason, "write one for each")
+        row.reject(
+            field, f"has {marks} <lvr> for {len(boxes)} boxes in bboxes", "write one for each"
+        )
     tagged = _ANSWER.search(gpt)
     answer = tagged.group(1) if tagged else gpt.replace("<lvr>", "")
     return row.check(field, answer.strip(), plain_text)

@@ -60,6 +60,20 @@ class Source(ABC):
         return {sample.id: sample.answer for sample in self.samples}
 
 
+class PickedSamples(LazySamples):
+    """Those of `samples` at `places`."""
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
+        self._samples = samples
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, index: int) -> Sample:
+        return self._samples[int(self._places[index])]
+
+
 class FileSource(Source):
     """Samples whose pictures are files."""
 

@@ -114,9 +114,14 @@ class _CheckedFile:
                 fact = self.facts[path]
                 if isinstance(fact, str) or fact.digest not in other.first_places:
                     continue
-                also = f"{path} is also in {other.path} ({other.first_places[fact.digest]})"
-                message = f"{also}; a picture may be in one of them only"
-                problem = Problem(self.path, "image", message, placed.line, placed.item)
+                problem = Problem(
+                    self.path,
+                    "image",
+                    f"{path} is also in {other.path} ({other.first_places[fact.digest]}); a "
+                    "picture may be in one of them only",
+                    placed.line,
+                    placed.item,
+                )
                 self.problems.append(problem)
 
     def _problems_of(self, placed: PlacedSample) -> Iterator[Problem]:
@@ -129,9 +134,12 @@ class _CheckedFile:
                 yield Problem(self.path, "image", f"{path}: {fact}")
                 return
             if max(fact.size) > MAX_ASPECT * min(fact.size):
-                size = f"{fact.size[0]} x {fact.size[1]} pixels"
-                ratio = f"one side more than {MAX_ASPECT} times the other"
-                yield Problem(self.path, "image", f"{path}: {size}, {ratio}; crop it")
+                yield Problem(
+                    self.path,
+                    "image",
+                    f"{path}: {fact.size[0]} x {fact.size[1]} pixels, one side more than "
+                    f"{MAX_ASPECT} times the other; crop it",
+                )
                 return
             facts.append(fact)
         yield from self._repetitions(sample, placed.place, facts)
@@ -151,23 +159,37 @@ class _CheckedFile:
         if first == place:
             return
         if answer.strip().lower() != sample.answer.strip().lower():
-            other = f"{first} answers {answer!r} to the same question about the same picture"
-            message = f"{sample.answer!r}, and {other}; keep the right one"
-            yield Problem(self.path, "answer", message)
+            yield Problem(
+                self.path,
+                "answer",
+                f"{sample.answer!r}, and {first} answers {answer!r} to the same question about "
+                "the same picture; keep the right one",
+            )
         else:
-            message = f"asked and answered in {first} about the same picture"
-            yield Problem(self.path, "question", message, note=True)
+            yield Problem(
+                self.path,
+                "question",
+                f"asked and answered in {first} about the same picture",
+                note=True,
+            )
 
 
-def _box_note(box: Box, rows: int, columns: int, before: Sequence[Box]) -> str | None:
+def _box_note(
+    box: Box,
+    rows: int,
+    columns: int,
+    before: Sequence[Box],
+) -> str | None:
     """What is worth knowing of a box on a grid of visual tokens. before: the sample's boxes up to
     it.
     """
     x0, y0, x1, y1 = box
     tokens = (x1 - x0) * columns * (y1 - y0) * rows
     if tokens < COVERED:
-        part = f"{tokens:.2g} of a visual token ({columns} x {rows} of the picture)"
-        return f"covers {part}: the latents see mostly what is around it"
+        return (
+            f"covers {tokens:.2g} of a visual token ({columns} x {rows} of the picture): the "
+            "latents see mostly what is around it"
+        )
     if tokens > 0.999 * rows * columns:
         return "is the whole picture: no place to look at"
     return "is there twice" if box in before else None

@@ -79,8 +79,8 @@ class Broken:
 
 
 def read_rows(name: str, folder: Path) -> Iterator[Question | Broken] | None:
-    """Every row of a benchmark, in order; None where the folder lacks a file. Raises DataError where
-    a file is damaged or lacks a column.
+    """Every row of a benchmark, in order; None where the folder lacks a file. Raises DataError
+    where a file is damaged or lacks a column.
     """
     return _READERS[name](folder)
 
@@ -128,8 +128,7 @@ def _letter(row: Row, field: str, options: Sequence[str]) -> str:
     letter = answer.strip("().: ").upper()
     letters = score.LETTERS[: len(options)]
     if len(letter) != 1 or letter not in letters:
-        among = f"is not among the options ({', '.join(letters)})"
-        raise FieldError(f"{answer!r} {among}", field=field)
+        raise FieldError(f"{answer!r} is not among the options ({', '.join(letters)})", field=field)
     return letter
 
 
@@ -160,15 +159,24 @@ def _ask_mmvp(images: Path, row: Row, place: Place) -> Question:
     shown = row.require("Options", _cell)
     options = score.lettered_options(shown)
     if not options:
-        shows = f"{row.values['Options']!r} shows no options (a) and (b)"
-        raise FieldError(shows, field="Options")
+        raise FieldError(f"{row.values['Options']!r} shows no options (a) and (b)", field="Options")
     answer = _letter(row, "Correct Answer", options)
-    shown = re.sub(r"\(([a-z])\)", lambda mark: f"{mark.group(1).upper()}.", shown)
-    question = f"{row.require('Question', _cell)}\nOptions:\n{shown}\n{INSTRUCTION}"
+    shown = re.sub(
+        r"\(([a-z])\)",
+        lambda mark: f"{mark.group(1).upper()}.",
+        shown,
+    )
     names = [images / f"{number}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG")]
     picture = next((path for path in names if path.is_file()), names[0])
     pair = f"pair-{(number + 1) // 2}"
-    sample = Sample(str(number), (picture,), question, answer, tuple(options), pair=pair)
+    sample = Sample(
+        str(number),
+        (picture,),
+        f"{row.require('Question', _cell)}\nOptions:\n{shown}\n{INSTRUCTION}",
+        answer,
+        tuple(options),
+        pair=pair,
+    )
     return Question(sample, place.where, partial(_open_files, sample.images))
 
 
@@ -188,8 +196,14 @@ def _ask_vstar(folder: Path, row: Row, place: Place) -> Question:
     question = text if INSTRUCTION in text else f"{text}\n{INSTRUCTION}"
     kind = row.require("category", _cell)
     answer = _letter(row, "label", options)
-    name = f"{kind}-{row.require('question_id', _cell)}"
-    sample = Sample(name, (picture,), question, answer, tuple(options), type=kind)
+    sample = Sample(
+        f"{kind}-{row.require('question_id', _cell)}",
+        (picture,),
+        question,
+        answer,
+        tuple(options),
+        type=kind,
+    )
     return Question(sample, place.where, partial(_open_files, sample.images))
 
 
@@ -221,14 +235,24 @@ def _ask_blink(subtask: str, table: Table, row: Row, place: Place) -> Question:
     more = [name for name in ("image_2", "image_3", "image_4") if row.values.get(name)]
     names = ["image_1", *more]
     text = row.require("question", _cell)
-    question = f"{text}\nOptions:\n{_with_letters(options)}\n{INSTRUCTION}"
     images = tuple(
-        _path_in_records(row.values.get(name), table.path, f"{place.where}:{name}")
+        _path_in_records(
+            row.values.get(name),
+            table.path,
+            f"{place.where}:{name}",
+        )
         for name in names
     )
     key = str(row.values.get("idx") or f"{kind}-{place.number}")
     answer = _letter(row, "answer", options)
-    sample = Sample(key, images, question, answer, tuple(options), type=kind)
+    sample = Sample(
+        key,
+        images,
+        f"{text}\nOptions:\n{_with_letters(options)}\n{INSTRUCTION}",
+        answer,
+        tuple(options),
+        type=kind,
+    )
     return Question(sample, place.where, partial(_open_fields, table, place, names))
 
 
@@ -329,7 +353,14 @@ def _open_fields(table: Table, place: Place, names: Sequence[str]) -> Pictures:
     """The pictures of some fields of a row. A field after the first that is null is none."""
     fields = table.reread(place)
     present = [name for name in names if name == names[0] or fields.get(name) not in (None, "")]
-    return tuple(_picture(fields.get(name), name, table.path) for name in present)
+    return tuple(
+        _picture(
+            fields.get(name),
+            name,
+            table.path,
+        )
+        for name in present
+    )
 
 
 def _open_shared(
@@ -367,8 +398,7 @@ def _picture(value: object, field: str, file: Path) -> Image.Image:
         try:
             value = base64.b64decode(code, validate=True)
         except (binascii.Error, ValueError) as error:
-            reason = f"is neither a picture's path nor base64 ({error})"
-            raise DataError(f"{field}: {reason}") from error
+            raise DataError(f"{field}: is neither a picture's path nor base64 ({error})") from error
     if not isinstance(value, bytes):
         raise DataError(f"{field}: must be a picture, not {type(value).__name__}")
     return read_picture(io.BytesIO(value), field)

@@ -52,7 +52,11 @@ class Benchmark:
         return [*self.broken, *failed]
 
 
-def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
+def read(
+    name: str,
+    folder: Path | str,
+    limit: int | None = None,
+) -> Benchmark:
     """A benchmark's first `limit` rows, or all. Raises DataError, one line, where the folder lacks
     a file or no row can be asked.
     """
@@ -61,8 +65,9 @@ def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
         raise DataError(f"--path {folder}: no such folder; it must hold {HOLDS[name]}")
     rows = read_rows(name, folder)
     if rows is None:
-        must_hold = f"the folder must hold {HOLDS[name]}"
-        raise DataError(f"--path {folder}: is not {name} as it is published; {must_hold}")
+        raise DataError(
+            f"--path {folder}: is not {name} as it is published; the folder must hold {HOLDS[name]}"
+        )
     questions: dict[str, Question] = {}
     broken: list[Broken] = []
     # Read to the end whatever the limit is: a damaged file is refused as a whole.
@@ -72,8 +77,13 @@ def read(name: str, folder: Path | str, limit: int | None = None) -> Benchmark:
             continue
         key = row.sample.id
         if key in questions:
-            problem = f"the id {key} is already taken by {questions[key].where}"
-            broken.append(Broken(None, row.where, problem))
+            broken.append(
+                Broken(
+                    None,
+                    row.where,
+                    f"the id {key} is already taken by {questions[key].where}",
+                )
+            )
         else:
             questions[key] = row
     benchmark = Benchmark(name, folder, list(questions.values()), broken)
@@ -112,8 +122,8 @@ def grade(sample: Sample, answer: str) -> float:
 
 
 def scores(name: str, answers: Sequence[Answer]) -> list[JsonObject]:
-    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}. answers: with the
-    field "pair".
+    """The benchmark's own scores first, each {"name", "n", "accuracy", "interval"}. answers: with
+    the field "pair".
     """
     shares = _shares(name, answers)
     return [{"name": title} | share.to_json() for title, share in shares.items()]
@@ -174,7 +184,11 @@ def _all_right(answers: Sequence[Answer], size: int) -> Share:
     """Of the whole groups of `size` answers, the share that is all right."""
     groups = score.together(((a["pair"], a["score"] == 1) for a in answers), size)
     n = len(groups)
-    return Share(n, sum(groups) / max(1, n), score.wilson(sum(groups), n))
+    return Share(
+        n,
+        sum(groups) / max(1, n),
+        score.wilson(sum(groups), n),
+    )
 
 
 # ----------------------------------------------------------------------------------------------

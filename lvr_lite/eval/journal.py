@@ -60,9 +60,9 @@ class Journal:
             try:
                 journal._read(line, is_head=number == 1)
             except (ValueError, KeyError, TypeError) as error:
-                reason = "not what `lvr-lite eval --answers` writes"
                 raise DataError(
-                    f"--answers {path}:{number}: {reason}; name another file"
+                    f"--answers {path}:{number}: not what `lvr-lite eval --answers` writes; "
+                    "name another file"
                 ) from error
             if number == 1:
                 _refuse_other_settings(path, json.loads(line), settings)
@@ -91,8 +91,10 @@ class Journal:
         # An answer of this run is to the question that was just asked, and does not repeat it.
         known = answer.get("question"), answer["expected"]
         if "question" in answer and known != (sample.question, sample.answer):
-            reason = f"the question {sample.id} has changed since"
-            raise UsageError(f"--answers {self._path}: {reason}; name another file, or remove it")
+            raise UsageError(
+                f"--answers {self._path}: the question {sample.id} has changed since; name "
+                "another file, or remove it"
+            )
         return True
 
     def add(self, sample: Sample, steps: int, answer: Answer) -> None:

@@ -17,7 +17,17 @@ def normalized(answer: str) -> str:
     """
     tagged = re.search(r"<answer>(.*?)(?:</answer>|$)", answer, re.DOTALL | re.IGNORECASE)
     text = tagged.group(1) if tagged else answer
-    return re.sub(r"\s+", " ", text).strip().strip(".,;:!?\"'()").strip().lower()
+    return (
+        re.sub(
+            r"\s+",
+            " ",
+            text,
+        )
+        .strip()
+        .strip(".,;:!?\"'()")
+        .strip()
+        .lower()
+    )
 
 
 def is_correct(answer: str, expected: str) -> bool:
@@ -43,7 +53,11 @@ def _details(text: str) -> Counter[tuple[str, str]]:
     return Counter((words[0], word) for words in phrases for word in words)
 
 
-def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(
+    right: float,
+    n: int,
+    z: float = 1.959964,
+) -> tuple[float, float]:
     """95 % Wilson score interval of a share `right / n`; (0, 1) for n = 0 (Wilson 1927).
 
     It is also an interval of the mean of n scores between 0 and 1 whose sum is `right`, rather too
@@ -150,7 +164,11 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
     if whole in words:
         return letters[words.index(whole)] if words.count(whole) == 1 else None
     for letter, option in zip(letters, words, strict=True):
-        led = re.match(rf"\W*{letter}\b[\s\W]*(?P<rest>\S.*)", text, re.DOTALL | re.IGNORECASE)
+        led = re.match(
+            rf"\W*{letter}\b[\s\W]*(?P<rest>\S.*)",
+            text,
+            re.DOTALL | re.IGNORECASE,
+        )
         if led and normalized(led["rest"]) == option:
             return letter
     concluded = _conclusions(text)

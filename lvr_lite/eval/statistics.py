@@ -29,15 +29,19 @@ def mcnemar(lost: int, gained: int) -> float:
 def bootstrap_mean(
     values: np.ndarray, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1. With paired differences
-    as values it is the paired bootstrap.
+    """95 % percentile bootstrap interval of the mean of values (n,), n >= 1. With paired
+    differences as values it is the paired bootstrap.
 
     Drawing n items with replacement is drawing how often each distinct value comes, so a resample
     is one multinomial: exact, and small in memory.
     """
     distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     n = int(counts.sum())
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    draws = np.random.default_rng(seed).multinomial(
+        n,
+        counts / n,
+        size=resamples,
+    )
     low, high = np.percentile(draws @ distinct / n, [2.5, 97.5])
     return float(low), float(high)
 
@@ -53,14 +57,18 @@ def grouped(values: np.ndarray, groups: list[str]) -> tuple[np.ndarray, np.ndarr
 def bootstrap_ratio(
     sums: np.ndarray, sizes: np.ndarray, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over items in G groups, of which whole ones are
-    drawn.
+    """95 % percentile bootstrap interval of the mean over items in G groups, of which whole ones
+    are drawn.
 
     sums, sizes: of the groups (G,), as `grouped` gives them.
     """
     count = len(sums)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    draws = rng.multinomial(
+        count,
+        np.full(count, 1 / count),
+        size=resamples,
+    )
     low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
     return float(low), float(high)
 
@@ -68,7 +76,14 @@ def bootstrap_ratio(
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (…, H) at length 1; a vector of zeros stays one."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0))
+    return np.asarray(
+        np.divide(
+            vectors,
+            norms,
+            out=np.zeros_like(vectors),
+            where=norms > 0,
+        )
+    )
 
 
 def participation_ratio(vectors: np.ndarray) -> float | None:
@@ -77,7 +92,11 @@ def participation_ratio(vectors: np.ndarray) -> float | None:
 
     It is computed from the trace of the covariance and of its square, without eigenvalues.
     """
-    centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
+    centred = np.asarray(vectors, np.float64) - np.mean(
+        vectors,
+        axis=0,
+        dtype=np.float64,
+    )
     trace = float((centred**2).sum())
     if trace <= (1e-5 * np.linalg.norm(vectors)) ** 2:
         return None

@@ -60,7 +60,11 @@ class JsonLines:
     def rows(self) -> Iterator[tuple[Place, Row | FieldError]]:
         with self.path.open("rb") as file:
             for line in json_lines(file):
-                place = Place(f"{self.path}:{line.number}", line.number, line.start)
+                place = Place(
+                    f"{self.path}:{line.number}",
+                    line.number,
+                    line.start,
+                )
                 yield place, _row(line.data)
 
     def reread(self, place: Place) -> JsonObject:
@@ -107,7 +111,11 @@ class Delimited:
             _need_columns(self.path, self.columns, self.needed)
             while True:
                 number = reader.line_num + 1
-                place = Place(f"{self.path}:{number}", number, file.tell())
+                place = Place(
+                    f"{self.path}:{number}",
+                    number,
+                    file.tell(),
+                )
                 try:
                     cells = next(reader)
                 except StopIteration:
@@ -127,8 +135,10 @@ class Delimited:
 
     def _row(self, cells: list[str]) -> Row | FieldError:
         if len(cells) > len(self.columns):
-            counts = f"has {len(cells)} cells for {len(self.columns)} columns"
-            return FieldError(f"{counts}; a text that holds the delimiter must be in quotes")
+            return FieldError(
+                f"has {len(cells)} cells for {len(self.columns)} columns; a text that holds the "
+                "delimiter must be in quotes"
+            )
         return Row(dict(zip(self.columns, cells, strict=False)))
 
     def reread(self, place: Place) -> JsonObject:
@@ -155,8 +165,9 @@ class Parquet:
         try:
             self._file = parquet.ParquetFile(path)
         except self._errors as error:
-            reason = f"not a whole parquet file ({_first_line(error)})"
-            raise DataError(f"{path}: {reason}; copy it again") from error
+            raise DataError(
+                f"{path}: not a whole parquet file ({_first_line(error)}); copy it again"
+            ) from error
         schema = self._file.schema_arrow
         _need_columns(path, schema.names, needed)
         self._images = [name for name in schema.names if name.startswith("image")]
@@ -185,10 +196,19 @@ class Parquet:
                     number += 1
                     present = {name: field for name, field in fields.items() if field is not None}
                     row = Row(present | dict.fromkeys(unread, UNREAD))
-                    yield Place(f"{self.path}: row {number}", number, number - 1), row
+                    yield (
+                        Place(
+                            f"{self.path}: row {number}",
+                            number,
+                            number - 1,
+                        ),
+                        row,
+                    )
         except self._errors as error:
-            reason = f"cannot be read beyond row {number} ({_first_line(error)})"
-            raise DataError(f"{self.path}: {reason}; copy it again") from error
+            raise DataError(
+                f"{self.path}: cannot be read beyond row {number} ({_first_line(error)}); copy "
+                "it again"
+            ) from error
 
     def reread(self, place: Place) -> JsonObject:
         try:
@@ -200,8 +220,9 @@ class Parquet:
                 self._first += len(self._rows)
                 self._rows = next(self._batches).to_pylist()
         except self._errors as error:
-            reason = f"image: cannot be read ({_first_line(error)})"
-            raise DataError(f"{reason}; copy the file again") from error
+            raise DataError(
+                f"image: cannot be read ({_first_line(error)}); copy the file again"
+            ) from error
         return self._rows[place.offset - self._first]
 
 
@@ -212,5 +233,6 @@ def _first_line(error: Exception) -> str:
 def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
     if missing := [name for name in needed if name not in columns]:
         there = ", ".join(columns)[:120] or "none"
-        reason = f"has no column {', '.join(missing)} (it has {there})"
-        raise DataError(f"{path}: {reason}; use the published file")
+        raise DataError(
+            f"{path}: has no column {', '.join(missing)} (it has {there}); use the published file"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions, scenes
 
 SPECIALS = (
     "<|endoftext|>",
@@ -43,14 +43,14 @@ def corpus() -> list[str]:
     trained on.
     """
     texts = [" user", " assistant", " describe", " where is the"] * 300
-    for _, scene, question, _ in scenes.items(
-        seed=1, split="train", count=600, types=scenes.PRETRAINED
+    for _, scene, question, _ in questions.items(
+        seed=1, split="train", count=600, types=questions.PRETRAINED
     ):
         texts += [
             f" {question.text}",
             f" {question.short}",
             f" {question.answer}",
-            f" {scenes.describe(scene)}",
+            f" {questions.describe(scene)}",
         ]
     texts += [
         f" {w}"

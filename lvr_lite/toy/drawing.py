@@ -1,5 +1,5 @@
-"""The picture of a scene: figures with a pattern and a letter on a cluttered background. May import:
-numpy, Pillow and what stands above `toy`.
+"""The picture of a scene: figures with a pattern and a letter on a cluttered background. May
+import: numpy, Pillow and what stands above `toy`.
 """
 
 from __future__ import annotations
@@ -70,16 +70,31 @@ def _background(width: int, height: int, seed: int) -> Image.Image:
     base = (0.35 * base + 0.65 * base.mean()).astype(int)
     shade = rng.normal(0, 16, size=(6, 6, 1))
     tint = rng.normal(0, 6, size=(6, 6, 3))
-    coarse = np.clip(base + shade + tint, 0, 255).astype(np.uint8)
+    coarse = np.clip(
+        base + shade + tint,
+        0,
+        255,
+    ).astype(np.uint8)
     picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     count = int(rng.integers(4, 11))
     for x0, y0, x1, y1, brightness, kind in rng.random((count, 6)):
-        tone = tuple(int(v) for v in np.clip(base + (brightness - 0.5) * 90, 0, 255))
+        tone = tuple(
+            int(v)
+            for v in np.clip(
+                base + (brightness - 0.5) * 90,
+                0,
+                255,
+            )
+        )
         x = x0 * width
         y = y0 * height
         if kind < 0.6:
-            draw.line((x, y, x1 * width, y1 * height), fill=tone, width=1)
+            draw.line(
+                (x, y, x1 * width, y1 * height),
+                fill=tone,
+                width=1,
+            )
         else:
             draw.rectangle((x, y, x + 3 + 9 * x1, y + 3 + 9 * y1), fill=tone)
     return picture
@@ -87,7 +102,11 @@ def _background(width: int, height: int, seed: int) -> Image.Image:
 
 def _draw_figure(picture: Image.Image, figure: Figure) -> None:
     fill = _fill(COLOURS[figure.colour], figure.pattern, figure.size)
-    picture.paste(fill, (figure.x, figure.y), _mask(figure.shape, figure.size))
+    picture.paste(
+        fill,
+        (figure.x, figure.y),
+        _mask(figure.shape, figure.size),
+    )
     glyph = _glyph(figure)
     # The body of a triangle lies low.
     middle = 0.62 if figure.shape == "triangle" else 0.5

@@ -20,7 +20,11 @@ from lvr_lite.toy import sources
 from lvr_lite.toy.scenes import SHAPES, Scene
 
 
-def scene_samples(count: int, seed: int, split: str) -> Iterator[tuple[Sample, Image.Image]]:
+def scene_samples(
+    count: int,
+    seed: int,
+    split: str,
+) -> Iterator[tuple[Sample, Image.Image]]:
     """`count` samples of the scenes, each with its picture (RGB); `Sample.images` is ().
 
     The same (seed, split) always gives the same samples, and a larger count only adds to them.
@@ -40,7 +44,13 @@ def _with_picture(source: sources.DrawnSource) -> Iterator[tuple[Sample, Image.I
     return ((sample, picture) for sample, (picture,) in source.items())
 
 
-def write_scenes(folder: Path, count: int, seed: int, split: str, coco: bool = False) -> Path:
+def write_scenes(
+    folder: Path,
+    count: int,
+    seed: int,
+    split: str,
+    coco: bool = False,
+) -> Path:
     """Write `count` scenes as `folder`/images/*.png and `folder`/<split>.jsonl, whole or not at
     all. Returns the path of the JSONL.
 
@@ -70,7 +80,13 @@ def _instances(source: sources.DrawnSource) -> JsonObject:
     """Scenes as COCO instances, with a category a shape."""
     images = [
         _image_json(number, sample, scene)
-        for number, (sample, scene) in enumerate(zip(source.samples, source.scenes, strict=True))
+        for number, (sample, scene) in enumerate(
+            zip(
+                source.samples,
+                source.scenes,
+                strict=True,
+            )
+        )
     ]
     figures = [
         (image, figure) for image, scene in enumerate(source.scenes) for figure in scene.figures
@@ -109,5 +125,7 @@ def _refuse_foreign_files(folder: Path, split: str, name: str) -> None:
     for path in sorted([*folder.iterdir(), *(folder / "images").glob("*")]):
         relative = path.relative_to(folder)
         if not own.fullmatch(relative.as_posix()):
-            reason = f"holds {relative}, which is not of an earlier {split} set of scenes"
-            raise DataError(f"{folder}: {reason}; choose another folder")
+            raise DataError(
+                f"{folder}: holds {relative}, which is not of an earlier {split} set of scenes; "
+                "choose another folder"
+            )

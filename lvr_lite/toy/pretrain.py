@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lvr_lite.model.families import Grid
 from lvr_lite.model.families.qwen2_5_vl import FAMILY
 from lvr_lite.model.prompt import render
-from lvr_lite.toy import build, scenes
+from lvr_lite.toy import build, questions, scenes
 from lvr_lite.toy.drawing import draw
 
 SEED_BASE = 1_000_000  # scene seeds of pre-training; `data make --seed` takes 0 … 999,999
@@ -101,12 +101,12 @@ def turns(
     """Question and answer texts for one picture, none twice, in short; with `worded`, a share of
     them (WORDED) in the suite's wording.
     """
-    asked: dict[str, scenes.Question] = {}
+    asked: dict[str, questions.Question] = {}
     shares = {"attribute": 4, "letter": 3, "position": 3, "count": 3}
-    kinds = [scenes.ASK[kind] for kind, share in shares.items() for _ in range(share)]
-    if scenes.has_odd(scene):
-        kinds.append(scenes.ask_odd)
-        asked["odd"] = scenes.ask_odd(rng, scene)
+    kinds = [questions.ASK[kind] for kind, share in shares.items() for _ in range(share)]
+    if questions.has_odd(scene):
+        kinds.append(questions.ask_odd)
+        asked["odd"] = questions.ask_odd(rng, scene)
     for _ in range(40):
         if len(asked) >= TURNS:
             break
@@ -119,7 +119,7 @@ def turns(
     thing = scene.figures[int(rng.integers(len(scene.figures)))]
     out.append((f"where {thing.shape}", scene.cell_words(thing)))
     if captions:
-        out.append(("describe", scenes.describe(scene)))
+        out.append(("describe", questions.describe(scene)))
     return out
 
 
@@ -381,7 +381,7 @@ class Trainer:
         included), in short or in full wording.
         """
         right: dict[str, list[bool]] = {}
-        for _, scene, question, _ in scenes.items(seed=777_777, split="test", count=count):
+        for _, scene, question, _ in questions.items(seed=777_777, split="test", count=count):
             pictures = Pictures([scene])
             _, _, patches, inputs = self.batch([pictures], 1)
             packed = self.packer.pack(

@@ -11,8 +11,9 @@ from __future__ import annotations
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Pictures, Sizes, Source
 from lvr_lite.errors import UsageError
-from lvr_lite.toy import scenes as world
+from lvr_lite.toy import questions
 from lvr_lite.toy.drawing import draw
+from lvr_lite.toy.scenes import Scene
 
 SPLITS = ("train", "test")
 # The seeds above are those of the embedded model's pre-training (lvr_lite/toy/pretrain.py).
@@ -29,7 +30,7 @@ class DrawnSource(Source):
     scenes: of each sample its scene.
     """
 
-    def __init__(self, samples: list[Sample], scenes: list[world.Scene]) -> None:
+    def __init__(self, samples: list[Sample], scenes: list[Scene]) -> None:
         self.samples = samples
         self.scenes = scenes
 
@@ -44,8 +45,16 @@ class DrawnSource(Source):
 def scenes(split: str, seed: int, count: int | None = None) -> DrawnSource:
     """Questions to scenes, with the boxes of what must be looked at."""
     count = _checked(split, seed, count)
-    planned = list(world.items(seed, split, count))
-    samples = [scene_sample(name, scene, question, pair) for name, scene, question, pair in planned]
+    planned = list(questions.items(seed, split, count))
+    samples = [
+        scene_sample(
+            name,
+            scene,
+            question,
+            pair,
+        )
+        for name, scene, question, pair in planned
+    ]
     return DrawnSource(samples, [scene for _, scene, _, _ in planned])
 
 
@@ -54,15 +63,13 @@ def skills(split: str, seed: int, count: int | None = None) -> DrawnSource:
     in, without boxes. The train split has only those of REPLAYED.
     """
     count = _checked(split, seed, count)
-    kinds = REPLAYED if split == "train" else world.SKILLS
-    planned = list(world.skills(seed, count, split, kinds))
+    kinds = REPLAYED if split == "train" else questions.SKILLS
+    planned = list(questions.skills(seed, count, split, kinds))
     samples = [skill_sample(name, question) for name, _, question in planned]
     return DrawnSource(samples, [scene for _, scene, _ in planned])
 
 
-def scene_sample(
-    name: str, scene: world.Scene, question: world.Question, pair: str | None
-) -> Sample:
+def scene_sample(name: str, scene: Scene, question: questions.Question, pair: str | None) -> Sample:
     """A planned question as a sample without a picture."""
     boxes = tuple(scene.box(figure) for figure in question.figures)
     return Sample(
@@ -70,7 +77,7 @@ def scene_sample(
     )
 
 
-def skill_sample(name: str, question: world.Question) -> Sample:
+def skill_sample(name: str, question: questions.Question) -> Sample:
     """A planned question of the skills as a sample without boxes and picture."""
     choices = question.choices or None
     return Sample(name, (), question.text, question.answer, choices, (), question.type)

@@ -104,7 +104,7 @@ class TrainedWeights(Mapping[str, Tensor]):
         path, _, part = name.rpartition(".")
         if part in ("lora_A", "lora_B"):
             layer = self._layers[f"{path}.weight"]
-            weight = getattr(layer, part)["default"].weight.detach().float()
+            weight: Tensor = getattr(layer, part)["default"].weight.detach().float()
             return weight * layer.scaling["default"] if part == "lora_B" else weight
         weight = self._stored[name]
         if name in self.in_nf4:

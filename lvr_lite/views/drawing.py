@@ -39,7 +39,9 @@ def box_colour(box: int) -> Colour:
 
 
 def draw_boxes(
-    draw: ImageDraw.ImageDraw, boxes: Sequence[Sequence[float]], size: tuple[int, int]
+    draw: ImageDraw.ImageDraw,
+    boxes: Sequence[Sequence[float]],
+    size: tuple[int, int],
 ) -> None:
     """Normalized xyxy boxes as outlines over a picture of `size` pixels, each in its colour."""
     width, height = size
@@ -48,7 +50,11 @@ def draw_boxes(
         top = y0 * height
         right = max(x1 * width - 1, left)
         bottom = max(y1 * height - 1, top)
-        draw.rectangle((left, top, right, bottom), outline=box_colour(i), width=2)
+        draw.rectangle(
+            (left, top, right, bottom),
+            outline=box_colour(i),
+            width=2,
+        )
 
 
 def wrapped(text: str, font: Font, width: int) -> list[str]:

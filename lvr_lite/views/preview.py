@@ -71,8 +71,9 @@ def preview(samples: list[Sample], count: int, out: Path, processor: Processor) 
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out, format="PNG")
     except OSError as error:
-        reason = f"cannot be written ({error.strerror or error})"
-        raise DataError(f"{out}: {reason}; choose another place") from error
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
 
 
 def _view(sample: Sample, processor: Processor) -> _View:
@@ -85,7 +86,14 @@ def _view(sample: Sample, processor: Processor) -> _View:
 
 def _sheet(tiles: list[Image.Image], side: int) -> Image.Image:
     columns = min(_COLUMNS, len(tiles))
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    rows = [
+        tiles[i : i + columns]
+        for i in range(
+            0,
+            len(tiles),
+            columns,
+        )
+    ]
     heights = [max(tile.height for tile in row) for row in rows]
     width = _GAP + columns * (side + _GAP)
     height = _GAP + sum(height + _GAP for height in heights)
@@ -103,11 +111,20 @@ def _tile(view: _View, side: int) -> Image.Image:
     picture = _with_tokens(fitted(view.picture, side), view)
     font = ImageFont.load_default(_TEXT)
     lines = _caption(view, font, side)
-    tile = Image.new("RGB", (side, side + 8 + _LINE * len(lines)), PAPER)
+    tile = Image.new(
+        "RGB",
+        (side, side + 8 + _LINE * len(lines)),
+        PAPER,
+    )
     tile.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     draw = ImageDraw.Draw(tile)
     for i, (line, ink) in enumerate(lines):
-        draw.text((0, side + 8 + i * _LINE), line, fill=ink, font=font)
+        draw.text(
+            (0, side + 8 + i * _LINE),
+            line,
+            fill=ink,
+            font=font,
+        )
     return tile
 
 
@@ -119,7 +136,11 @@ def _with_tokens(picture: Image.Image, view: _View) -> Image.Image:
     xs = cell_edges(width, view.columns)
     ys = cell_edges(height, view.rows)
     boxes = view.sample.boxes
-    layer = Image.new("RGBA", picture.size, (*PAPER, 150 if boxes else 0))
+    layer = Image.new(
+        "RGBA",
+        picture.size,
+        (*PAPER, 150 if boxes else 0),
+    )
     draw = ImageDraw.Draw(layer)
     for i, box in enumerate(boxes):
         rim = (*box_colour(i), 150)
@@ -140,18 +161,33 @@ def _tokens(box: Box, view: _View) -> list[int]:
     return tokens
 
 
-def _caption(view: _View, font: Font, side: int) -> list[tuple[str, Colour]]:
+def _caption(
+    view: _View,
+    font: Font,
+    side: int,
+) -> list[tuple[str, Colour]]:
     """Lines and their colours: the question, the answer, what the model sees, then id and type,
     each cut to three lines.
     """
     sample = view.sample
     width, height = view.picture.size
     selected = {token for box in sample.boxes for token in _tokens(box, view)}
-    share = f"{len(selected)} of {view.columns} x {view.rows} visual tokens"
     texts = (
         (sample.question, INK),
         (f"Answer: {sample.answer}", INK),
-        (f"Seen at {width} x {height} px: {share} in {len(sample.boxes)} boxes", QUIET),
+        (
+            f"Seen at {width} x {height} px: {len(selected)} of {view.columns} x {view.rows} visual "
+            f"tokens in {len(sample.boxes)} boxes",
+            QUIET,
+        ),
         (", ".join(filter(None, (sample.id, sample.type))), QUIET),
     )
-    return [(line, ink) for text, ink in texts for line in wrapped(text, font, side)]
+    return [
+        (line, ink)
+        for text, ink in texts
+        for line in wrapped(
+            text,
+            font,
+            side,
+        )
+    ]

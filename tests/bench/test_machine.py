@@ -8,33 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from lvr_lite import files
+from lvr_lite import files, system
 from lvr_lite.bench import machine
-from lvr_lite.commands import doctor
 from lvr_lite.model import bundle
 
-X86 = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n\nprocessor\t: 1\nmodel name\t: Some CPU\n"
-ARM = "processor\t: 0\nFeatures\t: fp asimd aes asimddp\nCPU part\t: 0xd0b\n\nModel\t\t: Raspberry Pi 5 Model B\n"
+X86 = """\
+processor\t: 0
+model name\t: Some CPU
+flags\t\t: fpu sse avx2 avx512f avx512_bf16
+
+processor\t: 1
+model name\t: Some CPU
+"""
+ARM = """\
+processor\t: 0
+Features\t: fp asimd aes asimddp
+CPU part\t: 0xd0b
+
+Model\t\t: Raspberry Pi 5 Model B
+"""
 
 
 def test_the_card_is_json_and_has_every_fact() -> None:
     card = json.loads(json.dumps(machine.card(threads=2), allow_nan=False))
-    wanted = {
-        "cpu",
-        "flags",
-        "cores",
-        "threads",
-        "governor",
-        "load",
-        "memory_gib",
-        "os",
-        "python",
-        "packages",
-        "commit",
-        "bundles",
-        "providers",
-    }
-    assert wanted <= set(card)
+    fields = "cpu flags cores threads governor load memory_gib os python packages commit bundles"
+    assert {*fields.split(), "providers"} <= set(card)
     assert card["threads"] == 2
     assert {"numpy", "onnxruntime", "lvr-lite"} <= set(card["packages"])
 
@@ -42,38 +40,34 @@ def test_the_card_is_json_and_has_every_fact() -> None:
 def test_the_card_needs_neither_proc_nor_sys(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(doctor, "SYS", tmp_path / "sys")
+    monkeypatch.setattr(system, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(system, "SYS", tmp_path / "sys")
     card = machine.card()
-    assert (card["flags"], card["governor"], card["memory_gib"], card["threads"]) == (
-        None,
-        None,
-        None,
-        None,
-    )
+    for fact in ("flags", "governor", "memory_gib", "threads"):
+        assert card[fact] is None
 
 
 def test_an_x86_cpu_is_known_by_its_name_and_relevant_flags() -> None:
-    assert doctor.parse_cpuinfo(X86) == ("Some CPU", ["avx2", "avx512f", "avx512_bf16"])
+    assert system.parse_cpuinfo(X86) == ("Some CPU", ["avx2", "avx512f", "avx512_bf16"])
 
 
 def test_an_arm_board_is_known_by_its_model_and_features() -> None:
-    assert doctor.parse_cpuinfo(ARM) == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
+    assert system.parse_cpuinfo(ARM) == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
 
 
 def test_memory_governor_and_model_are_read_where_the_kernel_puts_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "PROC", tmp_path)
-    monkeypatch.setattr(doctor, "SYS", tmp_path)
+    monkeypatch.setattr(system, "PROC", tmp_path)
+    monkeypatch.setattr(system, "SYS", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal:       8388608 kB\nMemAvailable:   4194304 kB\n")
     (tmp_path / "cpuinfo").write_text(ARM)
     place = tmp_path / "devices/system/cpu/cpu0/cpufreq"
     place.mkdir(parents=True)
     (place / "scaling_governor").write_text("powersave\n")
-    assert doctor.memory_gib() == (8.0, 4.0)
-    assert doctor.governor() == "powersave"
-    assert doctor.cpu() == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
+    assert system.memory_gib() == (8.0, 4.0)
+    assert system.governor() == "powersave"
+    assert system.cpu() == ("Raspberry Pi 5 Model B", ["asimd", "asimddp"])
 
 
 def test_a_bundle_is_known_by_the_hash_of_its_manifest_and_a_checkpoint_has_none(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
+from lvr_lite import system
 from lvr_lite.commands import doctor
 
 
@@ -15,18 +15,18 @@ from lvr_lite.commands import doctor
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The versions that the doctor sees instead of this machine's."""
     versions: dict[str, str] = {}
-    monkeypatch.setattr(doctor, "version", versions.get)
+    monkeypatch.setattr(system, "version", versions.get)
     return versions
 
 
-def by_name(found: list[doctor.Check]) -> dict[str, doctor.Check]:
-    return {check.name: check for check in found}
+def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:
+    return {check.name: check for check in checks}
 
 
 def test_every_finding_has_a_name_of_its_own_and_says_something() -> None:
-    found = doctor.checks(ask_torch=False)
-    assert len(by_name(found)) == len(found)
-    assert all(check.detail for check in found)
+    checks = doctor.doctor(ask_torch=False).checks
+    assert len(by_name(checks)) == len(checks)
+    assert all(check.detail for check in checks)
     wanted = {
         "python",
         "packages",
@@ -38,12 +38,14 @@ def test_every_finding_has_a_name_of_its_own_and_says_something() -> None:
         "4-bit loading",
         "embedded model",
     }
-    assert wanted <= set(by_name(found))
+    assert wanted <= set(by_name(checks))
 
 
 @pytest.mark.usefixtures("installed")
 def test_whatever_is_broken_comes_with_the_line_that_mends_it() -> None:
-    assert all(check.mend for check in doctor.checks(ask_torch=False) if check.ok is False)
+    diagnosis = doctor.doctor(ask_torch=False)
+    assert not diagnosis.healthy
+    assert all(check.mend for check in diagnosis.checks if check.ok is False)
 
 
 def test_the_plain_install_is_asked_for_what_the_package_declares() -> None:
@@ -78,7 +80,7 @@ def test_an_absent_extra_is_no_fault_but_a_broken_one_is(installed: dict[str, st
     ("torch", "torchvision", "ok"),
     [("2.13.0+cpu", None, True), ("2.13.0+cpu", "0.28.0", False), ("2.13.0", "0.28.0", None)],
 )
-def test_torchprocessor_of_another_build_than_torch_is_a_trap(
+def test_torchvision_of_another_build_than_torch_is_a_trap(
     installed: dict[str, str], torch: str, torchvision: str | None, ok: bool | None
 ) -> None:
     installed.update(torch=torch, **({"torchvision": torchvision} if torchvision else {}))
@@ -115,22 +117,20 @@ def test_a_gpu_is_named_as_nvidia_smi_names_it(monkeypatch: pytest.MonkeyPatch) 
 def test_a_slow_governor_comes_with_the_line_that_changes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "governor", lambda: "powersave")
+    monkeypatch.setattr(system, "governor", lambda: "powersave")
     assert "scaling_governor" in doctor._threads().mend
 
 
 def test_little_memory_and_a_full_disk_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory_gib", lambda: (4.0, 0.5))
+    monkeypatch.setattr(system, "memory_gib", lambda: (4.0, 0.5))
     assert doctor._memory().ok is False
     monkeypatch.setattr(doctor, "LEAST_DISK", 1e9)
     assert doctor._disk().ok is False
 
 
 def test_looking_does_not_import_torch() -> None:
-    code = "import sys; from lvr_lite.commands import doctor; doctor.checks(ask_torch=False); sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        ).returncode
-        == 0
+    code = (
+        "import sys; from lvr_lite import doctor; doctor(ask_torch=False); "
+        "sys.exit('torch' in sys.modules)"
     )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

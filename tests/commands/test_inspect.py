@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from lvr_lite.commands import inspect
 from lvr_lite.errors import BundleError
@@ -62,57 +60,40 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> 
     path.write_bytes(struct.pack("<Q", len(text)) + text)
 
 
-def rendered(description: dict[str, Any]) -> str:
-    out = io.StringIO()
-    inspect.render(description, Console(file=out, width=200))
-    return out.getvalue()
+def test_a_bundle_shows_its_graphs_latents_parity_and_report(tmp_path: Path) -> None:
+    data = json.loads(json.dumps(inspect.inspect(write_bundle(tmp_path / "b")).to_json()))
+    assert (data["kind"], data["precision"], data["intact"]) == ("bundle", "int4", True)
+    assert list(data["graphs"]) == list(bundle.GRAPHS)
+    assert data["graphs"]["decoder"]["outputs"]["logits"]["axes"] == ["batch", 8]
+    assert data["bytes"] == sum(100 * len(name) for name in bundle.GRAPHS)
+    assert data["latent"] == {"steps": 4, "feedback": "identity", "mode": "open", "norm": 0.0}
+    assert data["parity"] == {"decoder": 1e-6}
+    assert data["report"] == {"drift": {"layers": [0.1, 0.2]}}
 
 
-def test_a_bundle_tells_its_graphs_latents_parity_and_report(tmp_path: Path) -> None:
-    told = json.loads(json.dumps(inspect.describe(write_bundle(tmp_path / "b"))))
-    assert (told["kind"], told["precision"], told["intact"]) == ("bundle", "int4", True)
-    assert list(told["graphs"]) == list(bundle.GRAPHS)
-    assert told["bytes"] == sum(100 * len(name) for name in bundle.GRAPHS)
-    assert told["latent"] == {"steps": 4, "feedback": "identity", "mode": "open", "norm": 0.0}
-    assert (told["parity"], told["report"]) == (
-        {"decoder": 1e-6},
-        {"drift": {"layers": [0.1, 0.2]}},
-    )
-
-
-def test_a_changed_and_a_missing_file_are_told_by_name(tmp_path: Path) -> None:
+def test_a_changed_and_a_missing_file_are_named(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "b")
     (folder / "onnx/decoder.onnx").write_bytes(b"other")
     (folder / "onnx/lm_head.onnx").unlink()
-    told = inspect.describe(folder)
-    assert not told["intact"]
-    assert told["graphs"]["decoder"]["files_state"] == "onnx/decoder.onnx is changed"
-    assert told["graphs"]["lm_head"]["files_state"] == "onnx/lm_head.onnx is missing"
-    assert told["graphs"]["embed_tokens"]["files_state"] == "ok"
-    assert "copy it again" in rendered(told)
+    contents = inspect.inspect(folder)
+    assert isinstance(contents, inspect.BundleContents)
+    assert not contents.intact
+    assert contents.graph_states["decoder"] == "onnx/decoder.onnx is changed"
+    assert contents.graph_states["lm_head"] == "onnx/lm_head.onnx is missing"
+    assert contents.graph_states["embed_tokens"] == "ok"
 
 
-def test_the_terminal_shows_the_caches_of_all_layers_as_one_line(tmp_path: Path) -> None:
-    text = rendered(inspect.describe(write_bundle(tmp_path / "b")))
-    assert "past_key_values.N.key float32[batch, 4] × 6" in text
-    assert "logits float32[batch, 8]" in text
-    assert "steps 4" in text
-
-
-def test_a_whole_model_tells_its_type_and_parameters(tmp_path: Path) -> None:
+def test_a_whole_model_shows_its_type_and_parameters(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
-    write_safetensors(
-        tmp_path / "model.safetensors",
-        {"a": ("BF16", [3, 4]), "b": ("F32", [5]), "scalar": ("F32", [])},
-    )
-    told = inspect.describe(tmp_path)
-    assert (told["kind"], told["model_type"], told["parameters"]) == (
+    tensors = {"a": ("BF16", [3, 4]), "b": ("F32", [5]), "scalar": ("F32", [])}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    data = inspect.inspect(tmp_path).to_json()
+    assert (data["kind"], data["model_type"], data["parameters"]) == (
         "checkpoint",
         "qwen2_5_vl",
         18,
     )
-    assert told["weights"]["model.safetensors"]["dtypes"] == {"BF16": 12, "F32": 6}
-    assert "BF16 12" in rendered(told)
+    assert data["weights"]["model.safetensors"]["dtypes"] == {"BF16": 12, "F32": 6}
 
 
 def test_packed_weights_count_two_parameters_a_byte(tmp_path: Path) -> None:
@@ -124,25 +105,17 @@ def test_packed_weights_count_two_parameters_a_byte(tmp_path: Path) -> None:
         "norm.weight": ("F32", [4]),
     }
     write_safetensors(tmp_path / "m.safetensors", tensors)
-    assert inspect.count_parameters(tmp_path / "m.safetensors")["dtypes"] == {"4-bit": 16, "F32": 4}
+    assert inspect.read_weights(tmp_path / "m.safetensors").dtypes == {"4-bit": 16, "F32": 4}
 
 
-def test_a_tuned_checkpoint_tells_base_latents_and_adapter(tmp_path: Path) -> None:
-    (tmp_path / "lvr_config.json").write_text(
-        json.dumps({"base": "tiny", "latent": {"steps": 4, "feedback": "identity", "mode": "open"}})
-    )
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 16, "target_modules": ["q_proj"]})
-    )
+def test_a_tuned_checkpoint_shows_base_latents_and_adapter(tmp_path: Path) -> None:
+    tuned = {"base": "tiny", "latent": {"steps": 4, "feedback": "identity", "mode": "open"}}
+    (tmp_path / "lvr_config.json").write_text(json.dumps(tuned))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16}))
     write_safetensors(tmp_path / "adapter_model.safetensors", {"lora_A": ("F32", [16, 8])})
-    told = inspect.describe(tmp_path)
-    assert (told["kind"], told["base"], told["latent"]["steps"], told["parameters"]) == (
-        "tuned checkpoint",
-        "tiny",
-        4,
-        128,
-    )
-    assert all(word in rendered(told) for word in ("tiny", "steps 4", "LORA", "r 16"))
+    data = inspect.inspect(tmp_path).to_json()
+    assert (data["kind"], data["base"]) == ("tuned checkpoint", "tiny")
+    assert (data["latent"]["steps"], data["adapter"]["r"], data["parameters"]) == (4, 16, 128)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +138,12 @@ def test_weights_that_are_cut_off_or_something_else_are_refused_by_name(
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="neither a bundle"):
-        inspect.describe(tmp_path)
+        inspect.inspect(tmp_path)
     with pytest.raises(BundleError, match="no such folder"):
-        inspect.describe(tmp_path / "none")
+        inspect.inspect(tmp_path / "none")
 
 
 def test_a_configuration_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BundleError, match=r"config\.json"):
-        inspect.describe(tmp_path)
+        inspect.inspect(tmp_path)

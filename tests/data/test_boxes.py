@@ -32,9 +32,9 @@ def plain(groups: list[np.ndarray]) -> list[list[int]]:
 def test_a_box_selects_cells_whose_centre_or_quarter_it_covers(
     box: tuple[float, float, float, float], tokens: list[int]
 ) -> None:
-    found = tokens_in_box(box, rows=3, columns=4)
-    assert found.tolist() == tokens
-    assert found.dtype == np.int64
+    selected = tokens_in_box(box, rows=3, columns=4)
+    assert selected.tolist() == tokens
+    assert selected.dtype == np.int64
 
 
 def test_every_box_selects_at_least_one_token_of_the_grid_in_ascending_order() -> None:
@@ -42,11 +42,11 @@ def test_every_box_selects_at_least_one_token_of_the_grid_in_ascending_order() -
     for _ in range(500):
         (x0, x1), (y0, y1) = np.sort(rng.random(2)), np.sort(rng.random(2))
         rows, columns = (int(v) for v in rng.integers(1, 20, 2))
-        found = tokens_in_box((x0, y0, x1, y1), rows, columns)
-        assert len(found) > 0
-        assert found.min() >= 0
-        assert found.max() < rows * columns
-        assert (np.diff(found) > 0).all()
+        selected = tokens_in_box((x0, y0, x1, y1), rows, columns)
+        assert len(selected) > 0
+        assert selected.min() >= 0
+        assert selected.max() < rows * columns
+        assert (np.diff(selected) > 0).all()
 
 
 def test_a_larger_box_never_selects_fewer_tokens() -> None:

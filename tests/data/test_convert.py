@@ -17,7 +17,7 @@ from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.samples import Sample, read_samples
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.model.images import open_picture
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions
 from lvr_lite.toy.make import write_scenes
 
 WIDTH, HEIGHT = 48, 80  # upright
@@ -38,9 +38,14 @@ def turned(
     for name, box in boxes.items():
         upright.paste(COLOURS[name], box)
     undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-    }  # fmt: skip
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -124,7 +129,7 @@ def annotation(number: int, of: int, category: int, box: Any, **more: Any) -> di
     }
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # boxes on their pixels
 
 
@@ -204,7 +209,9 @@ def yolo(
 
 def yolo_line(number: int, box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
     x0, y0, x1, y1 = box
-    return f"{number} {(x0 + x1) / 2 / size[0]:.6f} {(y0 + y1) / 2 / size[1]:.6f} {(x1 - x0) / size[0]:.6f} {(y1 - y0) / size[1]:.6f}\n"
+    width, height = size
+    values = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
+    return f"{number} {' '.join(f'{v:.6f}' for v in values)}\n"
 
 
 @pytest.mark.parametrize("frame", ["stored", "upright"])
@@ -254,9 +261,15 @@ def rectangle(
         "height": 100 * (box[3] - box[1]) / h,
     }
     return {
-        "id": more.pop("id", "r1"), "type": "rectanglelabels", "from_name": "label", "to_name": "image", "original_width": w,
-        "original_height": h, "image_rotation": 0, "value": {**value, "rotation": 0, "rectanglelabels": [label] if label else [], **more},
-    }  # fmt: skip
+        "id": more.pop("id", "r1"),
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": w,
+        "original_height": h,
+        "image_rotation": 0,
+        "value": {**value, "rotation": 0, "rectanglelabels": [label] if label else [], **more},
+    }
 
 
 def task(
@@ -404,7 +417,7 @@ def test_several_classes_each_keep_their_box_and_ids_tell_image_and_annotation(
     assert {n for s in samples for n in s.id.split("-")[-1].split("+")} >= {"501", "502", "503"}
 
 
-# -------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # COCO
 
 
@@ -448,14 +461,14 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
     images, annotations = [], []
     for i in range(6):
         turned(tmp_path / f"{i}.png", 1, {"red": BOX})
-        told = {"neg_category_ids": [2], "not_exhaustive_category_ids": [1]}
+        lists = {"neg_category_ids": [2], "not_exhaustive_category_ids": [1]}
         images.append(
             {
                 "id": i,
                 "coco_url": f"http://host/val/{i}.png",
                 "width": WIDTH,
                 "height": HEIGHT,
-                **(told if i < 3 else {"neg_category_ids": []}),
+                **(lists if i < 3 else {"neg_category_ids": []}),
             }
         )
         annotations += [
@@ -470,7 +483,7 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
@@ -542,7 +555,7 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
     ],
 )
 def test_a_broken_coco_row_is_named_and_left_out_only_when_that_is_said(
-    tmp_path: Path, change: Callable[[Any], Any], said: str
+    tmp_path: Path, change: Callable[[Any], Any], message: str
 ) -> None:
     for i in (1, 2, 3):
         turned(tmp_path / f"{i}.png", 1, {"red": BOX, "blue": (30, 40, 40, 50)})
@@ -554,11 +567,11 @@ def test_a_broken_coco_row_is_named_and_left_out_only_when_that_is_said(
     data = json.loads(source.read_text())
     change(data)
     source.write_text(json.dumps(data))
-    found = broken(source, "coco")
-    assert any(said.replace("{folder}", str(tmp_path)) in line for line in found), found
+    messages = broken(source, "coco")
+    assert any(message.replace("{folder}", str(tmp_path)) in line for line in messages), messages
     written, problems = convert(source, tmp_path / "out.jsonl", "coco", Options(), skip_broken=True)
     assert f"{len(problems)} broken rows" in str(written)
-    assert len(problems) == len(found) >= 1
+    assert len(problems) == len(messages) >= 1
     for sample in read_samples(tmp_path / "out.jsonl"):
         if sample.id.split("-")[-1] in ("11", "13"):
             assert_on(sample, "red")
@@ -635,7 +648,7 @@ def test_what_is_no_coco_file_is_refused_in_one_line(tmp_path: Path, content: st
     assert "\n" not in str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # YOLO
 
 
@@ -653,8 +666,11 @@ def test_yolo_outlines_become_boxes_and_pictures_without_labels_have_no_objects(
         "Is there any red box in the picture?"
     }
     assert {(s.id.split("-")[0], s.answer) for s in samples if s.type == "exists"} <= {
-        ("images/train/a.png", "yes"), ("images/train/c.png", "yes"), ("images/val/b.png", "no"), ("images/val/d.png", "no"),
-    }  # fmt: skip
+        ("images/train/a.png", "yes"),
+        ("images/train/c.png", "yes"),
+        ("images/val/b.png", "no"),
+        ("images/val/d.png", "no"),
+    }
     for sample in samples:
         if sample.boxes:
             assert_on(sample, "red")
@@ -711,7 +727,7 @@ def test_other_yolo_layouts_and_classes_txt(tmp_path: Path, layout: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("0 0.5 0.5 0.1", "has 4 values"),
         ("0 0.5 0.5 0.1 0.1 0.9", "has 6 values"),
@@ -725,7 +741,7 @@ def test_other_yolo_layouts_and_classes_txt(tmp_path: Path, layout: str) -> None
     ],
 )
 def test_a_broken_yolo_line_is_named_with_its_file_and_line(
-    tmp_path: Path, line: str, said: str
+    tmp_path: Path, line: str, message: str
 ) -> None:
     good = yolo_line(0, BOX, (WIDTH, HEIGHT))
     yolo(tmp_path, {"a.png": f"{good}\n{line}\n"})
@@ -733,7 +749,7 @@ def test_a_broken_yolo_line_is_named_with_its_file_and_line(
     assert written is None
     (problem,) = problems
     assert str(problem).startswith(f"{tmp_path / 'labels' / 'a.txt'}:3: ")
-    assert said in str(problem)
+    assert message in str(problem)
 
 
 def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_told(
@@ -743,13 +759,15 @@ def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_
     (tmp_path / "a" / "labels" / "2.txt").write_text("")
     _, problems = convert(tmp_path / "a", tmp_path / "out.jsonl", "yolo", Options())
     assert [str(p) for p in problems] == [
-        f"{tmp_path / 'a/labels/2.txt'}: labels without a picture; add the picture, or remove the labels"
+        f"{tmp_path / 'a/labels/2.txt'}: labels without a picture; "
+        "add the picture, or remove the labels"
     ]
     (tmp_path / "a" / "labels" / "2.txt").unlink()
     (tmp_path / "a" / "images" / "2.png").write_text("no picture")
     _, problems = convert(tmp_path / "a", tmp_path / "out.jsonl", "yolo", Options())
     assert [str(p) for p in problems] == [
-        f"{tmp_path / 'a/images/2.png'}: is not a picture that Pillow can read; save it as PNG or JPEG"
+        f"{tmp_path / 'a/images/2.png'}: is not a picture that Pillow can read; "
+        "save it as PNG or JPEG"
     ]
     (tmp_path / "a" / "data.yaml").unlink()
     with pytest.raises(DataError, match="its classes have no names"):
@@ -764,7 +782,7 @@ def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_
         convert(tmp_path / "c", tmp_path / "out.jsonl", "yolo", Options())
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Label Studio
 
 
@@ -785,10 +803,14 @@ def test_a_turned_rectangle_becomes_the_box_around_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "a b.png", "/data/local-files/?d=other/root/pics/a%20b.png", "/data/upload/3/0a1b2c3d-a%20b.png", "s3://bucket/x/pics/a%20b.png",
-        "https://host/pics/a%20b.png?token=1", "C:\\data\\pics\\a b.png",
+        "a b.png",
+        "/data/local-files/?d=other/root/pics/a%20b.png",
+        "/data/upload/3/0a1b2c3d-a%20b.png",
+        "s3://bucket/x/pics/a%20b.png",
+        "https://host/pics/a%20b.png?token=1",
+        "C:\\data\\pics\\a b.png",
     ],
-)  # fmt: skip
+)
 def test_label_studio_pictures_are_found_by_the_end_of_their_path(
     tmp_path: Path, name: str
 ) -> None:
@@ -807,11 +829,14 @@ def test_cancelled_and_missing_annotations_are_left_out_and_the_ground_truth_is_
     turned(tmp_path / "a.png", 1, {"red": BOX})
     good, bad = rectangle(BOX, "red"), rectangle((0, 0, 5, 5), "blue")
     several = {
-        "id": 4, "data": {"image": "a.png"}, "annotations": [
-            {"id": 1, "was_cancelled": True, "result": [bad]}, {"id": 2, "result": [bad]},
+        "id": 4,
+        "data": {"image": "a.png"},
+        "annotations": [
+            {"id": 1, "was_cancelled": True, "result": [bad]},
+            {"id": 2, "result": [bad]},
             {"id": 3, "ground_truth": True, "result": [good]},
         ],
-    }  # fmt: skip
+    }
     source = studio(
         tmp_path,
         several,
@@ -829,13 +854,13 @@ def test_cancelled_and_missing_annotations_are_left_out_and_the_ground_truth_is_
         assert_on(sample, "red")
 
 
-def text(name: str, said: Any, kind: str = "textarea", **more: Any) -> dict[str, Any]:
+def text(name: str, words: Any, kind: str = "textarea", **more: Any) -> dict[str, Any]:
     return {
         "id": "t",
         "type": kind,
         "from_name": name,
         "to_name": "image",
-        "value": {"text" if kind == "textarea" else "choices": said},
+        "value": {"text" if kind == "textarea" else "choices": words},
         **more,
     }
 
@@ -843,13 +868,13 @@ def text(name: str, said: Any, kind: str = "textarea", **more: Any) -> dict[str,
 def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path: Path) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     first, second = rectangle(BOX, "red", id="r1"), rectangle((30, 40, 40, 50), None, id="r2")
-    asked, answered = (
+    question_result, answer_result = (
         text("question", ["What is it?", "Is it red?"]),
         text("answer", ["A box", "yes"]),
     )
     by_choice = text("colour", ["red"], "choices")
     tasks = [
-        task(1, "a.png", first, second, asked, answered),
+        task(1, "a.png", first, second, question_result, answer_result),
         task(2, "a.png", first, second, text("my_question", "Which colour?"), by_choice),
         task(
             3,
@@ -868,9 +893,12 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
     written, _ = convert(studio(tmp_path, *tasks), tmp_path / "out.jsonl", "labelstudio", Options())
     own = [s for s in read_samples(tmp_path / "out.jsonl") if s.type == "question"]
     assert [(s.id, s.question, s.answer, len(s.boxes)) for s in own] == [
-        ("1-71-q0", "What is it?", "A box", 2), ("1-71-q1", "Is it red?", "yes", 2), ("2-72-q0", "Which colour?", "red", 2),
-        ("3-73-r2-q0", "Here?", "there", 1), ("4-74-q0", "What?", "this", 1),
-    ]  # fmt: skip
+        ("1-71-q0", "What is it?", "A box", 2),
+        ("1-71-q1", "Is it red?", "yes", 2),
+        ("2-72-q0", "Which colour?", "red", 2),
+        ("3-73-r2-q0", "Here?", "there", 1),
+        ("4-74-q0", "What?", "this", 1),
+    ]
     np.testing.assert_allclose(
         np.array(own[3].boxes[0]) * [WIDTH, HEIGHT, WIDTH, HEIGHT], (30, 40, 40, 50), atol=1e-3
     )
@@ -879,7 +907,7 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("broken_task", "said"),
+    ("broken_task", "message"),
     [
         (
             {"id": 2, "image": "a.png", "label": []},
@@ -931,12 +959,14 @@ def test_questions_and_answers_of_a_task_make_samples_of_its_rectangles(tmp_path
         ("task", "item 2: must be a task"),
     ],
 )
-def test_a_broken_task_is_named_with_its_item(tmp_path: Path, broken_task: Any, said: str) -> None:
+def test_a_broken_task_is_named_with_its_item(
+    tmp_path: Path, broken_task: Any, message: str
+) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     (line,) = broken(
         studio(tmp_path, task(1, "a.png", rectangle(BOX, "red")), broken_task), "labelstudio"
     )
-    assert line.startswith(said.replace("{folder}", str(tmp_path)))
+    assert line.startswith(message.replace("{folder}", str(tmp_path)))
 
 
 def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_questions(
@@ -961,12 +991,12 @@ def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_qu
     assert not [s for s in samples if s.type in ("count", "exactly") and "red" in s.question]
 
 
-# -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Visual-CoT and official
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"question": ""}, ":2: question: is empty"),
         ({"answer": 5}, ":2: answer: must be text, not a number"),
@@ -983,7 +1013,7 @@ def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_qu
     ],
 )
 def test_a_broken_visual_cot_row_is_named_with_its_line(
-    tmp_path: Path, change: dict[str, Any], said: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     turned(tmp_path / "a.png", 1, {"red": BOX})
     row = {
@@ -998,7 +1028,7 @@ def test_a_broken_visual_cot_row_is_named_with_its_line(
     source = tmp_path / "v.jsonl"
     source.write_text(json.dumps(row) + "\n" + json.dumps({**row, **change}) + "\n\n" + "{\n")
     first, last = broken(source, "viscot")
-    assert first.removeprefix(str(source)).startswith(said.replace("{folder}", str(tmp_path)))
+    assert first.removeprefix(str(source)).startswith(message.replace("{folder}", str(tmp_path)))
     assert ":4: not valid JSON" in last
     assert len(run(source, "viscot", skip_broken=True)) == 1
 
@@ -1033,7 +1063,7 @@ def test_a_broken_official_item_is_named_with_its_place(tmp_path: Path) -> None:
     assert line.startswith("item 2: bboxes[0]: [0.3, 0.1, 0.2, 0.2] is inverted")
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # split and writing
 
 
@@ -1145,7 +1175,7 @@ def test_pictures_are_named_relative_to_the_file_that_is_written_through_links_t
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "said"),
+    ("form", "options", "message"),
     [
         ("voc", {}, "--from voc: must be coco, yolo, labelstudio, viscot or lvr"),
         ("coco", {"boxes_are": "left"}, "--boxes-are left: must be stored or upright"),
@@ -1157,9 +1187,9 @@ def test_pictures_are_named_relative_to_the_file_that_is_written_through_links_t
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    tmp_path: Path, form: str, options: dict[str, Any], said: str
+    tmp_path: Path, form: str, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         convert(many(tmp_path, 2), tmp_path / "out.jsonl", form, Options(**options))
 
 
@@ -1185,7 +1215,7 @@ def test_a_source_that_supports_no_question_says_so(tmp_path: Path) -> None:
 def test_scenes_written_as_coco_keep_their_boxes(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "photos", 12, 3, "train", coco=True)
     converted = run(path, "coco", tmp_path / "shapes.jsonl")
-    drawn = {f"{name}.png": scene for name, scene, _, _ in scenes.items(3, "train", 12)}
+    drawn = {f"{name}.png": scene for name, scene, _, _ in questions.items(3, "train", 12)}
     counts = [s for s in converted if s.type == "count"]
     assert counts
     for sample in counts:

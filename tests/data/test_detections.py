@@ -67,24 +67,26 @@ def right(sample: Sample, picture: Picture) -> bool:
     match sample.type:
         case "exists":
             name = text.removeprefix("Is there any ").removesuffix(" in the picture?")
-            found = [t.box for t in of(picture, name)]
+            of_class = [t.box for t in of(picture, name)]
             return (
-                boxes == found
-                and answer == ("yes" if found else "no")
-                and (bool(found) or name not in picture.unsure)
+                boxes == of_class
+                and answer == ("yes" if of_class else "no")
+                and (bool(of_class) or name not in picture.unsure)
             )
         case "count" | "exactly":
             (name,) = listed(sample)
-            found = [t.box for t in of(picture, name)]
+            of_class = [t.box for t in of(picture, name)]
             number = (
-                len(found) if sample.type == "count" else int(re.sub("one", "1", text).split()[3])
+                len(of_class)
+                if sample.type == "count"
+                else int(re.sub("one", "1", text).split()[3])
             )
-            told = (
+            right_number = (
                 answer == str(number)
                 if sample.type == "count"
-                else answer == ("yes" if number == len(found) else "no")
+                else answer == ("yes" if number == len(of_class) else "no")
             )
-            return told and boxes == found and name not in picture.unsure and number > 0
+            return right_number and boxes == of_class and name not in picture.unsure and number > 0
         case "which":
             others = set(listed(sample)) - {answer}
             return (
@@ -94,9 +96,11 @@ def right(sample: Sample, picture: Picture) -> bool:
             )
         case "largest":
             best = {name: max(area(t.box) for t in of(picture, name)) for name in listed(sample)}
-            return area(boxes[-1]) == best[answer] and all(best[answer] >= LARGER * v for n, v in best.items() if n != answer) and not (
-                set(best) & picture.unsure
-            )  # fmt: skip
+            return (
+                area(boxes[-1]) == best[answer]
+                and all(best[answer] >= LARGER * v for n, v in best.items() if n != answer)
+                and not (set(best) & picture.unsure)
+            )
         case "place" | "part":
             quarter = (
                 answer
@@ -163,13 +167,15 @@ def pictures() -> list[Picture]:
 
 
 @pytest.fixture(scope="module")
-def asked(pictures: list[Picture]) -> list[Sample]:
+def samples(pictures: list[Picture]) -> list[Sample]:
     return questions(pictures, 6, 0)
 
 
-def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: list[Sample]) -> None:
+def test_every_answer_follows_from_the_boxes(
+    pictures: list[Picture], samples: list[Sample]
+) -> None:
     by_path = {p.path: p for p in pictures}
-    wrong = [s for s in asked if not right(s, by_path[s.images[0]])]
+    wrong = [s for s in samples if not right(s, by_path[s.images[0]])]
     assert wrong == []
     kinds = {
         "exists",
@@ -182,8 +188,8 @@ def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: lis
         "left-right",
         "above-below",
     }
-    assert {s.type for s in asked} == kinds
-    assert {s.answer for s in asked if s.type in ("left-right", "above-below")} == {
+    assert {s.type for s in samples} == kinds
+    assert {s.answer for s in samples if s.type in ("left-right", "above-below")} == {
         "left",
         "right",
         "above",
@@ -191,9 +197,9 @@ def test_every_answer_follows_from_the_boxes(pictures: list[Picture], asked: lis
     }
 
 
-def test_no_type_is_answered_by_saying_always_the_same(asked: list[Sample]) -> None:
+def test_no_type_is_answered_by_saying_always_the_same(samples: list[Sample]) -> None:
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for sample in asked:
+    for sample in samples:
         answers[str(sample.type)][sample.answer] += 1
     for kind, counts in answers.items():
         assert max(counts.values()) <= (sum(counts.values()) + 1) / 2, (kind, counts)
@@ -201,20 +207,20 @@ def test_no_type_is_answered_by_saying_always_the_same(asked: list[Sample]) -> N
     assert abs(answers["left-right"]["left"] - answers["left-right"]["right"]) <= 1
 
 
-def test_of_each_class_as_many_are_there_as_are_not(asked: list[Sample]) -> None:
+def test_of_each_class_as_many_are_there_as_are_not(samples: list[Sample]) -> None:
     by_class: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for sample in asked:
+    for sample in samples:
         if sample.type == "exists":
             by_class[sample.question][sample.answer] += 1
     assert len(by_class) >= 4
     assert all(counts["yes"] == counts["no"] for counts in by_class.values())
 
 
-def test_the_place_of_the_answer_among_the_choices_tells_nothing(asked: list[Sample]) -> None:
+def test_the_place_of_the_answer_among_the_choices_tells_nothing(samples: list[Sample]) -> None:
     for kind in ("which", "largest", "part"):
         firsts = [
             s.choices.index(s.answer) == 0
-            for s in asked
+            for s in samples
             if s.type == kind and s.choices and len(s.choices) > 2
         ]
         assert 0.1 < sum(firsts) / len(firsts) < 0.6
@@ -244,17 +250,17 @@ def test_pictures_of_one_thing_of_one_class_still_have_questions() -> None:
 
 
 def test_ids_are_unique_and_pictures_have_no_more_than_asked_for(
-    pictures: list[Picture], asked: list[Sample]
+    pictures: list[Picture], samples: list[Sample]
 ) -> None:
-    assert len({s.id for s in asked}) == len(asked)
+    assert len({s.id for s in samples}) == len(samples)
     for limit in (1, 2, 6):
         of_each = Counter(s.images[0] for s in questions(pictures, limit, 0))
         assert max(of_each.values()) == limit
 
 
-def test_the_seed_decides(pictures: list[Picture], asked: list[Sample]) -> None:
-    assert questions(pictures, 6, 0) == asked
-    assert questions(pictures, 6, 1) != asked
+def test_the_seed_decides(pictures: list[Picture], samples: list[Sample]) -> None:
+    assert questions(pictures, 6, 0) == samples
+    assert questions(pictures, 6, 1) != samples
 
 
 def test_absent_classes_can_be_left_out(pictures: list[Picture]) -> None:

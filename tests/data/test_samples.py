@@ -15,21 +15,33 @@ from lvr_lite.data.rows import Problem
 from lvr_lite.data.samples import (
     Sample,
     SampleFile,
-    check_samples,
+    placed_samples,
     read_samples,
     sample_json,
 )
 from lvr_lite.errors import DataError
 
 GOOD: dict[str, Any] = {
-    "id": "a", "image": "images/a.png", "question": "what colour is the star", "answer": "red", "choices": ["red", "blue"],
-    "boxes": [[0.1, 0.2, 0.5, 0.6]], "type": "attribute", "pair": None,
-}  # fmt: skip
+    "id": "a",
+    "image": "images/a.png",
+    "question": "what colour is the star",
+    "answer": "red",
+    "choices": ["red", "blue"],
+    "boxes": [[0.1, 0.2, 0.5, 0.6]],
+    "type": "attribute",
+    "pair": None,
+}
 OFFICIAL: dict[str, Any] = {
-    "dataset": "flickr", "split": "train", "question_id": 7, "image": ["images/a.png"],
-    "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "<lvr>\n<answer> A star. </answer>"}],
+    "dataset": "flickr",
+    "split": "train",
+    "question_id": 7,
+    "image": ["images/a.png"],
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "<lvr>\n<answer> A star. </answer>"},
+    ],
     "bboxes": [[0.1, 0.2, 0.5, 0.6]],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -69,14 +81,14 @@ def official_with(
     return {k: v for k, v in item.items() if v is not ...}
 
 
-def refusal(path: Path, need_boxes: bool = False) -> str:
+def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        read_samples(path, need_boxes)
+        read_samples(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the project's JSONL
 
 
@@ -211,9 +223,9 @@ def test_a_mistake_is_named_with_file_line_and_field(
     folder: Path, mistake: Any, message: str
 ) -> None:
     path = jsonl(folder, changed(id="first"), mistake)
-    said = refusal(path)
-    assert said.startswith(f"{path}:2: ")
-    assert message.replace("{folder}", str(folder)) in said
+    text = refusal(path)
+    assert text.startswith(f"{path}:2: ")
+    assert message.replace("{folder}", str(folder)) in text
 
 
 def test_a_line_that_is_no_json_is_named_with_its_number(folder: Path) -> None:
@@ -246,7 +258,7 @@ def test_an_empty_file_and_one_that_is_not_utf8_are_refused(
 ) -> None:
     path = folder / "e.jsonl"
     path.write_bytes(content)
-    assert any(str(problem).startswith(f"{path}{message}") for problem in check_samples(path)[1])
+    assert any(str(problem).startswith(f"{path}{message}") for problem in placed_samples(path)[1])
 
 
 def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
@@ -256,18 +268,12 @@ def test_a_missing_file_and_a_folder_are_refused(folder: Path) -> None:
     assert refusal(folder).startswith(f"{folder}: cannot be read (Is a directory")
 
 
-def test_a_sample_without_boxes_is_named_where_boxes_are_needed(folder: Path) -> None:
-    path = jsonl(folder, GOOD, changed(id="bare", boxes=[]))
-    assert len(read_samples(path)) == 2
-    assert refusal(path, need_boxes=True).startswith(f"{path}:2: boxes: sample 'bare' has none")
-
-
 def test_all_problems_are_collected_beside_the_good_samples(folder: Path) -> None:
     path = jsonl(
         folder, changed(answer="", boxes=[[3, 3, 9, 9]]), changed(id="good"), changed(id="good"), 5
     )
-    samples, problems = check_samples(path)
-    assert [s.id for s in samples] == ["good"]
+    placed, problems = placed_samples(path)
+    assert [p.sample.id for p in placed] == ["good"]
     assert [(p.line, p.field) for p in problems] == [
         (1, "answer"),
         (1, "boxes[0]"),
@@ -281,7 +287,7 @@ def test_all_problems_are_collected_beside_the_good_samples(folder: Path) -> Non
     assert refusal(path) == f"{problems[0]} (3 more: lvr-lite data validate {path} lists all)"
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the official JSON
 
 
@@ -313,9 +319,11 @@ def test_stage_2_items_have_neither_image_mark_nor_boxes(folder: Path) -> None:
 
 def test_several_pictures_and_boxes_are_read(folder: Path) -> None:
     item = official_with(
-        human="<image>\n<image>\nSame?", gpt="<lvr><lvr>\n<answer>no</answer>", image=["images/a.png", "images/b.png"],
+        human="<image>\n<image>\nSame?",
+        gpt="<lvr><lvr>\n<answer>no</answer>",
+        image=["images/a.png", "images/b.png"],
         bboxes=[[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]],
-    )  # fmt: skip
+    )
     (sample,) = read_samples(official(folder, item))
     assert (len(sample.images), len(sample.boxes), sample.question, sample.answer) == (
         2,
@@ -365,9 +373,9 @@ def test_a_mistake_in_an_official_file_is_named_with_its_item(
         if isinstance(mistake, dict) and mistake is not OFFICIAL
         else mistake,
     )
-    said = refusal(path)
-    assert said.startswith(f"{path}: item 2: ")
-    assert message.replace("{folder}", str(folder)) in said
+    text = refusal(path)
+    assert text.startswith(f"{path}: item 2: ")
+    assert message.replace("{folder}", str(folder)) in text
 
 
 def test_a_broken_or_empty_official_file_is_refused(folder: Path) -> None:
@@ -377,7 +385,7 @@ def test_a_broken_or_empty_official_file_is_refused(folder: Path) -> None:
     assert refusal(path).startswith(f"{path}:2: not a valid JSON list (Expecting value")
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # read when asked for
 
 
@@ -398,23 +406,23 @@ def test_samples_that_are_read_when_they_are_asked_for_are_those_of_the_file(fol
     )
     official_file = official(folder, OFFICIAL, {**OFFICIAL, "question_id": 8})
     for file in (path, official_file):
-        found = SampleFile(file)
-        assert list(found) == found[:] == read_samples(file)
-        assert (found[-1], found[1:3]) == (found[len(found) - 1], list(found)[1:3])
+        samples = SampleFile(file)
+        assert list(samples) == samples[:] == read_samples(file)
+        assert (samples[-1], samples[1:3]) == (samples[len(samples) - 1], list(samples)[1:3])
         with pytest.raises(IndexError):
-            found[len(found)]
-    found = SampleFile(path)
-    assert list(found.boxed) == [0, 1, 1, 0, 1, 1, 0]
-    assert [found.pictures.index(n) for n in found.pictures] == [0, 1, 0, 1, 0, 1, 0]
+            samples[len(samples)]
+    samples = SampleFile(path)
+    assert list(samples.boxed) == [0, 1, 1, 0, 1, 1, 0]
+    assert [samples.pictures.index(n) for n in samples.pictures] == [0, 1, 0, 1, 0, 1, 0]
 
 
 def test_they_are_refused_as_a_whole_and_where_the_file_changes(folder: Path) -> None:
     with pytest.raises(DataError, match=r"samples\.jsonl:2: id: 'a' is already taken by line 1"):
         SampleFile(jsonl(folder, GOOD, GOOD))
-    found = SampleFile(jsonl(folder, GOOD, changed(id="b")))
+    samples = SampleFile(jsonl(folder, GOOD, changed(id="b")))
     jsonl(folder, changed(question="a longer question than before"), changed(id="b"))
     with pytest.raises(DataError, match="was changed while it was read"):
-        found[1]
+        samples[1]
 
 
 def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each(
@@ -423,10 +431,15 @@ def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each
     path = jsonl(folder, *[changed(id=f"{i}") for i in range(40)] * 2)
     reads: list[Path] = []
     read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))  # type: ignore[func-returns-value]
-    _, problems = check_samples(path)
-    said = [str(p).partition("; ")[0] for p in problems]
-    assert said == [
+
+    def counted(path: Path) -> bytes:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    _, problems = placed_samples(path)
+    reasons = [str(p).partition("; ")[0] for p in problems]
+    assert reasons == [
         f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)
     ]
     assert len(reads) == 1

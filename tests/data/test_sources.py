@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import PickedSamples, SampleFile, read_samples
-from lvr_lite.data.sources import FileSource, JoinedSource, Source, open_source
+from lvr_lite.data.samples import SampleFile, read_samples
+from lvr_lite.data.sources import (
+    FileSource,
+    JoinedSource,
+    PickedSamples,
+    Source,
+    open_source,
+)
 from lvr_lite.errors import DataError, UsageError
 
 
@@ -60,7 +66,7 @@ def test_a_registered_name_opens_its_source(name: str) -> None:
     assert len(open_source(name)) == 300
 
 
-def test_a_name_that_is_not_registered_or_not_allowed_is_a_file(tmp_path: Path) -> None:
+def test_a_name_that_is_not_registered_or_not_allowed_is_a_file() -> None:
     with pytest.raises(DataError, match="nowhere: cannot be read"):
         open_source("nowhere")
     with pytest.raises(DataError, match="skills: cannot be read"):

@@ -21,7 +21,7 @@ from lvr_lite.toy.make import write_scenes
 TINY = processor_of("tiny")
 
 
-def found(*files: Path, test: Path | None = None) -> list[Problem]:
+def problems_of(*files: Path, test: Path | None = None) -> list[Problem]:
     return [problem for _, problems in validate(files, TINY, test) for problem in problems]
 
 
@@ -33,9 +33,15 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (96, 64)) -> None:
 
 def good(number: int, **changes: Any) -> dict[str, Any]:
     sample = {
-        "id": f"s{number}", "image": f"images/{number}.png", "question": "what colour is the star", "answer": "red",
-        "choices": ["red", "blue"], "boxes": [[0.1, 0.2, 0.5, 0.6]], "type": "colour", "pair": None,
-    }  # fmt: skip
+        "id": f"s{number}",
+        "image": f"images/{number}.png",
+        "question": "what colour is the star",
+        "answer": "red",
+        "choices": ["red", "blue"],
+        "boxes": [[0.1, 0.2, 0.5, 0.6]],
+        "type": "colour",
+        "pair": None,
+    }
     return {k: v for k, v in {**sample, **changes}.items() if v is not ...}
 
 
@@ -122,11 +128,11 @@ def test_each_of_the_planted_faults_is_found_at_its_line_and_nothing_else(folder
         for i, (fault, _) in enumerate(FAULTS, 2)
     ]
     path = write(folder / "train.jsonl", good(0), good(1), *faults)
-    problems = found(path, test=test)
+    problems = problems_of(path, test=test)
     assert len(FAULTS) >= 20
     assert [(p.line, p.note) for p in problems] == [(i, False) for i in range(3, 3 + len(FAULTS))]
-    for problem, (_, said) in zip(problems, FAULTS, strict=True):
-        assert said.replace("{test}", str(test)) in str(problem)
+    for problem, (_, message) in zip(problems, FAULTS, strict=True):
+        assert message.replace("{test}", str(test)) in str(problem)
         assert str(problem).startswith(f"{path}:{problem.line}: ")
         assert "\n" not in str(problem)
     ((samples, _),) = validate([path], TINY, test)
@@ -136,15 +142,15 @@ def test_each_of_the_planted_faults_is_found_at_its_line_and_nothing_else(folder
 def test_what_training_would_not_get_wrong_is_a_note(folder: Path) -> None:
     notes = [good(i, **change) for i, (change, _) in enumerate(NOTES, 2)]
     path = write(folder / "train.jsonl", good(0), good(1), *notes)
-    problems = found(path)
+    problems = problems_of(path)
     assert [(p.line, p.note) for p in problems] == [(i, True) for i in range(3, 3 + len(NOTES))]
-    for problem, (_, said) in zip(problems, NOTES, strict=True):
-        assert said in str(problem)
+    for problem, (_, message) in zip(problems, NOTES, strict=True):
+        assert message in str(problem)
 
 
 def test_whether_a_box_is_small_depends_on_the_model(folder: Path) -> None:
     path = write(folder / "train.jsonl", good(0, boxes=[[0.5, 0.5, 0.8, 0.8]]))
-    assert found(path) == []
+    assert problems_of(path) == []
     image = replace(TINY.image, min_pixels=28, max_pixels=28 * 28)
     ((_, problems),) = validate([path], replace(TINY, image=image))
     assert [p.field for p in problems] == ["boxes[0]"]
@@ -155,8 +161,8 @@ def test_clean_scenes_give_no_word(tmp_path: Path) -> None:
         write_scenes(tmp_path / "a", 60, 0, "train"),
         write_scenes(tmp_path / "b", 60, 0, "test"),
     )
-    assert found(train, test) == []
-    assert found(train, test=test) == []
+    assert problems_of(train, test) == []
+    assert problems_of(train, test=test) == []
 
 
 def test_converted_sets_give_no_word(tmp_path: Path) -> None:
@@ -175,16 +181,16 @@ def test_converted_sets_give_no_word(tmp_path: Path) -> None:
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
     convert(source, tmp_path / "set.jsonl", "coco", Options(test_share=0.3, per_image=20))
-    assert found(tmp_path / "set-train.jsonl", tmp_path / "set-test.jsonl") == []
+    assert problems_of(tmp_path / "set-train.jsonl", tmp_path / "set-test.jsonl") == []
 
 
 def test_files_that_are_given_together_may_share_no_picture(folder: Path) -> None:
     one = write(folder / "one.jsonl", good(0), good(1))
     two = write(folder / "two.jsonl", good(2), good(3, image="images/copy.bmp"))
-    (problem,) = found(one, two)
+    (problem,) = problems_of(one, two)
     assert (
-        str(problem)
-        == f"{one}:2: image: {folder}/images/1.png is also in {two} (line 2); a picture may be in one of them only"
+        str(problem) == f"{one}:2: image: {folder}/images/1.png is also in {two} (line 2); "
+        "a picture may be in one of them only"
     )
 
 
@@ -204,7 +210,7 @@ def test_an_official_list_is_checked_with_its_pictures(folder: Path) -> None:
     ]
     path = folder / "lvr.json"
     path.write_text(json.dumps(items))
-    (problem,) = found(path)
+    (problem,) = problems_of(path)
     assert str(problem).startswith(
         f"{path}: item 2: image: {folder}/images/cut.png: a damaged picture"
     )
@@ -212,4 +218,4 @@ def test_an_official_list_is_checked_with_its_pictures(folder: Path) -> None:
 
 def test_a_test_set_that_is_wrong_itself_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
-        found(write(folder / "one.jsonl", good(0)), test=folder / "none.jsonl")
+        problems_of(write(folder / "one.jsonl", good(0)), test=folder / "none.jsonl")

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_suite import Table, never
 
 from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
@@ -28,6 +27,9 @@ from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
 from lvr_lite.eval.suite import Plan, exact, lettered
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.model.families import Grid
+from tests.fakes import Around, Table, never
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
@@ -44,7 +46,7 @@ def jpeg(
     return out.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the published formats
 
 
@@ -78,7 +80,8 @@ def write_vstar(
     for i, category in enumerate(categories):
         (folder / category).mkdir(parents=True, exist_ok=True)
         (folder / category / f"sa_{i}.jpg").write_bytes(jpeg())
-        text = f"What is thing {i} made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n{INSTRUCTION}"
+        options = "(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather"
+        text = f"What is thing {i} made of?\n{options}\n{INSTRUCTION}"
         lines.append(
             {
                 "image": f"{category}/sa_{i}.jpg",
@@ -96,12 +99,21 @@ def blink_rows(subtask: str, count: int, pictures: int) -> list[dict[str, Any]]:
     """Right are (A), (B), (A), …"""
     return [
         {
-            "idx": f"val_{subtask}_{i}", "question": f"{subtask} {i}: which one?", "sub_task": subtask,
-            "choices": ["the left", "the right"], "answer": "(B)" if i % 2 else "(A)", "prompt": "not asked",
-            **{f"image_{k}": {"bytes": jpeg((i, k, 0), (28 * k, 28)), "path": None} if k <= pictures else None for k in range(1, 5)},
+            "idx": f"val_{subtask}_{i}",
+            "question": f"{subtask} {i}: which one?",
+            "sub_task": subtask,
+            "choices": ["the left", "the right"],
+            "answer": "(B)" if i % 2 else "(A)",
+            "prompt": "not asked",
+            **{
+                f"image_{k}": {"bytes": jpeg((i, k, 0), (28 * k, 28)), "path": None}
+                if k <= pictures
+                else None
+                for k in range(1, 5)
+            },
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def write_blink(folder: Path, counts: dict[str, tuple[int, int]], form: str = "parquet") -> Path:
@@ -145,11 +157,19 @@ def hr_rows(questions: int, start: int = 0, once: bool = False) -> list[dict[str
     for q in range(questions):
         for turn in range(4):
             options = COLOURS[turn:] + COLOURS[:turn]
-            rows.append({
-                "index": start + 4 * q + turn, "question": f"What colour is car {start + q}?", "answer": "ABCD"[options.index("red")],
-                "category": "cross" if q % 2 else "single", **dict(zip("ABCD", options, strict=True)), "cycle_category": turn,
-                "image": "" if once and turn else base64.b64encode(jpeg((q, 0, 0), (28 * (q + 1), 28))).decode(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "index": start + 4 * q + turn,
+                    "question": f"What colour is car {start + q}?",
+                    "answer": "ABCD"[options.index("red")],
+                    "category": "cross" if q % 2 else "single",
+                    **dict(zip("ABCD", options, strict=True)),
+                    "cycle_category": turn,
+                    "image": ""
+                    if once and turn
+                    else base64.b64encode(jpeg((q, 0, 0), (28 * (q + 1), 28))).decode(),
+                }
+            )
     return rows
 
 
@@ -172,19 +192,20 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # answering
 
 
-def table(benchmark: benchmarks.Benchmark, said: Sequence[str], latent_steps: int = 0) -> Any:
+def table(benchmark: benchmarks.Benchmark, answers: Sequence[str], latent_steps: int = 0) -> Table:
     """A runtime that says the given letters, in the order of the rows."""
     return Table(
-        dict(zip((row.sample.question for row in benchmark.rows), said, strict=True)), latent_steps
+        dict(zip((row.sample.question for row in benchmark.rows), answers, strict=True)),
+        latent_steps,
     )
 
 
-def run(name: str, folder: Path, said: Sequence[str], **plan: Any) -> dict[str, Any]:
-    model = table(benchmarks.read(name, folder), said)
+def run(name: str, folder: Path, answers: Sequence[str], **plan: Any) -> dict[str, Any]:
+    model = table(benchmarks.read(name, folder), answers)
     return compare("tiny", [], Plan(name, path=str(folder), **plan), lambda _: model)
 
 
@@ -309,9 +330,9 @@ def test_rotations_are_put_together_where_two_questions_have_the_same_words(
     rows = (
         rows if cycle else [{k: v for k, v in row.items() if k != "cycle_category"} for row in rows]
     )
-    found = benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)).rows
+    rows_read = benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)).rows
     by_group: dict[Any, set[int]] = {}
-    for row in found:
+    for row in rows_read:
         by_group.setdefault(row.sample.pair, set()).add(row.pictures()[0].width)
     assert sorted(map(sorted, by_group.values())) == [[28], [56]]
 
@@ -319,8 +340,8 @@ def test_rotations_are_put_together_where_two_questions_have_the_same_words(
 def test_a_rows_picture_may_be_named_by_another_rows_index(tmp_path: Path) -> None:
     rows = hr_rows(2)
     rows[5]["image"], rows[6]["image"] = "4", "0"
-    found = benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)).rows
-    assert [row.pictures()[0].width for row in found[4:]] == [56, 56, 28, 56]
+    rows_read = benchmarks.read("hrbench", write_hr(tmp_path / "h", _4k=rows)).rows
+    assert [row.pictures()[0].width for row in rows_read[4:]] == [56, 56, 28, 56]
 
 
 def test_prompts_are_the_papers(tmp_path: Path) -> None:
@@ -334,7 +355,8 @@ def test_prompts_are_the_papers(tmp_path: Path) -> None:
     )
     assert (
         first["vstar"].question
-        == f"What is thing 0 made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n{INSTRUCTION}"
+        == "What is thing 0 made of?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather\n"
+        + INSTRUCTION
     )
     assert (
         first["blink"].question
@@ -386,13 +408,13 @@ def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_the
     }
     del rows[1]["sub_task"], rows[1]["idx"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = benchmarks.read("blink", folder).rows
-    assert [[p.width for p in row.pictures()] for row in found] == [[28, 56], [84, 56]]
-    assert [(row.sample.id, row.sample.type) for row in found] == [
+    rows_read = benchmarks.read("blink", folder).rows
+    assert [[p.width for p in row.pictures()] for row in rows_read] == [[28, 56], [84, 56]]
+    assert [(row.sample.id, row.sample.type) for row in rows_read] == [
         ("val_Counting_0", "Counting"),
         ("Counting-2", "Counting"),
     ]
-    assert [path.is_file() for row in found for path in row.sample.images] == [
+    assert [path.is_file() for row in rows_read for path in row.sample.images] == [
         True,
         True,
         False,
@@ -402,7 +424,7 @@ def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_the
     assert [row.sample.type for row in benchmarks.read("blink", folder).rows] == ["Counting"] * 2
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # broken rows
 
 
@@ -418,7 +440,7 @@ def problems(benchmark: benchmarks.Benchmark) -> list[str]:
             return str(error)
         return ""
 
-    unopened = [(row.sample.id, said) for row in benchmark.rows if (said := problem(row))]
+    unopened = [(row.sample.id, error) for row in benchmark.rows if (error := problem(row))]
     return [str(b).replace(f"{benchmark.folder}/", "") for b in benchmark.unopened(unopened)]
 
 
@@ -426,10 +448,12 @@ def test_every_broken_row_of_mmvp_is_named(tmp_path: Path) -> None:
     folder = write_mmvp(tmp_path / "m")
     with (folder / "Questions.csv").open("a") as file:
         file.write(
-            '7,"Two\nlines?",(a) Open (b) Closed,(c)\n8,cut\nx,q,(a) Open (b) Closed,(a)\n3,q,(a) Open (b) Closed,(a)\n'
+            '7,"Two\nlines?",(a) Open (b) Closed,(c)\n8,cut\n'
+            "x,q,(a) Open (b) Closed,(a)\n3,q,(a) Open (b) Closed,(a)\n"
         )
         file.write(
-            "9,q,Open or closed,(a)\n10,one,two,three,four,five\n11,<|image_pad|>,(a) Open (b) Closed,(a)\n12,,(a) x (b) y,(a)\n"
+            "9,q,Open or closed,(a)\n10,one,two,three,four,five\n"
+            "11,<|image_pad|>,(a) Open (b) Closed,(a)\n12,,(a) x (b) y,(a)\n"
         )
     (folder / "MMVP Images" / "2.jpg").unlink()
     (folder / "MMVP Images" / "5.jpg").write_text("no picture")
@@ -441,7 +465,8 @@ def test_every_broken_row_of_mmvp_is_named(tmp_path: Path) -> None:
         "Questions.csv:12: the id 3 is already taken by Questions.csv:4",
         "Questions.csv:13: Options: 'Open or closed' shows no options (a) and (b)",
         "Questions.csv:14: has 6 cells for 4 columns",
-        "Questions.csv:15: Question: contains <|image_pad|>, which a model reads as a control token",
+        "Questions.csv:15: Question: contains <|image_pad|>, "
+        "which a model reads as a control token",
         "Questions.csv:16: Question: is empty",
         "Questions.csv:3: image: MMVP Images/2.jpg: no such picture",
         "Questions.csv:6: image: MMVP Images/5.jpg: not a picture that Pillow can read",
@@ -488,7 +513,8 @@ def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
         "test_questions.jsonl:11: label: 'E' is not among the options",
         "test_questions.jsonl:12: text: shows no options",
         "test_questions.jsonl:13: must be an object with the fields of a question",
-        "test_questions.jsonl:14: the id direct_attributes-0 is already taken by test_questions.jsonl:1",
+        "test_questions.jsonl:14: the id direct_attributes-0 is already taken "
+        "by test_questions.jsonl:1",
         "test_questions.jsonl:17: not valid JSON",
         "test_questions.jsonl:18: not UTF-8",
         "test_questions.jsonl:15: image: x.jpg: no such picture",
@@ -538,7 +564,7 @@ def test_every_broken_row_of_hrbench_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "said"),
+    ("name", "damage", "message"),
     [
         (
             "mmvp",
@@ -554,7 +580,7 @@ def test_every_broken_row_of_hrbench_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_that_is_not_the_benchmark_is_one_line_and_no_model_is_opened(
-    name: str, damage: str, said: str, tmp_path: Path
+    name: str, damage: str, message: str, tmp_path: Path
 ) -> None:
     folder = WRITERS[name](tmp_path / "set")
     text = (folder / "Questions.csv").read_text() if name == "mmvp" else ""
@@ -569,7 +595,7 @@ def test_a_folder_that_is_not_the_benchmark_is_one_line_and_no_model_is_opened(
             path.unlink()
     with pytest.raises(DataError) as raised:
         compare("tiny", [], Plan(name, path=str(folder)), never)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -579,23 +605,24 @@ def test_where_no_picture_opens_there_is_no_score(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(
         DataError,
-        match=r"none of 6 rows can be asked; the first: .*Questions\.csv:2: image: .*1\.jpg: no such picture",
+        match=r"none of 6 rows can be asked; "
+        r"the first: .*Questions\.csv:2: image: .*1\.jpg: no such picture",
     ):
         run("mmvp", folder, ["A"] * 6)
 
 
 @pytest.mark.parametrize(
-    ("plan", "said"),
+    ("plan", "message"),
     [
         ({"suite": "mmvp"}, "--suite mmvp needs --path DIR, a folder that holds Questions.csv"),
         ({"suite": "scenes", "path": "x"}, "--path x: is for --suite mmvp, vstar, blink, hrbench"),
         ({"steps": (0, -1)}, "--steps -1: latent steps must be 0 or more"),
     ],
 )
-def test_a_plan_that_cannot_be_followed_is_refused(plan: dict[str, Any], said: str) -> None:
+def test_a_plan_that_cannot_be_followed_is_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as raised:
         Plan(**plan)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_limit_is_of_rows(tmp_path: Path) -> None:
@@ -611,40 +638,39 @@ def test_a_limit_is_of_rows(tmp_path: Path) -> None:
 # stopping and going on
 
 
-class Counting:
-    """A runtime that counts how often pictures are encoded and stops after so many batches."""
+class Counting(Around):
+    """Counts how often pictures are encoded and stops after so many batches."""
 
-    def __init__(self, model: Any, batches: int = 1000) -> None:
-        self.model, self.encoded, self.left = model, 0, batches
+    def __init__(self, model: Runtime, batches: int = 1000) -> None:
+        super().__init__(model)
+        self.encoded = 0
+        self.left = batches
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def encode(self, *arguments: Any) -> np.ndarray:
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         self.encoded += 1
-        return np.asarray(self.model.encode(*arguments))
+        return super().encode(pixel_values, grids)
 
-    def start(self, *arguments: Any) -> None:
+    def start(self, batch: int, capacity: int) -> None:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
-        self.model.start(*arguments)
+        super().start(batch, capacity)
 
 
 def test_several_steps_are_asked_in_one_go_and_pictures_are_seen_once(tmp_path: Path) -> None:
     folder = write_vstar(tmp_path / "v")
     model = Counting(table(benchmarks.read("vstar", folder), list("ABCDA"), latent_steps=2))
-    seen: list[int] = []
+    counts: list[int] = []
     result = compare(
         "tiny",
         [],
         Plan("vstar", steps=(0, 2, 4), batch=2, path=str(folder)),
         lambda _: model,
-        seen.append,
-        seen.append,
+        counts.append,
+        counts.append,
     )
     assert model.encoded == 5
-    assert seen == [5, 2, 2, 1]  # all, and then those that are done
+    assert counts == [5, 2, 2, 1]  # all, and then those that are done
     assert [(run["steps"], run["n"], run["accuracy"]) for run in result["by_steps"]] == [
         (0, 5, 1.0),
         (2, 5, 1.0),
@@ -670,7 +696,7 @@ def test_several_steps_are_for_every_suite(tmp_path: Path) -> None:
         for i in range(2)
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    model: Any = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
+    model = Table({"question 0": "red", "question 1": "blue"}, latent_steps=2)
     result = compare(
         "tiny", [], Plan(str(tmp_path / "mine.jsonl"), steps=(0, 1), skills=0), lambda _: model
     )
@@ -693,34 +719,37 @@ def test_steps_are_refused_for_a_model_without_latents_before_it_is_asked(tmp_pa
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
-    said = ["A", "B", "B", "B", "A", "A"]
+    answers = ["A", "B", "B", "B", "A", "A"]
     benchmark = benchmarks.read("mmvp", folder)
     plan = Plan("mmvp", steps=(0, 2), batch=2, path=str(folder), journal=journal)
     with pytest.raises(KeyboardInterrupt):
-        compare("tiny", [], plan, lambda _: Counting(table(benchmark, said, 2), batches=3))
+        compare("tiny", [], plan, lambda _: Counting(table(benchmark, answers, 2), batches=3))
     with journal.open("a") as file:
         file.write('{"id": "4", "ste')  # cut by the kill
     lines = journal.read_text().splitlines()
     assert len(lines) == 1 + 6 + 1  # two items with both K, two with the first alone
-    rest = Counting(table(benchmark, said, 2))
+    answering = table(benchmark, answers, 2)
+    rest = Counting(answering)
     result = compare("tiny", [], plan, lambda _: rest)
-    assert (rest.encoded, rest.model.batches) == (4, [2, 2, 2])
+    assert (rest.encoded, answering.batches) == (4, [2, 2, 2])
     assert result == compare(
-        "tiny", [], replace(plan, journal=None), lambda _: table(benchmark, said, 2)
+        "tiny", [], replace(plan, journal=None), lambda _: table(benchmark, answers, 2)
     )
-    told = [json.loads(line) for line in journal.read_text().splitlines()][1:]
-    assert sorted((t["id"], t["steps"]) for t in told) == [
+    lines_written = [json.loads(line) for line in journal.read_text().splitlines()][1:]
+    assert sorted((t["id"], t["steps"]) for t in lines_written) == [
         (str(i), k) for i in range(1, 7) for k in (0, 2)
     ]
-    assert {"id", "steps", "question", "answer", "expected", "correct", "images"} <= set(told[0])
-    assert told[0]["images"] == [str(folder / "MMVP Images" / "1.jpg")]
-    again = Counting(table(benchmark, said, 2))
+    assert {"id", "steps", "question", "answer", "expected", "correct", "images"} <= set(
+        lines_written[0]
+    )
+    assert lines_written[0]["images"] == [str(folder / "MMVP Images" / "1.jpg")]
+    again = Counting(table(benchmark, answers, 2))
     assert compare("tiny", [], plan, lambda _: again) == result
     assert again.encoded == 0
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"max_tokens": 3}, "is about max_tokens 64, not 3"),
         ({"suite": "vstar"}, "is about suite mmvp, not vstar"),
@@ -728,7 +757,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     ],
 )
 def test_answers_under_other_settings_are_refused_and_left_as_they_are(
-    change: dict[str, Any], said: str, tmp_path: Path
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
     write_mmvp(tmp_path / "copy")
@@ -740,7 +769,7 @@ def test_answers_under_other_settings_are_refused_and_left_as_they_are(
         change = {"path": str(tmp_path / "copy")}
     with pytest.raises(UsageError, match="name another file, or remove it") as raised:
         compare("tiny", [], replace(plan, **change), never)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert journal.read_bytes() == before
 
 
@@ -780,7 +809,7 @@ def test_a_damaged_line_of_answers_is_named(tmp_path: Path) -> None:
         compare("tiny", [], plan, never)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # side by side
 
 
@@ -802,7 +831,7 @@ def test_two_models_are_compared_on_rows_that_both_could_be_asked(tmp_path: Path
 def test_rotations_of_a_question_count_as_one_in_a_comparison(tmp_path: Path) -> None:
     folder, right = write_hr(tmp_path / "h", _4k=hr_rows(2)), [row["answer"] for row in hr_rows(2)]
     wrong = ["ABCD"["BCDA".index(letter)] for letter in right]
-    said = {"tiny": [*right], "other": [*wrong[:4], *right[4:]]}
+    answers = {"tiny": [*right], "other": [*wrong[:4], *right[4:]]}
     benchmark, other_model = (
         benchmarks.read("hrbench", folder),
         str(Path(str(benchmarks.__file__)).parents[1] / "toy" / "model"),
@@ -812,7 +841,7 @@ def test_rotations_of_a_question_count_as_one_in_a_comparison(tmp_path: Path) ->
         "tiny",
         [other_model],
         plan,
-        lambda name: table(benchmark, said["tiny" if name == "tiny" else "other"]),
+        lambda name: table(benchmark, answers["tiny" if name == "tiny" else "other"]),
     )
     (other,) = result["against"]
     assert (other["n"], other["difference"], other["p"]) == (
@@ -833,12 +862,12 @@ def test_groups_of_one_are_drawn_as_items_are() -> None:
     assert (sums.tolist(), sizes.tolist()) == ([2.0, 5.0], [1, 2])
 
 
-# -------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # people's own multiple choice
 
 
 @pytest.mark.parametrize(
-    ("question", "choices", "answer", "said", "right"),
+    ("question", "choices", "answer", "reply", "right"),
     [
         ("Which?\n(A) red\n(B) blue", ("red", "blue"), "blue", "B", 1.0),
         ("Which?\n(A) red\n(B) blue", ("red", "blue"), "blue", "blue", 1.0),
@@ -857,10 +886,10 @@ def test_groups_of_one_are_drawn_as_items_are() -> None:
     ],
 )
 def test_a_letter_counts_in_a_file_where_the_question_shows_letters(
-    question: str, choices: tuple[str, ...] | None, answer: str, said: str, right: float
+    question: str, choices: tuple[str, ...] | None, answer: str, reply: str, right: float
 ) -> None:
     sample = Sample("s", (), question, answer, choices)
-    assert lettered(sample, said) == right
+    assert lettered(sample, reply) == right
     assert exact(sample, answer) == lettered(sample, answer) == 1.0
 
 
@@ -880,7 +909,7 @@ def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> Non
     assert (result["accuracy"], result["answers"][0]["expected"]) == (1.0, "blue")
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -919,11 +948,11 @@ def test_a_checkpoint_and_a_bundle_are_scored_alike(
         out,
     )
     assert call(monkeypatch, "eval", request.getfixturevalue(model), *arguments) == 0
-    said = capsys.readouterr().out
-    assert "5 of 6 rows were asked" in said
-    assert "pairs, both right" in said
-    told = json.loads(out.read_text())
-    runs = told.get("by_steps", [told])
+    printed = capsys.readouterr().out
+    assert "5 of 6 rows were asked" in printed
+    assert "pairs, both right" in printed
+    result = json.loads(out.read_text())
+    runs = result.get("by_steps", [result])
     assert [run["steps"] for run in runs] == [int(k) for k in steps.split(",")]
     for one in runs:
         right = [

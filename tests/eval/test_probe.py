@@ -42,9 +42,9 @@ from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, parti
 from lvr_lite.eval.verdict import COSTLY, FLIPPED, LIFTED, verdict
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
-from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import write_scenes
+from tests.fakes import COLOURS, IS_TOKEN, Looks
 
 # ---------------------------------------------------------------------------------------------------------
 # statistics
@@ -548,112 +548,7 @@ def test_some_interventions_can_be_chosen_and_the_baseline_comes_with_them() -> 
 # ---------------------------------------------------------------------------------- models that
 # look, built to be understood
 
-COLOURS = {
-    "red": (255, 0, 0),
-    "green": (0, 255, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "cyan": (0, 255, 255),
-    "purple": (255, 0, 255),
-}
 QUESTIONS = ("what colour is it", "which one is there")
-IS_TOKEN = 1000.0  # first channel of a token's embedding: this + its id
-
-
-class Looks:
-    """Finds the one coloured visual token, puts its colour into the first latent and a constant
-    into the others, then names a colour.
-
-    uses: "latents" (the colour of the first vector that its latent steps were fed) or "picture"
-    (what it saw in the prompt). A hidden state holds the colour (1–3) and the constant (4) in
-    latent steps, and the id of the token that comes next (5) in text steps.
-    """
-
-    name, hidden_size = "looks", H
-
-    def __init__(self, uses: str, spec: LatentSpec | None = None, silent: str = "") -> None:
-        self.processor = read_checkpoint("tiny").processor
-        self.tokenizer = self.processor.tokenizer
-        self.tokens = self.processor.tokens
-        self.latent = spec or LatentSpec(steps=3)
-        self.uses, self.silent = uses, silent
-        self.scripts = [
-            [*self.tokenizer.encode(word, add_special_tokens=False).ids, self.tokens.end[0]]
-            for word in COLOURS
-        ]
-        pictures = np.array(list(COLOURS.values()), np.float32)
-        self.palette = unit(pictures - 128)
-        self.batches: list[int] = []
-
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        mean = np.array(self.processor.image.mean)
-        std = np.array(self.processor.image.std)
-        colours = (
-            pixel_values.reshape(len(pixel_values) // 4, 4, 3, -1).mean((1, 3)) * std
-            + mean
-            - 128 / 255
-        )
-        return np.pad(colours, ((0, 0), (1, H - 4))).astype(np.float32)
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        embeds = np.zeros((*ids.shape, H), np.float32)
-        embeds[..., 0] = IS_TOKEN + ids
-        return embeds
-
-    def start(self, batch: int, capacity: int) -> None:
-        self.batches.append(batch)
-        self.seen = np.zeros((batch, 3), np.float32)
-        self.fed: list[list[np.ndarray]] = [[] for _ in range(batch)]
-        self.script: list[list[int]] = [[] for _ in range(batch)]
-
-    def prefill(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        lengths: np.ndarray,
-        rows: list[int] | None = None,
-    ) -> np.ndarray:
-        hidden = np.zeros((len(embeds), H), np.float32)
-        for i, (row, length) in enumerate(zip(embeds, lengths, strict=True)):
-            colours = row[:length][row[:length, 0] == 0, 1:4]
-            self.seen[i] = colours[np.abs(colours).sum(1).argmax()]
-            ids = (row[:length, 0][row[:length, 0] > 0] - IS_TOKEN).astype(int).tolist()
-            quiet = self.silent and self.silent in self.tokenizer.decode(ids)
-            self.script[i] = self._words(self.seen[i]) if quiet else [self.tokens.lvr_start]
-            hidden[i, 5] = self.script[i][0]
-        return hidden
-
-    def _words(self, colour: np.ndarray) -> list[int]:
-        return list(self.scripts[int((self.palette @ colour).argmax())])
-
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        hidden = np.zeros((len(embeds), H), np.float32)
-        for i, row in enumerate(embeds):
-            token = int(row[0] - IS_TOKEN) if row[0] >= IS_TOKEN else self.tokens.lvr
-            if token == self.tokens.lvr_end:
-                self.script[i] = self._words(
-                    self.seen[i]
-                    if self.uses == "picture"
-                    else self.fed[i][0][1:4]
-                    if self.fed[i]
-                    else np.zeros(3)
-                )
-            elif token == self.tokens.lvr:
-                self.fed[i].append(row.copy())
-            elif token != self.tokens.lvr_start:
-                self.script[i] = self.script[i][1:] or [self.tokens.end[0]]
-            hidden[i, 5] = self.script[i][0]
-            if token in (self.tokens.lvr, self.tokens.lvr_start):
-                hidden[i] = 0
-                hidden[i, 1:4] = 0 if self.fed[i] else self.seen[i]
-                hidden[i, 4] = bool(self.fed[i])
-        return hidden
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(hidden), self.tokenizer.get_vocab_size()), np.float32)
-        logits[:, self.tokens.end[0]] = 1
-        logits[np.arange(len(hidden)), hidden[:, 5].astype(int)] = 2
-        return logits
 
 
 def tiles(count: int = 48) -> Iterator[Item]:
@@ -736,8 +631,8 @@ def test_a_runtime_that_does_not_give_the_same_answer_twice_is_called_unsound() 
             super().start(batch, capacity)
             self.uses = "latents" if len(self.batches) % 2 else "picture"
 
-        def _words(self, colour: np.ndarray) -> list[int]:
-            return super()._words(-colour if self.uses == "picture" else colour)
+        def name_of(self, colour: np.ndarray) -> list[int]:
+            return super().name_of(-colour if self.uses == "picture" else colour)
 
     found = probe(Forgetful("latents"), tiles(16), ["noise", "donor_same_question", "self"])
     assert found["verdict"].startswith("the probe itself is unsound: ")

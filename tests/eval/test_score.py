@@ -165,7 +165,7 @@ def test_the_mean_of_several_shares_is_surer_than_each() -> None:
     assert high - low == pytest.approx((one_high - one_low) / 2)  # the root of four
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # multiple choice
 
 OPTIONS = ("Open", "Closed", "A red car", "dark blue")
@@ -341,9 +341,26 @@ def test_of_several_letters_the_one_in_a_plain_conclusion_counts(
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "  ", "\n", "<answer></answer>", "...", "E", "(E)", "Answer: E", "A blue car", "The answer is a dog", "it is a dog", "Not A",
-     "The answer is not A", "The door is not closed", "It isn't open", "None of the above", "I do not know"],
-)  # fmt: skip
+    [
+        "",
+        "  ",
+        "\n",
+        "<answer></answer>",
+        "...",
+        "E",
+        "(E)",
+        "Answer: E",
+        "A blue car",
+        "The answer is a dog",
+        "it is a dog",
+        "Not A",
+        "The answer is not A",
+        "The door is not closed",
+        "It isn't open",
+        "None of the above",
+        "I do not know",
+    ],
+)
 def test_what_names_no_option_chooses_none(answer: str) -> None:
     assert chosen_letter(answer, OPTIONS) is None
 

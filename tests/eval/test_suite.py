@@ -1,6 +1,4 @@
-"""Evaluation on a fake runtime that reads the question off the prompt and says what a table has for
-it.
-"""
+"""Evaluation of a fake that reads the question off the prompt and says what a table has for it."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -34,66 +31,9 @@ from lvr_lite.eval.suite import (
 )
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
-from lvr_lite.model.spec import LatentSpec
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions, scenes
 from lvr_lite.toy.make import skill_samples, write_scenes
-
-H = 4
-
-
-class Table:
-    """Answers by question. A hidden state holds which answer it is in and how far: (answer, place,
-    0, 0).
-    """
-
-    name, hidden_size = "table", H
-
-    def __init__(self, answers: dict[str, str], latent_steps: int = 0) -> None:
-        self.latent = LatentSpec(latent_steps)
-        self.processor = read_checkpoint("tiny").processor
-        self.tokenizer = self.processor.tokenizer
-        self.tokens = self.processor.tokens
-        self.questions = list(answers)
-        self.scripts = [
-            [*self.tokenizer.encode(a, add_special_tokens=False).ids, self.tokens.end[0]]
-            for a in answers.values()
-        ]
-        self.batches: list[int] = []
-
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        return np.full((len(pixel_values) // 4, H), float(self.tokens.image), np.float32)
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        return np.repeat(ids[..., None].astype(np.float32), H, -1)
-
-    def start(self, batch: int, capacity: int) -> None:
-        self.batches.append(batch)
-
-    def prefill(self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        texts = [
-            self.tokenizer.decode(row[:n, 0].astype(int).tolist())
-            for row, n in zip(embeds, lengths, strict=True)
-        ]
-        which = [
-            max(
-                (i for i, q in enumerate(self.questions) if q in t),
-                key=lambda i: len(self.questions[i]),
-            )
-            for t in texts
-        ]
-        self.state = np.array([[w, 0, 0, 0] for w in which], np.float32)
-        return self.state.copy()
-
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        self.state[:, 1] += 1
-        return self.state.copy()
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.zeros((len(hidden), self.tokenizer.get_vocab_size()), np.float32)
-        for row, (which, place) in enumerate(hidden[:, :2].astype(int)):
-            logits[row, self.scripts[which][min(place, len(self.scripts[which]) - 1)]] = 1
-        return logits
-
+from tests.fakes import Table, never
 
 QUESTIONS = [
     "what colour is the star",
@@ -118,11 +58,11 @@ def items() -> Iterator[Item]:
 
 
 @pytest.fixture
-def runtime() -> Any:
+def runtime() -> Table:
     return Table(dict(zip(QUESTIONS, SAID, strict=True)))
 
 
-def test_answers_are_scored_each_against_its_own_sample(runtime: Any) -> None:
+def test_answers_are_scored_each_against_its_own_sample(runtime: Table) -> None:
     result = evaluate(runtime, items())
     assert [a["correct"] for a in result["answers"]] == [True, False, True, True, False]
     assert [a["answer"] for a in result["answers"]] == SAID
@@ -131,14 +71,16 @@ def test_answers_are_scored_each_against_its_own_sample(runtime: Any) -> None:
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(1, [1] * 5), (2, [2, 2, 1]), (16, [5])])
-def test_the_size_of_batches_changes_no_answer(runtime: Any, batch: int, groups: list[int]) -> None:
+def test_the_size_of_batches_changes_no_answer(
+    runtime: Table, batch: int, groups: list[int]
+) -> None:
     seen: list[int] = []
     result = evaluate(runtime, items(), batch=batch, progress=seen.append)
     assert runtime.batches == seen == groups
     assert result == evaluate(runtime, items())
 
 
-def test_types_and_pairs_are_counted_apart(runtime: Any) -> None:
+def test_types_and_pairs_are_counted_apart(runtime: Table) -> None:
     result = evaluate(runtime, items())
     assert result["by_type"] == {
         "attribute": {"n": 2, "accuracy": 0.5},
@@ -148,7 +90,7 @@ def test_types_and_pairs_are_counted_apart(runtime: Any) -> None:
     assert result["pair_accuracy"] == 0.5  # p is half right, q whole, the last is no pair
 
 
-def test_the_result_has_the_fields_that_the_design_promises(runtime: Any) -> None:
+def test_the_result_has_the_fields_that_the_design_promises(runtime: Table) -> None:
     result = json.loads(json.dumps(evaluate(runtime, items())))
     assert (result["schema"], result["version"], result["model"], result["n"]) == (
         "lvr-lite/eval",
@@ -169,12 +111,12 @@ def test_the_result_has_the_fields_that_the_design_promises(runtime: Any) -> Non
     assert runtime.processor.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
 
-def test_options_reach_the_decoding(runtime: Any) -> None:
+def test_options_reach_the_decoding(runtime: Table) -> None:
     result = evaluate(runtime, items(), Options(max_tokens=1))
     assert all(len(a["tokens"]) == 1 for a in result["answers"])
 
 
-def test_no_items_give_no_accuracy_and_no_pairs(runtime: Any) -> None:
+def test_no_items_give_no_accuracy_and_no_pairs(runtime: Table) -> None:
     result = evaluate(runtime, iter(()))
     assert (result["n"], result["accuracy"], result["interval"], result["pair_accuracy"]) == (
         0,
@@ -184,11 +126,11 @@ def test_no_items_give_no_accuracy_and_no_pairs(runtime: Any) -> None:
     )
 
 
-def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Any) -> None:
+def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Table) -> None:
     assert accuracy_on(runtime, items()) == 0.6
 
 
-def test_the_table_tells_types_interval_and_pairs(runtime: Any) -> None:
+def test_the_table_tells_types_interval_and_pairs(runtime: Table) -> None:
     out = io.StringIO()
     show(evaluate(runtime, items()) | {"suite": "mine"}, Console(file=out, width=120))
     text = out.getvalue()
@@ -292,7 +234,7 @@ def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
 
 
 def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
-    for name, scene, question in scenes.skills(4, 300):
+    for name, scene, question in questions.skills(4, 300):
         if question.type == "caption":
             told = {tuple(phrase.split()) for phrase in question.answer.split(" ; ")}
             where = {
@@ -307,7 +249,7 @@ def test_every_answer_to_a_skill_follows_from_the_scene() -> None:
 
 
 def test_skills_take_turns_and_among_them_all_types_that_the_base_knows() -> None:
-    asked = [question for _, _, question in scenes.skills(0, 90)]
+    asked = [question for _, _, question in questions.skills(0, 90)]
     assert [q.type for q in asked[:4]] == ["caption", "place", "short", "caption"]
     short = Counter(q.text.split()[0] for q in asked if q.type == "short")
     assert short["odd"] == short["count"] == short["across"] + short["down"] == 5
@@ -316,7 +258,7 @@ def test_skills_take_turns_and_among_them_all_types_that_the_base_knows() -> Non
 
 
 def test_tuning_on_scenes_never_asks_what_the_skills_ask() -> None:
-    tuned = {q.text for _, _, q, _ in scenes.items(0, "train", 2000)}
+    tuned = {q.text for _, _, q, _ in questions.items(0, "train", 2000)}
     assert not tuned & {s.question for s, _ in skill_samples(120, 0)}
 
 
@@ -336,13 +278,15 @@ def test_skills_are_300_unless_limited_and_follow_from_the_seed_alone() -> None:
 
 
 def test_skills_show_combinations_that_training_never_does() -> None:
-    shown = {(t.shape, t.colour) for _, scene, _ in scenes.skills(0, 300) for t in scene.figures}
+    shown = {(t.shape, t.colour) for _, scene, _ in questions.skills(0, 300) for t in scene.figures}
     assert shown >= scenes.HELD_OUT
 
 
 def test_the_longest_caption_fits_into_the_tokens_of_an_answer() -> None:
     tokenizer = read_checkpoint("tiny").processor.tokenizer
-    found = [(len(s.figures), q.answer) for _, s, q in scenes.skills(0, 300) if q.type == "caption"]
+    found = [
+        (len(s.figures), q.answer) for _, s, q in questions.skills(0, 300) if q.type == "caption"
+    ]
     assert max(things for things, _ in found) == 8
     assert (
         max(len(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in found)
@@ -354,7 +298,7 @@ def test_a_caption_that_is_half_right_counts_half_and_is_not_correct() -> None:
     caption = Sample("c", (), "describe", "star red ; heart blue", type="caption")
     place = Sample("p", (), "where star", "top left", type="place")
     asked = [(sample, (Image.new("RGB", (56, 56)),)) for sample in (caption, place)]
-    table: Any = Table({"describe": "star red ; cross white", "where star": "top left"})
+    table = Table({"describe": "star red ; cross white", "where star": "top left"})
     result = evaluate(table, asked, grade=skill)
     assert [(a["score"], a["correct"]) for a in result["answers"]] == [(0.5, False), (1.0, True)]
     assert (result["accuracy"], result["by_type"]["caption"]) == (0.75, {"n": 1, "accuracy": 0.5})
@@ -406,15 +350,11 @@ def mine(tmp_path: Path) -> str:
     return str(tmp_path / "mine.jsonl")
 
 
-def opener(**said: list[str]) -> Callable[[str], Any]:
+def opener(**said: list[str]) -> Callable[[str], Table]:
     """Opens tables: TINY says `tiny`, OTHER says `other`."""
     return lambda name: Table(
         dict(zip(QUESTIONS, said["tiny" if name == TINY else "other"], strict=True))
     )
-
-
-def never(name: str) -> Any:
-    raise AssertionError(f"{name} was opened")
 
 
 def test_a_difference_is_over_the_same_items_and_by_type(mine: str) -> None:
@@ -496,7 +436,7 @@ def test_the_result_is_the_models_own_whatever_it_is_compared_with(mine: str) ->
 
 
 def test_latent_steps_are_for_the_model_alone(mine: str) -> None:
-    def open_model(name: str) -> Any:
+    def open_model(name: str) -> Table:
         return Table(dict(zip(QUESTIONS, SAID, strict=True)), latent_steps=2 if name == TINY else 0)
 
     compare(
@@ -589,7 +529,7 @@ def test_a_model_that_is_not_there_is_named_before_another_is_opened(
         compare(TINY, [str(tmp_path / "none.json")], Plan(mine), never)
 
 
-def skill_table(answer: Callable[[str], str], seed: int, count: int, questions: list[str]) -> Any:
+def skill_table(answer: Callable[[str], str], seed: int, count: int, questions: list[str]) -> Table:
     asked = [*questions, *(s.question for s, _ in skill_samples(count, seed))]
     return Table({q: answer(q) for q in asked})
 
@@ -597,7 +537,7 @@ def skill_table(answer: Callable[[str], str], seed: int, count: int, questions: 
 def test_skills_are_scored_and_compared_beside_the_scenes(tmp_path: Path) -> None:
     questions = [s.question for s, _ in load_suite("scenes", 4, 3)]
 
-    def open_model(name: str) -> Any:
+    def open_model(name: str) -> Table:
         return skill_table(
             lambda q: "top left" if name == TINY and q.startswith("where") else WRONG,
             3,
@@ -720,7 +660,7 @@ def with_skills(result: dict[str, Any], **changes: float) -> dict[str, Any]:
     }
 
 
-def test_a_skill_that_falls_by_more_than_two_points_is_told_in_words(runtime: Any) -> None:
+def test_a_skill_that_falls_by_more_than_two_points_is_told_in_words(runtime: Table) -> None:
     text = shown(with_skills(evaluate(runtime, items()), caption=-0.031, place=-0.02, short=0.05))
     lines = {
         kind: next(line for line in text.splitlines() if kind in line)
@@ -732,21 +672,21 @@ def test_a_skill_that_falls_by_more_than_two_points_is_told_in_words(runtime: An
     assert text.count("falls by") == 1
 
 
-def test_a_comparison_has_one_row_with_difference_interval_p_n_and_types(runtime: Any) -> None:
+def test_a_comparison_has_one_row_with_difference_interval_p_n_and_types(runtime: Table) -> None:
     text = shown(with_skills(evaluate(runtime, items()), caption=0.0))
     (row,) = (line for line in text.splitlines() if "odd" in line)
     for part in ("base[x]", "50", "3.1 [-0.9, 7.1]", "< 0.001", "odd -12.5"):
         assert part in row
 
 
-def test_a_file_without_skills_is_said_to_have_none(runtime: Any) -> None:
+def test_a_file_without_skills_is_said_to_have_none(runtime: Table) -> None:
     result = with_skills(evaluate(runtime, items()), caption=-0.5)
     del result["against"][0]["skills"]
     assert "not in that file" in shown(result)
     assert "falls" not in shown(result)
 
 
-def test_without_skills_or_models_beside_there_is_one_table(runtime: Any) -> None:
+def test_without_skills_or_models_beside_there_is_one_table(runtime: Table) -> None:
     text = shown(evaluate(runtime, items()) | {"suite": "mine"})
     assert "outside the suite" not in text
     assert "difference" not in text

@@ -18,8 +18,11 @@ import pytest
 import torch
 
 from lvr_lite.errors import BundleError, LvrError, OutputError
-from lvr_lite.export import graphs, onnxfile, parity, weights, write
+from lvr_lite.export import apart, graphs, onnxfile, parity, weights, write
+from lvr_lite.export.graphs.spec import GraphSpec
+from lvr_lite.export.graphs.structure import Origin, structure
 from lvr_lite.export.write import describe, write_bundle
+from lvr_lite.files import JsonObject
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model import bundle
@@ -33,19 +36,9 @@ from lvr_lite.train.trained_weights import TrainedWeights
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    made = build.make_model(build.make_tokenizer(), seed=3).float().eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(
-                    3
-                )  # as initialized, activations are so small that a wrong mask hardly shows
-            else:
-                parameter.add_(
-                    0.1 * torch.randn_like(parameter)
-                )  # biases and norms start at 0 and 1, where a lost one hardly shows
-    return made
+def model(noticeable: Callable[[Any], Any]) -> Any:
+    model = noticeable(build.make_model(build.make_tokenizer(), seed=3).float().eval())
+    return model.requires_grad_(True)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +77,14 @@ def test_a_written_bundle_reads_back_with_its_hashes_and_its_parity(
         vocab_size=model.config.text_config.vocab_size,
     )
     assert set(manifest.parity["graphs"]) == set(bundle.GRAPHS)
-    assert max(found["relative"] for found in manifest.parity["graphs"].values()) < 1e-4
+    assert max(worst["relative"] for worst in manifest.parity["graphs"].values()) < 1e-4
     assert manifest.parity["decoding"]["relative"] < 1e-3
     assert json.loads((written / "report.json").read_text())["parity"] == manifest.parity
 
 
 def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written: Path) -> None:
-    found = Bundle.open(written).manifest.graphs
-    assert list(found["vision_encoder"].inputs) == [
+    graphs = Bundle.open(written).manifest.graphs
+    assert list(graphs["vision_encoder"].inputs) == [
         "pixel_values",
         "position_ids",
         "window_index",
@@ -99,10 +92,10 @@ def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written
         "window_id",
         "image_id",
     ]
-    vision = found["vision_encoder"]
+    vision = graphs["vision_encoder"]
     assert vision.inputs["pixel_values"] == TensorInfo("float32", ["4*tokens", 1176])
     assert vision.outputs == {"image_features": TensorInfo("float32", ["tokens", 256])}
-    decoder = found["decoder"]
+    decoder = graphs["decoder"]
     first = [
         "inputs_embeds",
         "position_ids",
@@ -121,7 +114,7 @@ def test_the_manifest_names_inputs_and_outputs_in_the_order_of_the_graph(written
     cache = TensorInfo("float32", ["batch", 4, "capacity", 32])
     assert decoder.inputs["past_key_values.0.key"] == cache
     assert decoder.inputs["total_sequence_length"] == TensorInfo("int32", [])
-    assert list(found["lm_head"].outputs) == ["logits"]
+    assert list(graphs["lm_head"].outputs) == ["logits"]
 
 
 def test_every_linear_layer_is_a_matmul_named_after_its_module(written: Path, model: Any) -> None:
@@ -133,17 +126,16 @@ def test_every_linear_layer_is_a_matmul_named_after_its_module(written: Path, mo
         counts[name] = sum(
             node.op_type == "MatMul" and node.input[1] in weights for node in graph.node
         )
-        assert (
-            "language_model.layers.0.mlp.up_proj/MatMul" in {node.name for node in graph.node}
-            or name != "decoder"
-        )
+        if name == "decoder":
+            names = {node.name for node in graph.node}
+            assert "language_model.layers.0.mlp.up_proj/MatMul" in names
     linears = {
         part: sum(isinstance(m, torch.nn.Linear) for m in model.get_submodule(part).modules())
         for part in ("model.visual", "model.language_model")
     }
     assert counts == {
-        "vision_encoder": linears["model.visual"]
-        + 1,  # the patch embedding, a convolution in transformers
+        # The patch embedding is a convolution in transformers.
+        "vision_encoder": linears["model.visual"] + 1,
         "embed_tokens": 0,
         "decoder": linears["model.language_model"],
         "lm_head": 1,
@@ -190,35 +182,34 @@ def test_the_gate_fails_on_another_models_graphs(
 def test_the_gate_decodes_through_the_latent_loop_that_is_written(
     written: Path, model: Any, checkpoint: Checkpoint, spec: LatentSpec
 ) -> None:
-    mine, theirs = (
-        OnnxRuntime(Bundle.open(written)),
-        TorchRuntime(model, replace(checkpoint, latent=spec)),
-    )
-    mine.latent = spec
-    found = parity.check_decoding(mine, theirs, latents=4, tokens=6)
-    states = (
-        4 + 6 + (1 if spec.mode == "bottleneck" else 2)
-    )  # the last latent and <|lvr_end|> are not fed in a bottleneck, the prompt twice
-    assert (found["prompts"], found["cases"]) == (6, 6 * states)
-    mine.latent = replace(spec, feedback="norm-matched", norm=50.0)
+    got = OnnxRuntime(Bundle.open(written))
+    want = TorchRuntime(model, replace(checkpoint, latent=spec))
+    got.latent = spec
+    outcome = parity.check_decoding(got, want, latents=4, tokens=6)
+    # In a bottleneck the last latent and <|lvr_end|> are not fed, and the prompt is read twice.
+    states = 4 + 6 + (1 if spec.mode == "bottleneck" else 2)
+    assert outcome.prompts == 6
+    assert outcome.worst.cases == 6 * states
+    got.latent = replace(spec, feedback="norm-matched", norm=50.0)
     with pytest.raises(LvrError, match="parity: decoding"):
-        parity.check_decoding(mine, theirs, latents=4, tokens=6)
+        parity.check_decoding(got, want, latents=4, tokens=6)
 
 
 def changing(graph: str, weight: str) -> write.Convert:
-    """What writes the weights as they are, but for one that it makes 5 % larger."""
+    """Writes the weights as they are, but for one that it makes 5 % larger."""
 
-    def convert(name: str, model: Any, read: Any, data: Any, origins: Any) -> dict[str, Any]:
+    def convert(name: str, model: Any, read: Any, data: Any, origins: Any) -> JsonObject:
         def altered(tensor: onnx.TensorProto) -> np.ndarray:
             array = read(tensor)
             return array * np.float32(1.05) if name == graph and tensor.name == weight else array
 
         assert name != graph or weight in origins
-        return write._as_they_are(name, model, altered, data, origins)
+        return write.as_float32(name, model, altered, data, origins)
 
     return convert
 
 
+# {graph: (a weight of it, what the gate says where that one differs)}
 CHANGED = {
     "vision_encoder": ("visual.blocks.1.mlp.down_proj.weight", "vision_encoder .* differs"),
     "embed_tokens": ("embed_tokens.weight", "embed_tokens differs"),
@@ -234,13 +225,13 @@ def test_a_bundle_that_fails_the_gate_is_not_written(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, limit: int
 ) -> None:
     monkeypatch.setattr(write, "SMALL", limit)
-    weight, said = CHANGED[graph]
-    with pytest.raises(LvrError, match=rf"{said} from torch: max"):
+    weight, message = CHANGED[graph]
+    with pytest.raises(LvrError, match=rf"{message} from torch: max"):
         write_bundle(
             small,
             TrainedWeights(small),
             tmp_path / "out",
-            [].append,
+            print,
             lambda: load_merged(small),
             convert=changing(graph, weight),
         )
@@ -248,31 +239,25 @@ def test_a_bundle_that_fails_the_gate_is_not_written(
 
 
 @pytest.mark.parametrize("graph", CHANGED)
-def test_a_weight_that_differs_on_disk_is_found_without_torchs_whole_model(
+def test_a_weight_that_differs_on_disk_is_noticed_without_torchs_whole_model(
     small_fp32: Path, small: Checkpoint, copied: Callable[[Path], Path], graph: str
 ) -> None:
-    folder, (weight, said) = copied(small_fp32), CHANGED[graph]
-    opened = Bundle.open(folder)
+    weight, message = CHANGED[graph]
+    copy = Bundle.open(copied(small_fp32))
     stored = TrainedWeights(small)
 
     def check() -> list[float]:
-        found = parity.check_graphs_apart(opened, small, stored)
-        assert set(found) == {"vision_encoder", "embed_tokens", "lm_head"}
-        return [
-            *(one["relative"] for one in found.values()),
-            *parity.check_layers(opened, small, stored),
-        ]
+        by_graph = apart.check_graphs_apart(copy, small, stored)
+        assert set(by_graph) == {"vision_encoder", "embed_tokens", "lm_head"}
+        layers = apart.check_layers(copy, small, stored)
+        return [*(worst.relative for worst in by_graph.values()), *layers]
 
     assert max(check()) < 1e-5
-    path = opened.path(graph)
+    path = copy.path(graph)
     tensor = next(t for t in onnxfile.load(path).graph.initializer if t.name == weight)
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    with (path.parent / where["location"]).open("r+b") as file:
-        file.seek(int(where["offset"]))
-        values = np.frombuffer(file.read(int(where["length"])), np.float32)
-        file.seek(int(where["offset"]))
-        file.write((values * np.float32(1.05)).tobytes())
-    with pytest.raises(LvrError, match=rf"{said} from torch"):
+    values = onnxfile.read(tensor, path.parent)
+    onnxfile.overwrite(tensor, path.parent, values * np.float32(1.05))
+    with pytest.raises(LvrError, match=rf"{message} from torch"):
         check()
 
 
@@ -280,24 +265,25 @@ def test_a_large_models_bundle_says_that_decoding_was_not_compared(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "SMALL", 0)
-    said: list[str] = []
-    found = write_bundle(
+    lines: list[str] = []
+    outcome = write_bundle(
         small,
         TrainedWeights(small),
         tmp_path / "out",
-        said.append,
+        lines.append,
         lambda: pytest.fail("loaded whole"),
     ).manifest.parity
-    assert (found["decoding"], len(found["layers"])) == (None, 2)
-    assert max(found["layers"]) < 1e-5
-    assert any("decoding: not compared" in line for line in said)
+    assert outcome["decoding"] is None
+    assert len(outcome["layers"]) == 2
+    assert max(outcome["layers"]) < 1e-5
+    assert any("decoding: not compared" in line for line in lines)
 
 
 def test_a_bundle_without_a_reference_is_compared_with_nothing(
     small: Checkpoint, small_fp32: Path, tmp_path: Path
 ) -> None:
     manifest = write_bundle(
-        small, TrainedWeights(small), tmp_path / "out", [].append, source={"origin": "mine"}
+        small, TrainedWeights(small), tmp_path / "out", print, source={"origin": "mine"}
     ).manifest
     assert manifest.parity == {} == Bundle.open(tmp_path / "out").manifest.parity
     assert manifest.source["origin"] == "mine"
@@ -307,54 +293,57 @@ def test_a_bundle_without_a_reference_is_compared_with_nothing(
 
 
 class Scaled(torch.nn.Module):
-    """Linear layers, the last of which a factor made of weights alone scales, so that the exporter
-    computes it beforehand.
+    """A linear layer whose result is scaled by a factor computed from weights alone, so that the
+    exporter computes it beforehand.
     """
 
     def __init__(
-        self, weights: list[torch.nn.Parameter], made: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        weight: torch.nn.Parameter,
+        vector: torch.nn.Parameter,
+        factor: Callable[[torch.Tensor], torch.Tensor],
+        bias: bool,
     ) -> None:
+        """bias: the vector is the layer's bias too."""
         super().__init__()
-        weight, *self.vectors = weights
-        self.proj = torch.nn.Linear(*reversed(weight.shape), bias=len(self.vectors) > 1)
-        self.proj.weight, self.norm, self.made = weight, self.vectors[0], made
-        if len(self.vectors) > 1:
-            self.proj.bias = self.vectors[1]
+        self.proj = torch.nn.Linear(8, 16, bias=bias)
+        self.proj.weight = weight
+        self.norm = vector
+        self.factor = factor
+        if bias:
+            self.proj.bias = torch.nn.Parameter(vector.detach(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.proj(x) * self.made(self.norm))
+        return torch.as_tensor(self.proj(x) * self.factor(self.norm))
 
 
 def structure_of(
-    made: Callable[[torch.Tensor], torch.Tensor], beside: bool
-) -> tuple[onnx.ModelProto, dict[str, graphs.Origin]]:
-    """beside: the vector that a factor is made of is in the graph itself too."""
-    weight, vector = weights.placeholder(0, (16, 8)), weights.placeholder(1, (16,))
-    vectors = (
-        [vector, torch.nn.Parameter(vector.detach(), requires_grad=False)] if beside else [vector]
-    )
-    spec = graphs.Spec(Scaled([weight, *vectors], made), (torch.zeros(2, 8),), ["x"], ["y"], ({},))
-    return graphs.structure(spec, {weights.code_of(weight): "w", weights.code_of(vector): "v"})
+    factor: Callable[[torch.Tensor], torch.Tensor], bias: bool
+) -> tuple[onnx.ModelProto, dict[str, Origin]]:
+    weight = weights.placeholder(0, (16, 8))
+    vector = weights.placeholder(1, (16,))
+    module = Scaled(weight, vector, factor, bias)
+    spec = GraphSpec(module, (torch.zeros(2, 8),), ["x"], ["y"], ({},))
+    return structure(spec, {weights.code_of(weight): "w", weights.code_of(vector): "v"})
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "made", [lambda v: v * 2 + 1, lambda v: -v, torch.sqrt], ids=["scaled", "negative", "root"]
+    "factor", [lambda v: v * 2 + 1, lambda v: -v, torch.sqrt], ids=["scaled", "negative", "root"]
 )
 def test_a_constant_that_the_exporter_computed_from_weights_is_refused(
-    made: Callable[[torch.Tensor], torch.Tensor], beside: bool
+    factor: Callable[[torch.Tensor], torch.Tensor], bias: bool
 ) -> None:
-    with pytest.raises(
-        LvrError, match=r"Scaled: the exporter computed \w+ from weights, which it must not"
-    ):
-        structure_of(made, beside)
+    message = r"Scaled: the exporter computed \w+ from weights, which it must not"
+    with pytest.raises(LvrError, match=message):
+        structure_of(factor, bias)
 
 
 def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> None:
-    proto, found = structure_of(lambda v: v, beside=False)
-    assert found == {
-        "proj.weight": graphs.Origin("w", transposed=True),
-        "norm": graphs.Origin("v", transposed=False),
+    proto, origins = structure_of(lambda v: v, bias=False)
+    assert origins == {
+        "proj.weight": Origin("w", transposed=True),
+        "norm": Origin("v", transposed=False),
     }
     assert {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer} == {
         "proj.weight": [8, 16],
@@ -366,10 +355,9 @@ def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> 
 def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> None:
     model = weights.empty_model(checkpoint.config, checkpoint.processor.family)
     codes = weights.origins(model)
-    spec = graphs.specs(model, checkpoint.processor)["decoder"]
-    proto, found = graphs.structure(spec, codes)
+    proto, origins = structure(graphs.specs(model, checkpoint.processor)["decoder"], codes)
     assert proto.ByteSize() < 1e6
-    assert {origin.parameter for origin in found.values()} == {
+    assert {origin.parameter for origin in origins.values()} == {
         n for n in codes.values() if "language_model.layers" in n or n.endswith("model.norm.weight")
     }
 
@@ -382,7 +370,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     with pytest.raises(
         OutputError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"
     ):
-        write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", [].append)
+        write_bundle(small, TrainedWeights(small), tmp_path / "far" / "out", print)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,7 +388,7 @@ def test_a_weight_that_is_not_finite_is_not_exported(
     with pytest.raises(
         BundleError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"
     ):
-        write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", [].append)
+        write_bundle(spoilt, TrainedWeights(spoilt), tmp_path / "out", print)
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -435,7 +423,7 @@ def test_export_refuses_a_folder_that_is_not_a_bundle(small: Checkpoint, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="not an earlier result"):
-        write_bundle(small, TrainedWeights(small), tmp_path / "out", [].append)
+        write_bundle(small, TrainedWeights(small), tmp_path / "out", print)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 

@@ -3,131 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lvr_lite.errors import UsageError
-from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
-from lvr_lite.model.checkpoint import read_checkpoint
-from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.generate.decode import Decoding, Options, Prefix, Prompt, Result, decode
+from lvr_lite.model.spec import LatentSpec
+from tests.fakes import (
+    CLOSE,
+    END,
+    IMAGE,
+    LVR,
+    OTHER_END,
+    START,
+    A,
+    B,
+    C,
+    D,
+    Read,
+    Recurrent,
+    Scripted,
+)
 
-IMAGE, END, OTHER_END, START, LVR, CLOSE, A, B, C, D = range(10)
-K, H = 3, 6
-
-
-@dataclass(frozen=True)
-class Read:
-    """One call of prefill."""
-
-    embeds: np.ndarray
-    positions: np.ndarray
-    lengths: np.ndarray
-    rows: list[int] | None
-    state: np.ndarray
-
-
-class Recurrent:
-    """state = tanh(input + mixed state + position): every input and every position changes all that
-    follows.
-    """
-
-    name = "fake"
-    hidden_size = H
-    tokens = TokenIds(image=IMAGE, end=(END, OTHER_END), lvr_start=START, lvr=LVR, lvr_end=CLOSE)
-    processor = replace(read_checkpoint("tiny").processor, tokens=tokens)
-
-    def __init__(self, spec: LatentSpec | None = None) -> None:
-        rng = np.random.default_rng(
-            107
-        )  # weights with which the PROMPTS below enter latents at many different times
-        self.latent = spec or LatentSpec(K)
-        self.table = rng.normal(size=(10, H)).astype(np.float32)
-        self.mix = rng.normal(size=(H, H)).astype(np.float32)
-        self.out = rng.normal(size=(H, 10)).astype(np.float32)
-        self.capacity = 0
-        self.fed: list[np.ndarray] = []  # what each step was given
-        self.states: list[np.ndarray] = []  # what prefill and each step gave back
-        self.headed: list[np.ndarray] = []  # what the head was given
-        self.positions: list[np.ndarray] = []
-        self.read: list[Read] = []
-
-    def encode(self, pixel_values: np.ndarray, grids: list[tuple[int, int]]) -> np.ndarray:
-        raise NotImplementedError
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        return np.asarray(self.table[ids])
-
-    def start(self, batch: int, capacity: int) -> None:
-        self.state, self.capacity = np.zeros((batch, H), np.float32), capacity
-        self.used = np.zeros(batch, np.int64)
-
-    def _next(self, state: np.ndarray, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        # One row at a time: a batched matmul may round differently, and equality is what is tested.
-        rows = [
-            np.tanh(x + s @ self.mix + np.float32(0.1) * p)
-            for s, x, p in zip(state, embeds, positions, strict=True)
-        ]
-        return np.stack(rows).astype(np.float32)
-
-    def prefill(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        lengths: np.ndarray,
-        rows: list[int] | None = None,
-    ) -> np.ndarray:
-        again = list(range(len(self.state))) if rows is None else rows
-        assert rows is None or (self.read and 0 < len(rows) == len(set(rows))), (
-            "a first call for some rows, or a row twice"
-        )
-        assert embeds.shape == (len(again), max(lengths), H)
-        assert positions.shape == (3, *embeds.shape[:2])
-        axes = np.array([0.05, 0.03, 0.02], np.float32)
-        for i, (row, length) in enumerate(zip(again, lengths, strict=True)):
-            self.state[row] = 0
-            for j in range(length):
-                # ten times, since _next takes the tenth: text, whose axes agree, counts as in a
-                # step
-                self.state[row] = self._next(
-                    self.state[row, None], embeds[i, j, None], 10 * axes @ positions[:, i, j, None]
-                )[0]
-            self.used[row] = length
-        self.states.append(self.state.copy())
-        self.read.append(
-            Read(embeds.copy(), positions.copy(), lengths.copy(), rows, self.state[again].copy())
-        )
-        return np.array(self.state[again])
-
-    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        self.used += 1
-        assert self.used.max() <= self.capacity, "more steps than start() made room for"
-        self.fed.append(embeds.copy())
-        self.positions.append(positions.copy())
-        self.state = self._next(self.state, embeds, positions)
-        self.states.append(self.state.copy())
-        return np.array(self.state)
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        self.headed.append(hidden.copy())
-        return np.stack([h @ self.out for h in hidden])
-
-
-class Scripted(Recurrent):
-    """Says these tokens, one a call of the head, whatever it is fed; a token that may not be chosen
-    is the second best.
-    """
-
-    def __init__(self, *script: int, spec: LatentSpec | None = None) -> None:
-        super().__init__(spec)
-        self.script = list(script)
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        super().head(hidden)
-        logits = np.zeros((1, 10), np.float32)
-        logits[0, self.script.pop(0)], logits[0, D] = 9.0, 5.0
-        return logits
+K = 3
+H = 6
+OPEN = LatentSpec(K)
 
 
 def prompt(seed: int = 0, length: int = 4, features: int = 2) -> Prompt:
@@ -146,24 +48,24 @@ def row_events(decoding: Decoding) -> list[list[str]]:
 
 @pytest.mark.parametrize("end", [END, OTHER_END])
 def test_text_ends_at_any_end_token_which_is_not_part_of_it(end: int) -> None:
-    (result,) = decode(Scripted(A, B, end, C), [prompt()])
+    (result,) = decode(Scripted(A, B, end, C, spec=OPEN), [prompt()])
     assert (result.tokens, result.reason) == ([A, B], "stop")
 
 
 def test_text_ends_at_the_limit_without_a_further_step() -> None:
-    runtime = Scripted(A, B, C, A, B)
+    runtime = Scripted(A, B, C, A, B, spec=OPEN)
     (result,) = decode(runtime, [prompt()], Options(max_tokens=3))
     assert (result.tokens, result.reason) == ([A, B, C], "length")
     assert len(runtime.fed) == 2  # the last token need not be fed
 
 
 def test_markers_and_latents_do_not_count_towards_the_limit() -> None:
-    (result,) = decode(Scripted(START, A, B, C), [prompt()], Options(max_tokens=2))
+    (result,) = decode(Scripted(START, A, B, C, spec=OPEN), [prompt()], Options(max_tokens=2))
     assert (result.tokens, len(result.latents)) == ([A, B], K)
 
 
 def test_lvr_start_leads_to_exactly_k_steps_fed_with_the_hidden_state_before_each() -> None:
-    runtime = Scripted(A, START, B, END)
+    runtime = Scripted(A, START, B, END, spec=OPEN)
     (result,) = decode(runtime, [prompt()])
     fed = [row[0] for row in runtime.fed]
     assert np.array_equal(fed[0], runtime.table[A])
@@ -179,7 +81,7 @@ def test_lvr_start_leads_to_exactly_k_steps_fed_with_the_hidden_state_before_eac
 
 
 def test_the_head_is_never_called_on_a_state_inside_the_latents() -> None:
-    runtime = Scripted(A, START, B, END)
+    runtime = Scripted(A, START, B, END, spec=OPEN)
     decode(runtime, [prompt()])
     spoken = [0, 1, 3 + K, 4 + K]  # after the prefill, after A, after lvr_end, after B
     assert len(runtime.headed) == len(spoken)
@@ -189,7 +91,7 @@ def test_the_head_is_never_called_on_a_state_inside_the_latents() -> None:
 
 
 def test_positions_go_on_one_by_one_through_text_and_latents() -> None:
-    runtime, start = Scripted(A, START, B, END), prompt()
+    runtime, start = Scripted(A, START, B, END, spec=OPEN), prompt()
     decode(runtime, [start])
     first = int(start.positions.max()) + 1
     assert [int(p[0]) for p in runtime.positions] == list(
@@ -199,35 +101,37 @@ def test_positions_go_on_one_by_one_through_text_and_latents() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_number_of_latent_steps_can_be_chosen(steps: int) -> None:
-    decoding = Decoding(Scripted(START, A, END), [prompt()], Options(steps=steps))
+    decoding = Decoding(Scripted(START, A, END, spec=OPEN), [prompt()], Options(steps=steps))
     assert row_events(decoding) == [["start", *["latent"] * steps, "end", "token", "done"]]
 
 
 def test_steps_0_forbids_lvr_start() -> None:
-    (result,) = decode(Scripted(START, A, END), [prompt()], Options(steps=0))
+    (result,) = decode(Scripted(START, A, END, spec=OPEN), [prompt()], Options(steps=0))
     assert (result.tokens, result.latents) == ([D, A], [])
 
 
 def test_latents_come_once() -> None:
-    (result,) = decode(Scripted(START, A, START, END), [prompt()])
+    (result,) = decode(Scripted(START, A, START, END, spec=OPEN), [prompt()])
     assert (result.tokens, len(result.latents)) == ([A, D], K)
 
 
 @pytest.mark.parametrize("marker", [LVR, CLOSE, IMAGE])
 def test_lvr_lvr_end_and_the_image_token_are_never_chosen(marker: int) -> None:
-    (result,) = decode(Scripted(marker, END), [prompt()])
+    (result,) = decode(Scripted(marker, END, spec=OPEN), [prompt()])
     assert result.tokens == [D]
 
 
 def test_no_end_of_turn_is_chosen_before_min_tokens() -> None:
-    (result,) = decode(Scripted(END, OTHER_END, END, A), [prompt()], Options(min_tokens=2))
+    (result,) = decode(
+        Scripted(END, OTHER_END, END, A, spec=OPEN), [prompt()], Options(min_tokens=2)
+    )
     assert (result.tokens, result.reason) == ([D, D], "stop")
 
 
 def test_picture_features_take_the_place_of_the_image_tokens() -> None:
     first, other = prompt(0), prompt(0)
     other = Prompt(other.ids, other.features + 1, other.positions)
-    runtimes = Recurrent(), Recurrent()
+    runtimes = Recurrent(OPEN), Recurrent(OPEN)
     for runtime, p in zip(runtimes, (first, other), strict=True):
         decode(runtime, [p], Options(max_tokens=1))
     assert not np.allclose(runtimes[0].states[0], runtimes[1].states[0])
@@ -244,23 +148,23 @@ def outcome(result: Result) -> tuple[list[int], str, list[bytes]]:
 
 
 def test_rows_that_are_in_latents_at_different_times_give_what_each_gives_alone() -> None:
-    decoding = Decoding(Recurrent(), PROMPTS, Options(max_tokens=12))
+    decoding = Decoding(Recurrent(OPEN), PROMPTS, Options(max_tokens=12))
     kinds = row_events(decoding)
     starts = {k.index("start") if "start" in k else None for k in kinds}
     assert len(starts) >= 3, f"the prompts do not enter latents at different times: {starts}"
     for p, result in zip(PROMPTS, decoding.results, strict=True):
-        assert outcome(result) == outcome(decode(Recurrent(), [p], Options(max_tokens=12))[0])
+        assert outcome(result) == outcome(decode(Recurrent(OPEN), [p], Options(max_tokens=12))[0])
 
 
 def test_rows_that_are_done_do_not_disturb_the_others() -> None:
-    decoding = Decoding(Recurrent(), PROMPTS, Options(max_tokens=12))
+    decoding = Decoding(Recurrent(OPEN), PROMPTS, Options(max_tokens=12))
     kinds = row_events(decoding)
     assert len({len(k) for k in kinds}) > 1
     assert all(k.count("done") == 1 and k[-1] == "done" for k in kinds)
 
 
 def test_kept_hidden_states_are_one_for_each_state_the_row_used() -> None:
-    (result,) = decode(Scripted(A, START, B, END), [prompt()], Options(keep_hidden=True))
+    (result,) = decode(Scripted(A, START, B, END, spec=OPEN), [prompt()], Options(keep_hidden=True))
     assert (
         len(result.hidden) == 2 + 1 + K + 1 + 1
     )  # A, start; then the states after start, the latents, lvr_end and B
@@ -271,7 +175,7 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
         return [
             r.tokens
             for r in decode(
-                Recurrent(), PROMPTS, Options(max_tokens=12, temperature=1.5, seed=seed)
+                Recurrent(OPEN), PROMPTS, Options(max_tokens=12, temperature=1.5, seed=seed)
             )
         ]
 
@@ -283,23 +187,23 @@ def test_temperature_0_is_greedy_whatever_the_seed() -> None:
     outcomes = [
         [
             outcome(r)
-            for r in decode(Recurrent(), PROMPTS, Options(max_tokens=12, seed=seed, top_p=0.5))
+            for r in decode(Recurrent(OPEN), PROMPTS, Options(max_tokens=12, seed=seed, top_p=0.5))
         ]
         for seed in (0, 1)
     ]
     assert (
         outcomes[0]
         == outcomes[1]
-        == [outcome(r) for r in decode(Recurrent(), PROMPTS, Options(max_tokens=12))]
+        == [outcome(r) for r in decode(Recurrent(OPEN), PROMPTS, Options(max_tokens=12))]
     )
 
 
 def test_the_first_answer_token_is_timed_after_the_latents() -> None:
-    (result,) = decode(Scripted(A, START, B, END), [prompt()])
+    (result,) = decode(Scripted(A, START, B, END, spec=OPEN), [prompt()])
     assert result.ttft is not None
     assert result.ttfa is not None
     assert result.ttft < result.ttfa
-    (plain,) = decode(Scripted(A, END), [prompt()], Options(steps=0))
+    (plain,) = decode(Scripted(A, END, spec=OPEN), [prompt()], Options(steps=0))
     assert plain.ttft == plain.ttfa
 
 
@@ -376,7 +280,7 @@ def test_rows_at_different_places_give_what_each_gives_alone_however_they_are_fe
     starts = {k.index("start") if "start" in k else None for k in row_events(decoding)}
     assert len(starts) >= 3, f"the prompts do not enter latents at different times: {starts}"
     if spec.mode == "bottleneck":
-        handed = [read.rows for read in runtime.read[1:]]
+        handed = [read.rows for read in runtime.reads[1:]]
         assert len(handed) >= 3
         assert any(rows is not None and len(rows) > 1 for rows in handed), (
             "no rows are handed over together"
@@ -387,12 +291,35 @@ def test_rows_at_different_places_give_what_each_gives_alone_however_they_are_fe
         assert np.array_equal(np.stack(result.hidden), np.stack(alone.hidden))
 
 
+# ---- prompts that begin alike
+
+
+@EVERY_SPEC
+def test_a_prompt_that_shares_a_prefix_is_decoded_as_if_it_were_read_whole(
+    spec: LatentSpec,
+) -> None:
+    runtime = Recurrent(spec)
+    options = Options(max_tokens=12, keep_hidden=True)
+    first = PICTURES[4]
+    shared = Prefix(int(np.flatnonzero(first.ids == IMAGE)[-1]) + 1)
+    other = replace(first, ids=np.append(first.ids[:-1], A))
+    assert not np.array_equal(first.ids, other.ids)
+    for whole in (first, other, first):
+        (result,) = decode(runtime, [replace(whole, prefix=shared)], options)
+        (alone,) = decode(Recurrent(spec), [whole], options)
+        assert outcome(result) == outcome(alone)
+        assert np.array_equal(np.stack(result.hidden), np.stack(alone.hidden))
+    rest = len(first.ids) - shared.length
+    lengths = [int(read.lengths[0]) for read in runtime.reads if read.rows is None]
+    assert lengths == [len(first.ids), rest, rest]
+
+
 # ---- latents that are given
 
 
 @pytest.mark.parametrize("count", [0, 1, K, 7])
 def test_given_latents_are_fed_instead_of_its_own(count: int) -> None:
-    runtime, given = Scripted(START, B, END), latents_of(0, count)
+    runtime, given = Scripted(START, B, END, spec=OPEN), latents_of(0, count)
     decoding = Decoding(runtime, [prompt()], Options(), [given])
     assert row_events(decoding) == [["start", *["latent"] * count, "end", "token", "done"]]
     fed = [runtime.table[START], *given, runtime.table[CLOSE], runtime.table[B]]
@@ -445,7 +372,7 @@ def test_rows_with_and_without_given_latents_give_what_each_gives_alone(spec: La
 
 def test_there_must_be_as_many_entries_as_prompts() -> None:
     with pytest.raises(ValueError, match="zip"):
-        decode(Recurrent(), PROMPTS[:2], latents=[None])
+        decode(Recurrent(OPEN), PROMPTS[:2], latents=[None])
 
 
 # ---- the bottleneck: the prompt is read a second time, with the latents as its picture
@@ -552,7 +479,7 @@ def test_the_second_reading_is_the_prompt_with_the_latents_in_place_of_its_pictu
 ) -> None:
     runtime = Scripted(A, START, B, END, spec=BOTTLENECK)
     (result,) = decode(runtime, [p])
-    first, second = runtime.read
+    first, second = runtime.reads
     assert (first.rows, second.rows) == (None, [0])
     latents = [
         runtime.states[i][0] for i in range(2, 2 + K)
@@ -576,7 +503,7 @@ def test_neither_the_last_latent_nor_a_closing_marker_is_fed_to_the_first_readin
 def test_positions_after_the_second_reading_follow_it(p: Prompt) -> None:
     runtime = Scripted(A, START, B, C, END, spec=BOTTLENECK)
     decode(runtime, [p])
-    prompt_end, read_end = int(p.positions.max()) + 1, int(runtime.read[1].positions.max()) + 1
+    prompt_end, read_end = int(p.positions.max()) + 1, int(runtime.reads[1].positions.max()) + 1
     before = list(range(prompt_end, prompt_end + 1 + K))  # A, <|lvr_start|>, K - 1 latents
     assert [int(x[0]) for x in runtime.positions] == [*before, read_end, read_end + 1]
     assert read_end == prompt_end + (0 if len(p.features) else K)
@@ -589,7 +516,7 @@ def test_the_head_speaks_from_the_second_reading() -> None:
         s[0] for s in runtime.states
     ]  # after prompt, A, <|lvr_start|>, K - 1 latents, the second reading, B
     assert len(states) == 2 + K + 2
-    assert np.array_equal(states[2 + K], runtime.read[1].state[0])
+    assert np.array_equal(states[2 + K], runtime.reads[1].state[0])
     assert np.array_equal(
         np.concatenate(runtime.headed), np.stack([states[i] for i in (0, 1, 2 + K, 3 + K)])
     )
@@ -601,7 +528,7 @@ def test_events_of_the_bottleneck_are_those_of_the_open_loop() -> None:
     assert row_events(decoding) == [["token", "start", *["latent"] * K, "end", "token", "done"]]
     assert decoding.clock.hand_over > 0
     assert len(decoding.clock.latent_step) == K - 1
-    opened = Decoding(Scripted(A, START, B, END), [picture_prompt(4)], Options())
+    opened = Decoding(Scripted(A, START, B, END, spec=OPEN), [picture_prompt(4)], Options())
     row_events(opened)
     assert opened.clock.hand_over == 0
 
@@ -610,8 +537,8 @@ def test_what_was_said_before_the_latents_is_said_once_and_not_read_again() -> N
     runtime = Scripted(A, B, START, C, START, END, spec=BOTTLENECK)
     (result,) = decode(runtime, [picture_prompt(4)])
     assert result.tokens == [A, B, C, D]  # a second <|lvr_start|> cannot be chosen
-    assert len(runtime.read) == 2
-    assert_read(runtime.read[1], 0, picture_prompt(4), np.stack(result.latents), runtime.table)
+    assert len(runtime.reads) == 2
+    assert_read(runtime.reads[1], 0, picture_prompt(4), np.stack(result.latents), runtime.table)
 
 
 def test_without_latents_the_prompt_is_read_once() -> None:
@@ -620,7 +547,7 @@ def test_without_latents_the_prompt_is_read_once() -> None:
         (Scripted(START, END, spec=BOTTLENECK), Options(steps=0)),
     ):
         (result,) = decode(runtime, [picture_prompt(4)], options)
-        assert (len(runtime.read), result.latents) == (1, [])
+        assert (len(runtime.reads), result.latents) == (1, [])
 
 
 @KINDS
@@ -629,7 +556,7 @@ def test_the_second_reading_holds_the_latents_that_are_given(p: Prompt, count: i
     runtime, given = Scripted(START, B, END, spec=BOTTLENECK), latents_of(1, count)
     decoding = Decoding(runtime, [p], Options(), [given])
     assert row_events(decoding) == [["start", *["latent"] * count, "end", "token", "done"]]
-    assert_read(runtime.read[1], 0, p, given, runtime.table)
+    assert_read(runtime.reads[1], 0, p, given, runtime.table)
     fed = [runtime.table[START], *given[:-1], runtime.table[B]]
     assert np.array_equal(np.concatenate(runtime.fed), np.stack(fed))
 
@@ -640,7 +567,7 @@ def test_latents_of_zeros_do_not_crash(p: Prompt) -> None:
     (result,) = decode(runtime, [p], Options(keep_hidden=True), [np.zeros((2, H), np.float32)])
     assert result.tokens == [B]
     assert np.isfinite(np.stack(result.hidden)).all()
-    read = runtime.read[1]
+    read = runtime.reads[1]
     at, fed = (int((p.ids == IMAGE).argmax()), 1) if len(p.features) else (len(p.ids), 2)
     assert np.array_equal(read.embeds[0, at : at + fed], np.zeros((fed, H)))
     assert read.lengths[0] == len(p.ids) - len(p.features) + fed
@@ -678,12 +605,12 @@ def test_rows_handed_over_at_different_times_are_read_apart_and_leave_the_others
     ended: list[list[int]] = []
     for event in decoding:  # events of one pass through the loop come together
         if event.kind == "end":
-            if not ended or len(runtime.read) - 1 > len(ended):
+            if not ended or len(runtime.reads) - 1 > len(ended):
                 ended.append([])
             ended[-1].append(event.row)
-    assert [read.rows for read in runtime.read[1:]] == ended
+    assert [read.rows for read in runtime.reads[1:]] == ended
     assert len({len(rows) for rows in ended}) > 1
-    for read, rows in zip(runtime.read[1:], ended, strict=True):
+    for read, rows in zip(runtime.reads[1:], ended, strict=True):
         for i, row in enumerate(rows):
             assert_read(
                 read, i, PICTURES[row], np.stack(decoding.results[row].latents), runtime.table

@@ -17,16 +17,18 @@ from lvr_lite.errors import BundleError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
+from tests.fakes import Around
 
 TEXT = Options(max_tokens=6, min_tokens=6, keep_hidden=True)
 
 
-class StartsLatents:
+class StartsLatents(Around):
     """A runtime whose choice is <|lvr_start|> for the first `together` rows that speak in each of
     the first calls of the head, until `rows` rows have gone into the latents, each at a time of its
     own, or several together. rows 0 leaves the runtime as it is.
@@ -36,22 +38,22 @@ class StartsLatents:
 
     def __init__(
         self,
-        runtime: Any,
+        runtime: Runtime,
         rows: int,
         copying: bool = False,
         spec: LatentSpec | None = None,
         together: int = 1,
     ) -> None:
-        self._runtime, self._rows, self._copying, self._together = runtime, rows, copying, together
+        super().__init__(runtime)
         self.latent = spec or runtime.latent
         self.handed: list[list[int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
+        self._rows = rows
+        self._copying = copying
+        self._together = together
 
     def start(self, batch: int, capacity: int) -> None:
         self._started = 0
-        self._runtime.start(batch, capacity)
+        super().start(batch, capacity)
 
     def prefill(
         self,
@@ -59,15 +61,16 @@ class StartsLatents:
         positions: np.ndarray,
         lengths: np.ndarray,
         rows: list[int] | None = None,
+        past: int = 0,
     ) -> np.ndarray:
         self.handed += [] if rows is None else [rows]
-        return self._runtime.prefill(embeds, positions, lengths, rows)  # type: ignore[no-any-return]
+        return super().prefill(embeds, positions, lengths, rows, past)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return self._runtime.step(np.array(embeds) if self._copying else embeds, positions)  # type: ignore[no-any-return]
+        return super().step(np.array(embeds) if self._copying else embeds, positions)
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = np.array(self._runtime.head(hidden))
+        logits = np.array(super().head(hidden))
         starting = min(self._together, self._rows - self._started)
         logits[:starting, self.processor.tokens.lvr_start] = 1e4
         self._started += starting
@@ -102,7 +105,7 @@ def asked(onnx: OnnxRuntime) -> list[Prompt]:
 
 
 def run(
-    runtime: Any,
+    runtime: Runtime,
     prompts: Sequence[Prompt],
     options: Options = TEXT,
     latents: int = 0,
@@ -264,7 +267,7 @@ BOTTLENECKS = pytest.mark.parametrize(
 
 
 def run_spec(
-    runtime: Any, prompts: Sequence[Prompt], spec: LatentSpec, together: int = 1
+    runtime: Runtime, prompts: Sequence[Prompt], spec: LatentSpec, together: int = 1
 ) -> tuple[list[Result], list[list[int]]]:
     """Results of rows that all go through the latents, `together` at a time, and which of them were
     handed over together.

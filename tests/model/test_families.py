@@ -1,14 +1,14 @@
 """The parity suite that every family passes: a small random model, in transformers' own forward
 pass, in ours, and as a bundle.
 
-A new family adds its configuration to CONFIGS and nothing else (docs/families.md).
+A new family adds its configuration to SMALL and nothing else (docs/families.md).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,9 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.export.weights import StoredWeights, code_of, empty_model, origins
 from lvr_lite.generate.ask import PictureCache, prepare_prompt
-from lvr_lite.generate.decode import Options, decode
+from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model import families
 from lvr_lite.model.bundle import Bundle
@@ -42,51 +43,122 @@ from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
 
 STEPS = 3
+# Of every family's text_config.
 TEXT = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-}  # fmt: skip
-VISION: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {"depth": 3, "hidden_size": 96, "intermediate_size": 160, "num_heads": 3, "out_hidden_size": 128, "patch_size": 14,
-                   "fullatt_block_indexes": [1], "window_size": 56},
-    "qwen2_vl": {"depth": 3, "embed_dim": 96, "hidden_size": 128, "num_heads": 3, "mlp_ratio": 2, "patch_size": 14},
-    "qwen3_vl": {"depth": 4, "hidden_size": 96, "intermediate_size": 160, "num_heads": 3, "out_hidden_size": 128, "patch_size": 16,
-                 "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]},
-    "smolvlm": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "image_size": 84,
-                "patch_size": 14},
-}  # fmt: skip
-CONFIGS = {
-    "qwen2_5_vl": "Qwen2_5_VLConfig",
-    "qwen2_vl": "Qwen2VLConfig",
-    "qwen3_vl": "Qwen3VLConfig",
-    "smolvlm": "SmolVLMConfig",
-}
-MORE_TEXT: dict[str, dict[str, Any]] = {
-    "qwen3_vl": {"head_dim": 32},
-    "smolvlm": {
-        "model_type": "llama",
-        "head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "num_hidden_layers": 3,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [4, 6, 6],
     },
 }
-SMOLVLM_TOKENS = [
-    "<image>",
-    "<fake_token_around_image>",
-    "<global-img>",
-    *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
-]
-SMOLVLM_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-# What differs in preprocessor_config.json from that of the embedded model.
-PREPROCESSORS: dict[str, dict[str, Any]] = {
-    "qwen3_vl": {"patch_size": 16},
-    "smolvlm": {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 84}, "do_image_splitting": True,
-                "min_pixels": None, "max_pixels": None, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Small:
+    """A family's small model.
+
+    config: transformers' class of its configuration.
+    vision: its vision_config.
+    text: what its text_config has beside TEXT.
+    preprocessor: what its preprocessor_config.json has other than that of the embedded model.
+    tokens: what its vocabulary has beside the embedded model's.
+    template: its chat template; None for the embedded model's.
+    """
+
+    config: str
+    vision: dict[str, object]
+    text: dict[str, object] = field(default_factory=dict)
+    preprocessor: dict[str, object] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    template: str | None = None
+
+
+SMALL = {
+    "qwen2_5_vl": Small(
+        config="Qwen2_5_VLConfig",
+        vision={
+            "depth": 3,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_heads": 3,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+    ),
+    "qwen2_vl": Small(
+        config="Qwen2VLConfig",
+        vision={
+            "depth": 3,
+            "embed_dim": 96,
+            "hidden_size": 128,
+            "num_heads": 3,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+        },
+    ),
+    "qwen3_vl": Small(
+        config="Qwen3VLConfig",
+        vision={
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_heads": 3,
+            "out_hidden_size": 128,
+            "patch_size": 16,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        text={"head_dim": 32},
+        preprocessor={"patch_size": 16},
+    ),
+    "smolvlm": Small(
+        config="SmolVLMConfig",
+        vision={
+            "num_hidden_layers": 2,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_attention_heads": 3,
+            "image_size": 84,
+            "patch_size": 14,
+        },
+        text={
+            "model_type": "llama",
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        preprocessor={
+            "size": {"longest_edge": 168},
+            "max_image_size": {"longest_edge": 84},
+            "do_image_splitting": True,
+            "min_pixels": None,
+            "max_pixels": None,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        tokens=(
+            "<image>",
+            "<fake_token_around_image>",
+            "<global-img>",
+            *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
+        ),
+        template=(
+            "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+            "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}Assistant:{% endif %}"
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -101,20 +173,28 @@ def make_model(model_type: str) -> tuple[Any, Any]:
     """(model with random weights in float32, tokenizer)"""
     import transformers
 
+    small = SMALL[model_type]
+    family = families.get(model_type)
     tokenizer = build.make_tokenizer()
-    tokenizer.add_special_tokens(SMOLVLM_TOKENS if model_type == "smolvlm" else [])
+    tokenizer.add_special_tokens(list(small.tokens))
     ids = {name: tokenizer.token_to_id(name) for name in build.SPECIALS}
-    text = TEXT | MORE_TEXT.get(model_type, {}) | {
+    vocabulary = {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
-        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
-    }  # fmt: skip
-    config = getattr(transformers, CONFIGS[model_type])(
-        text_config=text, vision_config=VISION[model_type], tie_word_embeddings=True,
-        image_token_id=tokenizer.token_to_id(families.get(model_type).image_token), video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    config = getattr(transformers, small.config)(
+        text_config=TEXT | small.text | vocabulary,
+        vision_config=small.vision,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.token_to_id(family.image_token),
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
     torch.manual_seed(3)
-    model = getattr(transformers, families.get(model_type).architecture)(config).float().eval()
+    model = getattr(transformers, family.architecture)(config).float().eval()
     return model, tokenizer
 
 
@@ -124,16 +204,15 @@ def case(
     tmp_path_factory: pytest.TempPathFactory,
     noticeable: Callable[[Any], Any],
 ) -> Case:
+    small = SMALL[request.param]
     model, tokenizer = make_model(request.param)
     model = noticeable(model)
     folder = tmp_path_factory.mktemp("families") / request.param
     build.save(model, tokenizer, folder, torch.float32)
-    preprocessor = folder / "preprocessor_config.json"
-    preprocessor.write_text(
-        json.dumps(json.loads(preprocessor.read_text()) | PREPROCESSORS.get(request.param, {}))
-    )
-    if request.param == "smolvlm":
-        (folder / "chat_template.jinja").write_text(SMOLVLM_TEMPLATE)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | small.preprocessor))
+    if small.template is not None:
+        (folder / "chat_template.jinja").write_text(small.template)
     return Case(model, replace(read_checkpoint(folder), latent=LatentSpec(steps=STEPS)))
 
 
@@ -150,11 +229,8 @@ def bundle(
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng([seed, width, height]).integers(
-            0, 256, (height, width, 3), dtype=np.uint8
-        )
-    )
+    rng = np.random.default_rng([seed, width, height])
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 PICTURES: dict[str, list[list[Image.Image]]] = {
@@ -167,28 +243,35 @@ PICTURES: dict[str, list[list[Image.Image]]] = {
 }
 
 
+QUESTIONS = ("what colour is the star", "where heart", "describe", "how many are red")
+
+
+def runtimes(case: Case, bundle: Path) -> list[Runtime]:
+    """The case under torch and under ONNX Runtime."""
+    return [TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))]
+
+
+def prompts_of(
+    runtime: Runtime, groups: Sequence[Sequence[Image.Image]], questions: Sequence[str]
+) -> list[Prompt]:
+    pairs = zip(groups, questions, strict=True)
+    return [prepare_prompt(runtime, pictures, question)[0] for pictures, question in pairs]
+
+
 def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
     """The pictures of a batch as transformers' own image processor prepares them."""
-    import transformers
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
+    from transformers.models.smolvlm import image_processing_pil_smolvlm as smolvlm
 
     settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
     if case.checkpoint.processor.family.model_type == "smolvlm":
         names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
-        processor = (
-            transformers.models.smolvlm.image_processing_pil_smolvlm.SmolVLMImageProcessorPil(
-                **{n: settings[n] for n in names}
-            )
-        )
-        found = processor([list(group) for group in groups], return_tensors="pt")
-        return {
-            "pixel_values": found["pixel_values"],
-            "pixel_attention_mask": found["pixel_attention_mask"],
-        }
+        processor = smolvlm.SmolVLMImageProcessorPil(**{n: settings[n] for n in names})
+        inputs = processor([list(group) for group in groups], return_tensors="pt")
+        return {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask")}
     size = {"shortest_edge": settings["min_pixels"], "longest_edge": settings["max_pixels"]}
     names = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
-    processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
-        size=size, **{n: settings[n] for n in names}
-    )
+    processor = qwen.Qwen2VLImageProcessorPil(size=size, **{n: settings[n] for n in names})
     return dict(processor([picture for group in groups for picture in group], return_tensors="pt"))
 
 
@@ -199,22 +282,20 @@ def by_transformers(
     over a batch padded on the left, with the positions, the merging of visual tokens and all else
     that transformers does by itself.
     """
-    c = case.checkpoint
-    runtime = TorchRuntime(case.model, c)
-    rows = [
-        prepare_prompt(runtime, pictures, q)[0].ids
-        for pictures, q in zip(groups, questions, strict=True)
-    ]
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), c.processor.tokens.end[0])
+    processor = case.checkpoint.processor
+    prompts = prompts_of(TorchRuntime(case.model, case.checkpoint), groups, questions)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), processor.tokens.end[0])
     mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.from_numpy(row), 1
+    for row, prompt in enumerate(prompts):
+        first = longest - len(prompt.ids)
+        ids[row, first:] = torch.from_numpy(prompt.ids)
+        mask[row, first:] = 1
     inputs: dict[str, Any] = {}
     if any(groups):
         inputs = inputs_of_transformers(case, groups)
-        if c.processor.family.position_axes == 3:
-            inputs["mm_token_type_ids"] = (ids == c.processor.tokens.image).int()
+        if processor.family.position_axes == 3:
+            inputs["mm_token_type_ids"] = (ids == processor.tokens.image).int()
     with torch.no_grad():
         out = case.model.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
     return [state.numpy() for state in out.last_hidden_state[:, -1]]
@@ -222,10 +303,8 @@ def by_transformers(
 
 def test_weights_are_read_one_by_one_as_transformers_reads_them(case: Case) -> None:
     empty = empty_model(case.checkpoint.config, case.checkpoint.processor.family)
-    stored, wanted = (
-        StoredWeights(case.checkpoint, empty),
-        nf4.load_plain(case.checkpoint).state_dict(),
-    )
+    stored = StoredWeights(case.checkpoint, empty)
+    wanted = nf4.load_plain(case.checkpoint).state_dict()
     assert set(stored) == set(dict(case.model.named_parameters(remove_duplicate=False)))
     for name, weight in stored.items():
         assert weight.dtype == torch.float32
@@ -238,37 +317,30 @@ def test_weights_are_read_one_by_one_as_transformers_reads_them(case: Case) -> N
 @pytest.mark.parametrize("name", PICTURES)
 def test_prompts_are_read_as_transformers_reads_them(case: Case, bundle: Path, name: str) -> None:
     groups = PICTURES[name]
-    questions = ["what colour is the star", "where heart", "describe", "how many are red"][
-        : len(groups)
-    ]
-    wanted = by_transformers(case, groups, questions)
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
-        prompts = [
-            prepare_prompt(runtime, pictures, q)[0]
-            for pictures, q in zip(groups, questions, strict=True)
-        ]
-        results = decode(runtime, prompts, Options(max_tokens=1, steps=0, keep_hidden=True))
-        for result, state in zip(results, wanted, strict=True):
+    questions = QUESTIONS[: len(groups)]
+    want = by_transformers(case, groups, questions)
+    for runtime in runtimes(case, bundle):
+        options = Options(max_tokens=1, steps=0, keep_hidden=True)
+        results = decode(runtime, prompts_of(runtime, groups, questions), options)
+        for result, state in zip(results, want, strict=True):
             compare(f"{name} under {type(runtime).__name__}", result.hidden[0], state, 1e-4)
 
 
 @pytest.mark.parametrize("mode", ["open", "bottleneck"])
 def test_torch_and_onnx_say_the_same_through_latents(case: Case, bundle: Path, mode: str) -> None:
-    spec = LatentSpec(STEPS, "norm-matched", mode, 5.0)
     groups = [PICTURES["wide"][0], PICTURES["two pictures"][0], PICTURES["tall and small"][0]]
+    questions = ["what pattern is the cross"] * len(groups)
+    options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
     outcomes = []
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
-        runtime.latent = spec
-        prompts = [
-            prepare_prompt(runtime, pictures, "what pattern is the cross")[0] for pictures in groups
-        ]
-        options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
+    for runtime in runtimes(case, bundle):
+        runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
+        prompts = prompts_of(runtime, groups, questions)
         outcomes.append(decode(StartsWithLatents(runtime, STEPS), prompts, options))
-    for a, b in zip(*outcomes, strict=True):
-        assert a.tokens == b.tokens
-        assert len(a.latents) == STEPS
-        compare("latents", np.stack(b.latents), np.stack(a.latents), 1e-4)
-        compare("hidden states", np.stack(b.hidden), np.stack(a.hidden), 1e-4)
+    for want, got in zip(*outcomes, strict=True):
+        assert got.tokens == want.tokens
+        assert len(want.latents) == STEPS
+        compare("latents", np.stack(got.latents), np.stack(want.latents), 1e-4)
+        compare("hidden states", np.stack(got.hidden), np.stack(want.hidden), 1e-4)
 
 
 @pytest.mark.parametrize("mode", ["open", "bottleneck"])
@@ -298,7 +370,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
     case: Case, bundle: Path, mode: str, name: str
 ) -> None:
     options = Options(max_tokens=5, min_tokens=5, keep_hidden=True)
-    for runtime in (TorchRuntime(case.model, case.checkpoint), OnnxRuntime(Bundle.open(bundle))):
+    for runtime in runtimes(case, bundle):
         runtime.latent = LatentSpec(STEPS, "norm-matched", mode, 5.0)
         known = PictureCache(runtime)
         for question in ("what pattern is the cross", "where heart", "how many are red"):
@@ -318,7 +390,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
 
 
 def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(bundle, tmp_path / "int8", "int8", [].append)
+    quantize_bundle(bundle, tmp_path / "int8", "int8", print)
     prompts = [
         prepare_prompt(
             TorchRuntime(case.model, case.checkpoint), PICTURES["square"][0], "describe"
@@ -422,9 +494,7 @@ def test_it_is_tuned_in_4_bits_and_exported(
         "train.dequantize=never",
     ]
     out = tmp_path / "tuned"
-    metrics = finetune(
-        case.checkpoint, "scenes", out, load_settings(None, overrides), say=[].append
-    )
+    metrics = finetune(case.checkpoint, "scenes", out, load_settings(None, overrides), say=print)
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)
     assert tuned.processor.family.model_type == case.checkpoint.processor.family.model_type

@@ -13,7 +13,7 @@ import pytest
 
 from lvr_lite.errors import BundleError
 from lvr_lite.export import onnxfile
-from lvr_lite.export.onnxfile import DecoderLayers, LayerCall
+from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
@@ -25,7 +25,7 @@ from lvr_lite.quant.quantize import quantize_bundle
 @pytest.fixture(scope="module")
 def made(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("half") / "fp16"
-    return folder, quantize_bundle(small_fp32, folder, "fp16", [].append)
+    return folder, quantize_bundle(small_fp32, folder, "fp16", print)
 
 
 def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:

@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path
 @pytest.fixture(scope="module")
 def reports(source: Path) -> dict[str, dict[str, Any]]:
     return {
-        name: weights.quantize_bundle(source, source.parent / name, name, [].append)
+        name: weights.quantize_bundle(source, source.parent / name, name, print)
         for name in ("int8", "int4")
     }
 
@@ -338,7 +338,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, int]:
 
 
 def test_a_block_is_that_of_weights_of_four_bits(source: Path, tmp_path: Path) -> None:
-    report = weights.quantize_bundle(source, tmp_path / "out", "int4", [].append, block=32)
+    report = weights.quantize_bundle(source, tmp_path / "out", "int4", print, block=32)
     assert report["graphs"]["decoder"]["schemes"] == ["4 bits, block 32"]
     assert report["graphs"]["lm_head"]["schemes"] == ["8 bits, block 128"]
 
@@ -348,7 +348,7 @@ def test_a_block_that_the_kernels_do_not_have_is_a_usage_error(
     source: Path, tmp_path: Path, block: int
 ) -> None:
     with pytest.raises(UsageError, match=f"block {block}: must be a power of two, 16 or more"):
-        weights.quantize_bundle(source, tmp_path / "out", "int4", [].append, block=block)
+        weights.quantize_bundle(source, tmp_path / "out", "int4", print, block=block)
     assert not list(tmp_path.iterdir())
 
 
@@ -510,7 +510,7 @@ def test_an_unknown_precision_is_a_usage_error_that_names_the_known_ones(
     with pytest.raises(
         UsageError, match="'int3' is not known; quantize writes int8, int4, mixed, fp16"
     ):
-        weights.quantize_bundle(source, tmp_path / "out", "int3", [].append)
+        weights.quantize_bundle(source, tmp_path / "out", "int3", print)
 
 
 def test_a_source_that_is_quantized_already_is_refused(
@@ -518,13 +518,13 @@ def test_a_source_that_is_quantized_already_is_refused(
 ) -> None:
     assert reports
     with pytest.raises(BundleError, match="its precision is int8"):
-        weights.quantize_bundle(source.parent / "int8", tmp_path / "out", "int4", [].append)
+        weights.quantize_bundle(source.parent / "int8", tmp_path / "out", "int4", print)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_source_is_never_its_own_target(source: Path) -> None:
     with pytest.raises(BundleError, match="is the source itself"):
-        weights.quantize_bundle(source, source, "int8", [].append)
+        weights.quantize_bundle(source, source, "int8", print)
 
 
 def test_a_failure_midway_leaves_nothing(
@@ -534,7 +534,7 @@ def test_a_failure_midway_leaves_nothing(
         drift, "measure", lambda *_: (_ for _ in ()).throw(BundleError("cannot load it"))
     )
     with pytest.raises(BundleError, match="cannot load it"):
-        weights.quantize_bundle(source, tmp_path / "out", "int8", [].append)
+        weights.quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
@@ -547,10 +547,10 @@ def test_too_little_disk_is_said_before_anything_is_written(
         OutputError,
         match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another disk",
     ):
-        weights.quantize_bundle(source, tmp_path / "out", "int8", [].append)
+        weights.quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
 def test_exact_is_not_made_from_a_bundle(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="precision exact: is written from the checkpoint"):
-        weights.quantize_bundle(source, tmp_path / "out", "exact", [].append)
+        weights.quantize_bundle(source, tmp_path / "out", "exact", print)

@@ -46,7 +46,7 @@ def mixed(
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
     return folder, search.quantize_calibrated(
-        small_fp32, folder, "mixed", "scenes", [].append, bits=BUDGET
+        small_fp32, folder, "mixed", "scenes", print, bits=BUDGET
     )
 
 
@@ -97,15 +97,13 @@ def test_what_is_written_is_rounded_as_it_would_be_anew(
     monkeypatch.setattr(
         weights, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given)
     )
-    desk = search.Desk(small_fp32, tmp_path, "scenes", [].append, steps=0)
-    plan = search.Search(small_fp32, desk, [].append)._plan(frozenset())
+    desk = search.Desk(small_fp32, tmp_path, "scenes", print, steps=0)
+    plan = search.Search(small_fp32, desk, print)._plan(frozenset())
     once = len(calls)
     assert once > 2 * 7
-    quantize_bundle(small_fp32, tmp_path / "kept", "mixed", [].append, plan=plan)
+    quantize_bundle(small_fp32, tmp_path / "kept", "mixed", print, plan=plan)
     assert len(calls) == once
-    quantize_bundle(
-        small_fp32, tmp_path / "anew", "mixed", [].append, plan=replace(plan, kept=None)
-    )
+    quantize_bundle(small_fp32, tmp_path / "anew", "mixed", print, plan=replace(plan, kept=None))
     assert len(calls) == 2 * once
     digests = [
         [graph.files for graph in Bundle.open(tmp_path / name).manifest.graphs.values()]
@@ -156,7 +154,7 @@ def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(
         UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"
     ):
         search.quantize_calibrated(
-            small_fp32, tmp_path / "out", "mixed", "scenes", [].append, bits=budget
+            small_fp32, tmp_path / "out", "mixed", "scenes", print, bits=budget
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -246,7 +244,7 @@ class StartsSurely(StartsWithLatents):
 def test_the_loss_follows_the_latents_step_by_step(
     small_fp32: Path, small_int8: Path, tmp_path: Path
 ) -> None:
-    quantize_bundle(small_fp32, tmp_path / "int4", "int4", [].append)
+    quantize_bundle(small_fp32, tmp_path / "int4", "int4", print)
     reference = OnnxRuntime(Bundle.open(small_fp32))
     asked = calibrate.load_prompts(reference, "scenes", 3)
     latents: list[np.ndarray] = []

@@ -30,11 +30,9 @@ def trained(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "PROMPTS", 16)
         patch.setattr(calibrate, "TOKENS", 8)
-        search.quantize_calibrated(
-            small_fp32, folder / "rounded", "int4", "scenes", [].append, steps=0
-        )
+        search.quantize_calibrated(small_fp32, folder / "rounded", "int4", "scenes", print, steps=0)
         return folder, search.quantize_calibrated(
-            small_fp32, folder / "trained", "int4", "scenes", [].append, steps=8
+            small_fp32, folder / "trained", "int4", "scenes", print, steps=8
         )
 
 
@@ -75,7 +73,7 @@ def test_training_mends_scales_that_were_spoiled(
 ) -> None:
     """Learned from some questions, seen in the answers to others, under ONNX Runtime."""
     monkeypatch.setattr(tune, "RATE", 5e-3)  # the way back is long
-    quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)
+    quantize_bundle(small_fp32, tmp_path / "int8", "int8", print)
     reference = OnnxRuntime(Bundle.open(small_fp32))
     prompts = calibrate.load_prompts(reference, "scenes", 32)
     taught, asked = prompts[:16], prompts[16:]
@@ -142,7 +140,7 @@ def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(
     """A product of the graph in torch, activations in float, against the dense matrix of ONNX
     Runtime's rounding.
     """
-    quantize_bundle(small_fp32, tmp_path / "int8", "int8", [].append)  # has zero points
+    quantize_bundle(small_fp32, tmp_path / "int8", "int8", print)  # has zero points
     graph = tune.Graph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
     x = torch.randn(
         4,
@@ -169,7 +167,7 @@ def test_a_single_prompt_cannot_be_trained_on_and_held_out(
         DataError,
         match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0",
     ):
-        search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", str(path), [].append)
+        search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", str(path), print)
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
 
 

@@ -20,22 +20,22 @@ from lvr_lite.data.samples import read_samples
 from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
-from lvr_lite.toy import scenes
+from lvr_lite.toy import questions, scenes
 from lvr_lite.toy.drawing import draw
 from lvr_lite.toy.make import scene_samples, write_scenes
 from lvr_lite.views.preview import preview
 
-Item = tuple[str, scenes.Scene, scenes.Question, "str | None"]
+Item = tuple[str, scenes.Scene, questions.Question, "str | None"]
 
 
 @pytest.fixture(scope="module")
 def train() -> list[Item]:
-    return list(scenes.items(seed=5, split="train", count=640))
+    return list(questions.items(seed=5, split="train", count=640))
 
 
 @pytest.fixture(scope="module")
 def test() -> list[Item]:
-    return list(scenes.items(seed=5, split="test", count=640))
+    return list(questions.items(seed=5, split="test", count=640))
 
 
 def combinations(items: list[Item]) -> set[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_the_same_seed_draws_the_same_bytes_in_every_version() -> None:
 
 
 def test_more_scenes_begin_with_the_same_scenes(train: list[Item]) -> None:
-    assert list(itertools.islice(scenes.items(5, "train", 10_000), 100)) == train[:100]
+    assert list(itertools.islice(questions.items(5, "train", 10_000), 100)) == train[:100]
 
 
 def test_train_and_test_share_no_scene(train: list[Item], test: list[Item]) -> None:
@@ -73,7 +73,7 @@ def test_test_shows_every_held_out_combination(test: list[Item]) -> None:
 
 
 def test_question_types_are_balanced_and_ids_unique(train: list[Item]) -> None:
-    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(scenes.QUESTION_TYPES, 80)
+    assert Counter(q.type for _, _, q, _ in train) == dict.fromkeys(questions.QUESTION_TYPES, 80)
     assert len({name for name, *_ in train}) == 640
 
 
@@ -88,30 +88,30 @@ def test_shapes_are_unique_within_a_scene(train: list[Item], test: list[Item]) -
     assert all(len({t.shape for t in s.figures}) == len(s.figures) for _, s, _, _ in train + test)
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # answers and boxes
 
 
 def answer_from_the_scene(scene: scenes.Scene, text: str) -> str:
     """The answer worked out again from the question's words, apart from the code that asks."""
     by_shape = {t.shape: t for t in scene.figures}
-    if found := re.fullmatch(r"what (colour|pattern) is the (\w+)", text):
-        return str(getattr(by_shape[found[2]], found[1]))
-    if found := re.fullmatch(r"what shape is (\w+)", text):
-        (thing,) = (t for t in scene.figures if t.colour == found[1])
+    if match := re.fullmatch(r"what (colour|pattern) is the (\w+)", text):
+        return str(getattr(by_shape[match[2]], match[1]))
+    if match := re.fullmatch(r"what shape is (\w+)", text):
+        (thing,) = (t for t in scene.figures if t.colour == match[1])
         return thing.shape
-    if found := re.fullmatch(r"what letter is on the (\w+)", text):
-        return by_shape[found[1]].glyph
-    if found := re.fullmatch(r"left or right of the (\w+) is the (\w+)", text):
+    if match := re.fullmatch(r"what letter is on the (\w+)", text):
+        return by_shape[match[1]].glyph
+    if match := re.fullmatch(r"left or right of the (\w+) is the (\w+)", text):
         return (
-            "left" if by_shape[found[2]].centre()[0] < by_shape[found[1]].centre()[0] else "right"
+            "left" if by_shape[match[2]].centre()[0] < by_shape[match[1]].centre()[0] else "right"
         )
-    if found := re.fullmatch(r"above or below the (\w+) is the (\w+)", text):
+    if match := re.fullmatch(r"above or below the (\w+) is the (\w+)", text):
         return (
-            "above" if by_shape[found[2]].centre()[1] < by_shape[found[1]].centre()[1] else "below"
+            "above" if by_shape[match[2]].centre()[1] < by_shape[match[1]].centre()[1] else "below"
         )
-    if found := re.fullmatch(r"how many are (\w+)", text):
-        return scenes.NUMBERS[sum(found[1] in (t.colour, t.pattern) for t in scene.figures)]
+    if match := re.fullmatch(r"how many are (\w+)", text):
+        return scenes.NUMBERS[sum(match[1] in (t.colour, t.pattern) for t in scene.figures)]
     odd = odd_one_out(scene)
     about = {
         "which shape is": odd.shape,
@@ -193,7 +193,7 @@ def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(
         assert second.figures == (b,)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the data set
 
 

@@ -20,15 +20,16 @@ import yaml
 from PIL import Image
 
 from lvr_lite.config import Settings, load_settings
-from lvr_lite.errors import BundleError, DataError, LvrError, UsageError
-from lvr_lite.eval.suite import accuracy_on
+from lvr_lite.errors import DataError, LvrError, OutputError, UsageError
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy.make import write_scenes
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
-from lvr_lite.train.finetune import COMPLETE, finetune, last_whole_checkpoint, load_examples
+from lvr_lite.train.examples import load_examples
+from lvr_lite.train.finetune import finetune
+from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
 
 TINY_RUN = [
     "train.steps=4", "train.batch=2", "train.accumulation=1", "train.save_every=2", "train.eval_every=4", "train.log_every=1",
@@ -44,16 +45,8 @@ def tune(
     base: Path, out: Path, *more: str, data: str = "scenes", **options: Any
 ) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
-    options = {"load_base": nf4.load_nf4, "resume": False, "accuracy": None} | options
-    return finetune(
-        read_checkpoint(base),
-        options.pop("load_base"),
-        data,
-        out,
-        settings(*more),
-        say=said.append,
-        **options,
-    ), said
+    checkpoint = read_checkpoint(base)
+    return finetune(checkpoint, data, out, settings(*more), say=said.append, **options), said
 
 
 def losses(metrics: dict[str, Any]) -> dict[int, float]:
@@ -68,7 +61,7 @@ def run(
     what it said.
     """
     out = tmp_path_factory.mktemp("run") / "out"
-    metrics, said = tune(small_checkpoint, out, accuracy=accuracy_on)
+    metrics, said = tune(small_checkpoint, out)
     return out, metrics, said
 
 
@@ -268,18 +261,19 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
-    small_checkpoint: Path, tmp_path: Path
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> Any:
-        model = nf4.load_nf4(*arguments)
+        model = nf4.load_base(*arguments)
         with torch.no_grad():
             model.model.language_model.norm.weight.fill_(math.nan)
         return model
 
+    monkeypatch.setattr(module, "load_base", broken)
     with pytest.raises(
         LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"
     ):
-        tune(small_checkpoint, tmp_path / "out", load_base=broken)
+        tune(small_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out" / COMPLETE).exists()
 
 
@@ -293,7 +287,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
         "Collator",
         lambda c, settings: seen.append(c.processor.image.max_pixels) or collator(c, settings),
     )
-    monkeypatch.setattr(module, "arguments", lambda *_: _stop())
+    monkeypatch.setattr(module, "LatentTrainer", lambda *_: _stop())
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
     assert seen == [read_checkpoint_spec(tmp_path / "out").max_pixels] == [6272]
@@ -321,7 +315,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(
-        BundleError, match=r"cannot be written \(No space left on device\); free some space"
+        OutputError, match=r"cannot be written \(No space left on device\); free some space"
     ):
         tune(small_checkpoint, tmp_path / "out")
 
@@ -579,7 +573,7 @@ def test_a_process_that_comes_late_does_not_take_the_run_for_an_earlier_one(
     checkpoint = read_checkpoint(small_checkpoint)
     (tmp_path / "settings.yaml").write_text("what the first process has begun to write")
     monkeypatch.setenv("RANK", "1")
-    assert module.begin(tmp_path, False, checkpoint) is None
+    assert resume_point(tmp_path, False, checkpoint) is None
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="exists"):
-        module.begin(tmp_path, False, checkpoint)
+        resume_point(tmp_path, False, checkpoint)

@@ -29,7 +29,7 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
-from lvr_lite.train.grpo import Repeated, Roller, advantages, divergence, donors_of, grpo, objective
+from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence, grpo, objective
 from lvr_lite.train.policy import Policy, batch_of, batches_of, readings
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
@@ -521,22 +521,24 @@ def test_two_processes_learn_what_one_does_with_all_questions(
 
 def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Path) -> None:
     examples = open_source("scenes", "train", 0, 200)
-    donor = donors_of(examples)
-    found = [(s, donor(s)) for s in examples.samples if s.pair is not None]
+    donors = Donors(examples)
+    found = [(s, donors.donor_of(s)) for s in examples.samples if s.pair is not None]
     assert found
     for sample, item in found:
         if item is not None:
             assert (item[0].question, item[0].pair) == (sample.question, sample.pair)
             assert item[0].answer != sample.answer
     with pytest.raises(DataError, match="latent-use needs pairs"):
-        donors_of(open_source("scenes", "train", 0, 1))
+        Donors(open_source("scenes", "train", 0, 1))
     checkpoint = read_checkpoint(small_tuned)
     runtime = TorchRuntime(nf4.load_trained(checkpoint, torch.float32), checkpoint)
     i = next(
-        i for i, s in enumerate(examples.samples) if s.pair is not None and donor(s) is not None
+        i
+        for i, s in enumerate(examples.samples)
+        if s.pair is not None and donors.donor_of(s) is not None
     )
     settings = load_settings(None, [*FEW, "grpo.rewards=latent-use"])
-    rollouts = Roller(runtime, settings, read_rewards("latent-use"), donor)([examples[i]], 0)
+    rollouts = Roller(runtime, settings, read_rewards("latent-use"), donors)([examples[i]], 0)
     assert len(rollouts) == 4
     assert all(r.rewards["latent-use"] in (0, 1) for r in rollouts)
 

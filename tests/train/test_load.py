@@ -187,7 +187,7 @@ def exact(small_tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         checkpoint,
         weights,
         folder,
-        [].append,
+        print,
         lambda: nf4.load_trained(checkpoint, torch.float32),
         "exact",
         ExactConvert(weights),
@@ -232,7 +232,7 @@ def test_an_exact_bundle_is_not_the_merged_one(
         bare,
         weights,
         tmp_path / "bare",
-        [].append,
+        print,
         precision="exact",
         convert=ExactConvert(weights),
     )

@@ -32,9 +32,11 @@ from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train import load as nf4
 from lvr_lite.train import sft as module
 from lvr_lite.train.batches import Collator, check_samples, in_order
-from lvr_lite.train.load import adapted, norm_of_visual_tokens, write_side_files
+from lvr_lite.train.finetune import norm_of_visual_tokens
+from lvr_lite.train.load import adapted
 from lvr_lite.train.methods import METHODS, Bottleneck
 from lvr_lite.train.sft import LatentSFT
+from lvr_lite.train.trainer import write_side_files
 
 STEPS, NORM = 4, 9.0
 SETTINGS = load_settings(
@@ -1335,7 +1337,7 @@ def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> t
     """A tuned model in memory, and the folder that it was saved to."""
     model = moved(adapted(nf4.load_nf4(checkpoint, torch.float32), checkpoint, SETTINGS)).eval()
     folder = tmp_path_factory.mktemp("tuned") / "out"
-    write_side_files(folder, checkpoint, LatentSpec(steps=STEPS), SETTINGS)
+    write_side_files(folder, replace(checkpoint, latent=LatentSpec(steps=STEPS)), SETTINGS)
     model.save_pretrained(str(folder), safe_serialization=True)
     return model, folder
 

@@ -77,9 +77,12 @@ def _boxes(
                 continue
             number = str(annotation.get("id", f"a{i}"))
             if number in boxes[image]:
-                reason = f"id {number} is there twice"
-                raise FieldError(reason, "give every annotation its own")
-            boxes[image][number] = _Annotation(label, name, numbers(annotation.get("bbox"), 4))
+                raise FieldError(f"id {number} is there twice", "give every annotation its own")
+            boxes[image][number] = _Annotation(
+                label,
+                name,
+                numbers(annotation.get("bbox"), 4),
+            )
         except FieldError as error:
             imported.report(error, label)
             unsure[str(annotation.get("image_id"))] |= set(names.values())
@@ -89,8 +92,10 @@ def _boxes(
 def _list(imported: Import, data: object, name: str) -> list[object]:
     value = data.get(name) if isinstance(data, dict) else None
     if not isinstance(value, list):
-        must = "it must hold the lists images, annotations and categories"
-        raise DataError(f"{imported.source}: not a COCO instances file: {must}")
+        raise DataError(
+            f"{imported.source}: not a COCO instances file: it must hold the lists images, "
+            "annotations and categories"
+        )
     return value
 
 
@@ -104,7 +109,11 @@ def _names(imported: Import, categories: list[object]) -> Names:
     return names
 
 
-def _image_and_class(annotation: JsonObject, known: set[str], names: Names) -> tuple[str, str]:
+def _image_and_class(
+    annotation: JsonObject,
+    known: set[str],
+    names: Names,
+) -> tuple[str, str]:
     """The image's id as text, and the class. Raises FieldError."""
     image = str(annotation.get("image_id"))
     if image not in known:

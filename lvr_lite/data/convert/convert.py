@@ -1,4 +1,5 @@
-"""Other formats -> the project's JSONL: reading, questions where there are none, the split, writing.
+"""Other formats become the project's JSONL: reading, questions where there are none, the split,
+writing.
 
 Pictures stay where they are; the file names them relative to itself. May import: the standard
 library and what stands above `data`.
@@ -108,9 +109,10 @@ def convert(
     files = dict(zip(paths, samples, strict=True))
     for path, side in files.items():
         if not side:
-            reason = "no box, class or question in it supports one"
-            none = f"gives no question for {path.name}: {reason}"
-            raise DataError(f"{source}: {none}; nothing was written")
+            raise DataError(
+                f"{source}: gives no question for {path.name}: no box, class or question in it "
+                "supports one; nothing was written"
+            )
     _write(files)
     every = [sample for side in samples for sample in side]
     summary = Summary(
@@ -131,7 +133,11 @@ def parts(target: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def _samples_about(imported: Import, side: set[Path] | None, options: Options) -> list[Sample]:
+def _samples_about(
+    imported: Import,
+    side: set[Path] | None,
+    options: Options,
+) -> list[Sample]:
     """The samples about the pictures of one side, or about all."""
     own = [s for s in imported.samples if side is None or s.images[0] in side]
     pictures = [p for p in imported.pictures if side is None or p.path in side]
@@ -144,8 +150,9 @@ def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -
     if options.boxes_are not in (None, "stored", "upright"):
         raise UsageError(f"--boxes-are {options.boxes_are}: must be stored or upright")
     if options.split is not None and form not in ("yolo", "viscot"):
-        which = "yolo and viscot, which name theirs"
-        raise UsageError(f"--split is for {which}; {form} does not: leave it out")
+        raise UsageError(
+            f"--split is for yolo and viscot, which name theirs; {form} does not: leave it out"
+        )
     if options.images is not None and form == "yolo":
         raise UsageError("--images: a YOLO set says where its pictures are; leave it out")
     if options.images is not None and not options.images.is_dir():
@@ -228,8 +235,10 @@ def _sides(imported: Import, options: Options) -> list[set[Path] | None]:
     pictures = {path for paths in whole for path in paths}
     order = sorted({groups.of(path) for path in pictures}, key=lambda g: _rank(g, options.seed))
     if len(order) < 2:
-        reason = f"has {len(order)} pictures that differ, which make no training and test set"
-        raise DataError(f"{imported.source}: {reason}; leave out --test-share")
+        raise DataError(
+            f"{imported.source}: has {len(order)} pictures that differ, which make no training "
+            "and test set; leave out --test-share"
+        )
     count = min(max(1, round(options.test_share * len(order))), len(order) - 1)
     test_groups = set(order[:count])
     test = {path for path in pictures if groups.of(path) in test_groups}

@@ -250,7 +250,11 @@ def _fill(
         if any(d.id not in has_question for d in detections)
     ]
     added = []
-    for detections in sorted(classes, key=len, reverse=True)[: per_image - len(own)]:
+    for detections in sorted(
+        classes,
+        key=len,
+        reverse=True,
+    )[: per_image - len(own)]:
         candidate = _exactly(picture, detections, counts)
         added.append(candidate)
         counts.add(candidate)
@@ -315,9 +319,16 @@ def _exists(picture: Picture, rng: random.Random, counts: _AnswerCounts) -> _Can
     name, answer = min(options, key=lambda option: (_lead(counts, *option), option[1] == "no"))
     if _lead(counts, name, answer) > 1:
         return None
-    question = f"Is there any {name} in the picture?"
     detections = classes[name] if answer == "yes" else []
-    return _candidate(picture, "exists", question, answer, detections, ("yes", "no"), name)
+    return _candidate(
+        picture,
+        "exists",
+        f"Is there any {name} in the picture?",
+        answer,
+        detections,
+        ("yes", "no"),
+        name,
+    )
 
 
 def _lead(counts: _AnswerCounts, name: str, answer: str) -> int:
@@ -336,8 +347,14 @@ def _exactly(picture: Picture, detections: list[Detection], counts: _AnswerCount
         fewer = n > 1 and _hash(f"{picture.id} {name}") % 2
         number = n - 1 if fewer else n + 1
     begin = "Is there exactly one" if number == 1 else f"Are there exactly {number}"
-    question = f"{begin} of these in the picture: {name}?"
-    return _candidate(picture, "exactly", question, answer, detections, ("yes", "no"))
+    return _candidate(
+        picture,
+        "exactly",
+        f"{begin} of these in the picture: {name}?",
+        answer,
+        detections,
+        ("yes", "no"),
+    )
 
 
 def _candidates(
@@ -348,16 +365,28 @@ def _candidates(
     counted = picture.counted_classes()
     single = [detections[0] for detections in counted.values() if len(detections) == 1]
     for name, detections in counted.items():
-        question = f"How many of these are in the picture: {name}?"
-        yield _candidate(picture, "count", question, str(len(detections)), detections)
+        yield _candidate(
+            picture,
+            "count",
+            f"How many of these are in the picture: {name}?",
+            str(len(detections)),
+            detections,
+        )
     for name, detections in classes.items():
         if others := _some(picture.absent, 3, rng):
-            question = "Which of these is in the picture"
-            yield _choice(picture, "which", question, name, others, detections, rng)
+            yield _choice(
+                picture, "which", "Which of these is in the picture", name, others, detections, rng
+            )
     for detection in single:
         if quarter := detection.quarter:
-            question = f"In which part of the picture is the {detection.name}?"
-            yield _candidate(picture, "place", question, quarter, (detection,), tuple(_QUARTERS))
+            yield _candidate(
+                picture,
+                "place",
+                f"In which part of the picture is the {detection.name}?",
+                quarter,
+                (detection,),
+                tuple(_QUARTERS),
+            )
     for pair in _some(list(combinations(single, 2)), 8, rng):
         yield from _positions(picture, pair, counts)
     for quarter in _QUARTERS:
@@ -365,7 +394,11 @@ def _candidates(
     yield from _largest(picture, counted, rng)
 
 
-def _some(options: Sequence[T], most: int, rng: random.Random) -> list[T]:
+def _some(
+    options: Sequence[T],
+    most: int,
+    rng: random.Random,
+) -> list[T]:
     """At most so many of the options, in a random order."""
     return rng.sample(options, min(most, len(options)))
 
@@ -399,10 +432,24 @@ def _part(
         return
     answer = inside[0].name
     elsewhere = [name for name in counted if name != answer]
-    others = [*_some(elsewhere, 2, rng), *_some(picture.absent, 2, rng)][:3]
+    others = [
+        *_some(elsewhere, 2, rng),
+        *_some(
+            picture.absent,
+            2,
+            rng,
+        ),
+    ][:3]
     if others:
-        question = f"Which of these is in the {quarter} part of the picture"
-        yield _choice(picture, "part", question, answer, others, inside, rng)
+        yield _choice(
+            picture,
+            "part",
+            f"Which of these is in the {quarter} part of the picture",
+            answer,
+            others,
+            inside,
+            rng,
+        )
 
 
 def _largest(picture: Picture, counted: Classes, rng: random.Random) -> Iterator[_Candidate]:
@@ -412,6 +459,13 @@ def _largest(picture: Picture, counted: Classes, rng: random.Random) -> Iterator
     if smaller:
         others = _some(smaller, 3, rng)
         largest = of_each[-1]
-        question = "Which of these is the largest in the picture"
         names = [d.name for d in others]
-        yield _choice(picture, "largest", question, largest.name, names, [*others, largest], rng)
+        yield _choice(
+            picture,
+            "largest",
+            "Which of these is the largest in the picture",
+            largest.name,
+            names,
+            [*others, largest],
+            rng,
+        )

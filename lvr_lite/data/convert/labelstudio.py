@@ -69,8 +69,9 @@ def labelstudio(imported: Import) -> None:
     """
     values = imported.json()
     if not isinstance(values, list):
-        reason = "not Label Studio's JSON export, which is a list of tasks"
-        raise DataError(f"{imported.source}: {reason}")
+        raise DataError(
+            f"{imported.source}: not Label Studio's JSON export, which is a list of tasks"
+        )
     tasks = []
     for item, value in enumerate(values, 1):
         with imported.row(item=item):
@@ -113,8 +114,9 @@ def _task(imported: Import, value: object, item: int) -> _Task | None:
     if not all(isinstance(r, dict) and isinstance(r.get("value") or {}, dict) for r in results):
         raise FieldError("each must be an object with a value", field="result")
     if any(result.get("image_rotation") for result in results):
-        remedy = "turn it back there and export again"
-        raise FieldError("was turned in Label Studio", remedy, "image_rotation")
+        raise FieldError(
+            "was turned in Label Studio", "turn it back there and export again", "image_rotation"
+        )
     sizes = (size_of(result, "original_width", "original_height") for result in results)
     size = next((size for size in sizes if size), None)
     path = _picture(imported, value["data"])
@@ -125,8 +127,7 @@ def _task(imported: Import, value: object, item: int) -> _Task | None:
 
 
 def _not_a_task() -> FieldError:
-    reason = "must be a task with data and annotations"
-    return FieldError(reason, "export as JSON, not as JSON-MIN")
+    return FieldError("must be a task with data and annotations", "export as JSON, not as JSON-MIN")
 
 
 def _has_results(annotation: object) -> bool:
@@ -143,8 +144,7 @@ def _picture(imported: Import, data: JsonObject) -> Path:
             raise FieldError("data.image is missing", "it must name the picture")
         value = names[0]
     if value.startswith("data:"):
-        remedy = "save it as a file and name that"
-        raise FieldError("data.image holds the picture itself", remedy)
+        raise FieldError("data.image holds the picture itself", "save it as a file and name that")
     name = value
     if imported.images is None or not (imported.images / value).is_file():
         name = _name_in_url(value)
@@ -195,13 +195,22 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
             names = [class_name(label) for label in labels]
             box = _box(imported, frame, value)
         except FieldError as error:
-            label = f"result[{number}] (id {result.get('id')})"
-            imported.report(error, label, item=task.item)
+            imported.report(
+                error,
+                f"result[{number}] (id {result.get('id')})",
+                item=task.item,
+            )
             rectangles.all_unsure = True
             continue
         own = str(result.get("id", f"r{number}"))
         for i, name in enumerate(names):
-            rectangles.named.append(Detection(name, box, own if i == 0 else f"{own}.{i}"))
+            rectangles.named.append(
+                Detection(
+                    name,
+                    box,
+                    own if i == 0 else f"{own}.{i}",
+                )
+            )
         if not names:
             rectangles.unnamed.append(Detection("", box, own))
     return rectangles
@@ -244,7 +253,7 @@ class _Texts:
                 place = (_kind_of(result), region if region in regions else "")
                 self._texts[place] += texts if isinstance(texts, list) else [texts]
         question, answer = (task.data.get(name) for name in ("question", "answer"))
-        self._own_question = [question] if isinstance(question, str) else []
+        self._own_question: list[object] = [question] if isinstance(question, str) else []
         answered = any(kind == "answer" for kind, _ in self._texts)
         if self._own_question and isinstance(answer, str) and not answered:
             self._texts["answer", ""] = [answer]
@@ -278,8 +287,11 @@ def _add_samples(imported: Import, task: _Task, rectangles: list[Detection]) -> 
             continue
         has_questions = True
         if len(questions) != len(answers):
-            reason = f"has {len(questions)} questions for {len(answers)} answers"
-            error = FieldError(reason, "write one for each", "result")
+            error = FieldError(
+                f"has {len(questions)} questions for {len(answers)} answers",
+                "write one for each",
+                "result",
+            )
             imported.report(error, item=task.item)
             continue
         # The same box may stand in several rectangles.

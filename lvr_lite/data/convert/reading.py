@@ -1,5 +1,5 @@
-"""What the readers of other formats share: finding pictures, deciding which pixels boxes are of, and
-collecting what is whole and what is not.
+"""What the readers of other formats share: finding pictures, deciding which pixels boxes are of,
+and collecting what is whole and what is not.
 
 The pixels of a picture that its EXIF orientation rotates are either the stored or the upright ones.
 Where a format states the picture's size, the size shows which ones its boxes are of. Where nothing
@@ -82,11 +82,22 @@ class Import:
     ) -> None:
         """One more broken row. field: where the error itself names none. file: if not the source."""
         name = error.field or field
-        self.problems.append(Problem(file or self.source, name, str(error), line, item))
+        self.problems.append(
+            Problem(
+                file or self.source,
+                name,
+                str(error),
+                line,
+                item,
+            )
+        )
 
     @contextmanager
     def row(
-        self, field: str = "", line: int | None = None, item: int | None = None
+        self,
+        field: str = "",
+        line: int | None = None,
+        item: int | None = None,
     ) -> Iterator[None]:
         """A row that may be broken: it is reported, and reading goes on."""
         try:
@@ -99,8 +110,9 @@ class Import:
         try:
             return self.source.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            reason = f"not UTF-8 ({error.reason} at byte {error.start})"
-            raise DataError(f"{self.source}: {reason}; save it as UTF-8") from error
+            raise DataError(
+                f"{self.source}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+            ) from error
 
     def json(self) -> object:
         """The source's JSON value. Raises DataError."""
@@ -144,11 +156,14 @@ class Import:
         most = max((common for common, _ in ranked), default=0)
         best = sorted(path for common, path in ranked if common == most)
         if not best:
-            remedy = "name the folder of the pictures with --images"
-            raise FieldError(f"{name} is not in {self.folder}", remedy)
+            raise FieldError(
+                f"{name} is not in {self.folder}", "name the folder of the pictures with --images"
+            )
         if len(best) > 1:
-            remedy = "name the folder of the right one with --images"
-            raise FieldError(f"{name} may be {best[0]} or {best[1]}", remedy)
+            raise FieldError(
+                f"{name} may be {best[0]} or {best[1]}",
+                "name the folder of the right one with --images",
+            )
         return best[0]
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
@@ -179,10 +194,11 @@ class Import:
         shapes = {"stored": stored, "upright": stored[::-1] if orientation >= 5 else stored}
         fitting = [pixels for pixels, shape in shapes.items() if _same_shape(shape, size)]
         if not fitting:
-            own = f"{stored[0]} x {stored[1]} pixels"
-            theirs = f"a picture of {size[0]:g} x {size[1]:g}"
-            reason = f"{path} has {own}, and its boxes are of {theirs}"
-            raise FieldError(reason, "find the right picture")
+            raise FieldError(
+                f"{path} has {stored[0]} x {stored[1]} pixels, and its boxes are of a picture "
+                f"of {size[0]:g} x {size[1]:g}",
+                "find the right picture",
+            )
         return fitting[0] if len(fitting) == 1 else None
 
     def learn_pixels(self, sizes: Iterable[tuple[Path, Size | None]]) -> None:
@@ -221,14 +237,22 @@ class Import:
             raise FieldError(f"{shown} holds a value that is no number", "write the box again")
         x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
-            reason = f"{shown} is empty or inverted"
-            raise FieldError(reason, "width and height must be more than 0")
+            raise FieldError(
+                f"{shown} is empty or inverted", "width and height must be more than 0"
+            )
         parts = (x0 / frame.width, y0 / frame.height, x1 / frame.width, y1 / frame.height)
-        over = max(-parts[0], -parts[1], parts[2] - 1, parts[3] - 1)
+        over = max(
+            -parts[0],
+            -parts[1],
+            parts[2] - 1,
+            parts[3] - 1,
+        )
         left, top, right, bottom = (min(max(part, 0), 1) for part in parts)
         if (over > _SLACK and not cut) or left >= right or top >= bottom:
-            picture = f"the picture of {frame.width:g} x {frame.height:g}"
-            raise FieldError(f"{shown} lies outside {picture}", "correct or remove the box")
+            raise FieldError(
+                f"{shown} lies outside the picture of {frame.width:g} x {frame.height:g}",
+                "correct or remove the box",
+            )
         if over > 1e-4:
             self.remarks["boxes cut at the edge"] += 1
         turned = upright((left, top, right, bottom), frame.orientation)
@@ -255,7 +279,15 @@ class Import:
         unknown = frozenset(unsure)
         present = {detection.name for detection in detections}
         absent = absent_classes(sorted(set(classes) - present - unknown), present | unknown)
-        self.pictures.append(Picture(name, path, tuple(reversed(once.values())), unknown, absent))
+        self.pictures.append(
+            Picture(
+                name,
+                path,
+                tuple(reversed(once.values())),
+                unknown,
+                absent,
+            )
+        )
 
 
 def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
@@ -268,7 +300,14 @@ def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
 
 def _common_parts(path: Path, wanted: tuple[str, ...]) -> int:
     """How many parts, from the end on, a path shares with the reversed parts `wanted`."""
-    same = [a == b for a, b in zip(path.absolute().parts[::-1], wanted, strict=False)]
+    same = [
+        a == b
+        for a, b in zip(
+            path.absolute().parts[::-1],
+            wanted,
+            strict=False,
+        )
+    ]
     return same.index(False) if False in same else len(same)
 
 

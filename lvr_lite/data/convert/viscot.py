@@ -46,7 +46,14 @@ def viscot(imported: Import) -> None:
         with imported.row("bboxs", one.line, one.item):
             boxes = _boxes(imported, one)
             if question is not None and answer is not None:
-                imported.samples.append(_sample(one, question.strip(), answer.strip(), boxes))
+                imported.samples.append(
+                    _sample(
+                        one,
+                        question.strip(),
+                        answer.strip(),
+                        boxes,
+                    )
+                )
     if split is not None and not items:
         raise UsageError(f"--split {split}: no row of {imported.source} has it")
 
@@ -71,7 +78,12 @@ def _objects(imported: Import) -> Iterator[tuple[int | None, int | None, object]
         yield number, None, value
 
 
-def _checked_item(imported: Import, line: int | None, item: int | None, data: object) -> _Item:
+def _checked_item(
+    imported: Import,
+    line: int | None,
+    item: int | None,
+    data: object,
+) -> _Item:
     if not isinstance(data, dict):
         raise FieldError("must be an object with question, answer, image and bboxs")
     name = data.get("image")
@@ -98,7 +110,12 @@ def _boxes(imported: Import, one: _Item) -> tuple[Box, ...]:
     return tuple(dict.fromkeys(boxes))
 
 
-def _sample(one: _Item, question: str, answer: str, boxes: tuple[Box, ...]) -> Sample:
+def _sample(
+    one: _Item,
+    question: str,
+    answer: str,
+    boxes: tuple[Box, ...],
+) -> Sample:
     kind = str(one.data["dataset"]) if one.data.get("dataset") else None
     parts = (kind, one.data.get("split"), one.path.stem, one.line or one.item)
     name = "-".join(str(part) for part in parts if part)
@@ -114,6 +131,10 @@ def lvr(imported: Import) -> None:
     for one in placed:
         sample = one.sample
         with imported.row("", one.line, one.item):
-            frame = replace(imported.frame(sample.images[0], None), width=1, height=1)
+            frame = replace(
+                imported.frame(sample.images[0], None),
+                width=1,
+                height=1,
+            )
             boxes = tuple(imported.box(frame, box) for box in sample.boxes)
             imported.samples.append(replace(sample, boxes=boxes))

@@ -38,17 +38,29 @@ def yolo(imported: Import) -> None:
     data_set = _data_set(imported)
     source = imported.source
     if not data_set.pictures:
-        reason = "holds no pictures"
-        remedy = "they belong under images/, and their labels under labels/ alike"
-        raise DataError(f"{source}: {reason}; {remedy}")
+        raise DataError(
+            f"{source}: holds no pictures; they belong under images/, and their labels under "
+            "labels/ alike"
+        )
     labels = {path: _label_file(path) for path in data_set.pictures}
     if not any(label.is_file() for label in labels.values()):
         first = next(iter(labels.values()))
-        reason = f"none of its {len(labels)} pictures has labels, the first would be {first}"
-        raise DataError(f"{source}: {reason}; check the layout")
+        raise DataError(
+            f"{source}: none of its {len(labels)} pictures has labels, the first would be "
+            f"{first}; check the layout"
+        )
     _report_orphans(imported, labels)
     pictures = [
-        (path, *_detections(imported, data_set, path, label)) for path, label in labels.items()
+        (
+            path,
+            *_detections(
+                imported,
+                data_set,
+                path,
+                label,
+            ),
+        )
+        for path, label in labels.items()
     ]
     used = {detection.name for _, detections, _ in pictures for detection in detections}
     for path, detections, unsure in pictures:
@@ -68,8 +80,10 @@ def _report_orphans(imported: Import, labels: dict[Path, Path]) -> None:
         stems = {path.stem for path in _pictures_among(beside)}
         for label in sorted(folder.glob("*.txt")):
             if label.stem not in stems and label.name != "classes.txt":
-                remedy = "add the picture, or remove the labels"
-                imported.report(FieldError("labels without a picture", remedy), file=label)
+                imported.report(
+                    FieldError("labels without a picture", "add the picture, or remove the labels"),
+                    file=label,
+                )
 
 
 def _detections(
@@ -103,8 +117,10 @@ def _detections(
 
 def _class_of(word: str, names: dict[int, str]) -> str:
     if not word.isdecimal() or int(word) not in names:
-        reason = f"class {word[:20]} is not one of the {len(names)} that have a name"
-        raise FieldError(reason, "correct the number, or name it")
+        raise FieldError(
+            f"class {word[:20]} is not one of the {len(names)} that have a name",
+            "correct the number, or name it",
+        )
     return names[int(word)]
 
 
@@ -113,14 +129,17 @@ def _corners(words: list[str], keypoints: bool) -> Box:
     try:
         values = [float(word) for word in words[1:]]
     except ValueError:
-        reason = f"{' '.join(words)[:60]!r} holds what is no number"
-        raise FieldError(reason, "an object is `class cx cy w h`") from None
+        raise FieldError(
+            f"{' '.join(words)[:60]!r} holds what is no number", "an object is `class cx cy w h`"
+        ) from None
     if len(values) == 4 or (keypoints and len(values) > 4):
         x, y, w, h = values[:4]
         return x - w / 2, y - h / 2, x + w / 2, y + h / 2
     if len(values) < 6 or len(values) % 2:
-        remedy = "an object is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for an outline"
-        raise FieldError(f"has {len(words)} values", remedy)
+        raise FieldError(
+            f"has {len(words)} values",
+            "an object is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for an outline",
+        )
     xs = values[::2]
     ys = values[1::2]
     return min(xs), min(ys), max(xs), max(ys)
@@ -146,8 +165,10 @@ def _data_set(imported: Import) -> _DataSet:
     """From data.yaml, as given or in the folder, or else from the folder and its classes.txt."""
     source = imported.source
     if source.is_file() and source.suffix not in (".yaml", ".yml"):
-        remedy = "give the folder that holds images and labels"
-        raise DataError(f"{source}: neither a folder nor a data.yaml; {remedy}")
+        raise DataError(
+            f"{source}: neither a folder nor a data.yaml; give the folder that holds images and "
+            "labels"
+        )
     data = _description(source)
     base = source.parent if source.is_file() else source
     root = base / str(data.get("path") or "")
@@ -185,20 +206,28 @@ def _yaml(path: Path) -> JsonObject:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not valid YAML ({reason})") from error
     if not isinstance(data, dict):
-        must = "must hold names and the folders of pictures"
-        raise DataError(f"{path}: {must}, not {type(data).__name__}")
+        raise DataError(
+            f"{path}: must hold names and the folders of pictures, not {type(data).__name__}"
+        )
     return data
 
 
-def _names(source: Path, data: JsonObject, base: Path, root: Path) -> dict[int, str]:
+def _names(
+    source: Path,
+    data: JsonObject,
+    base: Path,
+    root: Path,
+) -> dict[int, str]:
     """The classes by number, from data.yaml or from classes.txt."""
     names = data.get("names")
     if names is None:
         places = (base / "classes.txt", root / "classes.txt", root / "labels" / "classes.txt")
         file = next((path for path in places if path.is_file()), None)
         if file is None:
-            remedy = "add data.yaml with names, or classes.txt with one a line"
-            raise DataError(f"{source}: its classes have no names; {remedy}")
+            raise DataError(
+                f"{source}: its classes have no names; add data.yaml with names, or classes.txt "
+                "with one a line"
+            )
         names = _lines(file)
         while names and not names[-1].strip():
             names.pop()
@@ -208,8 +237,9 @@ def _names(source: Path, data: JsonObject, base: Path, root: Path) -> dict[int, 
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
         return {int(number): class_name(str(name)) for number, name in pairs}
     except (FieldError, TypeError, ValueError) as error:
-        must = "must be a list of names, or number: name"
-        raise DataError(f"{source}: names: {must} ({error})") from error
+        raise DataError(
+            f"{source}: names: must be a list of names, or number: name ({error})"
+        ) from error
 
 
 def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Path, str]:

@@ -106,6 +106,10 @@ class Family(Protocol):
         """From config.json and preprocessor_config.json. Raises KeyError for a missing field."""
         ...
 
+    def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:
+        """Blocks of the tower whose features are added after the first decoder layers, one each."""
+        ...
+
     def grid_of(self, height: int, width: int, image: ImageSpec) -> Grid:
         """The grid of a picture of this size in pixels: of patches, or of tiles."""
         ...

@@ -50,6 +50,9 @@ class QwenVL:
         """What `ImageSpec.own` holds, from config.json's `vision_config`."""
         return {}
 
+    def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+        return ()
+
     def grid_of(self, height: int, width: int, image: ImageSpec) -> Grid:
         """Rows and columns of patches."""
         resized_height, resized_width = resized(height, width, image)

@@ -29,6 +29,9 @@ class Qwen3VL(QwenVL):
     def _own(self, vision: Mapping[str, Any]) -> dict[str, int]:
         return {"position_side": int(vision["num_position_embeddings"] ** 0.5)}
 
+    def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:
+        return list(vision_config["deepstack_visual_indexes"])
+
     def vision_inputs(self, grids: Sequence[Grid], image: ImageSpec) -> dict[str, np.ndarray]:
         """Beside those of `QwenVL`, of each patch:
 

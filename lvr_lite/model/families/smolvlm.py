@@ -62,6 +62,9 @@ class SmolVLM:
             own={"tile": tile, "longest": longest, "split": split},
         )
 
+    def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
+        return ()
+
     def grid_of(self, height: int, width: int, image: ImageSpec) -> Grid:
         """Rows and columns of tiles; (0, 0) for one tile."""
         _, (h, w) = _sizes(height, width, image)

@@ -1,0 +1,76 @@
+"""`lvr-lite run`; the answers themselves are tested in tests/commands and tests/generate."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Call, Refused, files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("run INT8 nosuch.png question", 1, "nosuch.png: no such picture"),
+        ("run INT8 PICTURE ''", 2, "the question is empty"),
+        ("run INT8 PICTURE", 2, "write the question after the pictures"),
+        ("run nosuch PICTURE question", 1, "nosuch: no such folder"),
+        ("run EMPTY PICTURE question", 1, "neither a bundle (lvr.json) nor a checkpoint"),
+        ("run PICTURE PICTURE question", 1, "picture.png: no such folder"),
+        ("run INT8 PICTURE question --top-p 2", 2, "top_p must lie in (0, 1], not 2"),
+        ("run INT8 PICTURE 'what <|image_pad|> is'", 1, "the question contains <|image_pad|>"),
+        ("run INT8 PICTURE question --seed -1", 2, "seed must be 0 or more, not -1"),
+        ("run INT8 PICTURE question --json EMPTY", 1, "cannot be written"),
+        ("run INT8 PICTURE question --provider cuda", 2, "provider cuda: the onnxruntime"),
+        ("run INT8 PICTURE question --provider abacus", 2, "provider 'abacus': not known"),
+        ("run tiny PICTURE question --provider cuda", 2, "is a checkpoint, which torch runs"),
+    ],
+)
+def test_a_wrong_input_is_one_line(refused: Refused, arguments: str, code: int, words: str) -> None:
+    refused(arguments, code, words)
+
+
+def test_a_full_disk_leaves_no_half_written_json(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "run.json").write_text("earlier")
+    monkeypatch.setattr(Path, "write_text", full)
+    done = call("run", small_int8, picture, "what is here", "--json", tmp_path / "run.json")
+    assert done.code == 1
+    assert "No space left on device" in done.error
+    assert files(tmp_path) == {"run.json": b"earlier", "picture.png": picture.read_bytes()}
+
+
+def test_an_answer_streams_the_text_that_it_prints_at_once(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path
+) -> None:
+    question = (picture, "what is here", "--max-tokens", 5)
+    plain = call("run", small_int8, *question, "--json", tmp_path / "run.json")
+    streamed = call("run", small_int8, *question, "--stream")
+    assert plain.code == streamed.code == 0, plain.err
+    assert plain.out == streamed.out
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert (result["schema"], result["version"]) == ("lvr-lite/run", 1)
+    assert result["answer"] == plain.out.strip("\n")
+    assert len(result["tokens"]) <= 5
+
+
+def test_other_questions_about_a_picture_are_answered_as_if_asked_alone(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path
+) -> None:
+    first, *others = ("what colour is the star", "where heart", "how many are red")
+    short = ("--max-tokens", 4)
+    alone = [call("run", small_int8, picture, q, *short).out.strip() for q in (first, *others)]
+    also = [option for question in others for option in ("--also", question)]
+    result = tmp_path / "run.json"
+    done = call("run", small_int8, picture, first, *short, *also, "--json", result)
+    assert done.out.strip().splitlines() == alone
+    written = json.loads(result.read_text())
+    assert [written["answer"], *(answer["answer"] for answer in written["also"])] == alone

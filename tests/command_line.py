@@ -1,0 +1,47 @@
+"""The command line as tests call it: what came of a call, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a call left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a wrong input gives. What stands before it is how far the work came."""
+        lines = self.err.splitlines()
+        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+        assert errors == [len(lines) - 1], self.err
+        assert not re.search("Traceback|Error:|Warning:", self.err), self.err
+        return lines[-1].removeprefix("error: ")
+
+
+Call = Callable[..., Done]
+# a call, its exit code, words of its error
+Refused = Callable[[str, int, str], None]
+
+
+def process(*arguments: object) -> Done:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "lvr_lite", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything under a folder, hidden files too."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
