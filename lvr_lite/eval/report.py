@@ -133,7 +133,9 @@ def _named_scores(run: JsonObject) -> dict[str, JsonObject]:
             scores.append(
                 {"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]}
             )
-    return {score["name"]: score for score in scores} | run["by_type"]
+    by_name = {score["name"]: score for score in scores}
+    by_name.update(run["by_type"])
+    return by_name
 
 
 def _beside_published(

@@ -330,7 +330,7 @@ def finished(out: Path, int8: Path) -> str:
             "interventions": {"none": {"n": 3, "accuracy": 0.5, "interval": [0.2, 0.8]}},
         },
         "minutes": {"all": 1.0},
-        "answers": {name: [{"answer": "red"}] * demo.SHOWN for name in names},
+        "answers": {name: [{"answer": "red"}] * demo.EXAMPLES for name in names},
     }
     demo._finish(out, results)
     return (out / "report.html").read_text()
@@ -345,7 +345,7 @@ def test_the_page_shows_every_latent_step_of_every_example_with_one_scale(
         r'<li><img src="data:image/png;base64,[^"]{500,}"[^>]* alt="latent step (\d): nearest to the visual token in row',
         html,
     )
-    assert told == [str(step + 1) for step in range(K)] * demo.SHOWN
+    assert told == [str(step + 1) for step in range(K)] * demo.EXAMPLES
     assert len(re.findall("linear-gradient", html)) == 1
     assert look.NOTE[1:] in html
 
