@@ -330,9 +330,10 @@ def finished(out: Path, int8: Path) -> str:
             "interventions": {"none": {"n": 3, "accuracy": 0.5, "interval": [0.2, 0.8]}},
         },
         "minutes": {"all": 1.0},
-        "answers": {name: [{"answer": "red"}] * demo.EXAMPLES for name in names},
     }
-    demo._finish(out, results)
+    answers = {name: [{"answer": "red"}] * demo.EXAMPLES for name in names}
+    examples = demo._examples(int8, answers)
+    page.write_page(results | {"examples": examples}, out / "report.html")
     return (out / "report.html").read_text()
 
 
