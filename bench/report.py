@@ -17,7 +17,8 @@ from rich.table import Table
 from lvr_lite.bench.record import LATENCIES, STAGES, Benchmark, Summary, SystemResult
 from lvr_lite.files import write_atomically
 from lvr_lite.model.bundle import GRAPHS
-from lvr_lite.views.page import curve, interval_bars, number, percent, render_page, stacked_bars
+from lvr_lite.views.charts import curve, interval_bars, number, percent, stacked_bars
+from lvr_lite.views.page import render_page
 
 # {what settings vary: the latencies that are drawn over it}
 SCALING = {

@@ -24,7 +24,7 @@ from lvr_lite.errors import LvrError, UsageError
 from lvr_lite.files import JsonObject, write_atomically
 from lvr_lite.terminal import stderr
 from lvr_lite.toy.make import scene_samples
-from lvr_lite.views.look import views
+from lvr_lite.views.look import answer_views
 from lvr_lite.views.page import write_page
 
 RESULTS = "results.json"
@@ -230,7 +230,7 @@ def _examples(bundle: Path, answers: dict[str, list[JsonObject]]) -> list[JsonOb
         answer = model.ask([picture], sample.question)
         view = None
         if answer.latent_steps:
-            (view,) = views(model.runtime, answer.pictures, answer.prompt, answer.result)
+            (view,) = answer_views(model.runtime, answer.pictures, answer.prompt, answer.result)
         example = {
             "image": picture,
             "view": view,

@@ -134,10 +134,10 @@ class Model:
         """Heat maps of which visual tokens each latent step of an answer is nearest to. Raises
         LvrError for an answer without latents.
         """
-        from lvr_lite.views import look as looking
+        from lvr_lite.views.look import answer_views, heat_maps
 
-        seen = looking.views(self.runtime, answer.pictures, answer.prompt, answer.result)
-        return looking.look(seen, answer.question, answer.text)
+        views = answer_views(self.runtime, answer.pictures, answer.prompt, answer.result)
+        return heat_maps(views, answer.question, answer.text)
 
 
 def open_model(

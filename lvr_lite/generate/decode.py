@@ -211,7 +211,7 @@ class Decoding:
     """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome.
 
     latents: one entry a prompt: None, or what its latent steps are fed instead of its own states,
-        (K_i, H) float32; K_i = 0 leaves the markers alone (interventions: lvr_lite/eval/probe.py).
+        (K_i, H) float32; K_i = 0 leaves the markers alone (lvr_lite/eval/interventions.py).
     draws: the number of each row's stream of random numbers; its place in the batch by default.
 
     Raises UsageError for latent steps that the model was not tuned for.

@@ -23,9 +23,10 @@ from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
+from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
-from lvr_lite.eval.suite import Plan, compare, exact, lettered
+from lvr_lite.eval.suite import Plan, exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
 from tests.fakes import Around, Table, never

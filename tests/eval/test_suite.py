@@ -17,17 +17,16 @@ from rich.console import Console
 
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.eval.comparing import compare, reference_hint
 from lvr_lite.eval.report import show
 from lvr_lite.eval.suite import (
     SKILLS_TOKENS,
     Item,
     Plan,
     accuracy_on,
-    compare,
     evaluate,
     expected_answers,
     load_suite,
-    reference_hint,
     skill,
 )
 from lvr_lite.generate.decode import Options

@@ -23,7 +23,6 @@ from lvr_lite.generate.decode import Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.images import open_picture
-from lvr_lite.model.latents import likeness
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.views import look, page
@@ -37,7 +36,31 @@ def grey(width: int, height: int) -> Image.Image:
 
 
 # -------------------------------------------------------------------------------------------------------------
-# the drawing
+# the numbers
+
+
+def test_similarities_are_cosines_with_the_tokens_less_their_mean() -> None:
+    features = np.array(
+        [[3, 0], [1, 0], [2, 3], [2, -3]], np.float32
+    )  # mean (2, 0): what is left is (±1, 0) and (0, ±3)
+    latents = np.array([[5, 0], [3, 4]], np.float32)
+    np.testing.assert_allclose(
+        look.similarities(latents, features), [[1, -1, 0, 0], [0.6, -0.6, 0.8, -0.8]], atol=1e-6
+    )
+
+
+def test_what_all_tokens_share_makes_none_of_them_nearer() -> None:
+    rng = np.random.default_rng(0)
+    latents, features = rng.normal(size=(3, 8)), rng.normal(size=(5, 8))
+    shifted = look.similarities(latents, features + 20 * rng.normal(size=8))
+    np.testing.assert_allclose(shifted, look.similarities(latents, features), atol=1e-9)
+
+
+def test_tokens_that_differ_by_rounding_alone_are_near_to_nothing() -> None:
+    rng = np.random.default_rng(0)
+    features = (np.full((6, 8), 3.0) + 1e-6 * rng.normal(size=(6, 8))).astype(np.float32)
+    assert not look.similarities(rng.normal(size=(2, 8)), features).any()
+    assert not look.similarities(np.zeros((2, 8)), rng.normal(size=(6, 8))).any()
 
 
 def test_colours_run_over_the_scale_and_stop_at_its_ends() -> None:
@@ -54,6 +77,10 @@ def test_colours_run_over_the_scale_and_stop_at_its_ends() -> None:
     assert (np.diff(lightness) > 0).all()
 
 
+# -------------------------------------------------------------------------------------------------------------
+# the drawing
+
+
 def whites(image: Image.Image) -> tuple[int, int, int, int]:
     """First and last column, first and last row that hold a white pixel."""
     ys, xs = np.nonzero((np.asarray(image) == WHITE).all(-1))
@@ -63,7 +90,7 @@ def whites(image: Image.Image) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("token", [0, 6, 7, 11])
 def test_the_frame_lies_on_the_token_that_equals_the_latent(token: int) -> None:
     features = np.eye(12, 32, dtype=np.float32)
-    view = look.View(grey(80, 60), (3, 4), likeness(features[[token]], features))
+    view = look.View(grey(80, 60), (3, 4), look.similarities(features[[token]], features))
     row, column = divmod(token, 4)
     assert view.nearest(0)[:2] == (row, column)
     drawn = look.panel(view, 0, look.bounds([view]), side=80)  # cells of 20 x 20 pixels
@@ -90,7 +117,7 @@ def test_panels_of_all_steps_and_pictures_share_one_scale() -> None:
     second = look.View(grey(56, 56), (2, 1), np.array([[0.2, 0.5], [1.0, -1.0]]))
     scale = look.bounds([first, second])
     assert scale == (-1.0, 1.0)
-    sheet = look.look([first, second], "q", "a")
+    sheet = look.heat_maps([first, second], "q", "a")
     side, gap, line = look._SIDE, look._GAP, look._LINE
     for row, view in enumerate([first, second]):
         y = gap + 2 * line + gap + row * (side + 4 + line + gap)
@@ -109,19 +136,19 @@ def test_panels_of_all_steps_and_pictures_share_one_scale() -> None:
 
 def test_a_sheet_grows_with_what_it_has_to_say() -> None:
     view = look.View(grey(56, 28), (1, 2), np.zeros((9, 2)))
-    plain = look.look([view], "q", "")
-    assert look.look([view], "q", "a", expected="b").height == plain.height + look._LINE
+    plain = look.heat_maps([view], "q", "")
+    assert look.heat_maps([view], "q", "a", expected="b").height == plain.height + look._LINE
     assert (
-        look.look([view], "why " * 200, "a").height == plain.height + 2 * look._LINE
+        look.heat_maps([view], "why " * 200, "a").height == plain.height + 2 * look._LINE
     )  # three lines at most
     assert plain.width == 5 * (look._SIDE + look._GAP) + look._GAP
-    few = look.look([look.View(grey(56, 28), (1, 2), np.zeros((4, 2)))], "q", "")
+    few = look.heat_maps([look.View(grey(56, 28), (1, 2), np.zeros((4, 2)))], "q", "")
     assert plain.height == few.height + look._SIDE // 2 + 4 + look._LINE + look._GAP, (
         "five panels in a line: steps 5 to 9 have a second one"
     )
-    boxed = look.look([view, view], "q", "a", boxes=[(0, 0, 0.5, 1)])
+    boxed = look.heat_maps([view, view], "q", "a", boxes=[(0, 0, 0.5, 1)])
     changed = np.argwhere(
-        (np.asarray(boxed) != np.asarray(look.look([view, view], "q", "a"))).any(-1)
+        (np.asarray(boxed) != np.asarray(look.heat_maps([view, view], "q", "a"))).any(-1)
     )
     assert len(changed)
     assert changed[:, 1].max() < look._GAP + look._SIDE / 2 + 1, (
@@ -151,12 +178,12 @@ def test_a_full_disk_leaves_the_drawing_of_before(
 
 
 def test_each_picture_is_looked_at_by_its_own_tokens(small_int8: Path) -> None:
-    runtime = OnnxRuntime(Bundle.open(small_int8))
+    runtime = OnnxRuntime(Bundle.open(small_int8), threads=1)
     pictures = [picture for _, picture in scene_samples(2, 0, "test")]
     pictures[1] = pictures[1].resize((84, 140))
     prompt, _ = prepare_prompt(runtime, pictures, "what differs")
     told = replace(prompt, features=np.random.default_rng(1).normal(size=prompt.features.shape))
-    first, second = look.views(
+    first, second = look.answer_views(
         runtime, pictures, told, Result(latents=[told.features[2], told.features[-2]])
     )
     assert second.grid == (5, 3)
@@ -289,6 +316,7 @@ def test_a_model_without_latents_of_its_own_is_refused(latent: LatentSpec, said:
 
 def finished(out: Path, int8: Path) -> str:
     """The page of a demo that has just scored its models."""
+    (out / "int8").symlink_to(int8)
     names = ("fp32", "ONNX int8")
     system = dict.fromkeys(("size_mb", "ttft_ms", "tpls_ms", "tpot_ms"))
     systems = [
@@ -304,8 +332,8 @@ def finished(out: Path, int8: Path) -> str:
         "minutes": {"all": 1.0},
     }
     answers = {name: [{"answer": "red"}] * demo.EXAMPLES for name in names}
-    results["examples"] = demo._examples(int8, answers)
-    page.write_page(results, out / "report.html")
+    examples = demo._examples(int8, answers)
+    page.write_page(results | {"examples": examples}, out / "report.html")
     return (out / "report.html").read_text()
 
 
