@@ -155,7 +155,10 @@ def _by_round(samples: list[float], rounds: int) -> np.ndarray:
 
 
 def _interval(
-    first: np.ndarray, second: np.ndarray, level: float, rng: np.random.Generator
+    first: np.ndarray,
+    second: np.ndarray,
+    level: float,
+    rng: np.random.Generator,
 ) -> tuple[float, float]:
     """Of the ratio of medians, second over first, at 1 - level."""
     medians = []

@@ -225,7 +225,9 @@ class Run:
 
     def result(self, machine: JsonObject) -> Benchmark:
         """The run as docs/runtime.md specifies it. machine: `machine.card()`."""
-        plan = self.plan
+        plan = asdict(self.plan) | {"requests": self.requests}
+        threads = plan.pop("threads")
+        plan["settings"] = list(plan["settings"])
         return Benchmark(
             machine=machine,
             bandwidth_gb_s=self.bandwidth,
@@ -234,22 +236,14 @@ class Run:
             bandwidth=Bandwidth(
                 before_gb_s=self.bandwidth_before,
                 after_gb_s=self.bandwidth_after,
-                threads=plan.threads,
+                threads=threads,
                 steady=self.steady,
                 load_before=self.loads[0],
                 load_after=self.loads[1],
             ),
-            plan={
-                "rounds": plan.rounds,
-                "seconds": plan.seconds,
-                "warmup": plan.warmup,
-                "tokens": plan.tokens,
-                "settings": [asdict(setting) for setting in plan.settings],
-                "seed": plan.seed,
-                "requests": self.requests,
-            },
+            plan=plan,
             warnings=self.warnings,
-            systems=[measured.result(self.bandwidth, plan.rounds) for measured in self.systems],
+            systems=[m.result(self.bandwidth, self.plan.rounds) for m in self.systems],
         )
 
 
@@ -262,7 +256,12 @@ def shuffled_rounds(systems: int, seed: int) -> Iterator[list[int]]:
         yield [int(i) for i in rng.permutation(systems)]
 
 
-def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting) -> Timing:
+def time_round(
+    runtime: Runtime,
+    requests: list[Request],
+    plan: Plan,
+    setting: Setting,
+) -> Timing:
     """One batch of requests as the model answers it, with what a single step costs taken from a
     second one that has as many latent steps as tokens; of a single request also the time to the
     first token of another question about its picture (`ttft_again`).
@@ -291,7 +290,10 @@ def time_round(runtime: Runtime, requests: list[Request], plan: Plan, setting: S
 
 
 def time_request(
-    runtime: Runtime, cache: PictureCache, requests: list[Request], options: Options
+    runtime: Runtime,
+    cache: PictureCache,
+    requests: list[Request],
+    options: Options,
 ) -> Timing:
     """Answer a batch of requests from their arrival to the last token, timed by stage.
 

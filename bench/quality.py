@@ -43,12 +43,15 @@ def compare_answers(reference: str, want: Sequence[Result], got: Sequence[Result
     places = 0
     by_step: dict[int, list[float]] = {}
     for w, g in zip(want, got, strict=True):
-        same += sum(a == b for a, b in zip(w.tokens, g.tokens, strict=False))
+        tokens = zip(w.tokens, g.tokens, strict=False)
+        same += sum(a == b for a, b in tokens)
         places += max(len(w.tokens), len(g.tokens))
-        for step, (a, b) in enumerate(zip(w.latents, g.latents, strict=False)):
+        latents = zip(w.latents, g.latents, strict=False)
+        for step, (a, b) in enumerate(latents):
             # Another model, of another width, has no common latents.
             if a.shape == b.shape:
-                by_step.setdefault(step, []).append(_cosine(a, b))
+                cosines = by_step.setdefault(step, [])
+                cosines.append(_cosine(a, b))
     return Quality(
         reference=reference,
         n=len(want),
@@ -58,4 +61,5 @@ def compare_answers(reference: str, want: Sequence[Result], got: Sequence[Result
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b / max(norms, 1e-30))

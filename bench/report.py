@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -18,7 +17,8 @@ from rich.table import Table
 from lvr_lite.bench.record import LATENCIES, STAGES, Benchmark, Summary, SystemResult
 from lvr_lite.files import write_atomically
 from lvr_lite.model.bundle import GRAPHS
-from lvr_lite.views.page import curve, interval_bars, number, percent, render_page, stacked_bars
+from lvr_lite.views.charts import curve, interval_bars, number, percent, stacked_bars
+from lvr_lite.views.page import render_page
 
 # {what settings vary: the latencies that are drawn over it}
 SCALING = {
@@ -26,28 +26,6 @@ SCALING = {
     "steps": ("ttfa", "end_to_end"),
     "batch": ("tpot", "end_to_end"),
 }
-
-
-@dataclass(frozen=True)
-class QualityCells:
-    """A system's quality in words: token agreement, the latents' cosine at the first and the last
-    step, accuracy with its interval.
-    """
-
-    agreement: str
-    cosine: str
-    accuracy: str
-
-    @classmethod
-    def of(cls, system: SystemResult) -> QualityCells:
-        quality = system.quality
-        cosines = quality.latent_cosine if quality else []
-        cosine = f"{cosines[0]:.4f} … {cosines[-1]:.4f}" if cosines else number(None)
-        accuracy = number(None)
-        if score := system.accuracy:
-            low, high = score.interval
-            accuracy = f"{percent(score.accuracy)} [{percent(low)}, {percent(high)}], n = {score.n}"
-        return cls(percent(quality.token_agreement if quality else None), cosine, accuracy)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -90,8 +68,8 @@ def _rest(run: Benchmark) -> Table:
     table = Table("", title="size, memory, quality", title_justify="left")
     for system in systems:
         table.add_column(system.name, justify="right")
-    qualities = [QualityCells.of(s) for s in systems]
-    rows = {
+    agreements, cosines, accuracies = zip(*map(_quality_cells, systems), strict=True)
+    rows: dict[str, Sequence[str]] = {
         "size MB": [number(s.megabytes) for s in systems],
         "peak RSS MiB": [
             number(s.peak_rss_mb) + (" (all)" if s.peak_rss_shared else "") for s in systems
@@ -99,9 +77,9 @@ def _rest(run: Benchmark) -> Table:
         "tokens/s": [number(s.throughput_tokens_s) for s in systems],
         "J a request": [number(s.joules) for s in systems],
         "of bandwidth": [percent(s.bandwidth_fraction) for s in systems],
-        "token agreement": [cells.agreement for cells in qualities],
-        "latent cosine": [cells.cosine for cells in qualities],
-        "accuracy": [cells.accuracy for cells in qualities],
+        "token agreement": agreements,
+        "latent cosine": cosines,
+        "accuracy": accuracies,
         "output md5": [s.output_md5[:8] for s in systems],
     }
     for title, cells in rows.items():
@@ -114,6 +92,21 @@ def _median_p90(summary: Summary) -> str:
     if not summary.samples_ms:
         return number(None)
     return f"{number(summary.p50_ms)} ({number(summary.p90_ms)})"
+
+
+def _quality_cells(system: SystemResult) -> tuple[str, str, str]:
+    """Token agreement, the latents' cosine at the first and the last step, accuracy with its
+    interval.
+    """
+    agreement = cosine = accuracy = number(None)
+    if quality := system.quality:
+        agreement = percent(quality.token_agreement)
+        if cosines := quality.latent_cosine:
+            cosine = f"{cosines[0]:.4f} … {cosines[-1]:.4f}"
+    if score := system.accuracy:
+        low, high = score.interval
+        accuracy = f"{percent(score.accuracy)} [{percent(low)}, {percent(high)}], n = {score.n}"
+    return agreement, cosine, accuracy
 
 
 def _conditions(run: Benchmark) -> str:
@@ -175,7 +168,7 @@ def write_html(run: Benchmark, out: Path) -> None:
             "MB",
         ),
         accuracy=interval_bars([_accuracy_bar(system) for system in systems]),
-        quality={system.name: QualityCells.of(system) for system in systems},
+        quality=[(system.name, *_quality_cells(system)) for system in systems],
         conditions=_conditions(run),
         warnings=run.warnings,
         scaling=_scaling(systems),

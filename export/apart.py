@@ -20,10 +20,10 @@ from lvr_lite.export.parity import (
     FIRST_STEP,
     TOLERANCE,
     Difference,
-    Worst,
     compare,
     prefill_positions,
     vision_cases,
+    worst,
 )
 from lvr_lite.export.weights import TransformersModule, Weights, empty_model
 from lvr_lite.generate.onnx import open_session
@@ -37,8 +37,11 @@ LENGTHS = np.array([11, 6])
 
 
 def check_graphs_apart(
-    bundle: Bundle, checkpoint: Checkpoint, weights: Weights, tolerance: float = TOLERANCE
-) -> dict[str, Worst]:
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    tolerance: float = TOLERANCE,
+) -> dict[str, Difference]:
     """As `parity.check_graphs`, one graph at a time; the decoder is left to `check_layers`.
 
     weights: the merged model's.
@@ -50,16 +53,18 @@ def check_graphs_apart(
     table = weights[f"{text}embed_tokens.weight"]
     ids = rng.integers(0, len(table), (2, 9), np.int64)
     (got,) = open_session(bundle.path("embed_tokens")).run(None, {"input_ids": ids})
-    embedding = compare("embed_tokens", got, table[torch.from_numpy(ids)].numpy(), tolerance)
+    want = table[torch.from_numpy(ids)].numpy()
+    embedding = compare("embed_tokens", got, want, tolerance)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     matrix = table if tied else weights["lm_head.weight"]
     hidden = rng.standard_normal((3, 1, matrix.shape[1])).astype(np.float32)
     (got,) = open_session(bundle.path("lm_head")).run(None, {"last_hidden_state": hidden})
-    head = compare("lm_head", got, (torch.from_numpy(hidden) @ matrix.T).numpy(), tolerance)
+    want = (torch.from_numpy(hidden) @ matrix.T).numpy()
+    head = compare("lm_head", got, want, tolerance)
     return {
-        "vision_encoder": Worst.of(vision),
-        "embed_tokens": Worst.of([embedding]),
-        "lm_head": Worst.of([head]),
+        "vision_encoder": worst(vision),
+        "embed_tokens": embedding,
+        "lm_head": head,
     }
 
 

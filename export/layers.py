@@ -84,7 +84,8 @@ class DecoderLayers:
                 after.append(hidden)
                 for name, value in watched.items():
                     assert watch is not None
-                    watch(tuple(readers[name]), value.reshape(-1, value.shape[-1]))
+                    rows = value.reshape(-1, value.shape[-1])
+                    watch(tuple(readers[name]), rows)
             results.append(after)
         return results
 
@@ -116,16 +117,13 @@ class DecoderLayers:
         }
         wanted = [tensor.name for tensor in session.get_inputs()]
         # The graph reads the cache's size from one layer's keys, which need not be this one's.
-        inputs |= {
-            name: cache[key]
-            for name in wanted
-            if name.startswith("past_key_values.") and name not in inputs
-        }
+        for name in wanted:
+            if name.startswith("past_key_values.") and name not in inputs:
+                inputs[name] = cache[key]
         present = [name.replace("past_key_values", "present") for name in cache]
-        outputs = session.run(
-            ["after", *present, *watched], {name: inputs[name] for name in wanted}
-        )
-        hidden, cache[key], cache[value], *values = outputs
+        outputs = ["after", *present, *watched]
+        results = session.run(outputs, {name: inputs[name] for name in wanted})
+        hidden, cache[key], cache[value], *values = results
         return hidden.astype(np.float32), dict(zip(watched, values, strict=True))
 
     def _added(self, index: int, call: LayerCall) -> np.ndarray:
@@ -143,7 +141,8 @@ def _cache_names(index: int) -> tuple[str, str]:
 
 def _readers(layer: onnx.ModelProto) -> dict[str, list[str]]:
     """{value: the weights that it is multiplied with}"""
-    weights = {tensor.name for tensor in layer.graph.initializer if len(tensor.dims) == 2}
+    tensors = layer.graph.initializer
+    weights = {tensor.name for tensor in tensors if len(tensor.dims) == 2}
     readers: dict[str, list[str]] = {}
     for node in layer.graph.node:
         if node.op_type == "MatMul" and node.input[1] in weights:

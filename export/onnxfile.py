@@ -20,7 +20,7 @@ import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
 from lvr_lite.errors import BundleError
-from lvr_lite.model.bundle import hashes_and_bytes
+from lvr_lite.model.bundle import Graph, TensorInfo, hashes_and_bytes
 
 # Of each weight in its file, in bytes, so that ONNX Runtime can map it.
 ALIGNMENT = 4096
@@ -52,16 +52,16 @@ class DataFile:
         self._file.write(array.data)
         tensor = declared(name, array.dtype, array.shape)
         del tensor.external_data[:]
-        for key, value in (("location", self._name), ("offset", offset), ("length", array.nbytes)):
+        place = {"location": self._name, "offset": offset, "length": array.nbytes}
+        for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         return tensor
 
 
 def declared(name: str, dtype: npt.DTypeLike, shape: Iterable[int]) -> onnx.TensorProto:
     """An initializer whose values are to come."""
-    tensor = onnx.TensorProto(
-        name=name, data_type=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims=list(shape)
-    )
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=list(shape))
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="")
     return tensor
@@ -101,7 +101,8 @@ def overwrite(tensor: onnx.TensorProto, folder: Path, array: np.ndarray) -> None
     """Give a weight other values of the same type and shape, where they lie: in its file, in
     `folder`, or in the tensor itself.
     """
-    assert array.dtype == helper.tensor_dtype_to_np_dtype(tensor.data_type), tensor.name
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    assert array.dtype == dtype, tensor.name
     assert array.shape == tuple(tensor.dims), tensor.name
     if not external_data_helper.uses_external_data(tensor):
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
@@ -120,7 +121,8 @@ def size(tensor: onnx.TensorProto) -> int:
     """Bytes of a weight's values."""
     if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
         return _count(tensor) // 2
-    return _count(tensor) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return _count(tensor) * int(dtype.itemsize)
 
 
 def graph_files(folder: Path, path: str) -> tuple[dict[str, str], int]:
@@ -130,13 +132,36 @@ def graph_files(folder: Path, path: str) -> tuple[dict[str, str], int]:
     among the bytes only where it has the graph's own name.
     """
     own = f"{path}_data"
-    data = {str(Path(path).parent / location) for location in locations(load(folder / path))}
+    folder_of_graph = Path(path).parent
+    files = locations(load(folder / path))
+    data = {str(folder_of_graph / file) for file in files}
     if own not in data:
         # Nothing was large enough for it.
         (folder / own).unlink(missing_ok=True)
     digests, _ = hashes_and_bytes(folder, [path, *sorted(data)])
     counted = [path, own] if own in data else [path]
     return digests, sum((folder / p).stat().st_size for p in counted)
+
+
+def describe(folder: Path, path: str, precision: str) -> Graph:
+    """The manifest's entry for the graph at `path` in a bundle, its inputs and outputs read off the
+    file.
+    """
+    proto = load(folder / path).graph
+    digests, size = graph_files(folder, path)
+    return Graph(
+        precision=precision,
+        inputs={value.name: _tensor_info(value) for value in proto.input},
+        outputs={value.name: _tensor_info(value) for value in proto.output},
+        files=digests,
+        bytes=size,
+    )
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
 
 
 def locations(model: onnx.ModelProto) -> set[str]:

@@ -40,32 +40,25 @@ FIRST_STEP = 40
 class Difference:
     """How far `got` is from `want`.
 
+    cases: over how many pairs of arrays the numbers are the largest.
     max_abs, mean_abs: the largest and the mean absolute difference.
     relative: norm(got - want) / norm(want).
     """
-
-    max_abs: float
-    mean_abs: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The largest of each number over several cases."""
 
     cases: int
     max_abs: float
     mean_abs: float
     relative: float
 
-    @classmethod
-    def of(cls, differences: Sequence[Difference]) -> Worst:
-        return cls(
-            cases=len(differences),
-            max_abs=max(d.max_abs for d in differences),
-            mean_abs=max(d.mean_abs for d in differences),
-            relative=max(d.relative for d in differences),
-        )
+
+def worst(differences: Sequence[Difference]) -> Difference:
+    """The largest of each number."""
+    return Difference(
+        cases=len(differences),
+        max_abs=max(d.max_abs for d in differences),
+        mean_abs=max(d.mean_abs for d in differences),
+        relative=max(d.relative for d in differences),
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ class DecodingParity:
     prompts: int
     latent_steps: int
     text_tokens: int
-    worst: Worst
+    worst: Difference
 
     def to_json(self) -> JsonObject:
         data = asdict(self)
@@ -95,14 +88,14 @@ class Parity:
     decoding: None where the model is too large to decode beside torch's.
     """
 
-    graphs: dict[str, Worst]
+    graphs: dict[str, Difference]
     layers: list[float]
     decoding: DecodingParity | None
 
     def to_json(self) -> JsonObject:
         return {
             "tolerance": TOLERANCE,
-            "graphs": {name: asdict(worst) for name, worst in self.graphs.items()},
+            "graphs": {name: asdict(gap) for name, gap in self.graphs.items()},
             "layers": self.layers,
             "decoding": None if self.decoding is None else self.decoding.to_json(),
         }
@@ -112,6 +105,7 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
     gap = got.astype(np.float64) - want.astype(np.float64)
     norm = float(np.linalg.norm(want.astype(np.float64)))
     return Difference(
+        cases=1,
         max_abs=float(np.abs(gap).max()),
         mean_abs=float(np.abs(gap).mean()),
         relative=float(np.linalg.norm(gap)) / max(norm, 1e-30),
@@ -119,7 +113,10 @@ def difference(got: np.ndarray, want: np.ndarray) -> Difference:
 
 
 def compare(
-    name: str, got: np.ndarray, want: np.ndarray, tolerance: float = TOLERANCE
+    name: str,
+    got: np.ndarray,
+    want: np.ndarray,
+    tolerance: float = TOLERANCE,
 ) -> Difference:
     """The difference of two arrays. Raises LvrError with the numbers where shapes differ or the
     relative difference exceeds `tolerance` (or is not a number).
@@ -137,8 +134,11 @@ def compare(
 
 
 def check_graphs(
-    got: Runtime, want: Runtime, tolerance: float = TOLERANCE, seed: int = 0
-) -> dict[str, Worst]:
+    got: Runtime,
+    want: Runtime,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> dict[str, Difference]:
     """{graph: worst difference over its cases}. Raises LvrError naming the graph that is out of
     tolerance.
     """
@@ -149,9 +149,7 @@ def check_graphs(
         "decoder": _check_decoder,
         "lm_head": _check_head,
     }
-    return {
-        name: Worst.of(list(check(got, want, tolerance, rng))) for name, check in checks.items()
-    }
+    return {n: worst(list(check(got, want, tolerance, rng))) for n, check in checks.items()}
 
 
 def vision_cases(processor: Processor, rng: np.random.Generator) -> Iterator[Pixels]:
@@ -169,7 +167,10 @@ def prefill_positions(rng: np.random.Generator, batch: int, length: int) -> np.n
 
 
 def _check_vision(
-    got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator
+    got: Runtime,
+    want: Runtime,
+    tolerance: float,
+    rng: np.random.Generator,
 ) -> Iterator[Difference]:
     for pixels in vision_cases(want.processor, rng):
         mine = got.encode(pixels.patches, pixels.grids)
@@ -182,7 +183,10 @@ def _random_ids(rng: np.random.Generator, runtime: Runtime, shape: tuple[int, ..
 
 
 def _check_embedding(
-    got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator
+    got: Runtime,
+    want: Runtime,
+    tolerance: float,
+    rng: np.random.Generator,
 ) -> Iterator[Difference]:
     for shape in ((1, 1), (2, 9)):
         ids = _random_ids(rng, want, shape)
@@ -190,7 +194,10 @@ def _check_embedding(
 
 
 def _check_head(
-    got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator
+    got: Runtime,
+    want: Runtime,
+    tolerance: float,
+    rng: np.random.Generator,
 ) -> Iterator[Difference]:
     for rows in (1, 3):
         hidden = rng.standard_normal((rows, want.hidden_size)).astype(np.float32)
@@ -198,7 +205,10 @@ def _check_head(
 
 
 def _check_decoder(
-    got: Runtime, want: Runtime, tolerance: float, rng: np.random.Generator
+    got: Runtime,
+    want: Runtime,
+    tolerance: float,
+    rng: np.random.Generator,
 ) -> Iterator[Difference]:
     """Prefill of padded rows, then steps fed with torch's own hidden states, so that each step is
     compared on the same input.
@@ -248,7 +258,11 @@ class StartsWithLatents:
 
 
 def check_decoding(
-    got: Runtime, want: Runtime, tolerance: float = TOLERANCE, latents: int = 4, tokens: int = 6
+    got: Runtime,
+    want: Runtime,
+    tolerance: float = TOLERANCE,
+    latents: int = 4,
+    tokens: int = 6,
 ) -> DecodingParity:
     """Whole decodings of a few pictures, alone and as one batch: the same tokens, and hidden states
     within `tolerance` at every step.
@@ -270,7 +284,7 @@ def check_decoding(
         prompts=sum(len(group) for group in groups),
         latent_steps=latents,
         text_tokens=tokens,
-        worst=Worst.of(differences),
+        worst=worst(differences),
     )
 
 
@@ -284,7 +298,10 @@ def _check_tokens(got: Sequence[int], want: Sequence[int]) -> None:
 
 
 def _decode(
-    runtime: Runtime, pictures: list[Image.Image], latents: int, options: Options
+    runtime: Runtime,
+    pictures: list[Image.Image],
+    latents: int,
+    options: Options,
 ) -> list[Result]:
     prompts = [prepare_prompt(runtime, [picture], "What is here?")[0] for picture in pictures]
     return decode(StartsWithLatents(runtime, latents), prompts, options)

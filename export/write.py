@@ -35,7 +35,6 @@ from lvr_lite.model.bundle import (
     DecoderShape,
     Graph,
     Manifest,
-    TensorInfo,
     write_manifest,
 )
 from lvr_lite.model.checkpoint import Checkpoint
@@ -149,7 +148,7 @@ def _write_graphs(
         with onnxfile.data_file(folder / path) as data:
             report = convert(name, proto, read, data, places)
         (folder / path).write_bytes(proto.SerializeToString())
-        graph = describe(folder, path, str(report.pop("precision")))
+        graph = onnxfile.describe(folder, path, str(report.pop("precision")))
         seconds = round(time.perf_counter() - began, 2)
         written[name] = graph
         reports[name] = report | {"bytes": graph.bytes, "seconds": seconds}
@@ -186,27 +185,6 @@ def as_float32(
         stored = data.add(tensor.name, read(tensor)) if tensor.name in origins else tensor
         model.graph.initializer.append(stored)
     return {"precision": "fp32"}
-
-
-def describe(folder: Path, path: str, precision: str) -> Graph:
-    """The manifest's entry for the graph at `path` in a bundle, its inputs and outputs read off the
-    file.
-    """
-    proto = onnxfile.load(folder / path).graph
-    digests, size = onnxfile.graph_files(folder, path)
-    return Graph(
-        precision=precision,
-        inputs={value.name: _tensor_info(value) for value in proto.input},
-        outputs={value.name: _tensor_info(value) for value in proto.output},
-        files=digests,
-        bytes=size,
-    )
-
-
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
-    tensor = value.type.tensor_type
-    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
 
 
 def _decoder_shape(model: TransformersModule) -> DecoderShape:
@@ -256,10 +234,8 @@ def _gate(
         want = TorchRuntime(load(), checkpoint)
         by_graph = parity.check_graphs(got, want)
         decoding = parity.check_decoding(got, want)
-    for name, worst in by_graph.items():
-        progress(
-            f"parity of {name}: relative difference {worst.relative:.1e} over {worst.cases} cases"
-        )
+    for name, gap in by_graph.items():
+        progress(f"parity of {name}: relative difference {gap.relative:.1e} over {gap.cases} cases")
     if decoding is None:
         progress(
             "parity of decoding: not compared, for torch's model and the graphs do not fit "

@@ -47,6 +47,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lvr_lite.bench.compare import Comparison
+    from lvr_lite.bench.record import Benchmark
     from lvr_lite.commands.bench import (
         BenchOptions,
         benchmark,
@@ -54,53 +56,108 @@ if TYPE_CHECKING:
         table_of_benchmarks,
     )
     from lvr_lite.commands.data import (
+        Conversion,
         ConvertOptions,
         MakeOptions,
+        Validation,
         convert_data,
         make_data,
         preview_data,
         validate_data,
     )
-    from lvr_lite.commands.demo import demo
-    from lvr_lite.commands.doctor import doctor
-    from lvr_lite.commands.evaluate import EvalOptions, ProbeOptions, evaluate, probe
-    from lvr_lite.commands.export import Rounding, export_model, export_synthetic, quantize
-    from lvr_lite.commands.inspect import inspect
+    from lvr_lite.commands.demo import Demo, demo
+    from lvr_lite.commands.doctor import Diagnosis, doctor
+    from lvr_lite.commands.evaluate import (
+        EvalOptions,
+        Evaluation,
+        ProbeOptions,
+        Probing,
+        evaluate,
+        probe,
+    )
+    from lvr_lite.commands.export import Rounding, Written, export_model, export_synthetic, quantize
+    from lvr_lite.commands.inspect import BundleContents, CheckpointContents, inspect
     from lvr_lite.commands.model import Answer, AnswerEvent, AskOptions, Model, open_model
-    from lvr_lite.commands.train import TrainOptions, finetune, grpo, plan_finetune, plan_grpo
+    from lvr_lite.commands.train import (
+        Training,
+        TrainOptions,
+        finetune,
+        grpo,
+        plan_finetune,
+        plan_grpo,
+    )
     from lvr_lite.errors import LvrError
 
 __version__ = "0.1.0"
 
 # Where each name is defined; a module is imported when one of its names is first used.
 _MODULES = {
-    "commands.bench": ("BenchOptions", "benchmark", "compare_benchmarks", "table_of_benchmarks"),
-    "commands.data": (
-        "ConvertOptions", "MakeOptions",
-        "convert_data", "make_data", "preview_data", "validate_data",
+    "bench.compare": ("Comparison",),
+    "bench.record": ("Benchmark",),
+    "commands.bench": (
+        "BenchOptions",
+        "benchmark",
+        "compare_benchmarks",
+        "table_of_benchmarks",
     ),
-    "commands.demo": ("demo",),
-    "commands.doctor": ("doctor",),
-    "commands.evaluate": ("EvalOptions", "ProbeOptions", "evaluate", "probe"),
-    "commands.export": ("Rounding", "export_model", "export_synthetic", "quantize"),
-    "commands.inspect": ("inspect",),
+    "commands.data": (
+        "Conversion",
+        "ConvertOptions",
+        "MakeOptions",
+        "Validation",
+        "convert_data",
+        "make_data",
+        "preview_data",
+        "validate_data",
+    ),
+    "commands.demo": ("Demo", "demo"),
+    "commands.doctor": ("Diagnosis", "doctor"),
+    "commands.evaluate": (
+        "EvalOptions",
+        "Evaluation",
+        "ProbeOptions",
+        "Probing",
+        "evaluate",
+        "probe",
+    ),
+    "commands.export": ("Rounding", "Written", "export_model", "export_synthetic", "quantize"),
+    "commands.inspect": ("BundleContents", "CheckpointContents", "inspect"),
     "commands.model": ("Answer", "AnswerEvent", "AskOptions", "Model", "open_model"),
-    "commands.train": ("TrainOptions", "finetune", "grpo", "plan_finetune", "plan_grpo"),
+    "commands.train": (
+        "TrainOptions",
+        "Training",
+        "finetune",
+        "grpo",
+        "plan_finetune",
+        "plan_grpo",
+    ),
     "errors": ("LvrError",),
-}  # fmt: skip
+}
 __all__ = [
     "Answer",
     "AnswerEvent",
     "AskOptions",
     "BenchOptions",
+    "Benchmark",
+    "BundleContents",
+    "CheckpointContents",
+    "Comparison",
+    "Conversion",
     "ConvertOptions",
+    "Demo",
+    "Diagnosis",
     "EvalOptions",
+    "Evaluation",
     "LvrError",
     "MakeOptions",
     "Model",
     "ProbeOptions",
+    "Probing",
     "Rounding",
     "TrainOptions",
+    "Training",
+    "Validation",
+    "Written",
     "benchmark",
     "compare_benchmarks",
     "convert_data",

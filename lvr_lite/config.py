@@ -1,7 +1,7 @@
-"""Settings of a fine-tuning run: frozen dataclasses, filled from a YAML recipe and `--set
-section.key=value`. May import: the core, yaml.
+"""Settings of a training run: frozen dataclasses, filled from a YAML recipe and `--set
+section.key=value`. May import: the standard library, yaml (inside functions), `errors`, `files`.
 
-Unknown keys, wrong types and contradictions are errors that name the key; the resolved settings are
+Unknown keys, wrong types and contradictions are errors that name the key. The resolved settings are
 written beside each checkpoint.
 """
 
@@ -9,29 +9,45 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lvr_lite.errors import UsageError
+from lvr_lite.files import JsonObject
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """method: what is trained (lvr_lite/train/methods.py): "sft" (no latents), "dummy" (K times
-    <|lvr|>), "lvr" (the paper: fed the targets), "lvr-free" (fed their own hidden states, as when
-    running), "lvr-bottleneck" (the same, and text sees the latents alone).
+    """How latents are trained.
 
-    samples: which are answered through latents: "boxed", those with boxes, the others at once; or
-    "all". steps: latent steps K at run time, and the number of "pooled" targets. targets: "pooled"
-    (K means over the visual tokens of the boxes) or "all" (the paper: each of them, `max_targets`
-    at most; method lvr alone). loss: of the latents: "mse" to the targets (the paper),
-    "contrastive" (the tokens of the box against all others of the batch's pictures, cosine over
-    `temperature`), or "none". weight: its λ (paper: 0.1), of the mean over the latents of one batch
-    of a device. relax: the last share of the steps, in which λ falls to 0. feedback: what is fed
-    back, as in lvr_lite/model/spec.py. warmup: share of the steps in which those that run freely
-    are fed the targets.
+    method: what is fed in the places of latents, and what the text sees
+        (lvr_lite/train/methods.py).
+        "sft": there are no latents.
+        "dummy": K times the embedding of <|lvr|>.
+        "lvr": the targets (the paper).
+        "lvr-free": the model's own hidden states, as when running.
+        "lvr-bottleneck": the same, and the text sees the latents alone.
+    samples: which are answered through latents; the others are answered at once. "boxed": those
+        with boxes. "all": every one.
+    steps: latent steps K at run time, and the number of "pooled" targets.
+    targets: of latents. "pooled": K means over the visual tokens of the boxes. "all": each of these
+        tokens, `max_targets` at most (the paper; for method "lvr" alone).
+    loss: of latents. "mse": to the targets (the paper). "contrastive": the tokens of the box
+        against all others of the batch's pictures, by cosine over `temperature`. "none".
+    weight: of that loss, a mean over the latents of one batch of a device; the paper's λ is 0.1.
+    relax: share of the steps, the last ones, in which `weight` falls to 0.
+    temperature: of the contrastive loss.
+    feedback: what a hidden state becomes before it is fed (lvr_lite/model/spec.py).
+    warmup: share of the steps, the first ones, in which methods that run freely are fed the
+        targets.
+    max_targets: of a sample, with targets "all".
     """
 
     method: Literal["sft", "dummy", "lvr", "lvr-free", "lvr-bottleneck"] = "lvr"
@@ -48,14 +64,16 @@ class LatentSettings:
 
     @property
     def runs_freely(self) -> bool:
-        """Whether latents are fed their own hidden states in training."""
+        """Whether training feeds latents their own hidden states."""
         return self.method in ("lvr-free", "lvr-bottleneck")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """rank and alpha of the adapters on every linear layer of the language model; dropout in [0,
-    1).
+    """The adapters on every linear layer of the language model.
+
+    rank, alpha: as LoRA has them; what an adapter adds is scaled by alpha / rank.
+    dropout: share of an adapter's inputs, in [0, 1).
     """
 
     rank: int = 16
@@ -65,13 +83,18 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """count: scenes to draw for `--data scenes`. seed: of the scenes. eval_file: held-out samples
-    (JSONL); without it the last `eval_count` samples of a file, by picture, are held out.
-    eval_count: samples that evaluation during training answers. group_by_length: batches of samples
-    of about one length, those of a file (scenes are all of about one, and come as they are drawn).
-    replay: samples of what the base can do already, mixed in so that it keeps it: a file, or
-    "skills", those of the embedded model (drawn); replay_share: their share of all training
-    samples.
+    """Which samples are trained on, and which are held out.
+
+    count: scenes to draw for `--data scenes`.
+    seed: of these scenes.
+    replay: samples of what the base can do already, mixed in so that it does not forget it: a file,
+        or "skills", which draws what the embedded model was pre-trained in.
+    replay_share: share of the replayed ones in all samples of training.
+    eval_file: held-out samples. Without it the last `eval_count` samples of a file are held out,
+        by picture.
+    eval_count: held-out samples that evaluation during training answers.
+    group_by_length: put samples of about one length into a batch. Drawn scenes are all of about one
+        length, and come in the order in which they are drawn.
     """
 
     count: int = 8000
@@ -85,11 +108,23 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimizer steps. batch: samples a device and step; accumulation: such batches a step.
-    lr: peak, cosine to zero after `warmup` (share of steps). precision: "auto" takes bf16 where the
-    machine computes in it, else fp32. dequantize: "auto" holds the NF4 values of a small base
-    (below 1e9 parameters) unpacked on a CPU: the same numbers, a faster step. eval_every,
-    save_every: steps.
+    """How it is trained.
+
+    steps: optimizer steps.
+    batch: samples that a device reads at once.
+    accumulation: batches a step.
+    lr: the highest learning rate; it falls to zero along a cosine.
+    warmup: share of the steps, the first ones, in which the learning rate rises.
+    weight_decay, max_grad_norm: as transformers has them.
+    optimizer: by its name in transformers.
+    precision: "auto" takes bf16 where the machine is fast at it, else fp32.
+    dequantize: "auto" holds the NF4 values of a small base (below 1e9 parameters) unpacked on a
+        CPU: the same numbers, a faster step.
+    gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
+    eval_every, save_every, log_every: in steps.
+    keep: how many of the last checkpoints stay.
+    workers: processes that prepare batches; with 0 the training process does.
+    seed: of adapters, the order of samples, and drawn answers.
     """
 
     steps: int = 2500
@@ -120,15 +155,19 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """Of stage 2 alone (lvr_lite/train/grpo.py). There `train.batch` is questions a device and
-    step, and `latent`, `lora` are those of the checkpoint that it begins from.
+    """Stage 2 alone (lvr_lite/train/grpo.py). There `train.batch` counts questions, and `latent`
+    and `lora` are those of the checkpoint that it begins from.
 
-    group: answers to each question. temperature: at which they are drawn. max_tokens: of an answer.
-    updates: optimizer steps with each batch of answers. clip: the ratio of a choice's probabilities
-    now and when it was drawn counts up to 1 ± clip. beta: weight of the KL divergence from the
-    policy at the start. rewards: as in lvr_lite/train/rewards.py. rows: answers drawn, or scored,
-    at once. latents: whether those of an answer are constants when it is scored ("recorded") or
-    trained with it ("recomputed").
+    group: answers to each question.
+    temperature: at which they are drawn.
+    max_tokens: of an answer.
+    updates: optimizer steps with each batch of answers.
+    clip: the probability of a choice now, over that when it was drawn, counts within 1 ± clip.
+    beta: weight of the KL divergence from the policy at the start.
+    rewards: names and weights (lvr_lite/train/rewards.py).
+    rows: answers that are drawn, or scored, at once.
+    latents: of an answer that is scored. "recorded": those that were drawn, as constants.
+        "recomputed": found again, and trained with the answer.
     """
 
     group: int = 8
@@ -142,10 +181,54 @@ class GrpoSettings:
     latents: Literal["recorded", "recomputed"] = "recorded"
 
 
+# The lowest and the highest value of each number.
+LIMITS: dict[str, tuple[float, float]] = {
+    "latent.steps": (1, 1024),
+    "latent.weight": (0, 1000),
+    "latent.relax": (0, 1),
+    "latent.temperature": (1e-3, 100),
+    "latent.warmup": (0, 1),
+    "latent.max_targets": (1, 16384),
+    "lora.rank": (1, 4096),
+    "lora.alpha": (1, 65536),
+    "lora.dropout": (0, 0.99),
+    "data.count": (1, 10**9),
+    "data.replay_share": (0.01, 0.9),
+    # Evaluation takes the seeds above (lvr_lite/train/examples.py).
+    "data.seed": (0, 499_999),
+    "data.eval_count": (1, 10**6),
+    "train.steps": (1, 10**9),
+    "train.batch": (1, 65536),
+    "train.accumulation": (1, 65536),
+    "train.lr": (1e-9, 1.0),
+    "train.warmup": (0, 0.99),
+    "train.weight_decay": (0, 10),
+    "train.max_grad_norm": (1e-6, 1e6),
+    "train.eval_every": (1, 10**9),
+    "train.save_every": (1, 10**9),
+    "train.keep": (1, 10**6),
+    "train.log_every": (1, 10**9),
+    "train.workers": (0, 256),
+    "train.seed": (0, 2**32 - 1),
+    "grpo.group": (2, 1024),
+    "grpo.temperature": (1e-3, 100),
+    "grpo.max_tokens": (1, 65536),
+    "grpo.updates": (1, 1000),
+    "grpo.clip": (1e-3, 100),
+    "grpo.beta": (0, 1000),
+    "grpo.rows": (1, 65536),
+    "max_pixels": (28 * 28, 10**9),
+}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """All of a run. max_pixels: pictures are shrunk to this area (pixels) before they are cut into
-    patches; None takes the model's own.
+    """All of a run.
+
+    max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None
+        takes the model's own.
+
+    Raises UsageError for a number out of its limits and for settings that contradict each other.
     """
 
     latent: LatentSettings = field(default_factory=LatentSettings)
@@ -156,111 +239,92 @@ class Settings:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.latent.targets == "all" and self.latent.method != "lvr":
+        method = self.latent.method
+        if self.latent.targets == "all" and method != "lvr":
             raise UsageError(
-                f"latent.targets=all is for latent.method=lvr; {self.latent.method} has K places: set latent.targets=pooled"
+                f"latent.targets=all is for latent.method=lvr; {method} has K places: "
+                "set latent.targets=pooled"
             )
         if self.latent.warmup and not self.latent.runs_freely:
             raise UsageError(
-                f"latent.warmup is for lvr-free and lvr-bottleneck; leave it out with latent.method={self.latent.method}"
+                "latent.warmup is for lvr-free and lvr-bottleneck; "
+                f"leave it out with latent.method={method}"
             )
-        if self.latent.loss == "none" and self.latent.method == "lvr":
+        if self.latent.loss == "none" and method == "lvr":
             raise UsageError(
-                "latent.method=lvr learns nothing about its latents with latent.loss=none: use mse or contrastive"
+                "latent.method=lvr learns nothing about its latents with latent.loss=none: "
+                "use mse or contrastive"
             )
-        limits: list[tuple[str, float, float, float]] = [
-            ("latent.steps", self.latent.steps, 1, 1024),
-            ("latent.weight", self.latent.weight, 0, 1000),
-            ("latent.relax", self.latent.relax, 0, 1),
-            ("latent.temperature", self.latent.temperature, 1e-3, 100),
-            ("latent.warmup", self.latent.warmup, 0, 1),
-            ("latent.max_targets", self.latent.max_targets, 1, 16384),
-            ("lora.rank", self.lora.rank, 1, 4096),
-            ("lora.alpha", self.lora.alpha, 1, 65536),
-            ("lora.dropout", self.lora.dropout, 0, 0.99),
-            ("data.count", self.data.count, 1, 10**9),
-            ("data.replay_share", self.data.replay_share, 0.01, 0.9),
-            (
-                "data.seed",
-                self.data.seed,
-                0,
-                499_999,
-            ),  # evaluation takes the seeds above (train/finetune.py)
-            ("data.eval_count", self.data.eval_count, 1, 10**6),
-            ("train.steps", self.train.steps, 1, 10**9),
-            ("train.batch", self.train.batch, 1, 65536),
-            ("train.accumulation", self.train.accumulation, 1, 65536),
-            ("train.lr", self.train.lr, 1e-9, 1.0),
-            ("train.warmup", self.train.warmup, 0, 0.99),
-            ("train.weight_decay", self.train.weight_decay, 0, 10),
-            ("train.max_grad_norm", self.train.max_grad_norm, 1e-6, 1e6),
-            ("train.eval_every", self.train.eval_every, 1, 10**9),
-            ("train.save_every", self.train.save_every, 1, 10**9),
-            ("train.keep", self.train.keep, 1, 10**6),
-            ("train.log_every", self.train.log_every, 1, 10**9),
-            ("train.workers", self.train.workers, 0, 256),
-            ("train.seed", self.train.seed, 0, 2**32 - 1),
-            ("grpo.group", self.grpo.group, 2, 1024),
-            ("grpo.temperature", self.grpo.temperature, 1e-3, 100),
-            ("grpo.max_tokens", self.grpo.max_tokens, 1, 65536),
-            ("grpo.updates", self.grpo.updates, 1, 1000),
-            ("grpo.clip", self.grpo.clip, 1e-3, 100),
-            ("grpo.beta", self.grpo.beta, 0, 1000),
-            ("grpo.rows", self.grpo.rows, 1, 65536),
-        ]
-        if self.max_pixels is not None:
-            limits.append(("max_pixels", self.max_pixels, 28 * 28, 10**9))
-        for name, value, low, high in limits:
-            if not low <= value <= high:
+        for name, (low, high) in LIMITS.items():
+            value = self._number(name)
+            if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value:g}")
 
-    def to_json(self) -> dict[str, Any]:
+    def _number(self, name: str) -> float | None:
+        section, _, key = name.rpartition(".")
+        value: float | None = getattr(getattr(self, section) if section else self, key)
+        return value
+
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
-def load_settings(recipe: Path | None, overrides: list[str] | None = None) -> Settings:
-    """Settings from a YAML recipe (or the defaults) with `section.key=value` overrides. Raises
-    UsageError naming file, key and value.
+@dataclass(frozen=True)
+class _Origin:
+    """Where settings come from, for messages.
+
+    recipe: the recipe that was given.
+    overridden: the keys that `--set` names.
     """
-    data: dict[str, Any] = {}
-    if recipe is not None:
-        data = _read_recipe(recipe)
-    for override in overrides or []:
+
+    recipe: Path | None
+    overridden: tuple[str, ...]
+
+    def of(self, name: str) -> str:
+        """What must be mended where the key or section `name` is wrong: "--set", or the recipe."""
+        overridden = any(f"{key}.".startswith(f"{name}.") for key in self.overridden)
+        return "--set" if self.recipe is None or overridden else str(self.recipe)
+
+
+def load_settings(recipe: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML recipe, or the defaults, with `section.key=value` overrides.
+
+    Raises UsageError naming file, key and value.
+    """
+    data = {} if recipe is None else _read_recipe(recipe)
+    for override in overrides:
         _override(data, override)
-    set_here = {override.partition("=")[0].strip() for override in overrides or []}
-
-    def where(name: str) -> str:
-        """What the user must look at to mend the key `name`."""
-        return (
-            "--set"
-            if recipe is None or any(name == key or key.startswith(f"{name}.") for key in set_here)
-            else str(recipe)
-        )
-
-    made = _fill(Settings, data, "", where)
-    assert isinstance(made, Settings)
-    return made
+    keys = tuple(override.partition("=")[0].strip() for override in overrides)
+    return _fill(Settings, data, "", _Origin(recipe, keys))
 
 
-def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe over the one that its `extends` names, a path from the recipe's own folder."""
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> JsonObject:
+    """A recipe over the one that its `extends` names by a path from its own folder.
+
+    above: the recipes that extend this one.
+    """
     data = _read_yaml(path)
     if "extends" not in data:
         return data
-    other = data.pop("extends")
-    if not isinstance(other, str):
-        raise UsageError(f"{path}: extends must be the path of another recipe, not {other!r}")
-    if (path.parent / other).resolve() in (path.resolve(), *above):
-        raise UsageError(f"{path}: extends {other}, which extends it again")
-    return _merged(_read_recipe(path.parent / other, (*above, path.resolve())), data)
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise UsageError(f"{path}: extends must be the path of another recipe, not {base!r}")
+    above = (*above, path.resolve())
+    if (path.parent / base).resolve() in above:
+        raise UsageError(f"{path}: extends {base}, which extends it again")
+    return _merged(_read_recipe(path.parent / base, above), data)
 
 
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = [k for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)]
-    return under | over | {k: _merged(under[k], over[k]) for k in both}
+def _merged(under: JsonObject, over: JsonObject) -> JsonObject:
+    """`under` with the values of `over`, section by section."""
+    merged = under | over
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            merged[key] = _merged(under[key], value)
+    return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
@@ -278,60 +342,66 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _override(data: JsonObject, override: str) -> None:
+    """Put the value of "section.key=value" into `data`."""
     import yaml
 
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
         raise UsageError(
             f"--set {override}: write it as section.key=value, for example --set train.lr=2e-4"
         )
-    *sections, last = key.strip().split(".")
-    at = data
+    *sections, key = name.strip().split(".")
     for section in sections:
-        at = at.setdefault(section, {})
-        if not isinstance(at, dict):
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
             raise UsageError(f"--set {override}: {section} is a value, not a section")
     try:
-        at[last] = yaml.safe_load(value)
+        data[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {override}: the value is not valid YAML") from error
 
 
-def _fill(kind: Any, data: dict[str, Any], prefix: str, where: Callable[[str], str]) -> Any:
+def _fill(kind: type[Section], data: JsonObject, prefix: str, origin: _Origin) -> Section:
+    """A section from its values, each checked against the type of its field.
+
+    prefix: of the section's keys, such as "train.".
+    """
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in fields(kind)}
-    values: dict[str, Any] = {}
+    known = sorted(f.name for f in fields(kind))
+    values: JsonObject = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
         if key not in known:
             raise UsageError(
-                f"{where(name)}: unknown key {name}; known here: {', '.join(sorted(known))}"
+                f"{origin.of(name)}: unknown key {name}; known here: {', '.join(known)}"
             )
-        hint = hints[key]
-        if is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UsageError(f"{where(name)}: {name} is a section; write {name}.key")
-            values[key] = _fill(hint, value, f"{name}.", where)
+        if not is_dataclass(hints[key]):
+            values[key] = _checked(hints[key], value, name, origin)
+        elif isinstance(value, dict):
+            values[key] = _fill(hints[key], value, f"{name}.", origin)
         else:
-            values[key] = _checked(hint, value, name, where)
+            raise UsageError(f"{origin.of(name)}: {name} is a section; write {name}.key")
     return kind(**values)
 
 
-def _checked(hint: Any, value: Any, name: str, where: Callable[[str], str]) -> Any:
+def _checked(hint: Any, value: Any, name: str, origin: _Origin) -> Any:
+    """A value as its field has it. hint: the field's type: plain, optional, or a Literal."""
     if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise UsageError(
-                f"{where(name)}: {name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}"
-            )
-        return value
-    allowed = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise UsageError(
+            f"{origin.of(name)}: {name} must be one of {', '.join(choices)}, not {value!r}"
+        )
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as a string
+            # YAML reads 1e-4 as a string.
+            return float(value)
         except (TypeError, ValueError):
             pass
-    if any(type(value) is a for a in allowed):
+    if type(value) in allowed:
         return value
-    wanted = " or ".join("nothing" if a is type(None) else a.__name__ for a in allowed)
-    raise UsageError(f"{where(name)}: {name} must be {wanted}, not {value!r}")
+    wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise UsageError(f"{origin.of(name)}: {name} must be {wanted}, not {value!r}")

@@ -1,208 +1,183 @@
 """How far quantized graphs are from their fp32 ones: each graph, each decoder layer, and the latent
-loop step by step.
-
-May import: numpy, Pillow, matplotlib, the core.
+loop step by step. May import: numpy, Pillow, matplotlib and the core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lvr_lite.export.layers import DecoderLayers, LayerCall
-from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Prompt
+from lvr_lite.generate.decode import Prompt, embedded
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.toy.make import scene_samples
+from lvr_lite.model.padding import PaddedBatch
+from lvr_lite.quant.prompts import load_prompts
+from lvr_lite.quant.reports import DecoderDrift, Drift, StepDrift
 
-LATENT_STEPS = 8  # over which drift is measured
-PROMPTS = 4  # questions about drawn scenes, of the training split
-LARGE = (
-    4 << 30
-)  # bytes of an fp32 bundle beyond which layers are compared one by one, and nothing else
+# Latent steps over which drift is measured.
+LATENT_STEPS = 8
+# Questions about drawn scenes, and the seed of these.
+PROMPTS = 4
+SEED = 7
+# Bytes of an fp32 bundle beyond which layers are compared one by one, and nothing else: both
+# bundles at once may not fit into memory.
+LARGE = 4 << 30
 
 
-def measure(source: Path, quantized: Path) -> dict[str, Any]:
-    """Errors of a quantized bundle against its fp32 one, all as norm of the difference / norm of
-    the reference.
-
-    vision_encoder, embed_tokens, lm_head: on the same input. layers: of each decoder layer on the
-    same input, fp32's. decoder: states after the prompt, then of 8 latent steps: `fed_back`, where
-    both go on from their own states, so that errors may add up, and `token_fed`, where both are fed
-    the embedding of <|lvr|>; each with relative error, cosine, and norm / norm of the reference. A
-    bundle of more than 4 GiB in fp32 is compared layer by layer only ("decoder" is null): both at
-    once may not fit into memory.
+def measure(source: Bundle, quantized: Bundle) -> Drift:
+    """Errors of a quantized bundle against its fp32 one. Of an fp32 bundle of more than 4 GiB,
+    layer by layer alone.
     """
-    original = Bundle.open(source, check=False)
-    other = OnnxRuntime(Bundle.open(quantized))
-    layers = _layers(original, other)
-    if original.bytes > LARGE:
-        return {"layers": layers, "decoder": None}
-    reference = OnnxRuntime(original)
-    return {**_graphs(reference, other), "layers": layers, "decoder": latent_loop(reference, other)}
+    runtime = OnnxRuntime(quantized)
+    layers = _layer_drift(source, quantized, runtime)
+    if source.bytes > LARGE:
+        return Drift(graphs={}, layers=layers, decoder=None)
+    reference = OnnxRuntime(source)
+    graphs = _graph_drift(reference, runtime)
+    return Drift(graphs, layers, latent_loop(reference, runtime))
 
 
-def _graphs(*both: OnnxRuntime) -> dict[str, Any]:
-    reference = both[0]
+def _graph_drift(reference: Runtime, other: Runtime) -> dict[str, float]:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
     pixels = reference.processor.see([noise])
     ids = rng.integers(0, reference.processor.tokenizer.get_vocab_size(), (1, 24), np.int64)
-    hidden = _start(reference, prompts(reference, 1))
+    hidden = _start(reference, load_prompts(reference, "scenes", 1, SEED))
+    both = (reference, other)
     return {
-        "vision_encoder": _apart(
-            *(runtime.encode(pixels.patches, pixels.grids) for runtime in both)
-        ),
-        "embed_tokens": _apart(*(runtime.embed(ids) for runtime in both)),
-        "lm_head": _apart(*(runtime.head(hidden) for runtime in both)),
+        "vision_encoder": _relative(*(r.encode(pixels.patches, pixels.grids) for r in both)),
+        "embed_tokens": _relative(*(r.embed(ids) for r in both)),
+        "lm_head": _relative(*(r.head(hidden) for r in both)),
     }
 
 
-def _layers(source: Bundle, other: OnnxRuntime) -> list[float]:
+def _layer_drift(source: Bundle, quantized: Bundle, runtime: Runtime) -> list[float]:
     """Of what each layer adds to a prompt's states; both read what the fp32 layers before wrote."""
-    runs = [DecoderLayers(bundle) for bundle in (source, other.bundle)]
-    embeds, positions, lengths = _inputs(other, prompts(other, 1))
-    width, found = other.hidden_size, []
-    states, added = embeds[..., :width], embeds[..., width:]
-    for index in range(other.bundle.manifest.decoder.layers):
-        part = added[..., index * width : (index + 1) * width]
-        call = LayerCall(states, positions, lengths, part if part.shape[-1] else None)
-        want, got = (run.run(index, [call])[0] for run in runs)
-        found.append(_apart(want - states, got - states))
-        states = want
-    return found
+    reference = DecoderLayers(source)
+    other = DecoderLayers(quantized)
+    embeds, positions, lengths = _inputs(runtime, load_prompts(runtime, "scenes", 1, SEED))
+    width = runtime.hidden_size
+    states = embeds[..., :width]
+    drifts = []
+    for index in range(source.manifest.decoder.layers):
+        first = (index + 1) * width
+        added = embeds[..., first : first + width]
+        call = LayerCall(states, positions, lengths, added if added.shape[-1] else None)
+        (wanted,) = reference.run(index, [call])
+        (got,) = other.run(index, [call])
+        drifts.append(_relative(wanted - states, got - states))
+        states = wanted
+    return drifts
 
 
-def prompts(runtime: OnnxRuntime, count: int) -> list[Prompt]:
-    """Questions about drawn scenes, of the training split, as prompts for this model."""
-    asked = []
-    for sample, picture in scene_samples(count, 7, "train"):
-        asked.append(prepare_prompt(runtime, [picture], sample.question)[0])
-    return asked
-
-
-def _inputs(runtime: OnnxRuntime, asked: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeddings, positions and lengths of the prompts with <|lvr_start|> after them."""
-    lengths = np.array([len(p.ids) + 1 for p in asked])
-    longest, start = int(lengths.max()), runtime.processor.tokens.lvr_start
-    ids = np.full((len(asked), longest), runtime.processor.tokens.end[0], np.int64)
-    positions = np.zeros((3, len(asked), longest), np.int64)
-    for i, p in enumerate(asked):
-        ids[i, : lengths[i]] = [*p.ids, start]
-        positions[:, i, : lengths[i]] = np.concatenate(
-            [p.positions, np.full((3, 1), p.positions.max() + 1)], 1
-        )
-    embeds = runtime.embed(ids)
-    embeds = np.pad(
-        embeds, ((0, 0), (0, 0), (0, max(p.features.shape[1] for p in asked) - embeds.shape[2]))
-    )
-    for i, p in enumerate(asked):
-        embeds[i, : lengths[i] - 1][
-            p.ids == runtime.processor.tokens.image, : p.features.shape[1]
-        ] = p.features
-    return embeds, positions, lengths
-
-
-def _start(runtime: OnnxRuntime, asked: list[Prompt]) -> np.ndarray:
-    """States (B, H) after the prompts and <|lvr_start|>."""
-    embeds, positions, lengths = _inputs(runtime, asked)
-    runtime.start(len(asked), embeds.shape[1] + LATENT_STEPS)
-    return np.array(runtime.prefill(embeds, positions, lengths))
-
-
-def latent_loop(reference: OnnxRuntime, other: OnnxRuntime, count: int = PROMPTS) -> dict[str, Any]:
+def latent_loop(reference: Runtime, other: Runtime, count: int = PROMPTS) -> DecoderDrift:
     """Drift over the latent steps of `count` prompts; the visual tokens are those of each runtime's
     own vision graph.
     """
-    asked = [prompts(runtime, count) for runtime in (reference, other)]
-    states = {
-        feeding: [
-            _loop(runtime, p, feeding) for runtime, p in zip((reference, other), asked, strict=True)
-        ]
-        for feeding in ("fed_back", "token_fed")
-    }
-    found: dict[str, Any] = {
-        "prompts": count,
-        "prefill": _apart(states["fed_back"][0][0], states["fed_back"][1][0]),
-    }
-    for feeding, (want, got) in states.items():
-        steps = list(zip(want[1:], got[1:], strict=True))
-        found[feeding] = {
-            "relative": [_apart(a, b) for a, b in steps],
-            "cosine": [float(np.mean(_cosine(a, b))) for a, b in steps],
-            "norm": [
-                float(np.mean(np.linalg.norm(b, axis=-1) / np.linalg.norm(a, axis=-1)))
-                for a, b in steps
-            ],
-        }
-    return found
-
-
-def _loop(runtime: OnnxRuntime, asked: list[Prompt], feeding: str) -> list[np.ndarray]:
-    """States (B, H) after the prompts and after each latent step."""
-    states = [_start(runtime, asked)]
-    marker = runtime.embed(np.full((len(asked), 1), runtime.processor.tokens.lvr, np.int64))[:, 0]
-    feedback: Callable[[np.ndarray], np.ndarray] = (
-        (lambda _: marker) if runtime.latent.feedback == "token" else runtime.latent.fed
+    wanted_prompts = load_prompts(reference, "scenes", count, SEED)
+    got_prompts = load_prompts(other, "scenes", count, SEED)
+    wanted = _loop(reference, wanted_prompts, feeds_back=True)
+    got = _loop(other, got_prompts, feeds_back=True)
+    wanted_fed = _loop(reference, wanted_prompts, feeds_back=False)
+    got_fed = _loop(other, got_prompts, feeds_back=False)
+    return DecoderDrift(
+        prompts=count,
+        prefill=_relative(wanted[0], got[0]),
+        fed_back=_step_drift(wanted[1:], got[1:]),
+        token_fed=_step_drift(wanted_fed[1:], got_fed[1:]),
     )
-    following = np.array([p.positions.max() + 2 for p in asked])
+
+
+def _step_drift(wanted: list[np.ndarray], got: list[np.ndarray]) -> StepDrift:
+    steps = list(zip(wanted, got, strict=True))
+    return StepDrift(
+        relative=[_relative(a, b) for a, b in steps],
+        cosine=[float(np.mean(_cosine(a, b))) for a, b in steps],
+        norm=[float(np.mean(_norm(b) / _norm(a))) for a, b in steps],
+    )
+
+
+def _loop(runtime: Runtime, prompts: list[Prompt], feeds_back: bool) -> list[np.ndarray]:
+    """States (B, H) after the prompts and after each latent step. feeds_back: each step is fed what
+    the model makes of its own state; otherwise the embedding of <|lvr|>.
+    """
+    states = [_start(runtime, prompts)]
+    ids = np.full((len(prompts), 1), runtime.processor.tokens.lvr, np.int64)
+    marker = runtime.embed(ids)[:, 0]
+    following = np.array([prompt.positions.max() + 2 for prompt in prompts])
     for step in range(LATENT_STEPS):
-        fed = feedback(states[-1]) if feeding == "fed_back" else marker
+        fed = marker
+        if feeds_back and runtime.latent.feedback != "token":
+            fed = runtime.latent.fed(states[-1])
         states.append(np.array(runtime.step(np.array(fed), following + step)))
     return states
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray(
-        (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-30)
-    )
+def _start(runtime: Runtime, prompts: list[Prompt]) -> np.ndarray:
+    """States (B, H) after the prompts and <|lvr_start|>."""
+    embeds, positions, lengths = _inputs(runtime, prompts)
+    runtime.start(len(prompts), embeds.shape[1] + LATENT_STEPS)
+    return np.array(runtime.prefill(embeds, positions, lengths))
 
 
-def _apart(wanted: np.ndarray, found: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
-
-
-def draw(
-    measured: dict[str, dict[str, Any]] | dict[str, Any], path: Path, precision: str | None = None
-) -> None:
-    """A figure (PNG) of drift by latent step. measured: what `measure` found for `precision`, or
-    {precision: that} of several.
+def _inputs(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `Runtime.prefill` takes of the prompts with <|lvr_start|> after them: embeddings (B, S,
+    H), or as wide as the visual tokens, positions (3, B, S) and lengths (B,).
     """
-    found = {precision: measured} if precision is not None else measured
-    found = {name: one for name, one in found.items() if one["decoder"]}
-    if not found:
+    tokens = runtime.processor.tokens
+    batch = PaddedBatch.of(
+        [np.append(prompt.ids, tokens.lvr_start) for prompt in prompts],
+        [_one_more(prompt.positions) for prompt in prompts],
+        filler=tokens.end[0],
+    )
+    features = [prompt.features for prompt in prompts]
+    return embedded(runtime, batch, tokens.image, features), batch.positions, batch.lengths
+
+
+def _one_more(positions: np.ndarray) -> np.ndarray:
+    following = np.full((3, 1), positions.max() + 1)
+    return np.concatenate([positions, following], 1)
+
+
+def _norm(states: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.norm(states, axis=-1))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    lengths = np.maximum(_norm(a) * _norm(b), 1e-30)
+    return np.asarray((a * b).sum(-1) / lengths)
+
+
+def _relative(wanted: np.ndarray, got: np.ndarray) -> float:
+    """Norm of the difference / norm of what is wanted."""
+    size = max(float(np.linalg.norm(wanted)), 1e-30)
+    return float(np.linalg.norm(got - wanted) / size)
+
+
+def draw(drifts: Mapping[str, Drift], path: Path) -> None:
+    """A figure (PNG) of drift by latent step; drifts: {precision: what `measure` returned}. None
+    where no bundle was compared whole.
+    """
+    decoders = {name: drift.decoder for name, drift in drifts.items() if drift.decoder}
+    if not decoders:
         return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = range(1, LATENT_STEPS + 1)
-    for name, one in found.items():
-        (line,) = left.plot(
-            steps,
-            [100 * e for e in one["decoder"]["fed_back"]["relative"]],
-            marker="o",
-            label=f"{name}, fed back",
-        )
-        left.plot(
-            steps,
-            [100 * e for e in one["decoder"]["token_fed"]["relative"]],
-            "--",
-            color=line.get_color(),
-            label=f"{name}, token fed",
-        )
-        right.plot(
-            steps,
-            one["decoder"]["fed_back"]["cosine"],
-            marker="o",
-            color=line.get_color(),
-            label=name,
-        )
+    for name, decoder in decoders.items():
+        fed_back = [100 * error for error in decoder.fed_back.relative]
+        token_fed = [100 * error for error in decoder.token_fed.relative]
+        (line,) = left.plot(steps, fed_back, marker="o", label=f"{name}, fed back")
+        color = line.get_color()
+        left.plot(steps, token_fed, "--", color=color, label=f"{name}, token fed")
+        right.plot(steps, decoder.fed_back.cosine, marker="o", color=color, label=name)
     left.set(xlabel="latent step", ylabel="error of the state, % of fp32", ylim=(0, None))
     right.set(xlabel="latent step", ylabel="cosine to fp32, fed back", ylim=(None, 1))
     left.legend(frameon=False, fontsize=7, ncols=2)

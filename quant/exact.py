@@ -1,24 +1,28 @@
 """Bundles that run what was trained: the 4-bit base as bitsandbytes packed it, its adapters beside
-it. May import: onnx, the core.
+it. May import: onnx and the core.
 
-MatMulBnb4 reads bitsandbytes' NF4 bytes as they are. It is slow (21 times int4's kernel, FACTS):
-the oracle that other precisions are measured against.
+MatMulBnb4 reads bitsandbytes' NF4 bytes as they are. It is 21 times slower than the kernel of int4:
+a reference that the other precisions are measured against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 
 from lvr_lite import terminal
+from lvr_lite.export.graphs.structure import Origin
 from lvr_lite.export.onnxfile import DataFile
-from lvr_lite.quant.quantize import MICROSOFT, become
+from lvr_lite.files import JsonObject
+from lvr_lite.quant.integers import Read, change_operator, declare_microsoft
 from lvr_lite.train.trained_weights import TrainedWeights
 
-NF4 = 1  # MatMulBnb4's quant_type
+# MatMulBnb4's quant_type.
+NF4 = 1
+# Values that share a scale, as bitsandbytes packs them.
+BLOCK = 64
 
 
 class ExactConvert:
@@ -31,41 +35,53 @@ class ExactConvert:
         self,
         graph: str,
         model: onnx.ModelProto,
-        read: Callable[[onnx.TensorProto], np.ndarray],
+        read: Read,
         data: DataFile,
-        origins: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Linears of the 4-bit base become MatMulBnb4; everything else stays in float32. `model` is
-        changed in place.
-        """
-        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        made: list[onnx.TensorProto] = []
+        origins: Mapping[str, Origin],
+    ) -> JsonObject:
+        """Linears of the 4-bit base become MatMulBnb4, in place; all else stays in float32."""
+        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        packed: list[onnx.TensorProto] = []
+        replaced = 0
         for node in terminal.bar(list(model.graph.node), graph):
             origin = origins.get(node.input[1]) if node.op_type == "MatMul" else None
             if origin is None or origin.parameter not in self._weights.in_nf4:
                 continue
-            weight = initializers.pop(node.input[1])
-            packed, scales = self._weights.nf4(origin.parameter)
-            parts = [
-                data.add(f"{weight.name}_nf4", packed),
-                data.add(f"{weight.name}_scales", scales),
-            ]
-            made += parts
-            attributes = {
-                "K": weight.dims[0],
-                "N": weight.dims[1],
-                "block_size": 64,
-                "quant_type": NF4,
-            }
-            become(node, "MatMulBnb4", [node.input[0], *(part.name for part in parts)], attributes)
-        kept = [data.add(tensor.name, read(tensor)) for tensor in initializers.values()]
+            weight = weights.pop(node.input[1])
+            values, scales = self._weights.nf4(origin.parameter)
+            packed += _replace(node, weight, values, scales, data)
+            replaced += 1
+        floats = [data.add(tensor.name, read(tensor)) for tensor in weights.values()]
         del model.graph.initializer[:]
-        model.graph.initializer.extend([*made, *kept])
-        if made and not any(opset.domain == MICROSOFT for opset in model.opset_import):
-            model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
-        adapters = sum(name.endswith((".lora_A", ".lora_B")) for name in initializers) // 2
+        model.graph.initializer.extend([*packed, *floats])
+        if packed:
+            declare_microsoft(model)
+        adapters = sum(name.endswith((".lora_A", ".lora_B")) for name in weights) // 2
         return {
-            "precision": "nf4" if made else "fp32",
-            "replaced": len(made) // 2,
+            "precision": "nf4" if packed else "fp32",
+            "replaced": replaced,
             "adapters": adapters,
         }
+
+
+def _replace(
+    node: onnx.NodeProto,
+    weight: onnx.TensorProto,
+    values: np.ndarray,
+    scales: np.ndarray,
+    data: DataFile,
+) -> list[onnx.TensorProto]:
+    """Turn a MatMul into MatMulBnb4; the tensors that took the place of its weight (K, N)."""
+    tensors = [
+        data.add(f"{weight.name}_nf4", values),
+        data.add(f"{weight.name}_scales", scales),
+    ]
+    attributes = {
+        "K": weight.dims[0],
+        "N": weight.dims[1],
+        "block_size": BLOCK,
+        "quant_type": NF4,
+    }
+    inputs = [node.input[0], *(tensor.name for tensor in tensors)]
+    change_operator(node, "MatMulBnb4", inputs, attributes)
+    return tensors

@@ -47,6 +47,14 @@ def everything_about(spec: GraphSpec, codes: Mapping[int, str]) -> str:
     return repr((spec.module, shapes, configs, buffers, rows, ends, sorted(codes.items())))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """ONNX Runtime's pool of threads is the process's: the first test would size it for all."""
+    from lvr_lite.generate.onnx import share_pools
+
+    share_pools(1)
+
+
 @pytest.fixture(scope="session")
 def structures_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """torch traces each graph once a session, which takes 9 of 10 seconds of an export: what it
@@ -163,9 +171,10 @@ def small_fp32(
 @pytest.fixture(scope="session")
 def small_int8(small_fp32: Path) -> Path:
     """`small_fp32` with its weights in 8 bits."""
+    from lvr_lite.model.bundle import Bundle
     from lvr_lite.quant.quantize import quantize_bundle
 
-    quantize_bundle(small_fp32, small_fp32.parent / "int8", "int8", print)
+    quantize_bundle(Bundle.open(small_fp32), small_fp32.parent / "int8", "int8", print)
     return small_fp32.parent / "int8"
 
 

@@ -34,7 +34,7 @@ from lvr_lite.bench.experiments.runner import (
     table,
     write_results,
 )
-from lvr_lite.eval.suite import versus
+from lvr_lite.eval.comparing import versus
 
 STARTS = {"bottleneck": "lvr-bottleneck", "grounded": "lvr-free"}
 SFT_STEPS = 250

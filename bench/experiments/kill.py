@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lvr_lite.bench.experiments.runner import command, launch, overrides, run
 from lvr_lite.model.bundle import read_manifest
-from lvr_lite.train.finetune import last_whole_checkpoint
+from lvr_lite.train.trainer import last_whole_checkpoint
 
 RUNS_OF_TRAINING = 6
 SETTINGS = (

@@ -31,7 +31,7 @@ from lvr_lite.bench.experiments.runner import (
     read_json,
     write_results,
 )
-from lvr_lite.eval.suite import versus
+from lvr_lite.eval.comparing import versus
 
 # The most telling first.
 METHODS = ("sft", "lvr-bottleneck", "dummy", "lvr", "lvr-free", "lvr-bottleneck-untargeted")

@@ -51,7 +51,8 @@ from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train import memory as plan
 from lvr_lite.train.batches import Collator
-from lvr_lite.train.finetune import adapted
+from lvr_lite.train.load import adapted
+from lvr_lite.train.methods import Batch
 from lvr_lite.train.sft import LatentSFT
 
 ANSWERING = "answering held-out questions"
@@ -187,10 +188,10 @@ def as_on_a_card(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def tokens_of(batch: dict[str, Any], checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
+def tokens_of(batch: Batch, checkpoint: Checkpoint, settings: Settings) -> plan.Tokens:
     """The tokens of a batch's longest row, as the plan has them."""
     (rows,) = [batch] if "ids" in batch else batch["direct"]
-    visual = int((rows["ids"][0] == checkpoint.tokens.image).sum())
+    visual = int((rows["ids"][0] == checkpoint.processor.tokens.image).sum())
     latents = plan.latents(settings, plan.Tokens(visual))
     text = int(rows["response"]) - visual
     markers = 2 if latents else 0
@@ -229,7 +230,7 @@ def measure_training(
     set_checkpointing(model, settings.train.gradient_checkpointing)
     batch = Collator(checkpoint, settings.latent)(items_of(visual, settings.train.batch))
     tokens = tokens_of(batch, checkpoint, settings)
-    sft = LatentSFT(model, checkpoint.tokens, settings.latent).train()
+    sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(settings.train.optimizer, trained)
     saved = Saved(sft)
@@ -326,8 +327,8 @@ def measure(shape: str, options: Options) -> Iterator[tuple[Case, Measured]]:
     """The rows of one shape."""
     tiny = read_checkpoint("tiny")
     config = config_of(shape, options.layers)
-    image_spec = tiny.image_spec | {"max_pixels": 28 * 28 * max(SIDES)}
-    checkpoint = replace(tiny, config=config, image_spec=image_spec)
+    processor = tiny.processor.with_max_pixels(28 * 28 * max(SIDES))
+    checkpoint = replace(tiny, config=config, processor=processor)
     device = options.device
     base = build(config, checkpoint, options.dtype, device)
     model = adapted(base, checkpoint, options.settings())

@@ -74,7 +74,7 @@ def build(
     """A model of this config with random weights, ready to be adapted as `checkpoint` is."""
     model = _empty(config)
     for path, module in list(model.named_modules()):
-        target = re.fullmatch(checkpoint.family.LORA_TARGETS, path)
+        target = re.fullmatch(checkpoint.processor.family.lora_targets, path)
         if target and isinstance(module, torch.nn.Linear):
             model.set_submodule(path, _quantized(module, dtype, device))
     for path, parameter in list(model.named_parameters()):

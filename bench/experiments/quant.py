@@ -34,6 +34,7 @@ from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.quant import drift
+from lvr_lite.quant.reports import Drift
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load
 
@@ -200,7 +201,8 @@ def main(
     for name in PROBED:
         bundles[name] = replace(bundles[name], probe=probe(out, name))
     write_results(out / "quant.json", {"exact_against_torch": exact, "bundles": bundles})
-    drift.draw({name: bundles[name].drift for name in DRAWN}, out / "drift.png")
+    drifts = {name: Drift.from_json(bundles[name].drift) for name in DRAWN}
+    drift.draw(drifts, out / "drift.png")
 
 
 if __name__ == "__main__":

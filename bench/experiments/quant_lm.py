@@ -32,10 +32,14 @@ from lvr_lite.export import onnxfile
 from lvr_lite.export.write import write_bundle
 from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.onnx import OnnxRuntime, open_session
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.quant import quantize, search
-from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.exact import ExactConvert
+from lvr_lite.quant.products import Products
+from lvr_lite.quant.quantize import Converter, quantize_bundle
+from lvr_lite.quant.schemes import RoundingPlan, Scheme, plan_of
+from lvr_lite.quant.search import Search, write_mixed
 from lvr_lite.train import load
 from lvr_lite.train.trained_weights import TrainedWeights
 
@@ -192,14 +196,14 @@ def add_own(
             if not table.wants(name):
                 continue
             began = time.time()
-            plan = quantize.Plan({"decoder": quantize.Scheme(4, block, False)}, {}, inputs)
+            plan = RoundingPlan({"decoder": Scheme(4, block, False)}, products=inputs)
             folder = out / "fp32" / "onnx"
             model = onnxfile.load(folder / "decoder.onnx")
             read = partial(onnxfile.read, folder=folder)
             with onnxfile.data_file(out / f"own-{block}.onnx") as data:
-                report = quantize.convert("decoder", model, read, data, plan, quantize.Shared())
+                done = Converter(plan).convert("decoder", model, read, data)
             session = open_session(model.SerializeToString(), out)
-            bits = 8 * report["bytes_of_weights"] / report["weights"]
+            bits = 8 * done.bytes_of_weights / done.weights
             table.add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
 
 
@@ -210,43 +214,42 @@ def add_own(
 def add_bundles(
     table: Table,
     out: Path,
-    desk: search.Desk,
+    calibration: Calibration,
     products: Products,
 ) -> None:
     """int8, fp16, and int4 without and with training of scales and norms."""
-    rounded = replace(quantize.whole("int4"), products=products)
+    rounded = replace(plan_of("int4"), products=products)
     for name in ("int8", "fp16", "int4, not trained", "int4"):
         if not table.wants(name):
             continue
         began = time.time()
         precision = name.partition(",")[0]
-        report = quantize.quantize_bundle(
-            out / "fp32",
+        report = quantize_bundle(
+            calibration.source,
             out / precision,
             precision,
             print,
             plan=rounded if precision == "int4" else None,
-            tune=desk.tuning(products) if name == "int4" else None,
+            tuner=calibration.tuner(products) if name == "int4" else None,
         )
-        runtime = OnnxRuntime(out / precision)
-        table.add(name, runtime, report["bits_per_weight"], time.time() - began)
+        runtime = OnnxRuntime(Bundle.open(out / precision))
+        table.add(name, runtime, report.bits_per_weight, time.time() - began)
 
 
-def add_mixed(table: Table, out: Path, desk: search.Desk) -> None:
+def add_mixed(table: Table, out: Path, calibration: Calibration, products: Products) -> None:
     """`mixed` of several budgets, by one search."""
     short = [
         Prompt(p.ids[:SCORED_TOKENS], p.features, p.positions[:, :SCORED_TOKENS])
-        for p in desk.prompts[:SCORED_PROMPTS]
+        for p in calibration.prompts[:SCORED_PROMPTS]
     ]
     began = time.time()
-    mixing = search.Search(out / "fp32", desk, print, None, short)
-    tuning = mixing.tuning
+    search = Search(calibration, products, scored=short)
     for budget, trained in BUDGETS:
         name = f"mixed, budget {budget:g}" + ("" if trained else ", not trained")
-        mixing.tuning = tuning if trained else None
-        report = search.write_mixed(out / "fp32", out / name, budget, mixing, print)
-        runtime = OnnxRuntime(out / name)
-        table.add(name, runtime, report["bits_per_weight"], time.time() - began)
+        tuner = calibration.tuner(products) if trained else None
+        report = write_mixed(search, out / name, budget, tuner)
+        runtime = OnnxRuntime(Bundle.open(out / name))
+        table.add(name, runtime, report.bits_per_weight, time.time() - began)
 
 
 def add_exact(table: Table, out: Path, checkpoint: Checkpoint) -> None:
@@ -275,12 +278,12 @@ def main(out: Out, rows: str = "") -> None:
     table = Table(out / "quant_lm.json", rows, scorer)
     table.add("fp32", fp32, 32, 0)
     add_onnxruntime(table, out, fp32)
-    desk = search.Desk(out / "fp32", scratch, "", print, prompts)
-    products = desk.products()
+    calibration = Calibration(fp32.bundle, fp32, prompts, False, scratch, print)
+    products = calibration.products()
     add_own(table, out, fp32, products)
-    add_bundles(table, out, desk, products)
+    add_bundles(table, out, calibration, products)
     if table.wants("mixed"):
-        add_mixed(table, out, desk)
+        add_mixed(table, out, calibration, products)
     if table.wants("exact"):
         add_exact(table, out, checkpoint)
 

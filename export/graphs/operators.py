@@ -34,7 +34,12 @@ def operator(
     )
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+) -> Tensor:
     """x (B, S, heads * head_dim) turned by cos, sin (B, S, head_dim / 2)."""
     return operator("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, (x,), version=OPSET)[0]
 
@@ -48,7 +53,12 @@ def normalized(norm: TransformersModule, x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of patches to patches (B, N, heads, head_dim).
 

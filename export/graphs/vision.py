@@ -58,7 +58,8 @@ class VisionEncoder(nn.Module):
         positions = inputs["position_ids"]
         if "near_ids" in inputs:
             near = tower.pos_embed(inputs["near_ids"])
-            x = x + (near * inputs["near_weights"][..., None]).sum(1)
+            weights = inputs["near_weights"][..., None]
+            x = x + (near * weights).sum(1)
         within_image = _attention_bias(inputs["image_id"])
         within_window = None
         if "window_index" in inputs:
@@ -89,7 +90,12 @@ class VisionEncoder(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def _reordered(x: Tensor, order: Tensor, n: int, unit: int) -> Tensor:
+def _reordered(
+    x: Tensor,
+    order: Tensor,
+    n: int,
+    unit: int,
+) -> Tensor:
     """x (…, N, C), whose runs of `unit` patches are visual tokens -> its tokens in this order,
     (N / unit, unit * C).
     """
@@ -103,7 +109,11 @@ def _attention_bias(ids: Tensor) -> Tensor:
 
 
 def _self_attention(
-    module: TransformersModule, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None
+    module: TransformersModule,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     """x (1, N, C) -> (1, N, C).
 
@@ -124,12 +134,14 @@ def _merged(merger: TransformersModule, x: Tensor, unit: int) -> Tensor:
     blocks = (1, x.shape[1] // unit, unit * x.shape[2])
     # transformers' merger of Qwen2-VL and Qwen2.5-VL has other modules than that of Qwen3-VL.
     if hasattr(merger, "ln_q"):
-        return torch.as_tensor(merger.mlp(normalized(merger.ln_q, x).reshape(blocks)))
+        x = normalized(merger.ln_q, x).reshape(blocks)
+        return torch.as_tensor(merger.mlp(x))
     if merger.use_postshuffle_norm:
         x = merger.norm(x.reshape(blocks))
     else:
         x = merger.norm(x).reshape(blocks)
-    return torch.as_tensor(merger.linear_fc2(merger.act_fn(merger.linear_fc1(x))))
+    x = merger.act_fn(merger.linear_fc1(x))
+    return torch.as_tensor(merger.linear_fc2(x))
 
 
 def vision_spec(
@@ -137,9 +149,14 @@ def vision_spec(
 ) -> GraphSpec:
     """The vision graph, with three pictures of two visual tokens each as its example."""
     merge = tower.spatial_merge_size
-    grids = [Grid(2 * merge, merge), Grid(merge, 2 * merge), Grid(merge, 2 * merge)]
+    grids = [
+        Grid(2 * merge, merge),
+        Grid(merge, 2 * merge),
+        Grid(merge, 2 * merge),
+    ]
     channels = tower.patch_embed.proj.weight[0].numel()
-    inputs = {n: torch.from_numpy(array) for n, array in processor.vision_inputs(grids).items()}
+    arrays = processor.vision_inputs(grids)
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tokens = axis("tokens")
     first = {"patches": {0: merge**2 * tokens}, "tokens": {0: tokens}}
     return GraphSpec(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from lvr_lite.commands.inspect import OK, BundleContents, CheckpointContents
+from lvr_lite.files import JsonObject
 from lvr_lite.model.bundle import Graph, TensorInfo
 
 ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
@@ -65,7 +64,7 @@ def _ends(tensors: dict[str, TensorInfo]) -> str:
     return "\n".join(f"{line} × {n}" if n > 1 else line for line, n in lines.items())
 
 
-def _show_report(report: dict[str, Any], console: Console) -> None:
+def _show_report(report: JsonObject, console: Console) -> None:
     """What quantization did: weights by graph, drift of the latent loop, and the search where there
     was one.
     """
@@ -88,7 +87,7 @@ def _show_report(report: dict[str, Any], console: Console) -> None:
         console.print(_search(report["search"]))
 
 
-def _weight_cells(graph: dict[str, Any]) -> tuple[str, ...]:
+def _weight_cells(graph: JsonObject) -> tuple[str, ...]:
     worst = max(graph["layers"].items(), key=lambda item: item[1], default=None)
     lines = [graph["what"], "; ".join(graph["schemes"])]
     if graph["shared"]:
@@ -102,7 +101,7 @@ def _weight_cells(graph: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _search(search: dict[str, Any]) -> Table:
+def _search(search: JsonObject) -> Table:
     chosen = search["chosen"]
     eight = chosen["eight"]
     facts = {
@@ -114,7 +113,7 @@ def _search(search: dict[str, Any]) -> Table:
     return _facts(facts, title="search")
 
 
-def _drift(drift: dict[str, Any]) -> Table:
+def _drift(drift: JsonObject) -> Table:
     columns = ("fed back: error", "cosine", "norm", "tokens fed: error", "cosine", "norm")
     after_prompt = f"after the prompt: {drift['prefill']:.2%}"
     title = f"latent steps against fp32, {drift['prompts']} prompts ({after_prompt})"
@@ -154,7 +153,7 @@ def _table(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, title_justify="left")
 
 
-def _facts(facts: dict[str, Any], title: str | None = None) -> Table:
+def _facts(facts: JsonObject, title: str | None = None) -> Table:
     table = Table("", "", show_header=False, title=title, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, str(value))

@@ -77,8 +77,8 @@ def eval_(
     Example: lvr-lite eval bundle --suite mmvp --path MMVP --steps 0,4,8 --answers mmvp.jsonl
     """
     from lvr_lite.commands.evaluate import EvalOptions, evaluate
+    from lvr_lite.eval.comparing import reference_hint
     from lvr_lite.eval.report import show
-    from lvr_lite.eval.suite import reference_hint
     from lvr_lite.terminal import say
 
     options = EvalOptions(

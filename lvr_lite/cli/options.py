@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lvr_lite.files import JsonObject
 
 JsonOut = Annotated[
     Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")
@@ -27,13 +30,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Questions decoded together.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with plots.")]
 
 
-class Result(Protocol):
-    """What a command returns."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-def write_json(path: Path | None, data: dict[str, Any]) -> None:
+def write_json(path: Path | None, data: JsonObject) -> None:
     """Write what `--json` asks for, where it was given."""
     if path is not None:
         from lvr_lite.files import write_atomically

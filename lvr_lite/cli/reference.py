@@ -67,9 +67,9 @@ def _row(parameter: Any) -> str:
 def python_page() -> str:
     """The overview of `help(lvr_lite)`, then every public name with its signature and its text."""
     overview = inspect.cleandoc(lvr_lite.__doc__ or "")
-    names = [getattr(lvr_lite, name) for name in lvr_lite.__all__]
-    functions = [_function(thing) for thing in names if inspect.isfunction(thing)]
-    classes = [_class(thing) for thing in names if inspect.isclass(thing)]
+    things = {name: getattr(lvr_lite, name) for name in lvr_lite.__all__}
+    functions = [_function(n, thing) for n, thing in things.items() if inspect.isfunction(thing)]
+    classes = [_class(n, thing) for n, thing in things.items() if inspect.isclass(thing)]
     parts = [
         f"# The Python API\n\n{MADE}",
         f"```text\n{overview}\n```\n",
@@ -81,16 +81,15 @@ def python_page() -> str:
     return "\n".join(parts)
 
 
-def _function(function: Any) -> str:
-    return _entry(f"{function.__name__}{_signature(function)}", function)
+def _function(name: str, function: Any) -> str:
+    return _entry(f"{name}{_signature(function)}", function)
 
 
-def _class(kind: Any) -> str:
+def _class(name: str, kind: Any) -> str:
     """A class with its fields, which its text explains, and its public methods."""
-    name = kind.__name__
     if not dataclasses.is_dataclass(kind):
         methods = [m for n, m in inspect.getmembers(kind, inspect.isfunction) if n[0] != "_"]
-        entries = [_entry(f"{name}.{m.__name__}{_signature(m)}", m) for m in methods]
+        entries = [_function(f"{name}.{m.__name__}", m) for m in methods]
         return "\n".join([_entry(f"class {name}", kind), *entries])
     fields = [f"{f.name}: {f.type}" for f in dataclasses.fields(kind) if f.repr]
     return _entry(f"class {name}({', '.join(fields)})", kind)

@@ -11,6 +11,7 @@ from lvr_lite.cli.options import JsonOut, write_json
 
 if TYPE_CHECKING:
     from lvr_lite.commands.train import Training
+    from lvr_lite.files import JsonObject
 
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the adapter, settings, metrics and checkpoints.")
@@ -109,10 +110,10 @@ def _needed(command: str, data: str | None, out: Path | None) -> tuple[str, Path
     raise UsageError(f"{command} needs {' and '.join(missing)}; only --plan goes without")
 
 
-def _show_plan(report: dict[str, object], json_: Path | None) -> None:
-    from lvr_lite.train import memory
+def _show_plan(report: JsonObject, json_: Path | None) -> None:
+    from lvr_lite.train import memory_report
 
-    memory.show(report)
+    memory_report.show(report)
     write_json(json_, report)
 
 

@@ -51,7 +51,7 @@ class Conversion:
     problems: the broken rows.
     """
 
-    summary: convert.Written | None
+    summary: convert.Summary | None
     problems: list[Problem]
 
 

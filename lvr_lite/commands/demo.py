@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lvr_lite.commands.model import open_model
 from lvr_lite.errors import LvrError, UsageError
 from lvr_lite.files import JsonObject, write_atomically
 from lvr_lite.terminal import stderr
 from lvr_lite.toy.make import scene_samples
-from lvr_lite.views.look import views
+from lvr_lite.views.look import answer_views
 from lvr_lite.views.page import write_page
 
 RESULTS = "results.json"
@@ -203,7 +202,7 @@ class _Stages:
 
 def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
     quality = ("n", "accuracy", "interval", "by_type", "pair_accuracy")
-    known: dict[str, Any] = {field: score[field] for field in quality}
+    known: JsonObject = {field: score[field] for field in quality}
     if measured is not None:
         medians = ("ttft_ms", "ttfa_ms", "tpls_ms", "tpot_ms")
         known |= {field: measured[field]["p50_ms"] for field in medians}
@@ -231,7 +230,7 @@ def _examples(bundle: Path, answers: dict[str, list[JsonObject]]) -> list[JsonOb
         answer = model.ask([picture], sample.question)
         view = None
         if answer.latent_steps:
-            (view,) = views(model.runtime, answer.pictures, answer.prompt, answer.result)
+            (view,) = answer_views(model.runtime, answer.pictures, answer.prompt, answer.result)
         example = {
             "image": picture,
             "view": view,

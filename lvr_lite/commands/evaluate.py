@@ -10,12 +10,14 @@ from pathlib import Path
 
 from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
-from lvr_lite.eval import suite as suites
+from lvr_lite.eval.comparing import compare
+from lvr_lite.eval.interventions import chosen
+from lvr_lite.eval.suite import Plan
 from lvr_lite.files import JsonObject
 from lvr_lite.terminal import progress
 
 # What `evaluate` asks.
-EvalOptions = suites.Plan
+EvalOptions = Plan
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def evaluate(
     """
     plan = options or EvalOptions()
     with progress("answering") as bar:
-        report = suites.compare(
+        report = compare(
             str(model),
             against,
             plan,
@@ -114,7 +116,7 @@ def probe(
     Raises UsageError for a model without latents, and where it opened the latent loop in no answer.
     """
     options = options or ProbeOptions()
-    interventions = probing.chosen(options.only)
+    interventions = chosen(options.only)
     items = probing.load_items(options.data, options.limit, options.seed)
     runtime = models.open_runtime(model, threads)
     with progress("answering") as bar:

@@ -12,15 +12,13 @@ from pathlib import Path
 
 from lvr_lite.errors import UsageError
 from lvr_lite.files import JsonObject, check_free_space, fresh_folder
-from lvr_lite.model.bundle import MANIFEST
+from lvr_lite.model.bundle import MANIFEST, Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.terminal import quiet_libraries, say
 
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 SYNTHETIC = ("fp32", "int8", "int4", "fp16")
 FOUR_BITS = ("int4", "mixed")
-# of mixed, in bits a weight
-BUDGET = 5.0
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,9 @@ def export_model(
     check_free_space(target, int(parameters * bytes_a_weight))
     # All that is made on the way lies in one folder, which a killed run leaves to be swept.
     with fresh_folder(target, MANIFEST) as staged:
-        write_bundle(read, weights, staged / "fp32", say, reference)
-        report = _quantize(staged / "fp32", staged / "quantized", rounding)
-        shutil.rmtree(staged / "fp32")
+        fp32 = write_bundle(read, weights, staged / "fp32", say, reference)
+        report = _quantize(fp32, staged / "quantized", rounding)
+        shutil.rmtree(fp32.folder)
         for path in (staged / "quantized").iterdir():
             path.rename(staged / path.name)
         (staged / "quantized").rmdir()
@@ -143,7 +141,9 @@ def export_synthetic(shape: str, bundle: str | Path, rounding: Rounding | None =
     quiet_libraries()
     from lvr_lite.export.synthetic import SyntheticWeights, shape_of
     from lvr_lite.export.write import write_bundle
-    from lvr_lite.quant import quantize as weights
+    from lvr_lite.quant.form import check_form
+    from lvr_lite.quant.quantize import Converter
+    from lvr_lite.quant.schemes import plan_of
 
     checkpoint = shape_of(shape)
     if precision not in SYNTHETIC:
@@ -151,19 +151,18 @@ def export_synthetic(shape: str, bundle: str | Path, rounding: Rounding | None =
             f"--synthetic writes {', '.join(SYNTHETIC[:-1])} or {SYNTHETIC[-1]}, not {precision}: "
             "random weights have nothing to search or to keep"
         )
-    plan = weights.whole(precision, rounding.block) if precision.startswith("int") else None
+    plan = plan_of(precision, rounding.block) if precision.startswith("int") else None
     written = write_bundle(
         checkpoint,
         SyntheticWeights(checkpoint),
         Path(bundle),
         say,
         precision=precision,
-        convert=None if precision == "fp32" else weights.Converter(plan),
+        convert=None if precision == "fp32" else Converter(plan),
         source={"synthetic": shape, "base": shape, "adapter": False},
     )
-    graphs = written.manifest.graphs
-    weights.check_form(Path(bundle), graphs)
-    sizes = {name: graph.bytes for name, graph in graphs.items()}
+    check_form(written)
+    sizes = {name: graph.bytes for name, graph in written.manifest.graphs.items()}
     return Written("export", Path(bundle), precision, {"bytes": sizes})
 
 
@@ -174,14 +173,17 @@ def quantize(source: str | Path, target: str | Path, rounding: Rounding | None =
     is no fp32 bundle.
     """
     rounding = rounding or Rounding()
-    report = _quantize(Path(source), Path(target), rounding)
+    from lvr_lite.quant.quantize import check_precision
+
+    check_precision(rounding.precision)
+    report = _quantize(Bundle.open(Path(source)), Path(target), rounding)
     return Written("quantize", Path(target), rounding.precision, report)
 
 
-def _quantize(source: Path, target: Path, rounding: Rounding) -> JsonObject:
+def _quantize(source: Bundle, target: Path, rounding: Rounding) -> JsonObject:
     """report.json of the bundle that was written."""
+    from lvr_lite.quant.calibrated import quantize_calibrated
     from lvr_lite.quant.quantize import quantize_bundle
-    from lvr_lite.quant.search import quantize_calibrated
 
     precision = rounding.precision
     data = rounding.calibration or "scenes"
@@ -193,10 +195,10 @@ def _quantize(source: Path, target: Path, rounding: Rounding) -> JsonObject:
             data,
             say,
             rounding.block,
-            rounding.bits or BUDGET,
+            rounding.bits,
             rounding.tune_steps,
-        )
-    return quantize_bundle(source, target, precision, say, rounding.block)
+        ).to_json()
+    return quantize_bundle(source, target, precision, say, rounding.block).to_json()
 
 
 def _write_exact(checkpoint: Checkpoint, target: Path) -> JsonObject:

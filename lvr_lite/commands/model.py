@@ -134,10 +134,10 @@ class Model:
         """Heat maps of which visual tokens each latent step of an answer is nearest to. Raises
         LvrError for an answer without latents.
         """
-        from lvr_lite.views import look as looking
+        from lvr_lite.views.look import answer_views, heat_maps
 
-        seen = looking.views(self.runtime, answer.pictures, answer.prompt, answer.result)
-        return looking.look(seen, answer.question, answer.text)
+        views = answer_views(self.runtime, answer.pictures, answer.prompt, answer.result)
+        return heat_maps(views, answer.question, answer.text)
 
 
 def open_model(
@@ -150,7 +150,8 @@ def open_model(
     """Open a bundle (under ONNX Runtime) or a checkpoint (under torch) by its folder, by the name
     `tiny`, or by a hub id.
 
-    threads: of ONNX Runtime or torch; all usable cores by default.
+    threads: of ONNX Runtime or torch, the same for all models of a process; all usable cores by
+        default.
     provider: what runs a bundle's graphs.
     trained: leave a checkpoint as it was trained, in 4 bits, instead of merged in float32.
 

@@ -149,7 +149,7 @@ def _plan(
 ) -> JsonObject:
     if vram is not None and not 0 < vram < 1e4:
         raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
-    from lvr_lite.train import memory
+    from lvr_lite.train import memory_plan
 
     max_pixels = checkpoint.processor.image.max_pixels
-    return memory.plan(str(model), checkpoint.config, max_pixels, settings, vram)
+    return memory_plan.plan(str(model), checkpoint.config, max_pixels, settings, vram)

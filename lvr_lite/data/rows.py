@@ -78,7 +78,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a JSONL file. number: counted from 1. start, end: its place in the file, in bytes."""
+    """A line of a JSONL file.
+
+    number: counted from 1.
+    start, end: its place in the file, in bytes.
+    """
 
     number: int
     start: int
@@ -233,7 +237,7 @@ class Row:
         field: str,
         check: Callable[[object], T],
     ) -> T | None:
-        """The value of a field that must be there; None, with the error noted, where it is wrong."""
+        """The value of a field that must be there; None where it is wrong, with the error noted."""
         try:
             return self.require(field, check)
         except FieldError as error:

@@ -238,11 +238,8 @@ class _Checker:
                 else:
                     self._check_lines(file)
         except OSError as error:
-            self._report(
-                FieldError(
-                    f"cannot be read ({error.strerror or error})", "name a JSONL file of samples"
-                )
-            )
+            reason = f"cannot be read ({error.strerror or error})"
+            self._report(FieldError(reason, "name a JSONL file of samples"))
 
     def add(self, placed: PlacedSample) -> None:
         """One more good sample."""
@@ -322,15 +319,12 @@ class _Checker:
                 )
             )
         self._id_hashes.add(hash(sample.id))
-        for path in sample.images:
-            if not self._is_file(path):
-                errors.append(
-                    FieldError(
-                        f"{path} does not exist",
-                        "paths are relative to the data file's folder",
-                        "image",
-                    )
-                )
+        remedy = "paths are relative to the data file's folder"
+        errors += [
+            FieldError(f"{path} does not exist", remedy, "image")
+            for path in sample.images
+            if not self._is_file(path)
+        ]
         return errors
 
     def _is_file(self, path: Path) -> bool:
@@ -457,11 +451,8 @@ def _turns(row: Row) -> tuple[str | None, str | None]:
     turns = row.need("conversations", _two_turns)
     if turns is None:
         return None, None
-    human, gpt = (
-        row.check(f"conversations[{i}].value", turn.get("value"), text)
-        for i, turn in enumerate(turns)
-    )
-    return human, gpt
+    human = row.check("conversations[0].value", turns[0].get("value"), text)
+    return human, row.check("conversations[1].value", turns[1].get("value"), text)
 
 
 def _two_turns(value: object) -> list[JsonObject]:

@@ -210,9 +210,11 @@ def _ask_vstar(folder: Path, row: Row, place: Place) -> Question:
 def _blink(folder: Path) -> Iterator[Question | Broken] | None:
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
     files = [(place.name, path) for place in subfolders for path in _blink_files(place)]
-    if not files:
-        for path in _blink_files(folder):
-            files.append((path.stem if path.suffix == ".jsonl" else folder.name, path))
+    # One subtask's own folder may be given instead.
+    files = files or [
+        (path.stem if path.suffix == ".jsonl" else folder.name, path)
+        for path in _blink_files(folder)
+    ]
     if not files:
         return None
     return chain.from_iterable(_blink_subtask(subtask, path) for subtask, path in files)

@@ -1,4 +1,6 @@
-"""Evaluations for people: tables on the terminal, and the probe's page. May import: rich, the core.
+"""Evaluations for people: tables on the terminal, and the probe's page.
+
+May import: rich and what stands above `eval`.
 
 All of it is made from the JSON alone, so that a saved file can be shown again.
 """
@@ -6,21 +8,23 @@ All of it is made from the JSON alone, so that a saved file can be shown again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lvr_lite.eval.benchmarks import PUBLISHED
-from lvr_lite.files import write_atomically
-from lvr_lite.views.page import NONE, interval_bars, number, percent, render_page
+from lvr_lite.files import JsonObject, write_atomically
+from lvr_lite.views.charts import NONE, interval_bars, number, percent
+from lvr_lite.views.page import render_page
 
-SHOWN_BROKEN = 20  # rows that could not be asked
-UNSEEN = 0.02  # a skill that falls by more than this is told in words
+# Rows that could not be asked.
+SHOWN_BROKEN = 20
+# A skill that falls by more than this is said to fall in words.
+LOSS_IN_WORDS = 0.02
 BOTTLENECK = (
-    "Text sees nothing of the picture but the latents and their places, so that the same-question donor's answer comes nearly by "
-    "construction."
+    "Text sees nothing of the picture but the latents and their places, so that the same-question "
+    "donor's answer comes nearly by construction."
 )
 WHAT = {
     "none": "its own latents: the baseline",
@@ -38,7 +42,7 @@ WHAT = {
 }
 
 
-def show(result: dict[str, Any], console: Console | None = None) -> None:
+def show(result: JsonObject, console: Console | None = None) -> None:
     """Print the `eval` JSON: the score overall with its interval, by type, and by pairs; the
     differences to other models; the skills.
 
@@ -60,10 +64,8 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
         if "skills" in run:
             console.print(_skills(run["skills"], run.get("against", []), title))
     if broken := result.get("broken"):
-        console.print(
-            f"[bold]{result['n']} of {result['of']} rows were asked[/]; not asked, and in no score:",
-            highlight=False,
-        )
+        count = f"[bold]{result['n']} of {result['of']} rows were asked[/]"
+        console.print(f"{count}; not asked, and in no score:", highlight=False)
         for row in broken[:SHOWN_BROKEN]:
             console.print(
                 escape(f"  {row['where']}: {row['problem']}"), highlight=False, soft_wrap=True
@@ -74,7 +76,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
             )
 
 
-def _score(result: dict[str, Any]) -> Table:
+def _score(result: JsonObject) -> Table:
     """One run on a suite that is not a benchmark."""
     low, high = result["interval"]
     table = Table(title=f"{result['model']} on {result['suite']}", title_justify="left")
@@ -93,7 +95,7 @@ def _score(result: dict[str, Any]) -> Table:
     return table
 
 
-def _columns(runs: list[dict[str, Any]]) -> Table:
+def _columns(runs: list[JsonObject]) -> Table:
     """A benchmark, or several numbers of latent steps: scores and types down, the runs across."""
     first = runs[0]
     table = Table(
@@ -118,11 +120,11 @@ def _columns(runs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _named_scores(run: JsonObject) -> dict[str, JsonObject]:
     """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all
     questions and pairs; then its types.
     """
-    scores: list[dict[str, Any]] = run.get("scores", [])
+    scores: list[JsonObject] = run.get("scores", [])
     if not scores:
         scores = [
             {"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}
@@ -131,17 +133,20 @@ def _named_scores(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
             scores.append(
                 {"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]}
             )
-    found = {one["name"]: one for one in scores}
-    found.update(run["by_type"])
-    return found
+    by_name = {score["name"]: score for score in scores}
+    by_name.update(run["by_type"])
+    return by_name
 
 
 def _beside_published(
-    runs: list[dict[str, Any]], published: list[tuple[str, dict[str, float]]]
+    runs: list[JsonObject], published: list[tuple[str, dict[str, float]]]
 ) -> Table:
     """Ours above, and marked as theirs what the paper published for the same scores."""
     names = list(published[0][1])
-    title = "beside the published rows, which are the numbers of arXiv 2509.24251 and were not measured here; in %"
+    title = (
+        "beside the published rows, which are the numbers of arXiv 2509.24251 and were not "
+        "measured here; in %"
+    )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
@@ -160,7 +165,7 @@ def _beside_published(
     return table
 
 
-def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
+def _differences(against: list[JsonObject], what: str = "") -> Table:
     """One row for each model that was compared."""
     table = Table(
         "less that of",
@@ -185,7 +190,7 @@ def _differences(against: list[dict[str, Any]], what: str = "") -> Table:
     return table
 
 
-def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "") -> Table:
+def _skills(skills: JsonObject, against: list[JsonObject], what: str = "") -> Table:
     """The skills by type, and how they changed against each model that was compared."""
     table = Table(f"outside the suite{what}")
     for title in ("n", "accuracy"):
@@ -204,32 +209,33 @@ def _skills(skills: dict[str, Any], against: list[dict[str, Any]], what: str = "
     return table
 
 
-def _change(other: dict[str, Any] | None) -> str:
+def _change(other: JsonObject | None) -> str:
     """A difference in words where it is a loss that nobody should miss."""
     if other is None:
         return "not in that file"
-    told = _with_interval(other["difference"], other["interval"])
-    return (
-        f"[bold red]falls by {points(-other['difference'])} points[/]: {told}"
-        if other["difference"] < -UNSEEN
-        else told
-    )
+    difference = _with_interval(other["difference"], other["interval"])
+    if other["difference"] >= -LOSS_IN_WORDS:
+        return difference
+    return f"[bold red]falls by {points(-other['difference'])} points[/]: {difference}"
 
 
 def _p(p: float | None) -> str:
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the probe
 
 
-def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
+def show_probe(data: JsonObject, console: Console | None = None) -> None:
     """Print the JSON of `lvr_lite.eval.probe.probe`: every intervention against the baseline,
     retrieval, and the verdict.
     """
     console = console or Console()
-    title = f"{data['model']} on {data['data']}: accuracy in %, difference to its own latents in points, on the same items"
+    title = (
+        f"{data['model']} on {data['data']}: accuracy in %, difference to its own latents in "
+        "points, on the same items"
+    )
     table = Table(
         "latents fed",
         title=title,
@@ -248,59 +254,68 @@ def show_probe(data: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"[bold]{data['verdict']}[/]", highlight=False, soft_wrap=True)
 
 
-def notes(data: dict[str, Any]) -> list[str]:
-    """What else the probe found, a sentence a line: which model and items, retrieval, the shape of
-    the latents.
+def notes(data: JsonObject) -> list[str]:
+    """What else the probe measured, a sentence a line: which model and items, retrieval, the shape
+    of the latents.
     """
-    latent, found, shape = data["latent"], data["retrieval"], data["geometry"]
+    latent = data["latent"]
     lines = [
-        f"{latent['steps']} latent steps, mode {latent['mode']}, feedback {latent['feedback']}; the loop was opened in {data['opened']} of "
-        f"{data['n']} answers, and the interventions concern these. Seed {data['seeds']['interventions']}."
+        f"{latent['steps']} latent steps, mode {latent['mode']}, feedback {latent['feedback']}; "
+        f"the loop was opened in {data['opened']} of {data['n']} answers, and the interventions "
+        f"concern these. Seed {data['seeds']['interventions']}."
     ]
-    for name, one in donors(data).items():
-        lines.append(
-            f"{name}: the donor's answer in {percent(one['flips_to_donor'])} of {one['pairs']} pairs, lift {points(one['lift'])} points"
-            + (
-                f"; under noise in {percent(one['flips_by_noise'])}."
-                if one["flips_by_noise"] is not None
-                else "."
-            )
-        )
+    lines += [_flips_note(name, effect) for name, effect in donors(data).items()]
     if latent["mode"] == "bottleneck":
         lines.append(BOTTLENECK)
-    if found["r_at_1"] is not None:
+    retrieval = data["retrieval"]
+    if retrieval["r_at_1"] is not None:
+        r_at_1 = _with_interval(retrieval["r_at_1"], retrieval["interval"])
         lines.append(
-            f"R@1 of the free-running latents {_with_interval(found['r_at_1'], found['interval'])} % (n = {found['n']}) against "
-            f"{percent(found['chance'])} by area, {number(found['ratio'])} times; in the step's own tokens {percent(found['own_box'])} "
-            f"against {percent(found['own_box_chance'])}."
+            f"R@1 of the free-running latents {r_at_1} % (n = {retrieval['n']}) against "
+            f"{percent(retrieval['chance'])} by area, {number(retrieval['ratio'])} times; in the "
+            f"step's own tokens {percent(retrieval['own_box'])} against "
+            f"{percent(retrieval['own_box_chance'])}."
         )
+    geometry = data["geometry"]
     lines.append(
-        f"Participation ratio {number(shape['participation_ratio'])} a step, {number(shape['participation_ratio_all'])} of all; cosine "
-        f"between items {number(shape['similarity'])}, {number(shape['similarity_centred'])} without the mean."
+        f"Participation ratio {number(geometry['participation_ratio'])} a step, "
+        f"{number(geometry['participation_ratio_all'])} of all; cosine between items "
+        f"{number(geometry['similarity'])}, {number(geometry['similarity_centred'])} without the "
+        "mean."
     )
     return lines
 
 
-def donors(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _flips_note(name: str, effect: JsonObject) -> str:
+    share = percent(effect["flips_to_donor"])
+    note = f"{name}: the donor's answer in {share} of {effect['pairs']} pairs"
+    note += f", lift {points(effect['lift'])} points"
+    if effect["flips_by_noise"] is not None:
+        note += f"; under noise in {percent(effect['flips_by_noise'])}"
+    return f"{note}."
+
+
+def donors(data: JsonObject) -> dict[str, JsonObject]:
     """The interventions that fed another picture's latents, where there were pairs to count."""
     return {name: one for name, one in data["interventions"].items() if one.get("pairs")}
 
 
-def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+def _cells(effect: JsonObject) -> tuple[str, ...]:
     return (
-        str(one["n"]),
-        _with_interval(one["accuracy"], one["interval"]),
-        _with_interval(one["difference"], one["difference_interval"]),
-        _p(one["mcnemar_p"]),
-        percent(one["changed"]),
+        str(effect["n"]),
+        _with_interval(effect["accuracy"], effect["interval"]),
+        _with_interval(effect["difference"], effect["difference_interval"]),
+        _p(effect["mcnemar_p"]),
+        percent(effect["changed"]),
     )
 
 
 def _with_interval(share: float | None, interval: list[float] | None) -> str:
     """Percent or points with their interval: -1.0 [-7.3, 6.2]."""
-    return points(share) + (
-        "" if interval is None else f" [{points(interval[0])}, {points(interval[1])}]"
-    )
+    if interval is None:
+        return points(share)
+    low, high = interval
+    return f"{points(share)} [{points(low)}, {points(high)}]"
 
 
 def points(share: float | None) -> str:
@@ -308,7 +323,7 @@ def points(share: float | None) -> str:
     return NONE if share is None else f"{round(100 * share, 1) + 0:.1f}"
 
 
-def write_probe_page(data: dict[str, Any], out: Path) -> None:
+def write_probe_page(data: JsonObject, out: Path) -> None:
     """Write the probe's JSON as one self-contained HTML page. Raises BundleError where the file
     cannot be written.
     """

@@ -144,11 +144,11 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
     """Which of the options, lettered A, B, … in their order, an answer chooses; None where it
     chooses none, or more than one.
 
-    Only the last `<answer>` or \\boxed{} is read, or else all of the text. A letter, in either case,
-    may stand alone, in brackets, before its words, or in a sentence that says so. The words of one
-    option may stand instead of it. Of several letters the one in a plain conclusion counts ("so the
-    answer is B"), otherwise none. "A" before a word is the article, unless the words are option
-    A's.
+    Only the last `<answer>` or \\boxed{} is read, or else all of the text. A letter, in either
+    case, may stand alone, in brackets, before its words, or in a sentence that says so. The words
+    of one option may stand instead of it. Of several letters the one in a plain conclusion counts
+    ("so the answer is B"), otherwise none. "A" before a word is the article, unless the words are
+    option A's.
     """
     text = _answer_text(answer)
     whole = normalized(text)

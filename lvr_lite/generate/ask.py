@@ -117,7 +117,8 @@ class PictureCache:
         """The cache that a prompt shares with an earlier one about the same pictures: of all ids
         up to the last visual token, where both begin with the same ids. Else a new one."""
         image = self._runtime.processor.tokens.image
-        length = int(np.flatnonzero(prompt.ids == image)[-1]) + 1
+        places = np.flatnonzero(prompt.ids == image)
+        length = int(places[-1]) + 1
         if earlier is None or not np.array_equal(earlier.ids[:length], prompt.ids[:length]):
             return PrefixCache(length)
         assert earlier.prefix is not None

@@ -27,10 +27,10 @@ Shapes in comments: B rows, S columns, T visual tokens, K latent steps, H hidden
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -182,6 +182,7 @@ class State(str, Enum):
 class Row:
     """One answer on its way.
 
+    number: its place in the batch.
     prompt: what is answered.
     position: of the row's next input.
     steps: latent steps that it takes, should it choose <|lvr_start|>.
@@ -192,6 +193,7 @@ class Row:
     next_token, next_latent: what its next step is fed: a latent (H,), or else a token's embedding.
     """
 
+    number: int
     prompt: Prompt
     position: int
     steps: int
@@ -209,7 +211,7 @@ class Decoding:
     """One batch on its way. Iterate it for events; then `results` and `clock` hold the outcome.
 
     latents: one entry a prompt: None, or what its latent steps are fed instead of its own states,
-        (K_i, H) float32; K_i = 0 leaves the markers alone (interventions: lvr_lite/eval/probe.py).
+        (K_i, H) float32; K_i = 0 leaves the markers alone (lvr_lite/eval/interventions.py).
     draws: the number of each row's stream of random numbers; its place in the batch by default.
 
     Raises UsageError for latent steps that the model was not tuned for.
@@ -242,7 +244,8 @@ class Decoding:
         draws = draws or range(len(prompts))
         for prompt, forced, draw in zip(prompts, latents, draws, strict=True):
             row = Row(
-                prompt,
+                number=len(self.rows),
+                prompt=prompt,
                 position=int(prompt.positions.max()) + 1,
                 steps=steps if forced is None else len(forced),
                 may_start=steps > 0 or forced is not None,
@@ -250,16 +253,19 @@ class Decoding:
                 random=np.random.default_rng([options.seed, draw]),
             )
             self.rows.append(row)
+        own_latents = all(row.forced is None for row in self.rows)
+        # Whether what a latent step is fed is the hidden state just as it came out.
+        self._feeds_states = runtime.latent.feedback == "identity" and own_latents
 
     @property
     def results(self) -> list[Result]:
         return [row.result for row in self.rows]
 
     def __iter__(self) -> Iterator[Event]:
-        self._began = time.perf_counter()
+        self._began = perf_counter()
         hidden = self._prefill()  # (B, H)
         while True:
-            self._keep_hidden(hidden, range(len(self.rows)))
+            self._keep_hidden(hidden, self.rows)
             hidden = self._advance_latents(hidden)
             self._advance_text(hidden)
             yield from self._new_events()
@@ -272,13 +278,12 @@ class Decoding:
 
     def _prefill(self) -> np.ndarray:
         """Read the prompts. Returns the hidden state after each (B, H)."""
+        began = perf_counter()
         longest = max(len(prompt.ids) for prompt in self.prompts)
+        latents = max(row.steps for row in self.rows)
         markers = 2
-        most_latents = max(row.steps for row in self.rows)
-        began = time.perf_counter()
-        self.runtime.start(
-            len(self.prompts), longest + most_latents + markers + self.options.max_tokens
-        )
+        room = longest + latents + markers + self.options.max_tokens
+        self.runtime.start(len(self.prompts), room)
         prefix = self.prompts[0].prefix if len(self.prompts) == 1 else None
         if prefix is not None and prefix.filled:
             prefix.restore(self.runtime)
@@ -290,12 +295,12 @@ class Decoding:
         )
         features = [prompt.features for prompt in self.prompts]
         embeds = embedded(self.runtime, batch, self.tokens.image, features)
-        self.clock.embed.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        self.clock.embed.append(_since(began))
+        began = perf_counter()
         hidden = self.runtime.prefill(embeds, batch.positions, batch.lengths)
         if prefix is not None:
             prefix.fill(self.runtime)
-        self.clock.prefill = time.perf_counter() - began
+        self.clock.prefill = _since(began)
         return hidden
 
     def _prefill_rest(self, prompt: Prompt, known: int) -> np.ndarray:
@@ -303,34 +308,38 @@ class Decoding:
 
         All visual tokens are among these.
         """
-        began = time.perf_counter()
+        began = perf_counter()
         embeds = self.runtime.embed(prompt.ids[None, known:])
-        self.clock.embed.append(time.perf_counter() - began)
-        began = time.perf_counter()
+        self.clock.embed.append(_since(began))
+        began = perf_counter()
         positions = prompt.positions[:, None, known:]
         lengths = np.array([len(prompt.ids) - known], np.int64)
         hidden = self.runtime.prefill(embeds, positions, lengths, past=known)
-        self.clock.prefill = time.perf_counter() - began
+        self.clock.prefill = _since(began)
         return hidden
 
-    def _hand_over(self, hidden: np.ndarray, numbers: list[int]) -> np.ndarray:
-        """Let rows whose latents are known read their prompt again, with these as its picture.
+    def _hand_over(self, hidden: np.ndarray, rows: list[Row]) -> np.ndarray:
+        """Let rows whose latents are known read their prompt again, with these for its picture.
 
-        All K/V of theirs, which has seen the picture, is dropped.
+        Their K/V, which have seen the picture, are dropped.
 
-        hidden: (B, H). numbers: of the rows.
-        Returns hidden states (B, H) in which these rows have new ones.
+        Returns the hidden states (B, H) with new ones of these rows.
         """
-        began = time.perf_counter()
-        rows = [self.rows[number] for number in numbers]
+        began = perf_counter()
         readings = []
         vectors = []
         for row in rows:
             prompt = row.prompt
             latents = self._latents_of(row)
             reading = second_reading(
-                prompt.ids, prompt.positions, prompt.features, latents, self.tokens
+                prompt.ids,
+                prompt.positions,
+                prompt.features,
+                latents,
+                self.tokens,
             )
+            row.state = State.TEXT
+            row.position = int(reading.positions.max()) + 1
             readings.append(reading)
             vectors.append(reading.shares @ latents)
         batch = PaddedBatch.of(
@@ -339,15 +348,13 @@ class Decoding:
             filler=self.tokens.end[0],
         )
         embeds = embedded(self.runtime, batch, self.tokens.lvr, vectors)
+        numbers = [row.number for row in rows]
         states = self.runtime.prefill(embeds, batch.positions, batch.lengths, numbers)
-        # What a runtime returns may be its own buffer.
+        # A copy, for what a runtime returns may be its own buffer.
         hidden = np.array(hidden)
         hidden[numbers] = states
-        for row, reading in zip(rows, readings, strict=True):
-            row.state = State.TEXT
-            row.position = int(reading.positions.max()) + 1
-        self._keep_hidden(hidden, numbers)
-        self.clock.hand_over += time.perf_counter() - began
+        self._keep_hidden(hidden, rows)
+        self.clock.hand_over += _since(began)
         return hidden
 
     def _latents_of(self, row: Row) -> np.ndarray:
@@ -360,68 +367,71 @@ class Decoding:
     # one step
 
     def _advance_latents(self, hidden: np.ndarray) -> np.ndarray:
-        """Take every row in latent steps one further; hidden (B, H) as `_hand_over` returns it."""
+        """Take every row in latent steps one further.
+
+        Returns the hidden states (B, H), with new ones of rows that were handed over.
+        """
         mode = self.runtime.latent.mode
         known = []
-        for number, row in enumerate(self.rows):
+        for row in self.rows:
             row.next_latent = None
             if row.state is not State.LATENT:
                 continue
             if row.steps_left > 0:
-                row.next_latent = self._next_latent(row, hidden[number])
+                row.next_latent = self._next_latent(row, hidden[row.number])
                 row.steps_left -= 1
                 row.result.latents.append(np.array(row.next_latent))
-                self._note(number, "latent")
+                self._note(row, "latent")
             elif mode == "open":
                 row.state = State.CLOSING
-                self._note(number, "end")
+                self._note(row, "end")
             if row.steps_left == 0 and mode == "bottleneck":
                 row.next_latent = None
-                known.append(number)
-                self._note(number, "end")
+                known.append(row)
+                self._note(row, "end")
         return self._hand_over(hidden, known) if known else hidden
 
     def _next_latent(self, row: Row, hidden: np.ndarray) -> np.ndarray:
         """What a row is fed (H,) after the state `hidden` (H,)."""
         latent = self.runtime.latent
         if row.forced is not None:
-            return np.asarray(row.forced[len(row.result.latents)], np.float32)
+            count = len(row.result.latents)
+            return np.asarray(row.forced[count], np.float32)
         if latent.feedback != "token":
             return np.asarray(latent.fed(hidden))
         if self._placeholder is None:
-            self._placeholder = self.runtime.embed(np.array([[self.tokens.lvr]]))[0, 0]
+            ids = np.array([[self.tokens.lvr]])
+            self._placeholder = self.runtime.embed(ids)[0, 0]
         return self._placeholder
 
     def _advance_text(self, hidden: np.ndarray) -> None:
-        """Let every row in text choose a token, and every row after its latents feed the marker.
+        """Let every row in text choose a token, and feed the marker to every row after its latents.
 
-        hidden: (B, H). The head runs once, for the rows in text.
+        hidden: (B, H).
         """
-        chosen = self._choose(hidden)
-        for number, row in enumerate(self.rows):
+        speaking = [row for row in self.rows if row.state is State.TEXT]
+        for row in self.rows:
             row.next_token = self.tokens.end[0]
-            if row.state is State.TEXT:
-                self._take(number, row, chosen[number])
-            elif row.state is State.CLOSING:
+            if row.state is State.CLOSING:
                 row.state = State.TEXT
                 row.next_token = self.tokens.lvr_end
+        if speaking:
+            chosen = self._choose(hidden, speaking)
+            for row, token in zip(speaking, chosen, strict=True):
+                self._take(row, token)
 
-    def _choose(self, hidden: np.ndarray) -> dict[int, int]:
-        """The token that each row in text chooses, by the row's number."""
-        speaking = [i for i, row in enumerate(self.rows) if row.state is State.TEXT]
-        if not speaking:
-            return {}
-        began = time.perf_counter()
-        if len(speaking) < len(self.rows):
-            hidden = hidden[speaking]
-        logits = self.runtime.head(hidden)  # (rows in text, V)
-        self.clock.lm_head.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        chosen = {}
-        for number, scores in zip(speaking, logits, strict=True):
-            chosen[number] = self._sample(self.rows[number], scores)
-        self.clock.sampling.append(time.perf_counter() - began)
-        return chosen
+    def _choose(self, hidden: np.ndarray, rows: list[Row]) -> list[int]:
+        """The token that each of these rows chooses; the head runs once, for them alone."""
+        began = perf_counter()
+        if len(rows) < len(self.rows):
+            numbers = [row.number for row in rows]
+            hidden = hidden[numbers]
+        logits = self.runtime.head(hidden)  # (rows, V)
+        self.clock.lm_head.append(_since(began))
+        began = perf_counter()
+        tokens = [self._sample(row, own) for row, own in zip(rows, logits, strict=True)]
+        self.clock.sampling.append(_since(began))
+        return tokens
 
     def _sample(self, row: Row, logits: np.ndarray) -> int:
         """The token that a row chooses by logits (V,), which are changed."""
@@ -438,9 +448,9 @@ class Decoding:
             row.result.scores.append(float(np.log(p[token])))
         return token
 
-    def _take(self, number: int, row: Row, token: int) -> None:
+    def _take(self, row: Row, token: int) -> None:
         """Do what follows from the token that a row in text has chosen."""
-        now = time.perf_counter() - self._began
+        now = _since(self._began)
         result = row.result
         result.choices.append(token)
         if token == self.tokens.lvr_start:
@@ -448,10 +458,10 @@ class Decoding:
             row.steps_left = row.steps
             row.may_start = False
             row.next_token = token
-            self._note(number, "start")
+            self._note(row, "start")
             return
         if token in self.tokens.end:
-            self._finish(number, row, "stop")
+            self._finish(row, "stop")
             return
         result.tokens.append(token)
         if result.ttft is None:
@@ -459,48 +469,43 @@ class Decoding:
         if result.ttfa is None and not row.may_start:
             result.ttfa = now
         row.next_token = token
-        self._note(number, "token", token)
+        self._note(row, "token", token)
         if len(result.tokens) >= self.options.max_tokens:
-            self._finish(number, row, "length")
+            self._finish(row, "length")
 
-    def _finish(self, number: int, row: Row, reason: str) -> None:
+    def _finish(self, row: Row, reason: str) -> None:
         row.state = State.DONE
         row.result.reason = reason
-        self._note(number, "done", reason=reason)
+        self._note(row, "done", reason=reason)
 
     def _inputs(self, hidden: np.ndarray) -> np.ndarray:
         """Embeddings (B, H) of what the rows are fed next, after the states hidden (B, H)."""
         latents = [row.next_latent for row in self.rows if row.next_latent is not None]
         if len(latents) == len(self.rows):
-            if self._feeds_states_themselves:
+            if self._feeds_states:
                 # The very array: a runtime whose buffer it is need not copy it (OnnxRuntime.step).
                 return hidden
             return np.stack(latents)
-        began = time.perf_counter()
-        ids = np.array([[row.next_token] for row in self.rows], np.int64)  # (B, 1)
+        began = perf_counter()
+        tokens = [[row.next_token] for row in self.rows]
+        ids = np.array(tokens, np.int64)  # (B, 1)
         embeds = self.runtime.embed(ids)[:, 0]
-        for number, row in enumerate(self.rows):
+        for row in self.rows:
             if row.next_latent is not None:
-                embeds[number] = row.next_latent
-        self.clock.embed.append(time.perf_counter() - began)
+                embeds[row.number] = row.next_latent
+        self.clock.embed.append(_since(began))
         return embeds
-
-    @property
-    def _feeds_states_themselves(self) -> bool:
-        """Whether what a latent step is fed is the hidden state as it came out."""
-        identity = self.runtime.latent.feedback == "identity"
-        return identity and all(row.forced is None for row in self.rows)
 
     def _step(self, embeds: np.ndarray) -> np.ndarray:
         """Feed every row one further input; embeds (B, H). Returns the hidden states (B, H)."""
+        working = [row for row in self.rows if row.state is not State.DONE]
+        stage = self.clock.text_step
+        if all(row.next_latent is not None for row in working):
+            stage = self.clock.latent_step
         positions = np.array([row.position for row in self.rows], np.int64)
-        latent = all(
-            row.next_latent is not None for row in self.rows if row.state is not State.DONE
-        )
-        stage = self.clock.latent_step if latent else self.clock.text_step
-        began = time.perf_counter()
+        began = perf_counter()
         hidden = self.runtime.step(embeds, positions)
-        stage.append(time.perf_counter() - began)
+        stage.append(_since(began))
         for row in self.rows:
             row.position += 1
         return hidden
@@ -508,18 +513,31 @@ class Decoding:
     # ---------------------------------------------------------------------------------------------
     # what came of it
 
-    def _keep_hidden(self, hidden: np.ndarray, numbers: Iterable[int]) -> None:
-        """Note the hidden states of rows by their numbers, where the options ask for it."""
+    def _keep_hidden(self, hidden: np.ndarray, rows: Sequence[Row]) -> None:
+        """Note the hidden states of rows, where the options ask for it; hidden (B, H)."""
         if not self.options.keep_hidden:
             return
-        for number in numbers:
-            row = self.rows[number]
+        for row in rows:
             if row.state is not State.DONE:
-                row.result.hidden.append(hidden[number].copy())
+                row.result.hidden.append(hidden[row.number].copy())
 
-    def _note(self, number: int, kind: EventKind, token: int = -1, reason: str = "") -> None:
-        at = time.perf_counter() - self._began
-        self._events.append(Event(number, kind, token, reason, at))
+    def _note(
+        self,
+        row: Row,
+        kind: EventKind,
+        token: int = -1,
+        reason: str = "",
+    ) -> None:
+        at = _since(self._began)
+        self._events.append(
+            Event(
+                row.number,
+                kind,
+                token,
+                reason,
+                at,
+            )
+        )
 
     def _new_events(self) -> list[Event]:
         events = self._events
@@ -527,19 +545,29 @@ class Decoding:
         return events
 
 
+def _since(began: float) -> float:
+    return perf_counter() - began
+
+
 def embedded(
-    runtime: Runtime, batch: PaddedBatch, placeholder: int, vectors: Sequence[np.ndarray]
+    runtime: Runtime,
+    batch: PaddedBatch,
+    placeholder: int,
+    vectors: Sequence[np.ndarray],
 ) -> np.ndarray:
     """Inputs (B, S, H) of a batch, in which `vectors` stand in the places of the id `placeholder`.
 
     vectors: one array (n, H) a row, in reading order. Where they are wider, so are the inputs.
     """
     embeds = runtime.embed(batch.ids)  # (B, S, H)
-    wider = max(own.shape[1] for own in vectors) - embeds.shape[2]
+    width = max(own.shape[1] for own in vectors)
+    wider = width - embeds.shape[2]
     if wider:
         embeds = np.pad(embeds, ((0, 0), (0, 0), (0, wider)))
     for row, ids, own in zip(embeds, batch.ids, vectors, strict=True):
-        row[ids == placeholder, : own.shape[1]] = own
+        width = own.shape[1]
+        places = ids == placeholder
+        row[places, :width] = own
     return embeds
 
 

@@ -134,7 +134,12 @@ class OnnxRuntime:
     Raises UsageError as `check_provider` and `share_pools`, BundleError as `open_session`.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        provider: str = "cpu",
+    ) -> None:
         check_provider(provider)
         manifest = bundle.manifest
         self.bundle = bundle
@@ -174,13 +179,16 @@ class OnnxRuntime:
 
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         feed = {"pixel_values": pixel_values, **self.processor.vision_inputs(grids)}
-        return np.asarray(self._vision.run(None, feed)[0])
+        (features,) = self._vision.run(None, feed)
+        return np.asarray(features)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        return np.asarray(self._embed.run(None, {"input_ids": ids})[0])
+        (embeds,) = self._embed.run(None, {"input_ids": ids})
+        return np.asarray(embeds)
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        return np.asarray(self._head.run(None, {"last_hidden_state": hidden[:, None]})[0])[:, 0]
+        (logits,) = self._head.run(None, {"last_hidden_state": hidden[:, None]})
+        return np.asarray(logits)[:, 0]
 
     def start(self, batch: int, capacity: int) -> None:
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
@@ -192,7 +200,8 @@ class OnnxRuntime:
         self._capacity = capacity
         self._cache = self._new_cache(batch, capacity)
         self._binding = self._bind(self._cache)
-        state = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, 1, self.hidden_size), np.float32))
+        zeros = np.zeros((batch, 1, self.hidden_size), np.float32)
+        state = ort.OrtValue.ortvalue_from_numpy(zeros)
         # Arrays over the memory of what is bound: a step writes into them, and no call into ONNX
         # Runtime is needed for it.
         self._state = state.numpy()
@@ -227,11 +236,13 @@ class OnnxRuntime:
         return np.asarray(value.numpy())
 
     def keep(self, length: int) -> list[np.ndarray]:
-        return [value.numpy()[:, :, :length].copy() for value in self._cache.values()]
+        buffers = [value.numpy() for value in self._cache.values()]
+        return [buffer[:, :, :length].copy() for buffer in buffers]
 
     def put_back(self, kept: list[np.ndarray]) -> None:
         for value, known in zip(self._cache.values(), kept, strict=True):
-            value.numpy()[:, :, : known.shape[2]] = known
+            length = known.shape[2]
+            value.numpy()[:, :, :length] = known
 
     def prefill(
         self,
@@ -261,13 +272,19 @@ class OnnxRuntime:
             )
         if beside_others:
             for name, value in cache.items():
-                self._cache[name].numpy()[rows, :, :width] = value.numpy()
+                buffer = self._cache[name].numpy()
+                buffer[rows, :, :width] = value.numpy()
         self._lengths[rows] = past + lengths
         self._in_state = None
-        return np.ascontiguousarray(hidden[np.arange(len(lengths)), (lengths - 1) % PIECE])
+        in_last_piece = (lengths - 1) % PIECE
+        return np.ascontiguousarray(hidden[np.arange(len(rows)), in_last_piece])
 
     def _prefill_one_by_one(
-        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray, rows: list[int]
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        rows: list[int],
     ) -> np.ndarray:
         states = []
         for i, row in enumerate(rows):
@@ -294,8 +311,10 @@ class OnnxRuntime:
         inputs = np.ascontiguousarray(embeds[..., : self.hidden_size], np.float32)
         binding.bind_cpu_input("inputs_embeds", inputs)
         if self._deepstack:
+            own = embeds[..., self.hidden_size :]
+            width = own.shape[-1]
             added = np.zeros((*embeds.shape[:2], self._deepstack), np.float32)
-            added[..., : embeds.shape[2] - self.hidden_size] = embeds[..., self.hidden_size :]
+            added[..., :width] = own
             binding.bind_cpu_input("deepstack_embeds", added)
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
         binding.bind_cpu_input("seqlens_k", (known - 1).astype(np.int32))
@@ -303,7 +322,8 @@ class OnnxRuntime:
         binding.bind_output("last_hidden_state")
         self._decoder.run_with_iobinding(binding)
         # Outputs come back in the order of binding.
-        return np.asarray(binding.get_outputs()[-1].numpy())
+        hidden = binding.get_outputs()[-1]
+        return np.asarray(hidden.numpy())
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         if embeds is not self._in_state:

@@ -21,14 +21,21 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
         order = np.argsort(-p, kind="stable")
         likely_first = p[order]
         before = np.cumsum(likely_first) - likely_first
-        p[order[before >= top_p]] = 0.0
+        unlikely = order[before >= top_p]
+        p[unlikely] = 0.0
         p /= p.sum()
     return np.asarray(p)
 
 
-def sample(logits: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+def sample(
+    logits: np.ndarray,
+    temperature: float,
+    top_p: float,
+    rng: np.random.Generator,
+) -> int:
     """An id drawn from `probabilities`; temperature 0 is greedy."""
     if temperature == 0:
         return greedy(logits)
     p = probabilities(logits, temperature, top_p)
-    return int(rng.choice(len(logits), p=p))
+    choice = rng.choice(len(logits), p=p)
+    return int(choice)

@@ -43,24 +43,29 @@ class TorchRuntime:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Whole numbers on the model's device."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._weight.device)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._weight.device)
 
     def _to_model(self, array: np.ndarray) -> torch.Tensor:
         """Floats on the model's device, in its dtype."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._weight)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self._weight)
 
     @torch.inference_mode()
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         grid_thw = self._to_device(np.array([[1, *grid] for grid in grids]))
-        return _numpy(visual_tokens(self.core, torch.from_numpy(pixel_values), grid_thw))
+        pixels = torch.from_numpy(pixel_values)
+        return _numpy(visual_tokens(self.core, pixels, grid_thw))
 
     @torch.inference_mode()
     def embed(self, ids: np.ndarray) -> np.ndarray:
-        return _numpy(self.core.get_input_embeddings()(self._to_device(ids)))
+        embedding = self.core.get_input_embeddings()
+        return _numpy(embedding(self._to_device(ids)))
 
     @torch.inference_mode()
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        return _numpy(self.core.lm_head(self._to_model(hidden)))
+        logits = self.core.lm_head(self._to_model(hidden))
+        return _numpy(logits)
 
     def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002 (K/V grows as it is needed)
         from transformers import DynamicCache
@@ -77,9 +82,12 @@ class TorchRuntime:
     @torch.inference_mode()
     def put_back(self, kept: list[np.ndarray]) -> None:
         parts = [self._to_model(part) for part in kept]
-        for layer in range(len(parts) // 2):
-            self._cache.update(parts[2 * layer], parts[2 * layer + 1], layer)
-        self._mask = self._to_device(np.ones((1, kept[0].shape[2]), np.int64))
+        keys = parts[::2]
+        values = parts[1::2]
+        for layer, key in enumerate(keys):
+            self._cache.update(key, values[layer], layer)
+        length = kept[0].shape[2]
+        self._mask = self._to_device(np.ones((1, length), np.int64))
 
     @torch.inference_mode()
     def prefill(
@@ -105,21 +113,30 @@ class TorchRuntime:
         all_embeds[rows] = embeds
         all_positions = np.zeros((3, batch, width), np.int64)
         all_positions[:, rows] = positions
-        return np.asarray(self._run(all_embeds, all_positions, present)[rows, lengths - 1])
+        hidden = self._run(all_embeds, all_positions, present)  # (B, S, H)
+        return np.asarray(hidden[rows, lengths - 1])
 
     def _prefill_once(
-        self, embeds: np.ndarray, positions: np.ndarray, lengths: np.ndarray
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
     ) -> np.ndarray:
         """All rows. Those that read the same (several answers to one question) are read once and
         their K/V copied.
         """
-        kept, source = distinct(
-            (embeds[i, :n].tobytes(), positions[:, i, :n].tobytes()) for i, n in enumerate(lengths)
-        )
-        self.start(len(kept), embeds.shape[1])
-        present = np.arange(embeds.shape[1])[None] < lengths[kept, None]
+        contents = []
+        for row, length in enumerate(lengths):
+            own_embeds = embeds[row, :length]
+            own_positions = positions[:, row, :length]
+            contents.append((own_embeds.tobytes(), own_positions.tobytes()))
+        kept, source = distinct(contents)
+        width = embeds.shape[1]
+        self.start(len(kept), width)
+        lengths = lengths[kept]
+        present = np.arange(width)[None] < lengths[:, None]
         hidden = self._run(embeds[kept], positions[:, kept], present)  # (rows kept, S, H)
-        last = hidden[np.arange(len(kept)), lengths[kept] - 1]
+        last = hidden[np.arange(len(kept)), lengths - 1]
         if len(kept) < len(source):
             self._cache.batch_select_indices(self._to_device(np.array(source)))
             self._mask = self._mask[source]
@@ -128,15 +145,29 @@ class TorchRuntime:
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         batch = len(positions)
         on_all_axes = np.broadcast_to(positions[None, :, None], (3, batch, 1))
-        return self._run(embeds[:, None], on_all_axes, np.ones((batch, 1), bool))[:, 0]
+        hidden = self._run(embeds[:, None], on_all_axes, np.ones((batch, 1), bool))
+        return hidden[:, 0]
 
     @torch.inference_mode()
-    def _run(self, embeds: np.ndarray, positions: np.ndarray, present: np.ndarray) -> np.ndarray:
+    def _run(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        present: np.ndarray,
+    ) -> np.ndarray:
         """Hidden states (B, S, H) of the next S columns; present (B, S): which are not padding."""
-        present_mask = self._to_device(present.astype(np.int64))
-        self._mask = torch.cat([self._mask, present_mask], 1)
+        more = self._to_device(present.astype(np.int64))
+        self._mask = torch.cat([self._mask, more], 1)
         inputs = self._to_model(embeds)
-        return _numpy(read(self.core, inputs, self._to_device(positions), self._mask, self._cache))
+        return _numpy(
+            read(
+                self.core,
+                inputs,
+                self._to_device(positions),
+                self._mask,
+                self._cache,
+            )
+        )
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -145,9 +176,15 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
     """The first place of each different row, and for every row which of these it is."""
-    first: dict[Hashable, int] = {}
-    source = [first.setdefault(row, len(first)) for row in rows]
-    return [source.index(i) for i in range(len(first))], source
+    numbers: dict[Hashable, int] = {}
+    firsts: list[int] = []
+    source: list[int] = []
+    for place, row in enumerate(rows):
+        if row not in numbers:
+            numbers[row] = len(firsts)
+            firsts.append(place)
+        source.append(numbers[row])
+    return firsts, source
 
 
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
@@ -162,10 +199,14 @@ def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor)
     grid_thw = grid_thw.to(weight.device)
     inputs = family.image_inputs(pixel_values.to(weight), grid_thw, core.config)
     output = core.model.get_image_features(**inputs)
-    parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
-    # Some families give one tensor for all pictures, others one for each.
-    joined = [part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in parts]
-    return torch.cat(joined, -1)
+    later = getattr(output, "deepstack_features", None) or ()
+    parts = [_joined(part) for part in (output.pooler_output, *later)]
+    return torch.cat(parts, -1)
+
+
+def _joined(part: Any) -> torch.Tensor:
+    """Some families give one tensor for all pictures, others one for each."""
+    return part if isinstance(part, torch.Tensor) else torch.cat(list(part))
 
 
 def language_model(core: Any) -> Any:
@@ -174,7 +215,11 @@ def language_model(core: Any) -> Any:
 
 
 def read(
-    core: Any, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
+    core: Any,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Any,
 ) -> torch.Tensor:
     """Final hidden states (B, S, H) of the language model.
 

@@ -42,20 +42,26 @@ def likeness(latents: Array, features: Array, mean: Array | None = None) -> Arra
     features: (T, H); of wider ones the first H numbers count, those that stand in the prompt.
     mean: (H,), what the tokens share; that of `features` by default.
     """
-    features = features[:, : latents.shape[-1]]
+    width = latents.shape[-1]
+    features = features[:, :width]
     if mean is None:
         mean = features.mean(0)
     apart = features - mean
-    squares = (apart * apart).sum(axis=-1)
-    differs = squares > (_SAME * _SAME) * (mean * mean).sum()
+    token_squares = (apart * apart).sum(axis=-1)  # (T,)
+    latent_squares = (latents * latents).sum(axis=-1)  # (K,)
+    smallest = (_SAME * _SAME) * (mean * mean).sum()
+    differs = token_squares > smallest
     apart = apart * differs[:, None]
-    lengths = (latents * latents).sum(axis=-1)[:, None] * squares[None]
-    return (latents @ apart.T) / (lengths + 1e-30) ** 0.5
+    products = latents @ apart.T  # (K, T)
+    squares = latent_squares[:, None] * token_squares[None]
+    # No division by 0 for latents of zeros.
+    return products / (squares + 1e-30) ** 0.5
 
 
 def near(latents: Array, features: Array, mean: Array | None = None) -> Array:
     """The visual token (K,) that each latent is most like; the first one among equals."""
-    return likeness(latents, features, mean).argmax(-1)
+    cosines = likeness(latents, features, mean)
+    return cosines.argmax(-1)
 
 
 def means(nearest: Array) -> tuple[Array, Array]:
@@ -67,9 +73,12 @@ def means(nearest: Array) -> tuple[Array, Array]:
     weights: (K, K); row k times the latents is the mean of those that share the token of latent k.
     first: (K,) bool, whether no latent before k shares its token; these stand for all.
     """
-    alike = nearest[:, None] == nearest[None]
-    first = alike.cumsum(-1).diagonal() == 1
-    return alike / alike.sum(axis=-1, keepdims=True), first
+    alike = nearest[:, None] == nearest[None]  # (K, K)
+    # How many latents up to each one share its token, itself included.
+    so_far = alike.cumsum(-1).diagonal()
+    first = so_far == 1
+    counts = alike.sum(axis=-1, keepdims=True)
+    return alike / counts, first
 
 
 def columns_read_again(is_image: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -80,8 +89,10 @@ def columns_read_again(is_image: np.ndarray, places: np.ndarray) -> np.ndarray:
     """
     text = np.flatnonzero(~is_image)
     image = np.flatnonzero(is_image)
+    # All ids before the first visual token are text.
     before = int(is_image.argmax())
-    return np.concatenate([text[:before], image[places], text[before:]])
+    parts = [text[:before], image[places], text[before:]]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -116,17 +127,19 @@ def second_reading(
     is_image = ids == tokens.image
     if not is_image.any():
         count = len(latents)
-        following = positions.max() + 1 + np.broadcast_to(np.arange(count), (3, count))
+        following = positions.max() + 1 + np.arange(count)
+        on_all_axes = np.broadcast_to(following, (3, count))
         return SecondReading(
-            np.concatenate([ids, np.full(count, tokens.lvr)]),
-            np.concatenate([positions, following], 1),
-            np.eye(count, dtype=np.float32),
+            ids=np.concatenate([ids, np.full(count, tokens.lvr)]),
+            positions=np.concatenate([positions, on_all_axes], 1),
+            shares=np.eye(count, dtype=np.float32),
         )
     nearest = near(latents, features)
     weights, first = means(nearest)
     columns = columns_read_again(is_image, nearest[first])
+    with_latents = np.where(is_image, tokens.lvr, ids)
     return SecondReading(
-        np.where(is_image, tokens.lvr, ids)[columns],
-        positions[:, columns],
-        weights[first].astype(np.float32),
+        ids=with_latents[columns],
+        positions=positions[:, columns],
+        shares=weights[first].astype(np.float32),
     )

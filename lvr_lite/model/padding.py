@@ -43,19 +43,21 @@ class PaddedBatch:
         filler: the id of padding, which must stand neither for a visual token nor for a latent.
         columns: as `pad_left` or `pad_between` gives them; padded on the right by default.
         """
-        columns = pad_right(map(len, ids)) if columns is None else columns
+        if columns is None:
+            columns = pad_right(map(len, ids))
         present = [np.ones(len(row), np.int64) for row in ids]
         return cls(
-            spread(ids, columns, filler),
-            spread(positions, columns, 0),
-            spread(present, columns, 0),
-            columns,
+            ids=spread(ids, columns, filler),
+            positions=spread(positions, columns, 0),
+            mask=spread(present, columns, 0),
+            columns=columns,
         )
 
     @property
     def lengths(self) -> np.ndarray:
         """Ids of each row (B,) int64."""
-        return np.array([len(own) for own in self.columns], np.int64)
+        lengths = [len(own) for own in self.columns]
+        return np.array(lengths, np.int64)
 
 
 def pad_right(lengths: Iterable[int]) -> list[np.ndarray]:
@@ -69,8 +71,10 @@ def pad_left(lengths: Sequence[int], leads: Sequence[int]) -> list[np.ndarray]:
     lengths, leads: one a row.
     """
     start = max(leads)
-    rows = zip(lengths, leads, strict=True)
-    return [np.arange(length) + (start - lead) for length, lead in rows]
+    columns = pad_right(lengths)
+    for own, lead in zip(columns, leads, strict=True):
+        own += start - lead
+    return columns
 
 
 def pad_between(lengths: Sequence[int], leads: Sequence[int]) -> list[np.ndarray]:
@@ -84,8 +88,11 @@ def pad_between(lengths: Sequence[int], leads: Sequence[int]) -> list[np.ndarray
 
 def spread(rows: Sequence[np.ndarray], columns: Sequence[np.ndarray], filler: int) -> np.ndarray:
     """Rows (…, n) in their columns of one array (…, B, S), `filler` everywhere else."""
-    width = max(int(own[-1]) for own in columns) + 1
-    batch = np.full((*rows[0].shape[:-1], len(rows), width), filler, rows[0].dtype)
-    for number, (row, own) in enumerate(zip(rows, columns, strict=True)):
+    last = max(int(own[-1]) for own in columns)
+    leading = rows[0].shape[:-1]
+    shape = (*leading, len(rows), last + 1)
+    batch = np.full(shape, filler, rows[0].dtype)
+    for number, row in enumerate(rows):
+        own = columns[number]
         batch[..., number, own] = row
     return batch

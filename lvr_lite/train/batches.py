@@ -102,8 +102,11 @@ class Collator:
 
         sizes: of its pictures.
         """
-        grids = [self.checkpoint.processor.grid_of(*size) for size in sizes]
-        return len(self._row(sample, grids, len(self._targets(sample, grids))).ids)
+        processor = self.checkpoint.processor
+        grids = [processor.grid_of(*size) for size in sizes]
+        targets = self._targets(sample, grids)
+        row = self._row(sample, grids, len(targets))
+        return len(row.ids)
 
     def _aligned(self, rows: list[_Row]) -> Batch:
         """Rows side by side, with their responses beginning in one column."""
@@ -159,24 +162,34 @@ class Collator:
         )
 
     def _padded(self, rows: list[_Row], columns: list[np.ndarray]) -> PaddedBatch:
-        end = self.checkpoint.processor.tokens.end[0]
-        ids = [row.ids for row in rows]
-        return PaddedBatch.of(ids, [row.positions for row in rows], end, columns)
+        return PaddedBatch.of(
+            [row.ids for row in rows],
+            [row.positions for row in rows],
+            filler=self.checkpoint.processor.tokens.end[0],
+            columns=columns,
+        )
 
     def _targets(self, sample: Sample, grids: list[Grid]) -> list[np.ndarray]:
         """Visual tokens behind each latent of one sample; boxes lie in its first picture.
 
         A sample without boxes has its whole picture for one.
         """
-        if not (METHODS[self.settings.method].targeted and looks(sample, self.settings)):
+        settings = self.settings
+        if not (METHODS[settings.method].targeted and looks(sample, settings)):
             return []
         boxes = sample.boxes or (WHOLE_PICTURE,)
         in_boxes = box_rule.visual_tokens_in_boxes(boxes, grids[0], self.checkpoint.processor)
-        if self.settings.targets == "pooled":
-            return box_rule.pool_groups_of_boxes(in_boxes, self.settings.steps)
-        return [np.array([t]) for t in np.concatenate(in_boxes)[: self.settings.max_targets]]
+        if settings.targets == "pooled":
+            return box_rule.pool_groups_of_boxes(in_boxes, settings.steps)
+        tokens = np.concatenate(in_boxes)
+        return [np.array([token]) for token in tokens[: settings.max_targets]]
 
-    def _row(self, sample: Sample, grids: list[Grid], targets: int) -> _Row:
+    def _row(
+        self,
+        sample: Sample,
+        grids: list[Grid],
+        targets: int,
+    ) -> _Row:
         processor = self.checkpoint.processor
         tokenizer = processor.tokenizer
         look = looks(sample, self.settings)
@@ -189,12 +202,11 @@ class Collator:
         ids = np.concatenate([prompt.ids, response])
         unlearned = (np.arange(len(ids)) < count) | (ids == processor.tokens.lvr)
         following = prompt.positions.max() + 1 + np.arange(len(response))
+        on_all_axes = np.broadcast_to(following, (3, len(response)))
         return _Row(
             ids=ids,
             labels=np.where(unlearned, -100, ids),
-            positions=np.concatenate(
-                [prompt.positions, np.broadcast_to(following, (3, len(response)))], 1
-            ),
+            positions=np.concatenate([prompt.positions, on_all_axes], 1),
             prompt=count,
             targets=targets,
             looks=look,
@@ -210,7 +222,13 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
     seed and epoch alone, so a resumed run goes on in the same one.
     """
 
-    def __init__(self, count: int, length: Callable[[int], int], batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        length: Callable[[int], int],
+        batch: int,
+        seed: int,
+    ) -> None:
         self._count = count
         self._length = length
         self._batch = batch
@@ -225,31 +243,39 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self._epoch])
-        order = [int(index) for index in rng.permutation(self._count)]
+        order = rng.permutation(self._count).tolist()
         for pool in _slices(order, POOL * self._batch):
-            batches = _slices(sorted(pool, key=self._length), self._batch)
-            # A short one ends the epoch; within it, batches after it would begin at its end.
-            short = batches.pop() if len(batches[-1]) < self._batch else []
+            by_length = sorted(pool, key=self._length)
+            batches = _slices(by_length, self._batch)
+            # A short batch ends the epoch: after it, indices would fall into two batches.
+            short = []
+            if len(batches[-1]) < self._batch:
+                short = batches.pop()
             for place in rng.permutation(len(batches)):
                 yield from batches[place]
             yield from short
 
 
 def _slices(indices: list[int], length: int) -> list[list[int]]:
-    return [indices[i : i + length] for i in range(0, len(indices), length)]
+    starts = range(0, len(indices), length)
+    return [indices[start : start + length] for start in starts]
 
 
 def in_order(items: Sequence[Item], settings: LatentSettings) -> list[Item]:
     """Those that look first, in their own order, then the others, the longest first (by letters,
     which is near enough).
     """
-    looking = [item for item in items if looks(item[0], settings)]
-    others = [item for item in items if not looks(item[0], settings)]
+    looking: list[Item] = []
+    others: list[Item] = []
+    for item in items:
+        kind = looking if looks(item[0], settings) else others
+        kind.append(item)
     return looking + sorted(others, key=_letters, reverse=True)
 
 
 def _letters(item: Item) -> int:
-    return len(item[0].question) + len(item[0].answer)
+    sample, _ = item
+    return len(sample.question) + len(sample.answer)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> Batch:
@@ -271,20 +297,24 @@ def _long_and_short(rows: list[_Row]) -> list[list[_Row]]:
     """Rows, the longest first, cut in two where that saves a quarter of their padded size at least:
     one caption among words should not make all rows long.
     """
-    cut = min(range(len(rows)), key=lambda i: _padded_size(rows[:i]) + _padded_size(rows[i:]))
-    parts = _padded_size(rows[:cut]) + _padded_size(rows[cut:])
-    if parts <= 0.75 * _padded_size(rows):
-        return [rows[:cut], rows[cut:]]
-    return [rows]
+    parts = [[rows[:cut], rows[cut:]] for cut in range(len(rows))]
+    best = min(parts, key=_padded_size)
+    return best if _padded_size(best) <= 0.75 * _padded_size([rows]) else [rows]
 
 
-def _padded_size(rows: list[_Row]) -> int:
-    return len(rows) * max((len(row.ids) for row in rows), default=0)
+def _padded_size(parts: list[list[_Row]]) -> int:
+    size = 0
+    for rows in parts:
+        longest = max((len(row.ids) for row in rows), default=0)
+        size += len(rows) * longest
+    return size
 
 
 def looks(sample: Sample, settings: LatentSettings) -> bool:
     """Whether a sample is answered through latents; the others are answered at once."""
-    return METHODS[settings.method].latents and (settings.samples == "all" or bool(sample.boxes))
+    if not METHODS[settings.method].latents:
+        return False
+    return settings.samples == "all" or bool(sample.boxes)
 
 
 def check_samples(examples: Source, checkpoint: Checkpoint) -> None:

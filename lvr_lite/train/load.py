@@ -175,11 +175,9 @@ def check_quantized(model: Any, checkpoint: Checkpoint) -> int:
         if isinstance(module, torch.nn.Linear) and targets.fullmatch(name):
             wanted.add(name)
     if four_bit != wanted:
-        wrong = sorted(four_bit ^ wanted)
-        raise BundleError(
-            f"{checkpoint.base}: 4-bit loading went wrong: {wrong[0]} is, or is not, in 4 bits "
-            "against the plan"
-        )
+        wrong = min(four_bit ^ wanted)
+        state = "is in 4 bits and should not be" if wrong in four_bit else "is not in 4 bits"
+        raise BundleError(f"{checkpoint.base}: 4-bit loading went wrong: {wrong} {state}")
     return len(four_bit)
 
 
@@ -263,6 +261,7 @@ def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
         )
     if checkpoint.trained_over not in (None, checkpoint.base_sha256):
         raise BundleError(
-            f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, whose "
-            f"weights have another sha256; name the one that it was trained over as `base` in {LVR_CONFIG}"
+            f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, "
+            "whose weights have another sha256; "
+            f"name the one that it was trained over as `base` in {LVR_CONFIG}"
         )

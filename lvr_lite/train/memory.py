@@ -1,51 +1,58 @@
-"""What a fine-tuning run will need of a GPU, said before it runs. May import: the core, rich; no
-torch, and no weights are read.
+"""How much memory a training step needs, in bytes, by formulas.
+
+May import: the standard library and all that stands above `train`; no torch, and no weights are
+read.
 
     peak = what stays (weights, adapters, optimizer; gradients while accumulating)
          + the largest of: seeing, head, backward, optimizer's step, answering held-out questions
 
 Bytes are counted tensor by tensor as transformers, PEFT and bitsandbytes make them under bf16
-autocast; tests/train/test_plan.py holds the parameters against built models and the saved
-activations against what autograd saves, docs/results/memory.py the peak against a card.
+autocast. tests/train/test_memory.py holds the parameters against built models, and the saved
+activations against what autograd saves. bench/experiments/memory.py holds the peak against a card.
+What fits on a card, `memory_plan` says.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError
+from lvr_lite.files import JsonObject
 from lvr_lite.model.spec import LatentSpec
 
-MIB, GIB = 2**20, 2**30
-CARDS = (8.0, 12.0, 16.0, 24.0)  # GiB
-VISUAL_TOKENS = (64, 256, 512, 1024, 2048)
-TEXT_TOKENS, ANSWER_TOKENS = (
-    64,
-    16,
-)  # of a question with its template, and of an answer with its end
-EVAL_ROWS = 16  # held-out questions answered together (lvr_lite/eval/suite.py)
+MIB = 2**20
+GIB = 2**30
+# Of a question with its template.
+TEXT_TOKENS = 64
+# Of an answer with its end.
+ANSWER_TOKENS = 16
+# Held-out questions that are answered together (lvr_lite/eval/suite.py).
+EVAL_ROWS = 16
 MARKERS = 3
-COUNTED = ("qwen2_5_vl", "qwen2_vl")  # the other families' tensors have not been counted yet
-# cuBLAS's workspace, which torch takes from its own allocator: 8 MiB, on Hopper 32
-# (CublasHandlePool.cpp).
-# bitsandbytes has none that lasts: a linear's weight is dequantized into a tensor, which is counted
-# below.
+# The other families' tensors have not been counted yet.
+COUNTED = ("qwen2_5_vl", "qwen2_vl")
+# Of cuBLAS, which torch takes from its own allocator: 8 MiB, on Hopper 32 (CublasHandlePool.cpp).
+# bitsandbytes has none that lasts: it dequantizes a weight into a tensor, which is counted below.
 WORKSPACE = 32 * MIB
-# What torch does not count, both estimates until docs/results/memory.py has measured them on a
-# card: the CUDA context with the kernels of
-# torch, cuBLAS and bitsandbytes (CUDA 12, loaded lazily), and what the caching allocator holds
-# beside live tensors.
+# What torch does not count. Both are estimates until bench/experiments/memory.py has measured them
+# on a card: the CUDA context with the kernels of torch, cuBLAS and bitsandbytes (CUDA 12, loaded
+# lazily), and what the caching allocator holds beside live tensors.
 CONTEXT = 512 * MIB
 SLACK = 0.05
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, all read from its config.json. vision_gated: Qwen2.5-VL's blocks (RMS
-    norms, gated MLP), else Qwen2-VL's.
+    """Sizes of a model, as its config.json has them.
+
+    hidden to tied: of the language model; tied says whether head and embedding are one matrix.
+    vision_depth to vision_intermediate: of the vision tower.
+    vision_gated: whether its blocks are those of Qwen2.5-VL (RMS norms, gated MLP), else Qwen2-VL.
+    patch, temporal, channels: of a patch, in pixels, frames and colours.
+    merge: patches along the side of a visual token.
     """
 
     hidden: int
@@ -67,10 +74,12 @@ class Shape:
 
     @property
     def queries(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
+        """Width of all key heads together."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -79,10 +88,11 @@ class Shape:
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of the linears of one text layer: q, k, v, o, gate, up, down. All are in 4 bits
-        and adapted.
+        """(out, in) of the linear layers of one text layer: q, k, v, o, gate, up, down. All are in
+        4 bits and adapted.
         """
-        h, i = self.hidden, self.intermediate
+        h = self.hidden
+        i = self.intermediate
         return (
             (self.queries, h),
             (self.keys, h),
@@ -94,21 +104,23 @@ class Shape:
         )
 
 
-def shape_of(config: dict[str, Any]) -> Shape:
+def shape_of(config: JsonObject) -> Shape:
     """The Shape of a config.json (text sizes at its top or under `text_config`). Raises BundleError
     naming what is missing.
     """
-    text, vision = config.get("text_config", config), config.get("vision_config")
-    if (kind := config.get("model_type", COUNTED[0])) not in COUNTED:
+    kind = config.get("model_type", COUNTED[0])
+    if kind not in COUNTED:
         raise BundleError(
-            f"--plan counts {' and '.join(COUNTED)} so far, not {kind}: tune without it and watch the peak in metrics.json"
+            f"--plan counts {' and '.join(COUNTED)} so far, not {kind}: "
+            "tune without it and watch the peak in metrics.json"
         )
+    text = config.get("text_config", config)
+    vision = config.get("vision_config")
     try:
         if vision is None:
             raise KeyError("vision_config")
-        gated = (
-            "embed_dim" not in vision
-        )  # Qwen2-VL calls its width embed_dim, and hidden_size what the projector gives
+        # Qwen2-VL calls its width embed_dim, and hidden_size what the projector gives.
+        gated = "embed_dim" not in vision
         width = vision["hidden_size"] if gated else vision["embed_dim"]
         return Shape(
             hidden=text["hidden_size"],
@@ -136,7 +148,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # what stays
 
 
@@ -144,7 +156,9 @@ def parameters(shape: Shape) -> dict[str, int]:
     """Parameters by part: linears (of the text layers, in 4 bits), embedding, head (0 if tied),
     norms (and biases), vision.
     """
-    s, v, i = shape, shape.vision_hidden, shape.vision_intermediate
+    s = shape
+    v = s.vision_hidden
+    i = s.vision_intermediate
     mlp = 3 * v * i + 2 * i + v if s.vision_gated else 2 * v * i + i + v
     norm = v if s.vision_gated else 2 * v
     block = 2 * norm + (3 * v * v + 3 * v) + (v * v + v) + mlp
@@ -160,8 +174,8 @@ def parameters(shape: Shape) -> dict[str, int]:
 
 
 def nf4_bytes(out: int, into: int) -> int:
-    """A linear in NF4 with double quantization: 4 bits a weight, one 8-bit scale a block of 64, one
-    fp32 scale a block of 256 scales, and the two code books.
+    """A linear layer in NF4 with double quantization: 4 bits a weight, one 8-bit scale a block of
+    64, one fp32 scale a block of 256 scales, and the two code books.
     """
     scales = math.ceil(out * into / 64)
     return math.ceil(out * into / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
@@ -171,40 +185,43 @@ def trained(shape: Shape, rank: int) -> list[int]:
     """Sizes of the trained tensors, all fp32: A and B of each adapter, and the rows of the three
     markers.
     """
-    return [n for o, i in shape.linears for n in (rank * i, o * rank)] * shape.layers + [
-        MARKERS * shape.hidden
-    ]
+    a_layer = [n for o, i in shape.linears for n in (rank * i, o * rank)]
+    return a_layer * shape.layers + [MARKERS * shape.hidden]
 
 
 def optimizer_bytes(optimizer: str, sizes: list[int]) -> tuple[int, int]:
-    """(bytes that stay on the card, bytes in pages that may move to the host) of the optimizer's
-    states for tensors of these sizes.
+    """Of the optimizer's states for tensors of these sizes, the bytes that stay on the card, and
+    the bytes in pages, which may move to the host.
 
     bitsandbytes keeps tensors below 4096 elements in 32 bits, and pages states of 100,000 elements
     or more (optim/optimizer.py).
     """
     if optimizer == "sgd":
         return 0, 0
-    stay = paged = 0
+    stay = 0
+    paged = 0
     for n in sizes:
         short = "8bit" in optimizer and n >= 4096
-        states, scales = (2 * n, 8 * math.ceil(n / 256)) if short else (8 * n, 0)
+        states = 2 * n if short else 8 * n
         if optimizer.startswith("paged") and n >= 1e5:
             paged += states
         else:
             stay += states
-        stay += scales
+        stay += 8 * math.ceil(n / 256) if short else 0
     return stay, paged
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # what one step makes
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one sample: visual (of its one picture), text (question and template), answer (with
-    its end).
+    """Tokens of one sample.
+
+    visual: of its one picture.
+    text: of the question and the template.
+    answer: with its end.
     """
 
     visual: int
@@ -214,8 +231,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run through the text layers: so many columns a sample, which look at so many keys.
-    padded: attention needs a mask.
+    """One run through the text layers.
+
+    columns: that a sample has in it.
+    keys: that each column attends to.
+    padded: whether attention needs a mask.
     """
 
     columns: int
@@ -226,7 +246,9 @@ class Pass:
 @dataclass(frozen=True)
 class Stage2(Settings):
     """Settings of `lvr-lite grpo` as they are counted: `train.batch` is the answers that are drawn,
-    or scored, at once (`grpo.rows`), whose gradients are added up. mode: the checkpoint's.
+    or scored, at once (`grpo.rows`), whose gradients are added up.
+
+    mode: the checkpoint's, as in LatentSpec.
     """
 
     mode: str = "open"
@@ -234,26 +256,23 @@ class Stage2(Settings):
 
 def stage2(settings: Settings, spec: LatentSpec) -> Stage2:
     """What stage 2 on a checkpoint of these latents is counted with."""
-    own = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    own: dict[str, Any] = {f.name: getattr(settings, f.name) for f in fields(Settings)}
     freely = settings.grpo.latents == "recomputed" and spec.feedback != "token"
-    own["latent"] = replace(
+    latent = replace(
         settings.latent, method="lvr", steps=spec.steps, targets="pooled", loss="mse", warmup=0.0
     )
     if freely:
-        own["latent"] = replace(
-            own["latent"], method="lvr-free" if spec.mode == "open" else "lvr-bottleneck"
-        )
+        latent = replace(latent, method="lvr-free" if spec.mode == "open" else "lvr-bottleneck")
+    own["latent"] = latent
     own["train"] = replace(settings.train, batch=settings.grpo.rows, accumulation=2)
     return Stage2(**own, mode=spec.mode)
 
 
 def sample(settings: Settings, visual: int) -> Tokens:
     """The sample that is counted: one picture of so many visual tokens."""
-    return (
-        Tokens(visual, answer=settings.grpo.max_tokens)
-        if isinstance(settings, Stage2)
-        else Tokens(visual)
-    )
+    if isinstance(settings, Stage2):
+        return Tokens(visual, answer=settings.grpo.max_tokens)
+    return Tokens(visual)
 
 
 def width(settings: Settings) -> int:
@@ -265,96 +284,97 @@ def latents(settings: Settings, tokens: Tokens) -> int:
     """Latent places in a response; with targets=all the most that a sample may have."""
     if settings.latent.method == "sft":
         return 0
-    return (
-        min(settings.latent.max_targets, tokens.visual)
-        if settings.latent.targets == "all"
-        else settings.latent.steps
-    )
+    if settings.latent.targets == "all":
+        return min(settings.latent.max_targets, tokens.visual)
+    return settings.latent.steps
 
 
 def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
     """The runs through the text layers whose activations wait for the backward pass
     (lvr_lite/train/methods.py).
     """
-    k, padded = latents(settings, tokens), settings.train.batch > 1
-    asked = tokens.visual + tokens.text
-    whole = asked + (k + 2 if k else 0) + tokens.answer
+    k = latents(settings, tokens)
+    padded = settings.train.batch > 1
+    prompt = tokens.visual + tokens.text
+    whole = prompt + (k + 2 if k else 0) + tokens.answer
+    # The second reading: the latents stand for the picture.
+    reader = tokens.text + k + tokens.answer
     if not settings.latent.runs_freely:
-        if (
-            isinstance(settings, Stage2) and settings.mode == "bottleneck"
-        ):  # read once more, the latents known
-            reader = tokens.text + k + tokens.answer
-            return [Pass(asked + k, asked + k, padded), Pass(reader, reader, padded)]
+        if isinstance(settings, Stage2) and settings.mode == "bottleneck":
+            return [Pass(prompt + k, prompt + k, padded), Pass(reader, reader, padded)]
         return [Pass(whole, whole, padded)]
-    first, bottleneck = asked + 1, settings.latent.method == "lvr-bottleneck"
-    steps = k - 1 if bottleneck else k
-    if (
-        settings.train.gradient_checkpointing
-    ):  # no cache: all columns so far again at every step; the last step is part of the rest
-        made = [Pass(n, n, padded) for n in range(first, first + k)]
-        made += [] if bottleneck else [Pass(whole, whole, padded)]
+    first = prompt + 1
+    bottleneck = settings.latent.method == "lvr-bottleneck"
+    if settings.train.gradient_checkpointing:
+        # No cache: every step reads all columns so far again; the last step is part of the rest.
+        runs = [Pass(n, n, padded) for n in range(first, first + k)]
+        runs += [] if bottleneck else [Pass(whole, whole, padded)]
     else:
-        made = [Pass(first, first, padded)] + [
-            Pass(1, first + i, padded) for i in range(1, steps + 1)
-        ]
-        made += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
-    reader = (
-        tokens.text + k + tokens.answer
-    )  # the latents stand for the picture; where two are alike, one is masked out
-    return made + ([Pass(reader, reader, True)] if bottleneck else [])
+        steps = k - 1 if bottleneck else k
+        runs = [Pass(first, first, padded)]
+        runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
+        runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
+    # Where two latents are alike, one is masked out.
+    return runs + ([Pass(reader, reader, True)] if bottleneck else [])
 
 
 def layer_bytes(shape: Shape, settings: Settings, one: Pass) -> int:
     """What autograd saves in one text layer for one pass and one sample."""
-    s, w, rank = shape, width(settings), settings.lora.rank
+    s = shape
+    w = width(settings)
     inputs = [i for _, i in s.linears]
-    norms = 2 * (4 * s.hidden + 4)  # in fp32, with the root of the variance
-    attention = w * 2 * s.queries + 4 * s.heads  # queries, result, log-sum-exp
-    mlp = w * 3 * s.intermediate  # gate, its activation, up
-    read = w * (
-        2 * s.hidden + s.intermediate
-    )  # what adapters read: both norms' results, and down's input; o reads the result above
+    # In fp32, with the root of the variance.
+    norms = 2 * (4 * s.hidden + 4)
+    # Queries, result, log-sum-exp.
+    attention = w * 2 * s.queries + 4 * s.heads
+    # Gate, its activation, up.
+    mlp = w * 3 * s.intermediate
+    # What adapters read: the results of both norms, and the input of down; o reads the result that
+    # is counted above.
+    read = w * (2 * s.hidden + s.intermediate)
     if settings.lora.dropout:
-        read = (w + 1) * sum(inputs)  # each its own, with the mask
-    adapters = w * rank * len(inputs)
-    repeated = (
-        one.padded and one.columns > 1
-    )  # under a mask keys and values are repeated for each query head, and the mask is widened
+        # Each its own, with the mask.
+        read = (w + 1) * sum(inputs)
+    adapters = w * settings.lora.rank * len(inputs)
+    # Under a mask keys and values are repeated for each query head, and the mask is widened.
+    repeated = one.padded and one.columns > 1
     keys = 2 * w * (s.queries if repeated else s.keys)
     mask = w * one.columns * one.keys if repeated else 0
     return one.columns * (norms + attention + mlp + read + adapters) + one.keys * keys + mask
 
 
 def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
-    """What autograd saves in the head and the losses: states that speak, their log-probabilities,
-    PEFT's copy of a tied embedding with the markers' rows in it, and the visual tokens which the
-    latents' contrastive loss compares with.
+    """What autograd saves in the head and the losses: the states that speak, their
+    log-probabilities, PEFT's copy of a tied embedding with the rows of the markers in it, and the
+    visual tokens with which the contrastive loss compares latents.
     """
-    s, w, batch = shape, width(settings), settings.train.batch
+    s = shape
+    w = width(settings)
+    batch = settings.train.batch
     spoken = batch * (tokens.answer + (2 if latents(settings, tokens) else 0))
     compared = 4 * batch * tokens.visual * s.hidden if settings.latent.loss == "contrastive" else 0
     spoken_bytes = w * s.hidden + 4 * s.vocab
     if isinstance(settings, Stage2):
-        spoken_bytes += s.vocab  # which ids may not be chosen
+        # Which ids may not be chosen.
+        spoken_bytes += s.vocab
     return spoken * spoken_bytes + (w * s.vocab * s.hidden if s.tied else 0) + compared
 
 
 def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     """What autograd keeps of a batch from the forward to the backward pass, parameters apart."""
-    s, w, made = shape, width(settings), passes(settings, tokens)
+    s = shape
+    w = width(settings)
+    runs = passes(settings, tokens)
+    checkpointing = settings.train.gradient_checkpointing
     copies = 0
-    if settings.train.gradient_checkpointing:
-        layers = s.layers * sum(w * one.columns * s.hidden for one in made)
+    if checkpointing:
+        layers = s.layers * sum(w * one.columns * s.hidden for one in runs)
     else:
-        layers = s.layers * sum(layer_bytes(s, settings, one) for one in made)
-        copies = (
-            w * sum(trained(s, settings.lora.rank)[:-1]) if w < 4 else 0
-        )  # autocast's, of the adapters
-    ends = sum(
-        one.columns
-        * (4 * s.hidden + 4 + (0 if settings.train.gradient_checkpointing else 2 * w * s.head_dim))
-        for one in made
-    )
+        layers = s.layers * sum(layer_bytes(s, settings, one) for one in runs)
+        # Autocast's copies of the adapters.
+        copies = w * sum(trained(s, settings.lora.rank)[:-1]) if w < 4 else 0
+    rotary = 0 if checkpointing else 2 * w * s.head_dim
+    ends = sum(one.columns * (4 * s.hidden + 4 + rotary) for one in runs)
     return settings.train.batch * (layers + ends) + copies + head_bytes(s, settings, tokens)
 
 
@@ -362,68 +382,64 @@ def standing_bytes(shape: Shape, settings: Settings) -> dict[str, int]:
     """Bytes of what stays through the run, by part. optimizer: of its states those that are not
     paged.
     """
-    counts, sizes = parameters(shape), trained(shape, settings.lora.rank)
-    start = (
-        {"policy at the start, fp32": 4 * sum(sizes)}
-        if isinstance(settings, Stage2) and settings.grpo.beta
-        else {}
-    )
-    return start | {
-        "language model's linears, NF4": shape.layers
-        * sum(nf4_bytes(*linear) for linear in shape.linears),
-        "embedding and head": width(settings) * (counts["embedding"] + counts["head"]),
-        "vision tower, norms and biases": width(settings) * (counts["vision"] + counts["norms"]),
+    counts = parameters(shape)
+    sizes = trained(shape, settings.lora.rank)
+    w = width(settings)
+    stays = {}
+    if isinstance(settings, Stage2) and settings.grpo.beta:
+        stays["policy at the start, fp32"] = 4 * sum(sizes)
+    linears = sum(nf4_bytes(*linear) for linear in shape.linears)
+    accumulating = settings.train.accumulation > 1
+    return stays | {
+        "language model's linears, NF4": shape.layers * linears,
+        "embedding and head": w * (counts["embedding"] + counts["head"]),
+        "vision tower, norms and biases": w * (counts["vision"] + counts["norms"]),
         "adapters and marker rows, fp32": 4 * sum(sizes),
         "optimizer": optimizer_bytes(settings.train.optimizer, sizes)[0],
-        "gradients, kept while accumulating": 4 * sum(sizes)
-        if settings.train.accumulation > 1
-        else 0,
+        "gradients, kept while accumulating": 4 * sum(sizes) if accumulating else 0,
     }
 
 
 def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, int]:
     """Bytes that each phase takes at its height, beside what stays."""
-    s, w, t = shape, width(settings), settings.train
+    s = shape
+    w = width(settings)
+    t = settings.train
     sizes = trained(s, settings.lora.rank)
-    gradients = 0 if t.accumulation > 1 else 4 * sum(sizes)  # else they stay
-    seen_at_once = (
-        1 if isinstance(settings, Stage2) else t.batch
-    )  # pictures; those of stage 2 are seen while answers are drawn
-    patches, pixels = (
-        seen_at_once * tokens.visual * s.merge**2,
-        s.channels * s.temporal * s.patch**2,
-    )
+    # While accumulating they stay.
+    gradients = 0 if t.accumulation > 1 else 4 * sum(sizes)
+    # Stage 2 sees its pictures while answers are drawn.
+    seen_at_once = 1 if isinstance(settings, Stage2) else t.batch
+    patches = seen_at_once * tokens.visual * s.merge**2
+    pixels = s.channels * s.temporal * s.patch**2
     inputs = 4 * patches * pixels + w * t.batch * tokens.visual * s.hidden
     # Rotary positions are applied in fp32: queries, keys, their halves and products.
-    seen = patches * (
-        max((5 * w + 22) * s.vision_hidden, 2 * w * s.vision_hidden + 3 * w * s.vision_intermediate)
-        + (2 * pixels if w < 4 else 0)
-    )
-    saved, matrix = saved_bytes(s, settings, tokens), w * s.vocab * s.hidden
+    rotary = (5 * w + 22) * s.vision_hidden
+    vision_mlp = 2 * w * s.vision_hidden + 3 * w * s.vision_intermediate
+    seen = patches * (max(rotary, vision_mlp) + (2 * pixels if w < 4 else 0))
+    saved = saved_bytes(s, settings, tokens)
+    matrix = w * s.vocab * s.hidden
     longest = max(passes(settings, tokens), key=lambda one: one.columns)
-    layer = t.batch * longest.columns * w * (2 * s.intermediate + s.hidden) + w * max(
-        o * i for o, i in s.linears
-    )
+    layer = t.batch * longest.columns * w * (2 * s.intermediate + s.hidden)
+    layer += w * max(o * i for o, i in s.linears)
     if t.gradient_checkpointing:
         layer += t.batch * layer_bytes(s, settings, longest)
     logits = (4 + w) * t.batch * (tokens.answer + 2) * s.vocab
     before_layers = saved - head_bytes(s, settings, tokens)
+    answering = (
+        "drawing answers" if isinstance(settings, Stage2) else "answering held-out questions"
+    )
     return {
-        "seeing the pictures": inputs
-        + seen
-        + matrix,  # PEFT copies the embedding whenever it is asked for its weight
-        "head": inputs
-        + saved
-        + logits
-        + (matrix if s.tied else 0),  # the gradient of a tied embedding is a whole matrix
+        # PEFT copies the embedding whenever it is asked for its weight.
+        "seeing the pictures": inputs + seen + matrix,
+        # The gradient of a tied embedding is a whole matrix.
+        "head": inputs + saved + logits + (matrix if s.tied else 0),
         "backward through a layer": inputs + max(before_layers, gradients) + layer,
         "backward to the marker rows": inputs + gradients + matrix,
         "optimizer's step": inputs
         + gradients
         + (4 * sum(sizes) if t.optimizer == "adamw_torch" else 0),
-        "drawing answers"
-        if isinstance(settings, Stage2)
-        else "answering held-out questions": _answering(s, settings, tokens),
+        answering: _answering(s, settings, tokens),
     }
 
 
@@ -431,19 +447,22 @@ def _answering(s: Shape, settings: Settings, tokens: Tokens) -> int:
     """Evaluation during training: EVAL_ROWS prompts at once, K/V of all layers, and the widest of
     one layer's MLP without autocast, where PEFT runs the adapters in fp32.
     """
-    w, asked = width(settings), tokens.visual + tokens.text
-    cache = s.layers * 2 * w * s.keys * (asked + latents(settings, tokens) + tokens.answer)
-    mlp = asked * ((2 * w + 8) * s.intermediate + (4 * w + (8 if w < 4 else 0)) * s.hidden)
-    masks = asked * asked
+    w = width(settings)
+    prompt = tokens.visual + tokens.text
+    cache = s.layers * 2 * w * s.keys * (prompt + latents(settings, tokens) + tokens.answer)
+    mlp = prompt * ((2 * w + 8) * s.intermediate + (4 * w + (8 if w < 4 else 0)) * s.hidden)
+    masks = prompt * prompt
     rows = settings.train.batch if isinstance(settings, Stage2) else EVAL_ROWS
     return rows * (cache + mlp + masks) + w * max(o * i for o, i in s.linears)
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs, in bytes. tensors: the most that is alive at once, in `phase`; card: with
-    slack and CUDA context; paged: optimizer states beside it, which move to the host where the card
-    is full.
+    """What a run needs, in bytes.
+
+    tensors: the most that is alive at once.
+    phase: of the step, when that is.
+    paged: states of the optimizer beside it, which move to the host where the card is full.
     """
 
     tensors: int
@@ -452,315 +471,14 @@ class Need:
 
     @property
     def card(self) -> int:
+        """What a card must have: `tensors`, slack and the CUDA context."""
         return int(self.tensors * (1 + SLACK)) + CONTEXT
 
 
 def need(shape: Shape, settings: Settings, tokens: Tokens) -> Need:
-    made = phase_bytes(shape, settings, tokens)
-    phase = max(made, key=made.__getitem__)
-    paged = optimizer_bytes(settings.train.optimizer, trained(shape, settings.lora.rank))[1]
-    return Need(
-        sum(standing_bytes(shape, settings).values()) + made[phase] + WORKSPACE, phase, paged
-    )
-
-
-# ------------------------------------------------------------------------------------------------------
-# what fits, what to lower
-
-FEWEST, MOST = (
-    64,
-    16384,
-)  # visual tokens of a picture that are still worth training on, and that the models take
-LOWEST_RANK = 4
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Settings, the visual tokens of a picture, and the `--set` values that led here."""
-
-    settings: Settings
-    visual: int
-    said: tuple[str, ...] = ()
-
-    def need(self, shape: Shape) -> int:
-        return need(shape, self.settings, sample(self.settings, self.visual)).card
-
-    def train(self, **changed: Any) -> Choice:
-        if isinstance(self.settings, Stage2) and "batch" in changed:
-            said: tuple[str, ...] = (f"grpo.rows={changed['batch']}",)
-        else:
-            said = tuple(f"train.{key}={str(value).lower()}" for key, value in changed.items())
-        return Choice(
-            replace(self.settings, train=replace(self.settings.train, **changed)),
-            self.visual,
-            self.said + said,
-        )
-
-
-def largest_picture(shape: Shape, settings: Settings, vram: float) -> int:
-    """Most visual tokens of a picture with which training fits a card of `vram` GiB; 0 where none
-    does.
-    """
-    low, high = 0, MOST + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if need(shape, settings, sample(settings, middle)).card <= vram * GIB:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _checkpointing(shape: Shape, at: Choice, vram: float) -> list[Choice]:
-    return (
-        [] if at.settings.train.gradient_checkpointing else [at.train(gradient_checkpointing=True)]
-    )
-
-
-def _batch(shape: Shape, at: Choice, vram: float) -> list[Choice]:
-    batch, a_step = (
-        at.settings.train.batch,
-        at.settings.train.batch * at.settings.train.accumulation,
-    )
-    return [
-        at.train(batch=b, accumulation=a_step // b)
-        for b in range(batch - 1, 0, -1)
-        if a_step % b == 0
-    ]
-
-
-def _max_pixels(shape: Shape, at: Choice, vram: float) -> list[Choice]:
-    visual = max(FEWEST, largest_picture(shape, at.settings, vram))
-    pixels = visual * shape.pixels_per_token
-    return (
-        [
-            Choice(
-                replace(at.settings, max_pixels=pixels), visual, (*at.said, f"max_pixels={pixels}")
-            )
-        ]
-        if visual < at.visual
-        else []
-    )
-
-
-def _optimizer(shape: Shape, at: Choice, vram: float) -> list[Choice]:
-    return (
-        []
-        if at.settings.train.optimizer in ("paged_adamw_8bit", "sgd")
-        else [at.train(optimizer="paged_adamw_8bit")]
-    )
-
-
-def _rank(shape: Shape, at: Choice, vram: float) -> list[Choice]:
-    ranks = [r for r in (at.settings.lora.rank >> n for n in range(1, 13)) if r >= LOWEST_RANK]
-    return [
-        Choice(
-            replace(at.settings, lora=replace(at.settings.lora, rank=r)),
-            at.visual,
-            (*at.said, f"lora.rank={r}"),
-        )
-        for r in ranks
-    ]
-
-
-LEVERS = (
-    _checkpointing,
-    _batch,
-    _max_pixels,
-    _optimizer,
-    _rank,
-)  # what costs least first; each gives its lower values, the mildest first
-
-
-def lowered(shape: Shape, settings: Settings, visual: int, vram: float) -> Choice:
-    """What trains pictures of `visual` tokens on `vram` GiB: these settings where they do already,
-    else the first change that is enough alone, else the first changes that are together. Where none
-    are, all of them, though it does not fit.
-    """
-    limit, at = vram * GIB, Choice(settings, visual)
-    if at.need(shape) <= limit:
-        return at
-    for choice in (c for lever in LEVERS for c in lever(shape, at, vram)):
-        if choice.need(shape) <= limit:
-            return choice
-    for lever in LEVERS:
-        choices = lever(shape, at, vram)
-        for choice in choices:
-            if choice.need(shape) <= limit:
-                return choice
-        if choices and choices[-1].need(shape) < at.need(shape):
-            at = choices[-1]
-    return at
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# said
-
-
-def plan(
-    model: str,
-    config: dict[str, Any],
-    max_pixels: int,
-    settings: Settings,
-    vram: float | None = None,
-) -> dict[str, Any]:
-    """All of it, ready for JSON (schema lvr-lite/plan); bytes throughout. max_pixels: the model's
-    own, where the settings name none. vram: GiB of one card; None takes CARDS.
-    """
-    shape = shape_of(config)
-    own = (settings.max_pixels or max_pixels) // shape.pixels_per_token
-    counted = sample(settings, own)
-    here = need(shape, settings, counted)
-    pictures = []
-    for visual in sorted({*VISUAL_TOKENS, own}):
-        row: dict[str, Any] = {
-            "visual_tokens": visual,
-            "max_pixels": visual * shape.pixels_per_token,
-        }
-        for name, on in (("checkpointing", True), ("plain", False)):
-            other = Choice(settings, visual).train(gradient_checkpointing=on).settings
-            one = sample(other, visual)
-            found = need(shape, other, one)
-            row[name] = {
-                "saved": saved_bytes(shape, other, one),
-                "tensors": found.tensors,
-                "card": found.card,
-            }
-        pictures.append(row)
-    return {
-        "schema": "lvr-lite/plan",
-        "version": 1,
-        "model": model,
-        "settings": settings.to_json(),
-        "shape": asdict(shape),
-        "parameters": parameters(shape) | {"trained": sum(trained(shape, settings.lora.rank))},
-        "tokens": asdict(counted) | {"latents": latents(settings, counted), "pictures": 1},
-        "stays": standing_bytes(shape, settings),
-        "phases": phase_bytes(shape, settings, counted),
-        "tensors": here.tensors,
-        "phase": here.phase,
-        "paged": here.paged,
-        "workspace": WORKSPACE,
-        "context": CONTEXT,
-        "slack": SLACK,
-        "card": here.card,
-        "pictures": pictures,
-        "cards": [
-            _on_card(shape, settings, own, gib) for gib in (CARDS if vram is None else (vram,))
-        ],
-        "notes": _notes(settings, counted, here),
-    }
-
-
-def _on_card(shape: Shape, settings: Settings, visual: int, gib: float) -> dict[str, Any]:
-    """What a card of so many GiB makes of it. lower: `--set` values; lower_card: what it needs with
-    them.
-    """
-    found = lowered(shape, settings, visual, gib)
-    return {
-        "gib": gib,
-        "fits": not found.said and found.need(shape) <= gib * GIB,
-        "largest_visual_tokens": largest_picture(shape, settings, gib),
-        "lower": list(found.said),
-        "lower_card": found.need(shape),
-        "lower_fits": found.need(shape) <= gib * GIB,
-    }
-
-
-def _notes(settings: Settings, tokens: Tokens, here: Need) -> list[str]:
-    t = settings.train
-    notes = [
-        f"counted for one picture, {tokens.text} tokens of text and {tokens.answer} of answer a sample; on one card"
-    ]
-    if settings.latent.runs_freely and t.gradient_checkpointing:
-        made = passes(settings, tokens)
-        once = tokens.visual + tokens.text + latents(settings, tokens) + 2 + tokens.answer
-        times = sum(one.columns for one in made) / once
-        notes.append(
-            f"time: {settings.latent.method} with gradient checkpointing keeps no K/V cache and reads all again for each latent: "
-            f"{len(made)} passes, {times:.1f} times the work and the kept inputs of one; train.gradient_checkpointing=false reads once"
-        )
-    if settings.latent.targets == "all":
-        notes.append(
-            f"latent.targets=all: counted with the most latents that a sample may have, {latents(settings, tokens)}"
-        )
-    if isinstance(settings, Stage2):
-        notes.append(
-            f"stage 2: {t.batch} answers are drawn, or scored, at once (grpo.rows), each as long as it may be (grpo.max_tokens)"
-        )
-    elif t.batch > 1:
-        notes.append(
-            "train.batch above 1 is counted as padded: keys and values are then repeated for every query head"
-        )
-    if here.paged:
-        notes.append(
-            f"{_mib(here.paged)} MiB of optimizer states are paged: they move to the host where the card is full, and are not counted"
-        )
-    notes.append(
-        f"{CONTEXT / MIB:.0f} MiB of CUDA context and {SLACK:.0%} of allocator slack are estimates; "
-        "a desktop on the same card takes its own share"
-    )
-    return notes
-
-
-def _mib(n: float) -> str:
-    return f"{n / MIB:,.0f}"
-
-
-def _gib(n: float) -> str:
-    return f"{n / GIB:.2f}"
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print a plan as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, t = Console(), report["settings"]["train"]
-    table = Table(
-        title=f"{report['model']}: {report['tokens']['visual']} visual tokens a picture, {t['batch']} samples at once",
-        title_justify="left",
-    )
-    table.add_column("what")
-    table.add_column("MiB", justify="right")
-    for name, size in report["stays"].items():
-        table.add_row(name, _mib(size))
-    table.add_section()
-    for name, size in report["phases"].items():
-        table.add_row(
-            f"{name}{' (the most)' if name == report['phase'] else ''}", f"+ {_mib(size)}"
-        )
-    table.add_section()
-    table.add_row("live tensors at the most, with cuBLAS's workspace", _mib(report["tensors"]))
-    table.add_row("on the card, with slack and CUDA context", _mib(report["card"]))
-    console.print(table)
-    by_picture = Table(
-        title="by picture, with gradient checkpointing on / off", title_justify="left"
-    )
-    for name in ("visual tokens", "max_pixels", "saved MiB", "card GiB"):
-        by_picture.add_column(name, justify="right")
-    for row in report["pictures"]:
-        saving, plain = row["checkpointing"], row["plain"]
-        yours = " (yours)" if row["visual_tokens"] == report["tokens"]["visual"] else ""
-        saved, card = (
-            f"{_mib(saving['saved'])} / {_mib(plain['saved'])}",
-            f"{_gib(saving['card'])} / {_gib(plain['card'])}",
-        )
-        by_picture.add_row(f"{row['visual_tokens']}{yours}", str(row["max_pixels"]), saved, card)
-    console.print(by_picture)
-    by_card = Table(title="by card", title_justify="left")
-    for name in ("GiB", "fits", "largest picture", "lower first"):
-        by_card.add_column(name)
-    for card in report["cards"]:
-        lower = " ".join(f"--set {said}" for said in card["lower"]) or "–"
-        if not card["lower_fits"]:
-            lower = f"not enough, {_gib(card['lower_card'])} GiB at the least: {lower}"
-        largest = (
-            f"{card['largest_visual_tokens']} visual tokens"
-            if card["largest_visual_tokens"]
-            else "none"
-        )
-        by_card.add_row(f"{card['gib']:g}", "yes" if card["fits"] else "no", largest, lower)
-    console.print(by_card)
-    for note in report["notes"]:
-        console.print(f"· {note}", soft_wrap=True, highlight=False)
+    """What training on such samples needs."""
+    phases = phase_bytes(shape, settings, tokens)
+    phase = max(phases, key=phases.__getitem__)
+    stays = sum(standing_bytes(shape, settings).values())
+    _, paged = optimizer_bytes(settings.train.optimizer, trained(shape, settings.lora.rank))
+    return Need(stays + phases[phase] + WORKSPACE, phase, paged)

@@ -94,7 +94,11 @@ class Reader(torch.nn.Module):
         return embeds.masked_scatter(is_image, features.to(embeds.dtype))
 
     def states(
-        self, embeds: torch.Tensor, batch: Columns, first: int = 0, cache: Any = None
+        self,
+        embeds: torch.Tensor,
+        batch: Columns,
+        first: int = 0,
+        cache: Any = None,
     ) -> torch.Tensor:
         """Hidden states (B, C, H) of C columns from `first` on.
 
@@ -103,7 +107,13 @@ class Reader(torch.nn.Module):
         """
         stop = first + embeds.shape[1]
         positions = batch["positions"][:, :, first:stop]
-        return read(self.core, embeds, positions, batch["mask"][:, :stop], cache)
+        return read(
+            self.core,
+            embeds,
+            positions,
+            batch["mask"][:, :stop],
+            cache,
+        )
 
     def new_cache(self) -> Any:
         """A K/V cache, or None where gradient checkpointing leaves none and columns are read again
@@ -199,7 +209,13 @@ class Free(Method):
         # ends before it.
         columns = embeds.shape[1] if self.mode == "open" else end - 1
         if not forced:
-            return run_freely(reader, embeds[:, :columns], batch, first, reader.spec.steps)
+            return run_freely(
+                reader,
+                embeds[:, :columns],
+                batch,
+                first,
+                reader.spec.steps,
+            )
         filled = with_targets(reader, embeds, batch, targets)
         states = reader.states(filled[:, :columns], batch)
         return states, filled[:, first:end, : targets.shape[-1]]
@@ -234,7 +250,11 @@ def as_wide(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def run_freely(
-    reader: Reader, embeds: torch.Tensor, batch: Columns, first: int, steps: int
+    reader: Reader,
+    embeds: torch.Tensor,
+    batch: Columns,
+    first: int,
+    steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A pass in which each latent step is fed the state before it.
 

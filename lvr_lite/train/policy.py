@@ -74,6 +74,12 @@ class Reading:
     may_start: list[bool]
     shares: np.ndarray | None = None
 
+    @property
+    def read(self) -> tuple[bytes, ...]:
+        """All that the pass reads."""
+        arrays = (self.ids, self.positions, self.latents, self.features)
+        return tuple(array.tobytes() for array in arrays)
+
 
 class Replay(Columns, total=False):
     """A batch of readings. Those that read the same are there once: of short answers to one
@@ -100,23 +106,41 @@ class Replay(Columns, total=False):
     mix: torch.Tensor
 
 
-def readings(prompt: Prompt, result: Result, tokens: TokenIds, mode: str) -> list[Reading]:
+def readings(
+    prompt: Prompt,
+    result: Result,
+    tokens: TokenIds,
+    mode: str,
+) -> list[Reading]:
     """What the decode loop read for an answer: one row, or two where a bottleneck was handed
     over.
 
     mode: as in LatentSpec.
     """
-    latents = np.zeros((0, prompt.features.shape[1]), np.float32)
+    width = prompt.features.shape[1]
+    latents = np.zeros((0, width), np.float32)
     if result.latents:
         latents = np.stack(result.latents).astype(np.float32)
     choices = result.choices
     if tokens.lvr_start not in choices or mode == "open":
         return [_reading(prompt, latents, choices, tokens)]
-    again = second_reading(prompt.ids, prompt.positions, prompt.features, latents, tokens)
+    again = second_reading(
+        prompt.ids,
+        prompt.positions,
+        prompt.features,
+        latents,
+        tokens,
+    )
     answered = Prompt(again.ids, prompt.features[:0], again.positions)
     start = choices.index(tokens.lvr_start) + 1
     first = _reading(prompt, latents[:-1], choices[:start], tokens)
-    second = _reading(answered, again.shares @ latents, choices[start:], tokens, may_start=False)
+    second = _reading(
+        answered,
+        again.shares @ latents,
+        choices[start:],
+        tokens,
+        may_start=False,
+    )
     return [first, replace(second, shares=again.shares)]
 
 
@@ -142,10 +166,13 @@ def _reading(
     # The last choice was not fed; nor is the end of latents that are handed over.
     fed.pop()
     before_start = fed.index(tokens.lvr_start) if tokens.lvr_start in fed else len(fed)
-    following = prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(fed)), (3, len(fed)))
+    following = prompt.positions.max() + 1 + np.arange(len(fed))
+    on_all_axes = np.broadcast_to(following, (3, len(fed)))
+    ids = np.concatenate([prompt.ids, fed])
+    positions = np.concatenate([prompt.positions, on_all_axes], 1)
     return Reading(
-        ids=np.concatenate([prompt.ids, fed]).astype(np.int64),
-        positions=np.concatenate([prompt.positions, following], 1).astype(np.int64),
+        ids=ids.astype(np.int64),
+        positions=positions.astype(np.int64),
         latents=latents,
         features=prompt.features,
         lead=len(prompt.ids) + before_start,
@@ -160,23 +187,20 @@ def batches_of(answers: Sequence[Sequence[Reading]]) -> list[Replay]:
     are much shorter.
     """
     first = batch_of([rows[0] for rows in answers])
-    places: list[int] = []
-    seconds: list[Reading] = []
-    for place, rows in zip(first["place"].tolist(), answers, strict=True):
-        if len(rows) > 1:
-            places.append(place)
-            seconds.append(rows[1])
-    if not seconds:
+    first_rows = first["place"].tolist()
+    again = [number for number, rows in enumerate(answers) if len(rows) > 1]
+    if not again:
         return [first]
-    second = batch_of(seconds)
+    second = batch_of([answers[number][1] for number in again])
     mixes: dict[int, np.ndarray] = {}
-    for row, place, reading in zip(second["place"].tolist(), places, seconds, strict=True):
-        assert reading.shares is not None
-        count, steps = reading.shares.shape
+    for row, number in zip(second["place"].tolist(), again, strict=True):
+        shares = answers[number][1].shares
+        assert shares is not None
+        count, steps = shares.shape
         mix = np.zeros((count, len(first["ids"]), steps), np.float32)
-        mix[:, place] = reading.shares
+        mix[:, first_rows[number]] = shares
         mixes.setdefault(row, mix.reshape(count, -1))
-    second["mix"] = torch.from_numpy(np.concatenate([mixes[row] for row in sorted(mixes)]))
+    second["mix"] = _joined([mixes[row] for row in sorted(mixes)])
     return [first, second]
 
 
@@ -184,29 +208,34 @@ def batch_of(rows: Sequence[Reading]) -> Replay:
     """Readings as one batch; what comes before <|lvr_start|> and what comes from there on are
     padded on the right.
     """
-    kept, place = distinct(
-        tuple(a.tobytes() for a in (r.ids, r.positions, r.latents, r.features)) for r in rows
+    kept, place = distinct(row.read for row in rows)
+    different = [rows[number] for number in kept]
+    ids = [row.ids for row in different]
+    leads = [row.lead for row in different]
+    columns = pad_between([len(own) for own in ids], leads)
+    batch = PaddedBatch.of(
+        ids,
+        [row.positions for row in different],
+        filler=PADDING,
+        columns=columns,
     )
-    different = [rows[i] for i in kept]
-    ids = [r.ids for r in different]
-    leads = [r.lead for r in different]
-    columns = pad_between([len(r.ids) for r in different], leads)
-    batch = PaddedBatch.of(ids, [r.positions for r in different], PADDING, columns)
     return Replay(
         ids=torch.from_numpy(batch.ids),
         positions=torch.from_numpy(batch.positions),
         mask=torch.from_numpy(batch.mask),
         first=max(leads) + 1,
-        latents=torch.from_numpy(np.concatenate([r.latents for r in different])),
-        features=torch.from_numpy(np.concatenate([r.features for r in different])),
-        row=torch.from_numpy(np.repeat(place, [len(r.at) for r in rows])),
-        column=torch.from_numpy(
-            np.concatenate([columns[i][r.at] for i, r in zip(place, rows, strict=True)])
-        ),
-        chosen=torch.from_numpy(np.concatenate([r.chosen for r in rows])),
-        may_start=torch.from_numpy(np.concatenate([r.may_start for r in rows])),
+        latents=_joined([row.latents for row in different]),
+        features=_joined([row.features for row in different]),
+        row=_joined([np.full(len(row.at), own) for own, row in zip(place, rows, strict=True)]),
+        column=_joined([columns[own][row.at] for own, row in zip(place, rows, strict=True)]),
+        chosen=_joined([row.chosen for row in rows]),
+        may_start=_joined([row.may_start for row in rows]),
         place=torch.tensor(place),
     )
+
+
+def _joined(parts: Sequence[np.ndarray | list[int] | list[bool]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 class Policy(Reader):
@@ -246,12 +275,14 @@ class Policy(Reader):
         # Once for all: PEFT copies a tied embedding whenever it is asked for its weight.
         logits: torch.Tensor = self.core.lm_head(torch.cat(speaking)).float()
         may_start = torch.cat([batch["may_start"] for batch in batches])
-        never = torch.zeros_like(logits, dtype=torch.bool)
-        never[:, [self.tokens.lvr, self.tokens.lvr_end, self.tokens.image]] = True
-        never[:, self.tokens.lvr_start] = ~may_start
-        logits = logits.masked_fill(never, -torch.inf) / self.temperature
         chosen = torch.cat([batch["chosen"] for batch in batches])
-        return logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        tokens = self.tokens
+        never = torch.zeros_like(logits, dtype=torch.bool)
+        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
+        never[:, tokens.lvr_start] = ~may_start
+        logits = logits.masked_fill(never, -torch.inf) / self.temperature
+        scores = logits.log_softmax(-1).gather(1, chosen[:, None])
+        return scores[:, 0]
 
     def _read(
         self, batch: Replay, before: torch.Tensor | None
@@ -269,13 +300,21 @@ class Policy(Reader):
         embeds = self.embed(ids, batch["features"])
         latents = batch["latents"]
         if self.recomputed and self.spec.feedback == "token":
-            latents = embeds[is_latent][:, : latents.shape[1]]
+            width = latents.shape[1]
+            latents = embeds[is_latent][:, :width]
         elif self.recomputed and batch["first"] <= ids.shape[1]:
-            return run_freely(self, embeds, batch, batch["first"], self.spec.steps)
+            return run_freely(
+                self,
+                embeds,
+                batch,
+                batch["first"],
+                self.spec.steps,
+            )
         elif before is not None:
             latents = batch["mix"].to(before.dtype) @ before.flatten(0, 1)
         latents = as_wide(latents, embeds).to(embeds.dtype)
-        return self.states(embeds.masked_scatter(is_latent[..., None], latents), batch), None
+        embeds = embeds.masked_scatter(is_latent[..., None], latents)
+        return self.states(embeds, batch), None
 
     @contextmanager
     def at_start(self) -> Iterator[None]:

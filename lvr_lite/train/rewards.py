@@ -1,7 +1,9 @@
 """Rewards of stage 2: plain functions of a sample and an answer, chosen by name or by
-module:function. May import: the core.
+module:function.
 
-A reward is a finite number, the larger the better; what counts is how it differs among the answers
+May import: sympy (inside a function) and all that stands above `train`.
+
+A reward is a finite number, the larger the better. What counts is how it differs among the answers
 to one question.
 """
 
@@ -10,23 +12,34 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import LvrError, UsageError
 from lvr_lite.eval import score
 
-TOLERANCE = 1e-3  # relative, of numbers
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+if TYPE_CHECKING:
+    from sympy import Expr
+
+# Relative, of numbers.
+TOLERANCE = 1e-3
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One rollout. text: what was said. latents: steps of reasoning. before: text tokens ahead of
-    them. ended: by itself, and not at the limit. donor: what is said with the latents of another
-    picture of which the same is asked, and another answer is right; None where there is none, or no
-    reward looks at it. own: what is said with its own latents, likewise without drawing by lot.
+    """One rollout, as rewards see it.
+
+    text: without markers and end of turn.
+    latents: how many latent steps it has.
+    before: how many text tokens come before them.
+    ended: whether the model ended it, and not the limit of tokens.
+    donor: the greedy answer with latents from another picture, about which the same question has
+        another right answer. None where there is no such picture, or no reward asks for it.
+    own: the greedy answer with its own latents; None where `donor` is.
     """
 
     text: str
@@ -41,26 +54,28 @@ Reward = Callable[[Sample, Answer], float]
 
 
 def accuracy(sample: Sample, answer: Answer) -> float:
-    """1 for the right answer, else 0: its words, the letter of the right choice, or a number within
-    TOLERANCE of it.
+    """1 for the right answer, else 0: the same words, the letter of the right choice, or a number
+    within TOLERANCE of the right one.
     """
-    said, right = score.normalized(answer.text), score.normalized(sample.answer)
-    if said == right:
+    text = score.normalized(answer.text)
+    expected = score.normalized(sample.answer)
+    if text == expected or _names_choice(text, expected, sample):
         return 1.0
-    if sample.choices and len(sample.choices) <= 26:
-        letter = (
-            "abcdefghijklmnopqrstuvwxyz"[sample.choices.index(sample.answer)]
-            if sample.answer in sample.choices
-            else None
-        )
-        if letter is not None and re.fullmatch(
-            rf"(?:{letter}\b.*{re.escape(right)}|{letter})", said.strip("()")
-        ):
-            return 1.0
-    a, b = _number(said), _number(right)
-    return float(
-        a is not None and b is not None and math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-9)
-    )
+    number = _number(text)
+    expected_number = _number(expected)
+    if number is None or expected_number is None:
+        return 0.0
+    return float(math.isclose(number, expected_number, rel_tol=TOLERANCE, abs_tol=1e-9))
+
+
+def _names_choice(text: str, expected: str, sample: Sample) -> bool:
+    """Whether a text is the letter of the right choice, alone or with the choice after it."""
+    choices = sample.choices or ()
+    if sample.answer not in choices or len(choices) > len(LETTERS):
+        return False
+    letter = LETTERS[choices.index(sample.answer)]
+    pattern = rf"{letter}\b.*{re.escape(expected)}|{letter}"
+    return re.fullmatch(pattern, text.strip("()")) is not None
 
 
 def math_accuracy(sample: Sample, answer: Answer) -> float:
@@ -70,17 +85,13 @@ def math_accuracy(sample: Sample, answer: Answer) -> float:
     return accuracy(sample, answer) or float(_same_expression(answer.text, sample.answer))
 
 
-def format(sample: Sample, answer: Answer) -> float:
-    """1 for an answer that was reasoned in latents before a word was said, then said, and ended by
-    itself.
-    """
+def format(sample: Sample, answer: Answer) -> float:  # noqa: ARG001
+    """1 for an answer that begins with latents, goes on with text, and that the model ended."""
     return float(answer.latents > 0 and answer.before == 0 and bool(answer.text) and answer.ended)
 
 
-def latent_use(sample: Sample, answer: Answer) -> float:
-    """1 where an answer was reasoned in latents, and those of the donor in their place would have
-    changed what is said.
-    """
+def latent_use(sample: Sample, answer: Answer) -> float:  # noqa: ARG001
+    """1 for an answer with latents that those of the donor in their place would have changed."""
     return float(answer.latents > 0 and answer.donor is not None and answer.donor != answer.own)
 
 
@@ -100,105 +111,99 @@ class Scoring:
 
     @property
     def needs_donor(self) -> bool:
+        """Whether a reward looks at the answer with a donor's latents."""
         return any(reward is latent_use for _, reward, _ in self.parts)
 
     def __call__(self, sample: Sample, answer: Answer) -> dict[str, float]:
-        """What each reward gives, unweighted, and "reward", their weighted sum. Raises LvrError
-        naming sample and reward where one raises or gives no finite number.
+        """What each reward gives, unweighted, and "reward", their weighted sum.
+
+        Raises LvrError naming sample and reward where one raises or gives no finite number.
         """
-        found = {}
-        for name, reward, _ in self.parts:
-            try:
-                value = float(reward(sample, answer))
-            except (
-                Exception
-            ) as error:  # whatever a user's function raises, the run must stop and say where
-                raise LvrError(
-                    f"reward {name}: raised {type(error).__name__} ({error}) on sample {sample.id}, {answer.text!r}"
-                ) from error
-            if not math.isfinite(value):
-                raise LvrError(
-                    f"reward {name}: gave {value} on sample {sample.id}, {answer.text!r}; it must be a finite number"
-                )
-            found[name] = value
-        return found | {"reward": sum(weight * found[name] for name, _, weight in self.parts)}
+        values: dict[str, float] = {}
+        total = 0.0
+        for name, reward, weight in self.parts:
+            values[name] = _value_of(name, reward, sample, answer)
+            total += weight * values[name]
+        return values | {"reward": total}
+
+
+def _value_of(name: str, reward: Reward, sample: Sample, answer: Answer) -> float:
+    where = f"on sample {sample.id}, {answer.text!r}"
+    try:
+        value = float(reward(sample, answer))
+    # Whatever a user's function raises, the run must stop and say where.
+    except Exception as error:
+        raise LvrError(f"reward {name}: raised {type(error).__name__} ({error}) {where}") from error
+    if not math.isfinite(value):
+        raise LvrError(f"reward {name}: gave {value} {where}; it must be a finite number")
+    return value
 
 
 def read_rewards(text: str) -> Scoring:
-    """Scoring of "accuracy=1,format=0.2,my_rewards:brevity=0.1"; a weight is 1 where none is given.
+    """Scoring of "accuracy=1,format=0.2,my_rewards:brevity=0.1"; a weight is 1 where none is
+    written.
 
     Raises UsageError for a name that is not known, a module that does not import, or a weight that
     is no number.
     """
-    parts = []
+    parts: dict[str, tuple[str, Reward, float]] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, weight = part.partition("=")
-        try:
-            value = float(weight) if weight else 1.0
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise UsageError(f"grpo.rewards: the weight of {name} must be a number, not {weight!r}")
-        parts.append((name, REWARDS[name] if name in REWARDS else _imported(name), value))
+        name, _, weight_text = part.partition("=")
+        weight = _weight(name, weight_text)
+        reward = REWARDS[name] if name in REWARDS else _imported(name)
+        if name in parts:
+            raise UsageError(f"grpo.rewards: {name} is there twice; give it one weight")
+        parts[name] = (name, reward, weight)
     if not parts:
         raise UsageError(
             f"grpo.rewards is empty: name some of {', '.join(REWARDS)}, or module:function"
         )
-    names = [name for name, _, _ in parts]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"grpo.rewards: {doubled} is there twice; give it one weight")
-    return Scoring(tuple(parts))
+    return Scoring(tuple(parts.values()))
+
+
+def _weight(name: str, text: str) -> float:
+    try:
+        weight = float(text) if text else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UsageError(f"grpo.rewards: the weight of {name} must be a number, not {text!r}")
+    return weight
 
 
 def _imported(name: str) -> Reward:
     module, colon, function = name.partition(":")
     if not colon:
         raise UsageError(
-            f"grpo.rewards: {name} is not known; choose of {', '.join(REWARDS)}, or name module:function"
+            f"grpo.rewards: {name} is not known; choose of {', '.join(REWARDS)}, "
+            "or name module:function"
         )
     try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # a user's module may raise anything while it is imported
+        reward = getattr(importlib.import_module(module), function, None)
+    # A user's module may raise anything while it is imported.
+    except Exception as error:
         raise UsageError(
-            f"grpo.rewards: {module} does not import ({type(error).__name__}: {error}); it must be on PYTHONPATH"
+            f"grpo.rewards: {module} does not import ({type(error).__name__}: {error}); "
+            "it must be on PYTHONPATH"
         ) from error
-    if not callable(found):
+    if not callable(reward):
         raise UsageError(f"grpo.rewards: {module} has no function {function}")
-    reward: Reward = found
-    return reward
+    checked: Reward = reward
+    return checked
 
 
 def _number(text: str) -> float | None:
     """The one number of a text, as in "12 cats"; None where there is none or several."""
-    found: Sequence[str] = _NUMBER.findall(text)
-    return float(found[0].replace(",", "")) if len(found) == 1 else None
+    numbers: list[str] = NUMBER.findall(text)
+    return float(numbers[0].replace(",", "")) if len(numbers) == 1 else None
 
 
 def _same_expression(a: str, b: str) -> bool:
     from tokenize import TokenError
 
     from sympy import SympifyError, simplify
-    from sympy.parsing.sympy_parser import (
-        implicit_multiplication_application,
-        parse_expr,
-        standard_transformations,
-    )
 
-    def read(text: str):  # type: ignore[no-untyped-def]
-        text = re.sub(r"</?answer>", "", text).strip(" .$")
-        if (
-            not re.fullmatch(r"[\w\s.+\-*/^()=]{1,200}", text) or "__" in text
-        ):  # parse_expr evaluates what it is given
-            return None
-        text = text.rpartition("=")[2].replace("^", "**")
-        return parse_expr(
-            text, transformations=(*standard_transformations, implicit_multiplication_application)
-        )
-
-    try:
-        left, right = read(a), read(b)
-        return left is not None and right is not None and simplify(left - right) == 0
-    except (
+    no_expression = (
         SympifyError,
         TokenError,
         SyntaxError,
@@ -207,5 +212,29 @@ def _same_expression(a: str, b: str) -> bool:
         AttributeError,
         NameError,
         ArithmeticError,
-    ):  # it is no expression
+    )
+    try:
+        left = _expression(a)
+        right = _expression(b)
+        return left is not None and right is not None and simplify(left - right) == 0
+    except no_expression:
         return False
+
+
+def _expression(text: str) -> Expr | None:
+    """The expression of a text, or of what stands after its last "="; None where it holds anything
+    that an expression does not.
+    """
+    from sympy.parsing.sympy_parser import (
+        implicit_multiplication_application,
+        parse_expr,
+        standard_transformations,
+    )
+
+    text = re.sub(r"</?answer>", "", text).strip(" .$")
+    # `parse_expr` evaluates what it is given.
+    if not re.fullmatch(r"[\w\s.+\-*/^()=]{1,200}", text) or "__" in text:
+        return None
+    text = text.rpartition("=")[2].replace("^", "**")
+    transformations = (*standard_transformations, implicit_multiplication_application)
+    return parse_expr(text, transformations=transformations)

@@ -41,9 +41,27 @@ class Answers:
     first: int
 
     @property
-    def learned(self) -> torch.Tensor:
-        """Which columns (B, S) are learned."""
-        return self.labels != -100
+    def speaking(self) -> torch.Tensor:
+        """The states (n, H) from which something is predicted; the head sees no others."""
+        return states_before(self.states, self.labels != -100)
+
+    @property
+    def _within(self) -> torch.Tensor:
+        """The labels that the states predict, each the one of the column after it."""
+        columns = self.states.shape[1]
+        return self.labels[:, 1 : columns + 1]
+
+    @property
+    def spoken(self) -> torch.Tensor:
+        """The labels (n,) that the speaking states predict."""
+        within = self._within
+        return within[within != -100]
+
+    @property
+    def speakers(self) -> torch.Tensor:
+        """The samples (n,) of these labels."""
+        learned = self._within != -100
+        return self.first + learned.nonzero()[:, 0]
 
 
 class LatentSFT(Reader):
@@ -54,7 +72,11 @@ class LatentSFT(Reader):
     """
 
     def __init__(
-        self, model: Any, tokens: TokenIds, settings: LatentSettings, norm: float = 0.0
+        self,
+        model: Any,
+        tokens: TokenIds,
+        settings: LatentSettings,
+        norm: float = 0.0,
     ) -> None:
         method = METHODS[settings.method]
         super().__init__(model, tokens, method.spec(settings, norm))
@@ -76,62 +98,79 @@ class LatentSFT(Reader):
         # Vision tower and projector are frozen.
         with torch.no_grad():
             features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"])
-        # What of a visual token stands in the prompt; the rest is added in later layers.
-        shown = features[:, : self.core.config.text_config.hidden_size]
-        # The states that learn to be latents.
-        predicted = shown[:0]
         answers: list[Answers] = []
+        # The states (L, H) that learn to be latents.
+        predicted = features[:0]
+        if "ids" in batch:
+            answers += self._look(batch, features)
+            predicted = states_before(answers[0].states, batch["target_at"])
+        answers += self._answer_at_once(batch, features)
+        labels = torch.cat([part.spoken for part in answers])
+        speakers = torch.cat([part.speakers for part in answers])
+        speaking = torch.cat([part.speaking for part in answers])
+        logits = self.core.lm_head(speaking).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        ce = mean_over_samples(losses, speakers)
+        loss, found = self._latent_loss(predicted, self._shown(features), batch["pool"])
+        right = logits.argmax(-1) == labels
+        return {
+            "loss": ce + self.latent_weight() * loss,
+            "ce": ce.detach(),
+            "latent": loss.detach(),
+            "right": right.float().mean(),
+            "found": found,
+        }
+
+    def _shown(self, features: torch.Tensor) -> torch.Tensor:
+        """What of visual tokens stands in the prompt (T, H); the rest is added in later layers."""
+        width = self.core.config.text_config.hidden_size
+        return features[:, :width]
+
+    def _look(self, batch: Batch, features: torch.Tensor) -> list[Answers]:
+        """The samples that look: one pass, and in a bottleneck a second one."""
+        shown = self._shown(features)
+        targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
+        embeds = self.embed(batch["ids"], features)
+        forced = self.training and self.progress < self.settings.warmup
+        states, latents = self.method.run(self, embeds, batch, targets, forced)
+        answers = [Answers(states, batch["labels"], first=0)]
+        if self.spec.mode == "bottleneck":
+            assert latents is not None
+            states = self._read_again(latents, features, batch)
+            answers.append(Answers(states, batch["reader_labels"], first=0))
+        return answers
+
+    def _answer_at_once(self, batch: Batch, features: torch.Tensor) -> list[Answers]:
+        """The other samples, whose pictures come after those of the samples that look."""
         samples = 0
         tokens = 0
         if "ids" in batch:
             samples = len(batch["ids"])
             tokens = self._visual_tokens_of(batch["ids"])
-            states, latents = self._look(batch, features, shown)
-            answers.append(Answers(states, batch["labels"], 0))
-            predicted = states_before(states, batch["target_at"])
-            if self.spec.mode == "bottleneck":
-                assert latents is not None
-                states = self._read_again(latents, features, batch)
-                answers.append(Answers(states, batch["reader_labels"], 0))
+        answers = []
         for part in batch.get("direct", ()):
-            states = self.states(self.embed(part["ids"], features[tokens:]), part)
-            answers.append(Answers(states, part["labels"], samples))
+            embeds = self.embed(part["ids"], features[tokens:])
+            answers.append(Answers(self.states(embeds, part), part["labels"], samples))
             samples += len(part["ids"])
             tokens += self._visual_tokens_of(part["ids"])
-        labels = torch.cat([spoken(part.states, part.labels) for part in answers])
-        # The head sees only the states from which something is predicted.
-        speaking = torch.cat([states_before(part.states, part.learned) for part in answers])
-        logits = self.core.lm_head(speaking).float()
-        speakers = torch.cat(
-            [part.first + speakers_of(part.states, part.labels) for part in answers]
-        )
-        ce = mean_over_samples(F.cross_entropy(logits, labels, reduction="none"), speakers)
-        loss, found = self._latent_loss(predicted.float(), shown.float(), batch["pool"])
-        return {
-            "loss": ce + self.latent_weight() * loss,
-            "ce": ce.detach(),
-            "latent": loss.detach(),
-            "right": (logits.argmax(-1) == labels).float().mean(),
-            "found": found,
-        }
-
-    def _look(
-        self, batch: Batch, features: torch.Tensor, shown: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The pass over samples that look, as `Method.run` returns it."""
-        targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
-        forced = self.training and self.progress < self.settings.warmup
-        return self.method.run(self, self.embed(batch["ids"], features), batch, targets, forced)
+        return answers
 
     def latent_weight(self) -> float:
         """λ now: that of the settings, and less and less of it over the last `relax` of the
         steps.
         """
-        relax = self.settings.relax if self.training else 0.0
-        return self.settings.weight * (min(1.0, (1 - self.progress) / relax) if relax else 1.0)
+        weight = self.settings.weight
+        relax = self.settings.relax
+        if not (relax and self.training):
+            return weight
+        left = (1 - self.progress) / relax
+        return weight * min(1.0, left)
 
     def _latent_loss(
-        self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor
+        self,
+        predicted: torch.Tensor,
+        features: torch.Tensor,
+        pool: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of latents, and `found`.
 
@@ -142,24 +181,34 @@ class LatentSFT(Reader):
         nothing = torch.zeros((), device=predicted.device)
         if not len(predicted):
             return nothing, nothing
+        predicted = predicted.float()
+        features = features.float()
         # The cosine of `lvr_lite.model.latents.likeness`, in another order of operations: vectors
         # are brought to length 1 before the product, so that published runs repeat to the last bit.
         apart = F.normalize(features - features.mean(0), dim=-1)
-        cosines = F.normalize(predicted, dim=-1) @ apart.T / self.settings.temperature
+        directions = F.normalize(predicted, dim=-1)
+        cosines = directions @ apart.T / self.settings.temperature
         own = pool > 0
-        found = own.gather(1, cosines.argmax(-1, keepdim=True)).float().mean()
+        nearest = cosines.argmax(-1, keepdim=True)
+        found = own.gather(1, nearest).float().mean()
+        loss = nothing
         if self.settings.loss == "mse":
-            return F.mse_loss(predicted, pool @ features), found
+            loss = F.mse_loss(predicted, pool @ features)
         if self.settings.loss == "contrastive":
             own_cosines = cosines.masked_fill(~own, -torch.inf)
-            return (cosines.logsumexp(-1) - own_cosines.logsumexp(-1)).mean(), found
-        return nothing, found
+            losses = cosines.logsumexp(-1) - own_cosines.logsumexp(-1)
+            loss = losses.mean()
+        return loss, found
 
     def _visual_tokens_of(self, ids: torch.Tensor) -> int:
-        return int((ids == self.tokens.image).sum())
+        is_image = ids == self.tokens.image
+        return int(is_image.sum())
 
     def _read_again(
-        self, latents: torch.Tensor, features: torch.Tensor, batch: Batch
+        self,
+        latents: torch.Tensor,
+        features: torch.Tensor,
+        batch: Batch,
     ) -> torch.Tensor:
         """The pass that reads the prompt with the latents (B, K, H) for its picture, and then the
         answer. Returns its hidden states (B, R, H).
@@ -172,17 +221,20 @@ class LatentSFT(Reader):
         positions = batch["reader_positions"].clone()
         mask = batch["reader_mask"].clone()
         counts = is_image.sum(1).tolist()
-        pictures = features[: sum(counts)].detach().float().split(counts)
-        means_of_rows = []
-        for row, (picture, own) in enumerate(zip(pictures, latents, strict=True)):
-            nearest = near(own.detach().float(), picture)
+        shown = features[: sum(counts)].detach().float()
+        pictures = shown.split(counts)
+        placed = []
+        for row, own in enumerate(latents):
+            nearest = near(own.detach().float(), pictures[row])
             weights, first = means(nearest)
-            means_of_rows.append(weights.to(own.dtype) @ own)
-            places = batch["positions"][:, row, is_image[row]][:, nearest]
-            positions[:, row, is_latent[row]] = places
-            mask[row, is_latent[row]] = first.to(mask.dtype)
-        embeds = self.core.get_input_embeddings()(batch["reader_ids"])
-        embeds = embeds.masked_scatter(is_latent[..., None], torch.stack(means_of_rows))
+            placed.append(weights.to(own.dtype) @ own)
+            of_image = batch["positions"][:, row, is_image[row]]
+            columns = is_latent[row]
+            positions[:, row, columns] = of_image[:, nearest]
+            mask[row, columns] = first.to(mask.dtype)
+        embedding = self.core.get_input_embeddings()
+        embeds = embedding(batch["reader_ids"])
+        embeds = embeds.masked_scatter(is_latent[..., None], torch.stack(placed))
         return self.states(embeds, Columns(positions=positions, mask=mask))
 
 
@@ -191,18 +243,8 @@ def states_before(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     columns of states (B, C, H).
     """
     columns = min(states.shape[1], at.shape[1] - 1)
-    return states[:, :columns][at[:, 1 : columns + 1]]
-
-
-def spoken(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The labels (n,) that `states_before` predicts."""
-    within = labels[:, 1 : states.shape[1] + 1]
-    return within[within != -100]
-
-
-def speakers_of(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The rows (n,) of the labels that `spoken` gives."""
-    return (labels[:, 1 : states.shape[1] + 1] != -100).nonzero()[:, 0]
+    predicting = at[:, 1 : columns + 1]
+    return states[:, :columns][predicting]
 
 
 def mean_over_samples(losses: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
@@ -211,4 +253,6 @@ def mean_over_samples(losses: torch.Tensor, samples: torch.Tensor) -> torch.Tens
     losses: (n,). samples: (n,), the sample of each.
     """
     counts = torch.bincount(samples)
-    return (losses / counts[samples]).sum() / (counts > 0).sum()
+    shares = losses / counts[samples]
+    present = counts > 0
+    return shares.sum() / present.sum()

@@ -46,15 +46,18 @@ SCALE: tuple[Colour, ...] = (
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
     (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
 )  # fmt: skip
-_TINT, _DIM = 0.6, 0.75  # how much of a panel is colour; brightness of the grey picture beneath it
-_SIDE, _GAP, _TEXT, _LINE, _ACROSS = (
-    224,
-    16,
-    15,
-    20,
-    5,
-)  # pixels: a picture's longer side, space, text size, text line; panels in a line
-_FRAME = 11  # pixels that the nearest token's frame measures at least, where the picture has them
+# How much of a panel is colour, and the brightness of the grey picture beneath it.
+_TINT = 0.6
+_DIM = 0.75
+# In pixels: a picture's longer side, the space between, the size of text, a line of text.
+_SIDE = 224
+_GAP = 16
+_TEXT = 15
+_LINE = 20
+# Panels in a line.
+_ACROSS = 5
+# Pixels that the nearest token's frame measures at least, where the picture has them.
+_FRAME = 11
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,6 @@ class View:
         return token // self.grid[1], token % self.grid[1], float(self.similarities[step, token])
 
 
-def similarities(latents: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Latents (K, H), visual tokens of one picture (T, H) -> (K, T) in -1 … 1:
-    `lvr_lite.model.latents.likeness`.
-    """
-    return np.asarray(likeness(latents, features))
-
-
 def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | None) -> None:
     """Raises UsageError where a call has nothing to look at (no picture, no latents of the model's
     own) or would write over a picture.
@@ -96,17 +92,19 @@ def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | No
         )
     if not latent.steps:
         raise UsageError(
-            "--look: this model was not tuned for latent steps, so there is nothing to look at; see `lvr-lite finetune`"
+            "--look: this model was not tuned for latent steps, so there is nothing to look at; "
+            "see `lvr-lite finetune`"
         )
     if steps == 0:
         raise UsageError("--look: nothing to look at with --steps 0; leave one of them out")
     if latent.feedback == "token":
         raise UsageError(
-            "--look: this model feeds a fixed token in place of latents, so there is nothing to look at"
+            "--look: this model feeds a fixed token in place of latents, so there is nothing to "
+            "look at"
         )
 
 
-def views(
+def answer_views(
     runtime: Runtime, pictures: Sequence[Image.Image], prompt: Prompt, result: Result
 ) -> list[View]:
     """What the latents of an answer are near to, in each of the prompt's pictures. Raises LvrError
@@ -114,7 +112,8 @@ def views(
     """
     if not result.latents:
         raise LvrError(
-            "--look: the model answered without latent steps this time, so there is nothing to look at"
+            "--look: the model answered without latent steps this time, so there is nothing to "
+            "look at"
         )
     processor = runtime.processor
     grids = [processor.grid_of(picture.height, picture.width) for picture in pictures]
@@ -128,19 +127,19 @@ def views(
         View(
             picture,
             processor.token_grid(grid),
-            similarities(latents, tokens)[:, processor.token_places(grid)],
+            likeness(latents, tokens)[:, processor.token_places(grid)],
         )
         for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
     ]
 
 
-def bounds(seen: Sequence[View]) -> tuple[float, float]:
+def bounds(views: Sequence[View]) -> tuple[float, float]:
     """The lowest and highest similarity of all steps and pictures: the one scale by which panels
     compare.
     """
-    return min(float(v.similarities.min()) for v in seen), max(
-        float(v.similarities.max()) for v in seen
-    )
+    low = min(float(view.similarities.min()) for view in views)
+    high = max(float(view.similarities.max()) for view in views)
+    return low, high
 
 
 def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -163,11 +162,11 @@ def panel(view: View, step: int, scale: tuple[float, float], side: int = _SIDE) 
     dim = picture.convert("L").point(lambda v: v * _DIM).convert("RGB")
     drawn = Image.blend(dim, heat.resize(picture.size, Image.Resampling.NEAREST), _TINT)
     row, column, _ = view.nearest(step)
-    (x0, x1), (y0, y1) = _framed(column, columns, picture.width), _framed(row, rows, picture.height)
+    x0, x1 = _framed(column, columns, picture.width)
+    y0, y1 = _framed(row, rows, picture.height)
     draw = ImageDraw.Draw(drawn)
-    draw.rectangle(
-        (x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0)
-    )  # so that the white line shows on yellow too
+    # A black line around the white one, which then shows on yellow too.
+    draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0))
     draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255), width=2)
     return drawn
 
@@ -181,8 +180,8 @@ def _framed(cell: int, cells: int, length: int) -> tuple[int, int]:
     return max(0, edges[cell] - spare), min(length, edges[cell + 1] + spare) - 1
 
 
-def look(
-    seen: Sequence[View],
+def heat_maps(
+    views: Sequence[View],
     question: str,
     answer: str,
     expected: str | None = None,
@@ -194,23 +193,23 @@ def look(
     boxes: normalized xyxy, drawn on the first picture.
     """
     font = ImageFont.load_default(_TEXT)
-    across = min(_ACROSS, 1 + len(seen[0].similarities))
+    across = min(_ACROSS, 1 + len(views[0].similarities))
     inner = across * (_SIDE + _GAP) - _GAP
-    said = [
+    texts = [
         (question, INK),
         (f"answer: {answer or '(nothing)'}", INK),
         *([(f"expected: {expected}", QUIET)] if expected else []),
     ]
     blocks = [
         _text(
-            [(line, ink) for text, ink in said for line in wrapped(text, font, inner)], inner, font
+            [(line, ink) for text, ink in texts for line in wrapped(text, font, inner)], inner, font
         )
     ]
-    for number, view in enumerate(seen):
-        tiles = _tiles(view, bounds(seen), () if number else boxes, font)
+    for number, view in enumerate(views):
+        tiles = _tiles(view, bounds(views), () if number else boxes, font)
         blocks += [_beside(tiles[i : i + across], inner) for i in range(0, len(tiles), across)]
     legend = [(line, QUIET) for text in (MEANING, NOTE) for line in wrapped(text, font, inner)]
-    blocks += [_bar(bounds(seen), inner, font), _text(legend, inner, font)]
+    blocks += [_bar(bounds(views), inner, font), _text(legend, inner, font)]
     sheet = Image.new("RGB", (inner + 2 * _GAP, _GAP + sum(b.height + _GAP for b in blocks)), PAPER)
     y = _GAP
     for block in blocks:

@@ -176,8 +176,8 @@ def _caption(
         (sample.question, INK),
         (f"Answer: {sample.answer}", INK),
         (
-            f"Seen at {width} x {height} px: {len(selected)} of {view.columns} x {view.rows} visual "
-            f"tokens in {len(sample.boxes)} boxes",
+            f"Seen at {width} x {height} px: {len(selected)} of {view.columns} x {view.rows} "
+            f"visual tokens in {len(sample.boxes)} boxes",
             QUIET,
         ),
         (", ".join(filter(None, (sample.id, sample.type))), QUIET),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,19 +43,24 @@ def test_every_option_reaches_the_quantization(
     monkeypatch: pytest.MonkeyPatch, rounding: Rounding, kind: str
 ) -> None:
     calls: dict[str, tuple[Any, ...]] = {}
-    monkeypatch.setattr(
-        "lvr_lite.quant.search.quantize_calibrated",
-        lambda source, target, precision, data, _, block, bits, steps: calls.update(
-            calibrated=(source, target, precision, block, bits, data, steps)
-        ),
-    )
-    monkeypatch.setattr(
-        "lvr_lite.quant.quantize.quantize_bundle",
-        lambda source, target, precision, _, block: calls.update(
-            whole=(source, target, precision, block)
-        ),
-    )
+    report = SimpleNamespace(to_json=dict)
+
+    def calibrated(*arguments: Any) -> SimpleNamespace:
+        source, target, precision, data, _, *rest = arguments
+        calls["calibrated"] = (source, target, precision, data, *rest)
+        return report
+
+    def whole(*arguments: Any) -> SimpleNamespace:
+        source, target, precision, _, block = arguments
+        calls["whole"] = (source, target, precision, block)
+        return report
+
+    monkeypatch.setattr("lvr_lite.commands.export.Bundle.open", lambda folder: folder)
+    monkeypatch.setattr("lvr_lite.quant.calibrated.quantize_calibrated", calibrated)
+    monkeypatch.setattr("lvr_lite.quant.quantize.quantize_bundle", whole)
     quantize("fp32", "out", rounding)
     r = rounding
-    rest = (r.bits or 5.0, r.calibration or "scenes", r.tune_steps) if kind == "calibrated" else ()
-    assert calls == {kind: (Path("fp32"), Path("out"), r.precision, r.block, *rest)}
+    options: tuple[Any, ...] = (r.block,)
+    if kind == "calibrated":
+        options = (r.calibration or "scenes", r.block, r.bits, r.tune_steps)
+    assert calls == {kind: (Path("fp32"), Path("out"), r.precision, *options)}

@@ -129,7 +129,7 @@ def annotation(number: int, of: int, category: int, box: Any, **more: Any) -> di
     }
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # boxes on their pixels
 
 
@@ -417,7 +417,7 @@ def test_several_classes_each_keep_their_box_and_ids_tell_image_and_annotation(
     assert {n for s in samples for n in s.id.split("-")[-1].split("+")} >= {"501", "502", "503"}
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # COCO
 
 
@@ -648,7 +648,7 @@ def test_what_is_no_coco_file_is_refused_in_one_line(tmp_path: Path, content: st
     assert "\n" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # YOLO
 
 
@@ -782,7 +782,7 @@ def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_
         convert(tmp_path / "c", tmp_path / "out.jsonl", "yolo", Options())
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Label Studio
 
 
@@ -991,7 +991,7 @@ def test_results_of_other_kinds_are_counted_and_their_class_is_not_counted_in_qu
     assert not [s for s in samples if s.type in ("count", "exactly") and "red" in s.question]
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Visual-CoT and official
 
 
@@ -1063,7 +1063,7 @@ def test_a_broken_official_item_is_named_with_its_place(tmp_path: Path) -> None:
     assert line.startswith("item 2: bboxes[0]: [0.3, 0.1, 0.2, 0.2] is inverted")
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # split and writing
 
 

@@ -88,7 +88,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the project's JSONL
 
 
@@ -287,7 +287,7 @@ def test_all_problems_are_collected_beside_the_good_samples(folder: Path) -> Non
     assert refusal(path) == f"{problems[0]} (3 more: lvr-lite data validate {path} lists all)"
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the official JSON
 
 
@@ -385,7 +385,7 @@ def test_a_broken_or_empty_official_file_is_refused(folder: Path) -> None:
     assert refusal(path).startswith(f"{path}:2: not a valid JSON list (Expecting value")
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # read when asked for
 
 

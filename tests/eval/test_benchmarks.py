@@ -23,9 +23,10 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.benchmark_files import Question
+from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
-from lvr_lite.eval.suite import Plan, compare, exact, lettered
+from lvr_lite.eval.suite import Plan, exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
 from tests.command_line import Call
@@ -46,7 +47,7 @@ def jpeg(
     return out.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the published formats
 
 
@@ -192,7 +193,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # answering
 
 
@@ -424,7 +425,7 @@ def test_blink_as_jsonl_may_name_pictures_from_the_benchmarks_folder_or_hold_the
     assert [row.sample.type for row in benchmarks.read("blink", folder).rows] == ["Counting"] * 2
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # broken rows
 
 
@@ -809,7 +810,7 @@ def test_a_damaged_line_of_answers_is_named(tmp_path: Path) -> None:
         compare("tiny", [], plan, never)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # side by side
 
 
@@ -862,7 +863,7 @@ def test_groups_of_one_are_drawn_as_items_are() -> None:
     assert (sums.tolist(), sizes.tolist()) == ([2.0, 5.0], [1, 2])
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # people's own multiple choice
 
 
@@ -909,7 +910,7 @@ def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> Non
     assert (result["accuracy"], result["answers"][0]["expected"]) == (1.0, "blue")
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 

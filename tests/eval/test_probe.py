@@ -22,30 +22,22 @@ from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
-from lvr_lite.eval.probe import (
-    COSTLY,
-    FLIPPED,
+from lvr_lite.eval.interventions import (
     INTERVENTIONS,
-    LIFTED,
     Feed,
-    Said,
     Subject,
     choose_donors,
     chosen,
-    flips,
-    geometry,
     intervene,
-    load_items,
-    measure,
     noise_like,
     other_orders,
-    probe,
-    retrieval,
-    verdict,
 )
+from lvr_lite.eval.measures import Answer, Effect, Flips, flips, geometry, measure, retrieval
+from lvr_lite.eval.probe import load_items, probe
 from lvr_lite.eval.report import show_probe, write_probe_page
 from lvr_lite.eval.score import wilson
 from lvr_lite.eval.statistics import bootstrap_mean, mcnemar, mean_cosine, participation_ratio, unit
+from lvr_lite.eval.verdict import COSTLY, FLIPPED, LIFTED, verdict
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.spec import LatentSpec
@@ -53,7 +45,7 @@ from lvr_lite.toy.make import write_scenes
 from tests.command_line import Call
 from tests.fakes import COLOURS, IS_TOKEN, Looks
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # statistics
 
 
@@ -127,7 +119,7 @@ def test_a_vector_of_zeros_has_no_direction() -> None:
     assert unit(np.array([[0.0, 0], [3, 4]])).tolist() == [[0, 0], [0.6, 0.8]]
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # interventions
 
 H = 8
@@ -264,14 +256,14 @@ def test_who_has_no_donor_is_left_out_and_donated_latents_are_the_donors() -> No
     assert [np.array_equal(feed.latents[i], own[d]) for i, d in ((1, 2), (2, 1))] == [True, True]  # type: ignore[arg-type]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # measuring
 
 
-def says(*texts: str, right: str = "") -> list[Said]:
+def says(*texts: str, right: str = "") -> list[Answer]:
     """Answers, and which of them are right: a mark each, such as "+-+"."""
     return [
-        Said(t, [len(t)], mark == "+")
+        Answer(t, [len(t)], mark == "+")
         for t, mark in zip(texts, right or "-" * len(texts), strict=True)
     ]
 
@@ -286,18 +278,18 @@ def test_an_intervention_is_compared_with_the_baseline_on_the_items_that_it_appl
         "zero": says("a", "bb", "bb", "a", "a", right="+--++"),
     }
     found = measure(subjects, said, "zero", Feed([np.zeros((1, H))] * 4 + [None]), 0)
-    assert (found["n"], found["accuracy"], found["baseline_accuracy"], found["difference"]) == (
+    assert (found.n, found.accuracy, found.baseline_accuracy, found.difference) == (
         4,
         0.5,
         0.75,
         -0.25,
     )
-    assert found["interval"] == wilson(2, 4)
-    assert found["difference_interval"] == bootstrap_mean(np.array([0, -1, -1, 1]), 0)
-    assert found["mcnemar_p"] == mcnemar(2, 1)
-    assert (found["changed"], found["changed_count"]) == (0.5, 2)
-    assert found["by_type"] == {"one": {"n": 2, "accuracy": 0.5}, "two": {"n": 2, "accuracy": 0.5}}
-    assert found["flips_to_donor"] is None
+    assert found.interval == wilson(2, 4)
+    assert found.difference_interval == bootstrap_mean(np.array([0, -1, -1, 1]), 0)
+    assert found.mcnemar_p == mcnemar(2, 1)
+    assert (found.changed, found.changed_count) == (0.5, 2)
+    assert found.by_type == {"one": {"n": 2, "accuracy": 0.5}, "two": {"n": 2, "accuracy": 0.5}}
+    assert found.flips is None
 
 
 def test_an_intervention_that_applies_to_nothing_says_so() -> None:
@@ -305,11 +297,11 @@ def test_an_intervention_that_applies_to_nothing_says_so() -> None:
         [subject()], {"none": says("a"), "oracle": says("a")}, "oracle", Feed([None]), 0
     )
     assert (
-        found["n"],
-        found["accuracy"],
-        found["interval"],
-        found["difference"],
-        found["mcnemar_p"],
+        found.n,
+        found.accuracy,
+        found.interval,
+        found.difference,
+        found.mcnemar_p,
     ) == (0, None, None, None, None)
 
 
@@ -323,20 +315,20 @@ def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said(
         [1, 2, -1, 0]
     )  # 0: red becomes blue, its donor's; 1: stays blue; 3: says red, its donor's, as before
     found = flips(said, "donor_unrelated", donors)
-    assert (found["pairs"], found["flips_to_donor"], found["lift"]) == (
+    assert (found.pairs, found.flips_to_donor, found.lift) == (
         3,
         pytest.approx(2 / 3),
         pytest.approx(1 / 3),
     )
-    assert found["flips_by_noise"] == pytest.approx(2 / 3)
-    assert found["flips_interval"] == wilson(2, 3)
+    assert found.flips_by_noise == pytest.approx(2 / 3)
+    assert found.flips_interval == wilson(2, 3)
     under_one_question = flips(
         said | {"donor_same_question": said["donor_unrelated"]}, "donor_same_question", donors
     )
     assert (
-        under_one_question["pairs"],
-        under_one_question["flips_to_donor"],
-        under_one_question["lift"],
+        under_one_question.pairs,
+        under_one_question.flips_to_donor,
+        under_one_question.lift,
     ) == (2, 0.5, 0.5)
 
 
@@ -344,7 +336,7 @@ def test_without_pairs_there_are_no_flips() -> None:
     found = flips(
         {"none": says("a"), "donor_unrelated": says("a")}, "donor_unrelated", np.array([-1])
     )
-    assert (found["pairs"], found["flips_to_donor"], found["lift"], found["flips_by_noise"]) == (
+    assert (found.pairs, found.flips_to_donor, found.lift, found.flips_by_noise) == (
         0,
         None,
         None,
@@ -352,7 +344,7 @@ def test_without_pairs_there_are_no_flips() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # retrieval
 
 
@@ -370,20 +362,19 @@ def scattered(
 
 def test_latents_that_mean_nothing_hit_the_boxes_as_often_as_their_area() -> None:
     found = retrieval(*scattered(1500, 2), 0)
-    assert found["n"] == 1500
-    assert found["chance"] == 5 / 20
-    assert found["own_box_chance"] == pytest.approx((2 + 3) / 2 / 20)
-    assert found["r_at_1"] == pytest.approx(0.25, abs=0.025)
-    assert found["own_box"] == pytest.approx(0.125, abs=0.02)
-    assert found["interval"][0] < 0.25 < found["interval"][1]
-    assert found["ratio"] == pytest.approx(found["r_at_1"] / 0.25)
+    assert found.n == 1500
+    assert found.chance == 5 / 20
+    assert found.own_box_chance == pytest.approx((2 + 3) / 2 / 20)
+    assert found.r_at_1 == pytest.approx(0.25, abs=0.025)
+    assert found.own_box == pytest.approx(0.125, abs=0.02)
+    assert found.interval[0] < 0.25 < found.interval[1]
+    assert found.ratio == pytest.approx(found.r_at_1 / 0.25)
 
 
 def test_overlapping_boxes_count_their_tokens_once() -> None:
     latents, features, _ = scattered(4, 2)
     assert (
-        retrieval(latents, features, [[np.array([0, 1]), np.array([1, 2])]] * 4, 0)["chance"]
-        == 3 / 20
+        retrieval(latents, features, [[np.array([0, 1]), np.array([1, 2])]] * 4, 0).chance == 3 / 20
     )
 
 
@@ -392,22 +383,22 @@ def test_a_latent_hits_what_it_points_at_once_what_all_share_is_taken_off() -> N
     pointing = np.array([[f[b[0][0]], f[b[1][0]]] for f, b in zip(features, boxes, strict=True)])
     for shared in (0, 100):  # added to every latent and, the other way round, to every token
         found = retrieval(pointing + shared, [f - shared for f in features], boxes, 0)
-        assert (found["r_at_1"], found["own_box"]) == (1.0, 1.0)
+        assert (found.r_at_1, found.own_box) == (1.0, 1.0)
     elsewhere = retrieval(pointing[:, ::-1], features, boxes, 0)
-    assert (elsewhere["r_at_1"], elsewhere["own_box"]) == (
+    assert (elsewhere.r_at_1, elsewhere.own_box) == (
         1.0,
         0.0,
     )  # in the boxes, but in the other one
     half = retrieval(np.stack([pointing[:, 0], -pointing[:, 1]], 1), features, boxes, 0)
-    assert half["by_step"][0]["r_at_1"] == 1.0 > half["r_at_1"] > half["by_step"][1]["r_at_1"]
+    assert half.by_step[0].r_at_1 == 1.0 > half.r_at_1 > half.by_step[1].r_at_1
 
 
 def test_items_without_boxes_are_left_out_of_retrieval_but_not_of_the_mean() -> None:
     latents, features, boxes = scattered(30, 2)
     found = retrieval(latents, features, [*boxes[:10], *[[]] * 20], 0)
     alone = retrieval(latents[:10], features[:10], boxes[:10], 0)
-    assert found["n"] == alone["n"] == 10
-    assert found["r_at_1"] != alone["r_at_1"]
+    assert found.n == alone.n == 10
+    assert found.r_at_1 != alone.r_at_1
 
 
 @pytest.mark.parametrize("why", ["no boxes", "latents alike"])
@@ -419,12 +410,12 @@ def test_retrieval_is_not_defined_without_boxes_or_for_latents_that_are_all_alik
         found = retrieval(
             np.broadcast_to(latents[:1], latents.shape).astype(np.float32), features, boxes, 0
         )
-    assert (found["n"], found["r_at_1"], found["chance"], found["ratio"], found["by_step"]) == (
+    assert (found.n, found.r_at_1, found.chance, found.ratio, found.by_step) == (
         0,
         None,
         None,
         None,
-        [],
+        (),
     )
 
 
@@ -432,7 +423,7 @@ def test_a_step_that_is_alike_for_all_points_at_nothing() -> None:
     latents, features, _ = scattered(10, 2)
     latents[:, 1] = latents[0, 1]
     found = retrieval(latents, features, [[np.arange(20)]] * 10, 0)
-    assert [step["r_at_1"] for step in found["by_step"]] == [1.0, 0.0]
+    assert [step.r_at_1 for step in found.by_step] == [1.0, 0.0]
 
 
 def test_geometry_is_told_by_step_and_of_all_steps_together() -> None:
@@ -440,16 +431,16 @@ def test_geometry_is_told_by_step_and_of_all_steps_together() -> None:
     latents[:, 0] = [[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]
     latents[:, 1] = [[0, 0, 1], [0, 0, 3], [0, 0, 1], [0, 0, 3]]
     found = geometry(latents)
-    assert found["participation_ratio_by_step"] == pytest.approx([2, 1])
-    assert found["participation_ratio"] == pytest.approx(1.5)
-    assert found["participation_ratio_all"] == participation_ratio(latents.reshape(8, 3))
-    assert found["similarity"] == pytest.approx(
+    assert found.participation_ratio_by_step == pytest.approx([2, 1])
+    assert found.participation_ratio == pytest.approx(1.5)
+    assert found.participation_ratio_all == participation_ratio(latents.reshape(8, 3))
+    assert found.similarity == pytest.approx(
         (-1 / 3 + 1) / 2
     )  # of the first step two of six pairs are opposite; of the second all agree
-    assert found["similarity_centred"] == pytest.approx(-1 / 3)
+    assert found.similarity_centred == pytest.approx(-1 / 3)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # verdict
 
 
@@ -462,21 +453,18 @@ def judged(
     **spec: Any,
 ) -> str:
     """The verdict where noise costs so much; intervals are of the cost."""
-    interventions: dict[str, dict[str, Any]] = {
-        "noise": {
-            "n": 50,
-            "difference": -cost,
-            "difference_interval": (-interval[1], -interval[0]),
-        },
-        "donor_same_question": {
-            "pairs": 0 if flipped is None else 40,
-            "flips_to_donor": flipped,
-            "lift": lift,
-            "flips_by_noise": 0.25,
-        },
-        "self": {"changed_count": sham},
+    bounds = (-interval[1], -interval[0])
+    pairs = 0 if flipped is None else 40
+    effects = {
+        "noise": effect(n=50, difference=-cost, difference_interval=bounds),
+        "donor_same_question": effect(flips=Flips(flipped, pairs, None, lift, 0.25)),
+        "self": effect(changed_count=sham),
     }
-    return verdict(interventions, {"ratio": 5.25}, LatentSpec(4, **spec))
+    return verdict(effects, 5.25, LatentSpec(4, **spec))
+
+
+def effect(**fields: Any) -> Effect:
+    return Effect(**(dict.fromkeys(Effect.__dataclass_fields__) | fields))
 
 
 CLEAR, UNCLEAR = (0.01, 0.5), (0.0, 0.5)
@@ -539,17 +527,12 @@ def test_in_a_bottleneck_flips_come_nearly_by_construction_and_lift_proves_nothi
 
 @pytest.mark.parametrize("missing", ["noise", "donor_same_question"])
 def test_without_what_it_takes_there_is_no_verdict(missing: str) -> None:
-    interventions: dict[str, dict[str, Any]] = {
-        "noise": {"n": 5, "difference": -0.9, "difference_interval": (-1, -0.8)},
-        "donor_same_question": {
-            "pairs": 5,
-            "flips_to_donor": 1.0,
-            "lift": 1.0,
-            "flips_by_noise": None,
-        },
+    effects = {
+        "noise": effect(n=5, difference=-0.9, difference_interval=(-1, -0.8)),
+        "donor_same_question": effect(flips=Flips(1.0, 5, None, 1.0, None)),
     }
-    del interventions[missing]
-    assert verdict(interventions, {"ratio": None}, LatentSpec(4)).startswith("not judged")
+    del effects[missing]
+    assert verdict(effects, None, LatentSpec(4)).startswith("not judged")
 
 
 def test_some_interventions_can_be_chosen_and_the_baseline_comes_with_them() -> None:
@@ -790,7 +773,7 @@ def test_a_model_without_latents_is_refused_and_so_is_one_that_never_uses_them()
         probe(Looks("latents"), iter(()))
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # table and page
 
 
@@ -850,7 +833,7 @@ def test_the_page_of_a_few_interventions_without_boxes_or_types_is_whole(tmp_pat
     assert "type of question" not in html
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 

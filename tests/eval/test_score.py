@@ -165,7 +165,7 @@ def test_the_mean_of_several_shares_is_surer_than_each() -> None:
     assert high - low == pytest.approx((one_high - one_low) / 2)  # the root of four
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # multiple choice
 
 OPTIONS = ("Open", "Closed", "A red car", "dark blue")

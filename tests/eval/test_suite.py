@@ -18,16 +18,15 @@ from rich.console import Console
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.sources import Item
 from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.eval.comparing import compare, reference_hint
 from lvr_lite.eval.report import show
 from lvr_lite.eval.suite import (
     SKILLS_TOKENS,
     Plan,
     accuracy_on,
-    compare,
     evaluate,
     expected_answers,
     load_suite,
-    reference_hint,
     skill,
 )
 from lvr_lite.generate.decode import Options
@@ -146,7 +145,7 @@ def test_the_table_tells_types_interval_and_pairs(runtime: Table) -> None:
         assert part in text
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # suites
 
 
@@ -204,7 +203,7 @@ def test_the_right_answers_are_known_without_a_picture(
     }
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # skills
 
 
@@ -325,7 +324,7 @@ def test_skills_are_asked_beside_the_scenes_in_numbers_that_follow_the_limit(
     assert plan.beside == count
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # several models, same items
 
 TINY, OTHER = (
@@ -622,7 +621,7 @@ def test_a_bundle_of_a_tuned_model_says_that_its_base_is_needed(
     assert "--against BASE" in reference_hint(str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what people see
 
 

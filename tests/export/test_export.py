@@ -21,7 +21,8 @@ from lvr_lite.errors import BundleError, LvrError, OutputError
 from lvr_lite.export import apart, graphs, onnxfile, parity, weights, write
 from lvr_lite.export.graphs.spec import GraphSpec
 from lvr_lite.export.graphs.structure import Origin, structure
-from lvr_lite.export.write import describe, write_bundle
+from lvr_lite.export.onnxfile import describe
+from lvr_lite.export.write import write_bundle
 from lvr_lite.files import JsonObject
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime

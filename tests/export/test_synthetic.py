@@ -23,7 +23,9 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model import bundle
-from lvr_lite.quant import quantize
+from lvr_lite.quant.form import check_form
+from lvr_lite.quant.quantize import Converter
+from lvr_lite.quant.schemes import plan_of
 
 # What makes a shape small: {name: (changes of its text_config, of its vision_config)}
 SMALL = {
@@ -109,7 +111,7 @@ def test_a_bundle_of_a_shape_runs(
         tmp_path / "out",
         print,
         precision="int4",
-        convert=quantize.Converter(quantize.whole("int4")),
+        convert=Converter(plan_of("int4")),
         source={"synthetic": name},
     )
     manifest = written.manifest
@@ -120,7 +122,7 @@ def test_a_bundle_of_a_shape_runs(
     reports = json.loads((written.folder / "report.json").read_text())["graphs"]
     assert reports["decoder"]["replaced"] == 2 * 7
     assert reports["lm_head"]["shared"] == config["tie_word_embeddings"]
-    quantize.check_form(written.folder, manifest.graphs)
+    check_form(written)
     runtime = OnnxRuntime(written)
     noise = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
     prompt, _ = prepare_prompt(runtime, [Image.fromarray(noise)], "what is here")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
@@ -384,3 +384,13 @@ def test_a_provider_that_does_not_start_is_one_line_and_not_the_cpu_in_silence(
     )
     with pytest.raises(BundleError, match=r"provider cuda: did not start here|cannot load it"):
         OnnxRuntime(Bundle.open(small_fp32), provider="cuda")
+
+
+def test_another_number_of_threads_than_the_process_has_is_refused(small_fp32: Path) -> None:
+    bundle = Bundle.open(small_fp32)
+    for same in (None, 1):
+        OnnxRuntime(bundle, threads=same)
+    with pytest.raises(
+        UsageError, match="threads 2: this process already runs ONNX Runtime with 1"
+    ):
+        OnnxRuntime(bundle, threads=2)

@@ -32,7 +32,7 @@ from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.families import Grid, ImageSpec
 from lvr_lite.model.spec import LatentSpec
-from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.products import Products
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.quant.tune import Tuning
 from lvr_lite.toy import build
@@ -355,8 +355,8 @@ def test_a_decoder_graph_is_read_in_torch_as_by_onnxruntime(bundle: Path, mode: 
         prepare_prompt(runtime, pictures, "where heart")[0]
         for pictures in (PICTURES["two pictures"][0], [])
     ]
-    readings = Products(StartsWithLatents(runtime, STEPS), prompts, bundle).readings()  # type: ignore[arg-type]
-    tuning = Tuning(bundle, opened.manifest, runtime, readings)
+    readings = Products(StartsWithLatents(runtime, STEPS), prompts, opened).readings()
+    tuning = Tuning(opened, runtime, readings)
     assert len(readings) == (2 if mode == "open" else 4)
     for reading in readings:
         assert (reading.ids == runtime.processor.tokens.lvr).sum() > 0
@@ -390,7 +390,7 @@ def test_another_question_about_the_same_pictures_is_answered_as_if_they_were_re
 
 
 def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(bundle, tmp_path / "int8", "int8", print)
+    quantize_bundle(Bundle.open(bundle), tmp_path / "int8", "int8", print)
     prompts = [
         prepare_prompt(
             TorchRuntime(case.model, case.checkpoint), PICTURES["square"][0], "describe"
@@ -412,58 +412,46 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
     """Free-running latents of the training pass, over a padded batch, are those of the decode loop;
     targets are as wide as they.
     """
-    c, settings = case.checkpoint, LatentSettings(method="lvr-free", steps=STEPS, feedback=feedback)  # type: ignore[arg-type]
-    groups, box = [PICTURES["wide"][0], PICTURES["tall and small"][0]], ((0.1, 0.2, 0.7, 0.6),)
-    samples = [
-        Sample(str(i), (), q, "red", boxes=box)
-        for i, q in enumerate(("what colour is the star", "where heart"))
-    ]
-    sft = LatentSFT(
-        SimpleNamespace(get_base_model=lambda: case.model), c.processor.tokens, settings, 5.0
-    ).eval()
-    batch = Collator(c, settings)([(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
+    settings = LatentSettings(method="lvr-free", steps=STEPS, feedback=feedback)
+    groups = [PICTURES["wide"][0], PICTURES["tall and small"][0]]
+    questions = QUESTIONS[:2]
+    box = (0.1, 0.2, 0.7, 0.6)
+    samples = [Sample(q, (), q, "red", boxes=(box,)) for q in questions]
+    items = [(sample, tuple(group)) for sample, group in zip(samples, groups, strict=True)]
+    sft = sft_of(case, settings)
+    batch = Collator(case.checkpoint, settings)(items)
     with torch.no_grad():
         features = visual_tokens(case.model, batch["pixel_values"], batch["grid_thw"])
-        _, trained = sft.method.run(
-            sft, sft._embed(batch["ids"], features), batch, features[:0], forced=False
-        )
-        losses = {
-            m: sft_loss(case, m, [(s, tuple(g)) for s, g in zip(samples, groups, strict=True)])
-            for m in METHODS
-        }
-    runtime = TorchRuntime(case.model, replace(c, latent=sft.spec))
-    prompts = [
-        prepare_prompt(runtime, g, s.question)[0] for s, g in zip(samples, groups, strict=True)
-    ]
-    for row, result in zip(
-        trained,
-        decode(StartsWithLatents(runtime, STEPS), prompts, Options(max_tokens=1)),
-        strict=True,
-    ):
-        assert row.shape[-1] == case.model.config.text_config.hidden_size
+        embeds = sft.embed(batch["ids"], features)
+        _, latents = sft.method.run(sft, embeds, batch, features[:0], forced=False)
+        targets = batch["pool"] @ features[:, : latents.shape[-1]]
+        _, forced = sft.method.run(sft, embeds, batch, targets, forced=True)
+    assert latents.shape[-1] == case.model.config.text_config.hidden_size
+    torch.testing.assert_close(forced.flatten(0, 1), sft.spec.fed(targets))
+    runtime = TorchRuntime(case.model, replace(case.checkpoint, latent=sft.spec))
+    prompts = prompts_of(runtime, groups, questions)
+    results = decode(StartsWithLatents(runtime, STEPS), prompts, Options(max_tokens=1))
+    for row, result in zip(latents, results, strict=True):
         compare("latents", row.numpy(), np.stack(result.latents), 1e-4)
-        _, taught = sft.method.run(
-            sft,
-            sft._embed(batch["ids"], features),
-            batch,
-            batch["pool"] @ features[:, : trained.shape[-1]],
-            forced=True,
-        )
-    torch.testing.assert_close(
-        taught.flatten(0, 1), sft.spec.fed(batch["pool"] @ features[:, : trained.shape[-1]])
-    )
-    assert all(np.isfinite(loss) for loss in losses.values())
-    assert len(set(losses.values())) == len(losses), "two methods are one"
 
 
-def sft_loss(case: Case, method: str, items: Sequence[Any]) -> float:
-    settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")  # type: ignore[arg-type]
-    sft = LatentSFT(
-        SimpleNamespace(get_base_model=lambda: case.model),
-        case.checkpoint.processor.tokens,
-        settings,
-    ).eval()
-    return float(sft(**Collator(case.checkpoint, settings)(items))["loss"])
+def test_every_method_has_a_loss_of_its_own(case: Case) -> None:
+    sample = Sample("one", (), "where heart", "red", boxes=((0.1, 0.2, 0.7, 0.6),))
+    items = [(sample, tuple(PICTURES["wide"][0]))]
+    losses = []
+    for method in METHODS:
+        settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")
+        batch = Collator(case.checkpoint, settings)(items)
+        with torch.no_grad():
+            losses.append(float(sft_of(case, settings)(**batch)["loss"]))
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == len(METHODS), "two methods are one"
+
+
+def sft_of(case: Case, settings: LatentSettings) -> LatentSFT:
+    """The case in training, in eval mode."""
+    tuned = SimpleNamespace(get_base_model=lambda: case.model)
+    return LatentSFT(tuned, case.checkpoint.processor.tokens, settings, 5.0).eval()
 
 
 def test_it_is_tuned_in_4_bits_and_exported(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lvr_lite.errors import BundleError, LvrError, UsageError
-from lvr_lite.model.latents import likeness
+from lvr_lite.model.latents import columns_read_again, likeness, means, near
 from lvr_lite.model.spec import LatentSpec, response
 
 LIBRARIES: list[Any] = [
@@ -27,7 +27,7 @@ def drawn(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).normal(size=shape).astype(np.float32)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the specification
 
 
@@ -87,7 +87,7 @@ def test_a_response_has_markers_around_the_latents_and_none_without_latents() ->
     assert response(0, " red", "<end>") == " red<end>"
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # feedback
 
 
@@ -111,7 +111,7 @@ def test_norm_matched_feeds_each_states_direction_at_one_length(
         np.testing.assert_allclose(got, 7.5 * state / np.linalg.norm(state), rtol=1e-5)
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # likeness
 
 
@@ -162,3 +162,42 @@ def test_tokens_that_differ_by_rounding_alone_are_like_nothing(
 @EITHER
 def test_no_latents_are_like_nothing(array: Array) -> None:
     assert tuple(likeness(array(np.zeros((0, 6), np.float32)), array(drawn(4, 6))).shape) == (0, 4)
+
+
+@EITHER
+def test_the_nearest_token_is_the_first_of_the_most_alike(array: Array) -> None:
+    tokens = np.array([[1, 0], [0, 1], [0, 1], [-1, -2]], np.float32)
+    found = near(array(np.array([[0, 2], [5, 0], [0, 0]], np.float32)), array(tokens))
+    assert np.asarray(found).tolist() == [1, 0, 0]
+
+
+@EITHER
+def test_another_mean_can_be_taken_off(array: Array) -> None:
+    latents = drawn(2, 6)
+    tokens = drawn(5, 6)[::-1].copy()
+    mean = np.float32(0.3) * drawn(1, 6)[0]
+    apart = tokens - mean
+    found = likeness(array(latents), array(tokens), array(mean))
+    lengths = np.linalg.norm(latents, axis=1)[:, None] * np.linalg.norm(apart, axis=1)
+    np.testing.assert_allclose(np.asarray(found), latents @ apart.T / lengths, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# the second reading
+
+
+@EITHER
+def test_latents_of_one_token_become_their_mean_and_the_first_stands_for_them(array: Array) -> None:
+    latents = drawn(4, 6)
+    weights, first = means(array(np.array([4, 1, 4, 0])))
+    assert np.asarray(first).tolist() == [True, True, False, True]
+    found = np.asarray(weights).astype(np.float32) @ latents
+    both = latents[[0, 2]].mean(0)
+    np.testing.assert_allclose(found, [both, latents[1], both, latents[3]], atol=1e-6)
+
+
+def test_the_text_is_read_again_and_the_chosen_tokens_where_the_first_one_stood() -> None:
+    is_image = np.array([0, 0, 1, 1, 1, 0, 1, 0], bool)
+    found = columns_read_again(is_image, np.array([3, 0]))
+    assert found.tolist() == [0, 1, 6, 2, 5, 7]
+    assert columns_read_again(is_image, np.array([], int)).tolist() == [0, 1, 5, 7]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lvr_lite.quant import blocks
+from lvr_lite.quant.schemes import Scheme
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -30,8 +31,8 @@ def product_error(x: np.ndarray, matrix: np.ndarray, found: blocks.Blocks) -> fl
 def test_gptq_keeps_products_closer_than_rounding_does(columns: int, symmetric: bool) -> None:
     x, matrix = correlated(900, columns), weight(48, columns)
     products = x.T @ x
-    plain = blocks.quantize(matrix, 4, 64, symmetric)
-    found = blocks.gptq(matrix, products, 4, 64, symmetric)
+    plain = blocks.quantize(matrix, Scheme(4, 64, symmetric))
+    found = blocks.gptq(matrix, products, Scheme(4, 64, symmetric))
     assert found.values.min() >= 0
     assert found.values.max() <= 15
     assert found.values.dtype == np.uint8
@@ -41,8 +42,8 @@ def test_gptq_keeps_products_closer_than_rounding_does(columns: int, symmetric: 
 
 def test_gptq_with_unrelated_inputs_of_one_size_is_rounding_to_the_nearest() -> None:
     matrix = weight(8, 128)
-    found = blocks.gptq(matrix, np.eye(128) * 50, 4, 64, symmetric=False)
-    plain = blocks.quantize(matrix, 4, 64, symmetric=False)
+    found = blocks.gptq(matrix, np.eye(128) * 50, Scheme(4, 64, symmetric=False))
+    plain = blocks.quantize(matrix, Scheme(4, 64, symmetric=False))
     np.testing.assert_allclose(found.scales, plain.scales, rtol=1e-5)
     assert (
         found.values != plain.values
@@ -58,7 +59,7 @@ def test_gptq_takes_inputs_that_never_vary() -> None:
     x[:, 30:50] = 0
     matrix = weight(16, 128)
     for products in (x.T @ x, np.zeros((128, 128))):
-        found = blocks.gptq(matrix, products, 4, 64, symmetric=False)
+        found = blocks.gptq(matrix, products, Scheme(4, 64, symmetric=False))
         assert np.isfinite(found.dense()).all()
         assert np.linalg.norm(found.dense() - matrix) / np.linalg.norm(matrix) < 0.5
 
@@ -74,15 +75,15 @@ def test_importance_lowers_the_error_that_it_weighs(symmetric: bool) -> None:
         return float((np.square(found.dense() - matrix) * importance).sum())
 
     plain, weighed = (
-        blocks.quantize(matrix, 4, 64, symmetric, given) for given in (None, importance)
+        blocks.quantize(matrix, Scheme(4, 64, symmetric), given) for given in (None, importance)
     )
     assert error(weighed) < 0.9 * error(plain)
 
 
 def test_importance_of_a_padded_column_is_none() -> None:
     matrix = weight(16, 70)
-    even = blocks.quantize(matrix, 4, 64, False, np.ones(70, np.float32)).dense()
-    plain = blocks.quantize(matrix, 4, 64, False).dense()
+    even = blocks.quantize(matrix, Scheme(4, 64, False), np.ones(70, np.float32)).dense()
+    plain = blocks.quantize(matrix, Scheme(4, 64, False)).dense()
     np.testing.assert_allclose(
         np.linalg.norm(even - matrix), np.linalg.norm(plain - matrix), rtol=0.02
     )

@@ -18,14 +18,16 @@ from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.quant import drift, half
+from lvr_lite.quant import half
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 
 
 @pytest.fixture(scope="module")
 def made(small_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("half") / "fp16"
-    return folder, quantize_bundle(small_fp32, folder, "fp16", print)
+    report = quantize_bundle(Bundle.open(small_fp32), folder, "fp16", print)
+    return folder, report.to_json()
 
 
 def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32: Path) -> None:
@@ -33,7 +35,9 @@ def test_fp16_answers_as_fp32_does(made: tuple[Path, dict[str, Any]], small_fp32
     for folder in (small_fp32, made[0]):
         runtime = OnnxRuntime(Bundle.open(folder))
         options = Options(max_tokens=3, min_tokens=3, keep_hidden=True)
-        outcomes.append(decode(StartsWithLatents(runtime, 3), drift.prompts(runtime, 3), options))
+        outcomes.append(
+            decode(StartsWithLatents(runtime, 3), load_prompts(runtime, "scenes", 3), options)
+        )
     for want, got in zip(*outcomes, strict=True):
         assert want.tokens == got.tokens
         compare("fp16", np.stack(got.hidden), np.stack(want.hidden), 0.02)

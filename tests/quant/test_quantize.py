@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from lvr_lite.model import bundle
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.quant import blocks, drift
-from lvr_lite.quant import quantize as weights
+from lvr_lite.quant.form import check_form
+from lvr_lite.quant.integers import MICROSOFT, change_operator
+from lvr_lite.quant.quantize import Converter, quantize_bundle
+from lvr_lite.quant.reports import Conversion
+from lvr_lite.quant.schemes import COMPACT, INT4, INT8, RoundingPlan, Scheme, plan_of
 from lvr_lite.toy import build
 
 COLUMNS = (
@@ -39,7 +44,7 @@ COLUMNS = (
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path], Any]) -> Bundle:
     folder = tmp_path_factory.mktemp("bundles")
     tokenizer = build.make_tokenizer()
     model = build.make_model(tokenizer, seed=5).float().eval()
@@ -49,13 +54,13 @@ def source(tmp_path_factory: pytest.TempPathFactory, export: Callable[[Any, Path
                 parameter.mul_(2)
     build.save(model, tokenizer, folder / "checkpoint", torch.float32)
     export(read_checkpoint(folder / "checkpoint"), folder / "fp32")
-    return folder / "fp32"
+    return Bundle.open(folder / "fp32")
 
 
 @pytest.fixture(scope="module")
-def reports(source: Path) -> dict[str, dict[str, Any]]:
+def reports(source: Bundle) -> dict[str, dict[str, Any]]:
     return {
-        name: weights.quantize_bundle(source, source.parent / name, name, print)
+        name: quantize_bundle(source, source.folder.parent / name, name, print).to_json()
         for name in ("int8", "int4")
     }
 
@@ -104,16 +109,12 @@ class Inline:
 
 
 def _rewritten(
-    node: onnx.NodeProto, weight: np.ndarray, scheme: weights.Scheme
-) -> tuple[onnx.ModelProto, Any]:
+    node: onnx.NodeProto, weight: np.ndarray, scheme: Scheme
+) -> tuple[onnx.ModelProto, Conversion]:
     graph = helper.make_graph([node], "one", [], [], [numpy_helper.from_array(weight, "w")])
     model = helper.make_model(graph)
-    plan = weights.Plan({"decoder": scheme})
-    rewriting = weights._Rewriting(
-        "decoder", model, numpy_helper.to_array, Inline(), plan, weights.Shared()
-    )  # type: ignore[arg-type]
-    rewriting.run()
-    return model, rewriting
+    converter = Converter(RoundingPlan({"decoder": scheme}))
+    return model, converter.convert("decoder", model, numpy_helper.to_array, Inline())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -123,7 +124,7 @@ def test_rounding_keeps_a_matrix_within_the_error_of_its_bits(
     bits: int, symmetric: bool, columns: int
 ) -> None:
     matrix = _matrix(24, columns)
-    found = blocks.quantize(matrix, bits, 32, symmetric).dense()
+    found = blocks.quantize(matrix, Scheme(bits, 32, symmetric)).dense()
     assert found.shape == matrix.shape
     assert np.linalg.norm(found - matrix) / np.linalg.norm(matrix) < {4: 0.09, 8: 0.007}[bits]
 
@@ -140,19 +141,23 @@ def test_rounding_at_four_bits_is_closer_than_that_of_onnxruntime() -> None:
         for a in (packed, zeros)
     ]
     theirs = ((halves[0] - halves[1]) * scales[..., None]).reshape(64, 256)
-    mine = blocks.quantize(matrix, 4, 32, symmetric=False).dense()
+    mine = blocks.quantize(matrix, Scheme(4, 32, symmetric=False)).dense()
     assert np.linalg.norm(mine - matrix) < np.linalg.norm(theirs - matrix)
 
 
 def test_blocks_of_zeros_stay_zero() -> None:
     for symmetric in (True, False):
-        assert not blocks.quantize(np.zeros((3, 64), np.float32), 4, 32, symmetric).dense().any()
+        assert (
+            not blocks.quantize(np.zeros((3, 64), np.float32), Scheme(4, 32, symmetric))
+            .dense()
+            .any()
+        )
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_are_stored_in_float16_and_none_becomes_zero(size: float, symmetric: bool) -> None:
-    found = blocks.quantize(_matrix(8, 64) * np.float32(size), 4, 32, symmetric)
+    found = blocks.quantize(_matrix(8, 64) * np.float32(size), Scheme(4, 32, symmetric))
     np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16))
     assert np.all(found.scales != 0)
     assert np.abs(found.dense()).max() < 4 * size + 1e-6
@@ -163,42 +168,33 @@ def test_a_weight_whose_scales_float16_would_not_hold_is_an_error() -> None:
         _rewritten(
             helper.make_node("MatMul", ["x", "w"], ["y"], name="n"),
             _matrix(64, 64) * np.float32(1e8),
-            weights.INT8,
+            INT8,
         )
 
 
 @pytest.mark.parametrize(
     "scheme",
-    [weights.INT8, weights.INT4, weights.Scheme(4, 32, True), weights.Scheme(8, 64, False)],
+    [INT8, INT4, Scheme(4, 32, True), Scheme(8, 64, False)],
     ids=str,
 )
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_onnxruntime_multiplies_by_the_matrix_that_the_integers_stand_for(
-    scheme: weights.Scheme, columns: int
+    scheme: Scheme, columns: int
 ) -> None:
     weight = _matrix(columns, 96)
     model, _ = _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, scheme)
     x = _matrix(5, columns, seed=1)
     got = _run(list(model.graph.node), list(model.graph.initializer), {"x": x})
-    dense = (
-        blocks.quantize(
-            np.ascontiguousarray(weight.T), scheme.bits, scheme.of(columns).block, scheme.symmetric
-        )
-        .dense()
-        .T
-    )
-    want = x @ dense
+    want = x @ blocks.quantize(np.ascontiguousarray(weight.T), scheme.fit(columns)).dense().T
     assert (
         np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015
     )  # the kernel rounds activations to 8 bits
 
 
-@pytest.mark.parametrize(
-    "scheme", [weights.INT8, weights.INT4, weights.Scheme(4, 32, True)], ids=str
-)
+@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme(4, 32, True)], ids=str)
 @pytest.mark.parametrize("columns", [256, 192, 96])
 def test_onnxruntime_gathers_the_rows_that_the_integers_stand_for(
-    scheme: weights.Scheme, columns: int
+    scheme: Scheme, columns: int
 ) -> None:
     weight = _matrix(50, columns)
     model, _ = _rewritten(
@@ -206,9 +202,7 @@ def test_onnxruntime_gathers_the_rows_that_the_integers_stand_for(
     )
     ids = np.array([[3, 49, 0]], np.int64)
     got = _run(list(model.graph.node), list(model.graph.initializer), {"ids": ids})
-    want = blocks.quantize(weight, scheme.bits, scheme.of(columns).block, scheme.symmetric).dense()[
-        ids
-    ]
+    want = blocks.quantize(weight, scheme.fit(columns)).dense()[ids]
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -218,22 +212,22 @@ def test_a_large_weight_of_an_operator_that_cannot_be_replaced_is_an_error() -> 
         helper.make_node("Transpose", ["w"], ["y"], name="n"),
     ):
         with pytest.raises(BundleError, match=f"weight w .*{node.op_type} cannot be quantized"):
-            _rewritten(node, _matrix(64, 64), weights.INT8)
+            _rewritten(node, _matrix(64, 64), INT8)
 
 
 def test_a_small_weight_is_kept_with_its_reason() -> None:
-    model, rewriting = _rewritten(
-        helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), _matrix(8, 8), weights.INT8
+    model, conversion = _rewritten(
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), _matrix(8, 8), INT8
     )
     assert model.graph.node[0].op_type == "MatMul"
-    assert rewriting.kept == {"w": "64 values, fewer than 4096"}
+    assert conversion.kept == {"w": "64 values, fewer than 4096"}
 
 
 def test_a_weight_that_is_not_finite_is_refused() -> None:
     weight = _matrix(64, 64)
     weight[3, 3] = np.nan
     with pytest.raises(BundleError, match="not finite"):
-        _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, weights.INT8)
+        _rewritten(helper.make_node("MatMul", ["x", "w"], ["y"], name="n"), weight, INT8)
 
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 3.3), ("int4", 4.6)])
@@ -245,7 +239,7 @@ def test_a_quantized_bundle_is_that_much_smaller(
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_every_weight_of_every_graph_is_replaced_and_counted(
-    source: Path, reports: dict[str, Any], precision: str
+    source: Bundle, reports: dict[str, Any], precision: str
 ) -> None:
     counts = {name: graph["replaced"] for name, graph in reports[precision]["graphs"].items()}
     assert counts == {
@@ -255,7 +249,7 @@ def test_every_weight_of_every_graph_is_replaced_and_counted(
         "lm_head": 1,
     }
     assert all(graph["kept"] == {} for graph in reports[precision]["graphs"].values())
-    folder = source.parent / precision
+    folder = source.folder.parent / precision
     manifest = Bundle.open(folder).manifest  # with its hashes
     assert manifest.precision == precision
     assert {name: graph.precision for name, graph in manifest.graphs.items()} == {
@@ -270,13 +264,15 @@ def test_every_weight_of_every_graph_is_replaced_and_counted(
     }
 
 
-def test_inputs_and_outputs_stay_those_of_the_source(source: Path, reports: dict[str, Any]) -> None:
-    before, after = Bundle.open(source).manifest, Bundle.open(source.parent / "int4").manifest
+def test_inputs_and_outputs_stay_those_of_the_source(
+    source: Bundle, reports: dict[str, Any]
+) -> None:
+    before, after = source.manifest, Bundle.open(source.folder.parent / "int4").manifest
     assert reports
     for name in bundle.GRAPHS:
         assert after.graphs[name].inputs == before.graphs[name].inputs
         proto = onnx.load(
-            str(source.parent / "int4" / after.graphs[name].path), load_external_data=False
+            str(source.folder.parent / "int4" / after.graphs[name].path), load_external_data=False
         ).graph
         assert [value.name for value in proto.input] == list(after.graphs[name].inputs)
         assert [value.name for value in proto.output] == list(after.graphs[name].outputs)
@@ -302,21 +298,23 @@ def test_drift_is_small_at_eight_bits_and_reported_for_every_layer_and_latent_st
 
 
 def test_a_large_bundle_is_compared_layer_by_layer_alone(
-    source: Path, reports: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    source: Bundle, reports: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift, "LARGE", 0)
-    found = drift.measure(source, source.parent / "int8")
-    assert found == {"layers": reports["int8"]["drift"]["layers"], "decoder": None}
+    found = drift.measure(source, Bundle.open(source.folder.parent / "int8"))
+    assert found.to_json() == {"layers": reports["int8"]["drift"]["layers"], "decoder": None}
 
 
-def test_the_report_says_how_each_weight_was_rounded(source: Path, reports: dict[str, Any]) -> None:
+def test_the_report_says_how_each_weight_was_rounded(
+    source: Bundle, reports: dict[str, Any]
+) -> None:
     for precision, bits in (("int8", 8), ("int4", 4)):
-        folder, told = source.parent / precision, reports[precision]["graphs"]
+        folder, told = source.folder.parent / precision, reports[precision]["graphs"]
         for name, graph in Bundle.open(folder).manifest.graphs.items():
             nodes = [
                 n
                 for n in onnxfile.load(folder / graph.path).graph.node
-                if n.domain == weights.MICROSOFT and "bits" in attributes(n)
+                if n.domain == MICROSOFT and "bits" in attributes(n)
             ]
             assert told[name]["bits"] == {node.name: attributes(node)["bits"] for node in nodes}
             assert set(told[name]["bits"].values()) == {bits if name == "decoder" else 8}
@@ -337,39 +335,39 @@ def attributes(node: onnx.NodeProto) -> dict[str, int]:
     return {attribute.name: attribute.i for attribute in node.attribute}
 
 
-def test_a_block_is_that_of_weights_of_four_bits(source: Path, tmp_path: Path) -> None:
-    report = weights.quantize_bundle(source, tmp_path / "out", "int4", print, block=32)
-    assert report["graphs"]["decoder"]["schemes"] == ["4 bits, block 32"]
-    assert report["graphs"]["lm_head"]["schemes"] == ["8 bits, block 128"]
+def test_a_block_is_that_of_weights_of_four_bits(source: Bundle, tmp_path: Path) -> None:
+    report = quantize_bundle(source, tmp_path / "out", "int4", print, block=32)
+    assert report.graphs["decoder"].conversion.schemes == ["4 bits, block 32"]
+    assert report.graphs["lm_head"].conversion.schemes == ["8 bits, block 128"]
 
 
 @pytest.mark.parametrize("block", [48, 8, 0, -32])
 def test_a_block_that_the_kernels_do_not_have_is_a_usage_error(
-    source: Path, tmp_path: Path, block: int
+    source: Bundle, tmp_path: Path, block: int
 ) -> None:
     with pytest.raises(UsageError, match=f"block {block}: must be a power of two, 16 or more"):
-        weights.quantize_bundle(source, tmp_path / "out", "int4", print, block=block)
+        quantize_bundle(source, tmp_path / "out", "int4", print, block=block)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_matrix_that_the_block_does_not_divide_gets_half_of_it_or_a_quarter() -> None:
-    assert [weights.COMPACT.of(columns).block for columns in (256, 192, 96, 70)] == [
+    assert [COMPACT.fit(columns).block for columns in (256, 192, 96, 70)] == [
         128,
         64,
         32,
         128,
     ]
-    assert [weights.INT4.of(columns).block for columns in (256, 192, 96, 48)] == [128, 64, 32, 128]
+    assert [INT4.fit(columns).block for columns in (256, 192, 96, 48)] == [128, 64, 32, 128]
 
 
-# ---------------------------------------------------------------------------------------------- one
-# matrix for two graphs
+# --------------------------------------------------------------------------------------------------
+# one matrix for two graphs
 
 
 def test_an_embedding_and_its_head_share_their_bytes(
-    source: Path, reports: dict[str, Any], tmp_path: Path
+    source: Bundle, reports: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder, told = source.parent / "int8", reports["int8"]["graphs"]
+    folder, told = source.folder.parent / "int8", reports["int8"]["graphs"]
     manifest = Bundle.open(folder).manifest
     head, table = manifest.graphs["lm_head"], manifest.graphs["embed_tokens"]
     assert (told["lm_head"]["shared"], told["embed_tokens"]["shared"]) == (True, False)
@@ -377,13 +375,11 @@ def test_an_embedding_and_its_head_share_their_bytes(
     assert head.bytes == (folder / head.path).stat().st_size < 10_000 < table.bytes
     assert not (folder / "onnx" / "lm_head.onnx_data").exists()
 
-    model, at = onnxfile.load(source / "onnx" / "lm_head.onnx"), source / "onnx"
+    model, at = onnxfile.load(source.path("lm_head")), source.folder / "onnx"
     with onnxfile.data_file(tmp_path / "alone.onnx") as data:
-        plan = weights.whole("int8")
-        alone = weights.convert(
-            "lm_head", model, lambda tensor: onnxfile.read(tensor, at), data, plan, weights.Shared()
-        )
-    assert not alone["shared"]
+        converter = Converter(plan_of("int8"))
+        alone = converter.convert("lm_head", model, partial(onnxfile.read, folder=at), data)
+    assert not alone.shared
     hidden = _matrix(4, 256)
     both = [open_session(folder / head.path), open_session(model.SerializeToString(), tmp_path)]
     mine, apart = (
@@ -401,7 +397,7 @@ def test_an_embedding_and_its_head_share_their_bytes(
 )  # 72: what no block divides is padded for the head, and cannot be shared
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_a_head_shares_is_what_it_multiplies_by(columns: int, tied: bool) -> None:
-    shared, plan, table = weights.Shared(), weights.whole("int8"), _matrix(64, columns)
+    converter, table = Converter(plan_of("int8")), _matrix(64, columns)
     head, x = table if tied else _matrix(64, columns, 1), _matrix(2, columns, 3)
     cases = [
         (
@@ -423,16 +419,14 @@ def test_what_a_head_shares_is_what_it_multiplies_by(columns: int, tied: bool) -
         model = helper.make_model(
             helper.make_graph([node], "one", [], [], [numpy_helper.from_array(weight, "w")])
         )
-        done = weights.convert(name, model, numpy_helper.to_array, Inline(), plan, shared)  # type: ignore[arg-type]
-        assert (done["shared"], done["replaced"]) == (
-            name == "lm_head" and tied and columns == 96,
-            1,
-        )
+        done = converter.convert(name, model, numpy_helper.to_array, Inline())  # type: ignore[arg-type]
+        assert done.shared == (name == "lm_head" and tied and columns == 96)
+        assert done.replaced == 1
         got = _run(list(model.graph.node), list(model.graph.initializer), {"x": feed})
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.015
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the last check
 
 
@@ -446,111 +440,111 @@ def without_level(model: onnx.ModelProto) -> str:
 
 def with_gemm(model: onnx.ModelProto) -> str:
     node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
-    weights.become(node, "Gemm", list(node.input[:2]), {})
+    change_operator(node, "Gemm", list(node.input[:2]), {})
     return f"decoder: {node.name} is a Gemm"
 
 
 def with_float(model: onnx.ModelProto) -> str:
     node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
     model.graph.initializer.append(numpy_helper.from_array(_matrix(64, 64), "w"))
-    weights.become(node, "MatMul", [node.input[0], "w"], {})
+    change_operator(node, "MatMul", [node.input[0], "w"], {})
     return f"decoder: {node.name} is a MatMul with its weight in float"
 
 
 @pytest.mark.parametrize("spoil", [without_level, with_gemm, with_float])
 def test_a_form_that_runs_slowly_is_refused_by_its_node(
-    source: Path, reports: dict[str, Any], tmp_path: Path, spoil: Callable[[onnx.ModelProto], str]
+    source: Bundle, reports: dict[str, Any], tmp_path: Path, spoil: Callable[[onnx.ModelProto], str]
 ) -> None:
     assert reports
-    folder = Path(shutil.copytree(source.parent / "int8", tmp_path / "copy"))
-    graphs = Bundle.open(folder).manifest.graphs
-    weights.check_form(folder, graphs)
-    path = folder / graphs["decoder"].path
+    folder = Path(shutil.copytree(source.folder.parent / "int8", tmp_path / "copy"))
+    opened = Bundle.open(folder)
+    check_form(opened)
+    path = opened.path("decoder")
     model = onnxfile.load(path)
     said = spoil(model)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(BundleError) as caught:
-        weights.check_form(folder, graphs)
+        check_form(opened)
     assert str(caught.value).startswith(said)
 
 
 def test_the_same_bytes_written_twice_are_refused(
-    source: Path, reports: dict[str, Any], tmp_path: Path
+    source: Bundle, reports: dict[str, Any], tmp_path: Path
 ) -> None:
     assert reports
-    folder = Path(shutil.copytree(source.parent / "int8", tmp_path / "copy"))
-    graphs = Bundle.open(folder).manifest.graphs
+    folder = Path(shutil.copytree(source.folder.parent / "int8", tmp_path / "copy"))
+    opened = Bundle.open(folder)
     shutil.copy(folder / "onnx" / "embed_tokens.onnx_data", folder / "onnx" / "lm_head.onnx_data")
-    model = onnxfile.load(folder / graphs["lm_head"].path)
+    model = onnxfile.load(opened.path("lm_head"))
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             entry.value = entry.value.replace("embed_tokens", "lm_head")
-    (folder / graphs["lm_head"].path).write_bytes(model.SerializeToString())
+    opened.path("lm_head").write_bytes(model.SerializeToString())
     with pytest.raises(
         BundleError, match=r"lm_head: .* holds the same bytes as embed_tokens\.onnx_data at 0"
     ):
-        weights.check_form(folder, graphs)
+        check_form(opened)
 
 
-def test_a_quantized_bundle_decodes(source: Path, reports: dict[str, Any]) -> None:
+def test_a_quantized_bundle_decodes(source: Bundle, reports: dict[str, Any]) -> None:
     assert reports
     from PIL import Image
 
     from lvr_lite.generate.ask import prepare_prompt
     from lvr_lite.generate.decode import Options, decode
 
-    runtime = OnnxRuntime(Bundle.open(source.parent / "int4"))
+    runtime = OnnxRuntime(Bundle.open(source.folder.parent / "int4"))
     prompt, _ = prepare_prompt(runtime, [Image.new("RGB", (90, 60), "red")], "What is here?")
     assert len(decode(runtime, [prompt], Options(max_tokens=3, min_tokens=3))[0].tokens) == 3
 
 
 def test_an_unknown_precision_is_a_usage_error_that_names_the_known_ones(
-    source: Path, tmp_path: Path
+    source: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(
         UsageError, match="'int3' is not known; quantize writes int8, int4, mixed, fp16"
     ):
-        weights.quantize_bundle(source, tmp_path / "out", "int3", print)
+        quantize_bundle(source, tmp_path / "out", "int3", print)
 
 
 def test_a_source_that_is_quantized_already_is_refused(
-    source: Path, reports: dict[str, Any], tmp_path: Path
+    source: Bundle, reports: dict[str, Any], tmp_path: Path
 ) -> None:
     assert reports
     with pytest.raises(BundleError, match="its precision is int8"):
-        weights.quantize_bundle(source.parent / "int8", tmp_path / "out", "int4", print)
+        quantize_bundle(Bundle.open(source.folder.parent / "int8"), tmp_path / "out", "int4", print)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_source_is_never_its_own_target(source: Path) -> None:
+def test_the_source_is_never_its_own_target(source: Bundle) -> None:
     with pytest.raises(BundleError, match="is the source itself"):
-        weights.quantize_bundle(source, source, "int8", print)
+        quantize_bundle(source, source.folder, "int8", print)
 
 
 def test_a_failure_midway_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         drift, "measure", lambda *_: (_ for _ in ()).throw(BundleError("cannot load it"))
     )
     with pytest.raises(BundleError, match="cannot load it"):
-        weights.quantize_bundle(source, tmp_path / "out", "int8", print)
+        quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
 def test_too_little_disk_is_said_before_anything_is_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         OutputError,
-        match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another disk",
+        match=r"out: needs [1-9][0-9]* MB of free disk, 1 MB are left; free some or choose another",
     ):
-        weights.quantize_bundle(source, tmp_path / "out", "int8", print)
+        quantize_bundle(source, tmp_path / "out", "int8", print)
     assert not list(tmp_path.iterdir())
 
 
-def test_exact_is_not_made_from_a_bundle(source: Path, tmp_path: Path) -> None:
+def test_exact_is_not_made_from_a_bundle(source: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="precision exact: is written from the checkpoint"):
-        weights.quantize_bundle(source, tmp_path / "out", "exact", print)
+        quantize_bundle(source, tmp_path / "out", "exact", print)

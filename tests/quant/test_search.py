@@ -20,10 +20,13 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.quant import calibrate, drift, search
-from lvr_lite.quant import quantize as weights
+from lvr_lite.quant import answers, calibration, integers, search
+from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.blocks import gptq
-from lvr_lite.quant.calibrate import Products
+from lvr_lite.quant.calibrated import quantize_calibrated
+from lvr_lite.quant.calibration import Calibration
+from lvr_lite.quant.products import Products
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.toy.make import write_scenes
 
@@ -33,21 +36,27 @@ BUDGET = 5.5
 @pytest.fixture(scope="module")
 def quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "PROMPTS", 8)
+        patch.setattr(calibration, "PROMPTS", 8)
+        patch.setattr(calibration, "STEPS", 2)
         patch.setattr(search, "POINTS", 3)
-        patch.setattr(search, "STEPS", 2)
-        patch.setattr(calibrate, "TOKENS", 6)
+        patch.setattr(answers, "TOKENS", 6)
         yield
 
 
 @pytest.fixture(scope="module")
+def source(small_fp32: Path) -> Bundle:
+    return Bundle.open(small_fp32)
+
+
+@pytest.fixture(scope="module")
 def mixed(
-    small_fp32: Path, tmp_path_factory: pytest.TempPathFactory, quickly: None
+    source: Bundle,
+    tmp_path_factory: pytest.TempPathFactory,
+    quickly: None,
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
-    return folder, search.quantize_calibrated(
-        small_fp32, folder, "mixed", "scenes", print, bits=BUDGET
-    )
+    report = quantize_calibrated(source, folder, "mixed", "scenes", print, bits=BUDGET)
+    return folder, report.to_json()
 
 
 def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None:
@@ -91,23 +100,24 @@ def test_what_is_written_has_the_bits_that_were_chosen(mixed: tuple[Path, dict[s
 
 @pytest.mark.usefixtures("quickly")
 def test_what_is_written_is_rounded_as_it_would_be_anew(
-    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     monkeypatch.setattr(
-        weights, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given)
+        integers, "gptq", lambda *given: calls.append(given[0].shape) or gptq(*given)
     )
-    desk = search.Desk(small_fp32, tmp_path, "scenes", print, steps=0)
-    plan = search.Search(small_fp32, desk, print)._plan(frozenset())
+    loaded = Calibration.load(source, "scenes", tmp_path, print)
+    plan = search.Search(loaded, loaded.products()).plan(frozenset())
     once = len(calls)
     assert once > 2 * 7
-    quantize_bundle(small_fp32, tmp_path / "kept", "mixed", print, plan=plan)
+    quantize_bundle(source, tmp_path / "cached", "mixed", print, plan=plan)
     assert len(calls) == once
-    quantize_bundle(small_fp32, tmp_path / "anew", "mixed", print, plan=replace(plan, kept=None))
+    anew = replace(plan, cache=None)
+    quantize_bundle(source, tmp_path / "anew", "mixed", print, plan=anew)
     assert len(calls) == 2 * once
     digests = [
         [graph.files for graph in Bundle.open(tmp_path / name).manifest.graphs.values()]
-        for name in ("kept", "anew")
+        for name in ("cached", "anew")
     ]
     assert digests[0] == digests[1]
 
@@ -132,82 +142,79 @@ def test_each_unit_was_measured_and_the_best_within_the_budget_was_taken(
 
 
 def test_a_mixed_bundle_decodes_and_is_nearer_than_four_bits(
-    mixed: tuple[Path, dict[str, Any]], small_fp32: Path
+    mixed: tuple[Path, dict[str, Any]], source: Bundle, tmp_path: Path
 ) -> None:
     runtime = OnnxRuntime(Bundle.open(mixed[0]))
-    result = decode(runtime, drift.prompts(runtime, 1), Options(max_tokens=3, min_tokens=3))[0]
+    prompts = load_prompts(runtime, "scenes", 1)
+    result = decode(runtime, prompts, Options(max_tokens=3, min_tokens=3))[0]
     assert len(result.tokens) == 3
-    reference = OnnxRuntime(Bundle.open(small_fp32))
-    asked = calibrate.load_prompts(reference, "scenes", 4)
-    said = calibrate.listen(reference, asked)
-    itself = calibrate.loss(reference, asked, said)
-    assert itself["loss"] == pytest.approx(0, abs=1e-5)
-    assert calibrate.loss(runtime, asked, said)["loss"] > 10 * abs(itself["loss"])
+    reference = OnnxRuntime(source)
+    prompts = load_prompts(reference, "scenes", 4)
+    references = reference_answers(reference, prompts)
+    quantize_bundle(source, tmp_path / "int4", "int4", print)
+    int4 = OnnxRuntime(Bundle.open(tmp_path / "int4"))
+    losses = [answer_loss(r, prompts, references).total for r in (reference, runtime, int4)]
+    assert losses[0] == pytest.approx(0, abs=1e-5)
+    assert 1e-5 < losses[1] < losses[2]
 
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("budget", [3, 4.5])
 def test_a_budget_below_four_bits_and_their_scales_is_a_usage_error(
-    small_fp32: Path, tmp_path: Path, budget: float
+    source: Bundle, tmp_path: Path, budget: float
 ) -> None:
     with pytest.raises(
         UsageError, match=rf"--bits {budget:g}: 4 bits take 4\.\d+ a weight here, scales included"
     ):
-        search.quantize_calibrated(
-            small_fp32, tmp_path / "out", "mixed", "scenes", print, bits=budget
-        )
+        quantize_calibrated(source, tmp_path / "out", "mixed", "scenes", print, bits=budget)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("quickly")
 def test_four_bits_that_are_calibrated_are_nearer_and_a_large_bundle_is_calibrated_by_its_int8_copy(
-    small_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    plain = quantize_bundle(small_fp32, tmp_path / "plain", "int4", said.append)
-    rounded = search.quantize_calibrated(
-        small_fp32, tmp_path / "rounded", "int4", "scenes", said.append
-    )
-    monkeypatch.setattr(search, "LARGE", 0)
-    large = search.quantize_calibrated(
-        small_fp32, tmp_path / "large", "int4", "scenes", said.append
-    )
-    assert any("an int8 copy reasons" in line for line in said)
+    lines: list[str] = []
+    plain = quantize_bundle(source, tmp_path / "plain", "int4", lines.append)
+    rounded = quantize_calibrated(source, tmp_path / "rounded", "int4", "scenes", lines.append)
+    monkeypatch.setattr(calibration, "LARGE", 0)
+    large = quantize_calibrated(source, tmp_path / "large", "int4", "scenes", lines.append)
+    assert any("an int8 copy reasons" in line for line in lines)
     for report in (rounded, large):
-        assert report["bytes"] == plain["bytes"]
-        assert np.mean(report["drift"]["layers"]) < 0.9 * np.mean(plain["drift"]["layers"])
+        assert report.bytes == plain.bytes
+        assert np.mean(report.drift.layers) < 0.9 * np.mean(plain.drift.layers)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "plain", "rounded"]
 
 
-def test_calibration_may_be_a_file_of_samples(small_fp32: Path, tmp_path: Path) -> None:
-    runtime = OnnxRuntime(Bundle.open(small_fp32))
+def test_calibration_may_be_a_file_of_samples(source: Bundle, tmp_path: Path) -> None:
+    runtime = OnnxRuntime(source)
     path = write_scenes(tmp_path / "scenes", 3, 0, "train")
-    asked = calibrate.load_prompts(runtime, str(path), 2)
-    assert len(asked) == 2
+    prompts = load_prompts(runtime, str(path), 2)
+    assert len(prompts) == 2
     assert all(
         (prompt.ids == runtime.processor.tokens.image).sum() == len(prompt.features)
-        for prompt in asked
+        for prompt in prompts
     )
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(DataError):
-        calibrate.load_prompts(runtime, str(tmp_path / "none.jsonl"), 2)
+        load_prompts(runtime, str(tmp_path / "none.jsonl"), 2)
 
 
 def test_products_are_those_of_what_flows_into_a_weight(
-    small_fp32: Path, monkeypatch: pytest.MonkeyPatch
+    source: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "TOKENS", 3)
-    runtime = OnnxRuntime(Bundle.open(small_fp32))
+    monkeypatch.setattr(answers, "TOKENS", 3)
+    runtime = OnnxRuntime(source)
     runtime.latent = replace(runtime.latent, steps=0)
     # so that three tokens come
     endless = replace(runtime.processor.tokens, end=(-1,))
     runtime.processor = replace(runtime.processor, tokens=endless)
     prompt = prepare_prompt(runtime, [], "where heart")[0]
-    found = Products(runtime, [prompt, prompt])
+    found = Products(runtime, [prompt, prompt], source)
     assert len(found) == 2 * 7
     q, k = (found[f"decoder/language_model.layers.0.self_attn.{name}_proj.weight"] for name in "qk")
     np.testing.assert_array_equal(q, k)
-    path = small_fp32 / "onnx" / "decoder.onnx"
+    path = source.path("decoder")
     norm = next(
         onnxfile.read(t, path.parent)
         for t in onnxfile.load(path).graph.initializer
@@ -242,14 +249,14 @@ class StartsSurely(StartsWithLatents):
 
 
 def test_the_loss_follows_the_latents_step_by_step(
-    small_fp32: Path, small_int8: Path, tmp_path: Path
+    source: Bundle, small_int8: Path, tmp_path: Path
 ) -> None:
-    quantize_bundle(small_fp32, tmp_path / "int4", "int4", print)
-    reference = OnnxRuntime(Bundle.open(small_fp32))
-    asked = calibrate.load_prompts(reference, "scenes", 3)
+    quantize_bundle(source, tmp_path / "int4", "int4", print)
+    reference = OnnxRuntime(source)
+    prompts = load_prompts(reference, "scenes", 3)
     latents: list[np.ndarray] = []
-    said = calibrate.listen(StartsSurely(reference, 3), asked)  # type: ignore[arg-type]
-    for one, prompt in zip(said, asked, strict=True):
+    references = reference_answers(StartsSurely(reference, 3), prompts)
+    for one, prompt in zip(references, prompts, strict=True):
         assert one.latents == 3
         assert one.choices[0] == reference.processor.tokens.lvr_start
         result = decode(
@@ -258,12 +265,10 @@ def test_the_loss_follows_the_latents_step_by_step(
         np.testing.assert_allclose(np.stack(one.hidden[1:4]), np.stack(result.latents), atol=1e-3)
         latents += result.latents
     assert len(latents) == 9
-    found = [
-        calibrate.loss(StartsSurely(OnnxRuntime(Bundle.open(folder)), 3), asked, said)
-        for folder in (small_fp32, small_int8, tmp_path / "int4")
-    ]  # type: ignore[arg-type]
-    assert [one["loss"] for one in found] == [
-        pytest.approx(one["kl"] + one["drift"]) for one in found
+    bundles = (source, Bundle.open(small_int8), Bundle.open(tmp_path / "int4"))
+    losses = [
+        answer_loss(StartsSurely(OnnxRuntime(bundle), 3), prompts, references) for bundle in bundles
     ]
-    assert abs(found[0]["drift"]) < 1e-6 < found[1]["drift"] < found[2]["drift"]
-    assert abs(found[0]["kl"]) < 1e-6 < found[1]["kl"] < found[2]["kl"]
+    assert [loss.total for loss in losses] == [loss.kl + loss.drift for loss in losses]
+    assert abs(losses[0].drift) < 1e-6 < losses[1].drift < losses[2].drift
+    assert abs(losses[0].kl) < 1e-6 < losses[1].kl < losses[2].kl

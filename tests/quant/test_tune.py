@@ -15,8 +15,12 @@ from lvr_lite.errors import BundleError, DataError
 from lvr_lite.export import onnxfile
 from lvr_lite.generate.onnx import OnnxRuntime, open_session
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.quant import calibrate, search, tune
+from lvr_lite.quant import answers, calibration, torchgraph, tune
+from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.blocks import pack, unpack
+from lvr_lite.quant.calibrated import quantize_calibrated
+from lvr_lite.quant.products import Products
+from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.toy.make import write_scenes
 
@@ -28,12 +32,12 @@ def trained(
     """int4 with and without training, in one folder."""
     folder = tmp_path_factory.mktemp("tune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "PROMPTS", 16)
-        patch.setattr(calibrate, "TOKENS", 8)
-        search.quantize_calibrated(small_fp32, folder / "rounded", "int4", "scenes", print, steps=0)
-        return folder, search.quantize_calibrated(
-            small_fp32, folder / "trained", "int4", "scenes", print, steps=8
-        )
+        patch.setattr(calibration, "PROMPTS", 16)
+        patch.setattr(answers, "TOKENS", 8)
+        source = Bundle.open(small_fp32)
+        quantize_calibrated(source, folder / "rounded", "int4", "scenes", print, steps=0)
+        report = quantize_calibrated(source, folder / "trained", "int4", "scenes", print, steps=8)
+        return folder, report.to_json()
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
@@ -63,7 +67,8 @@ def test_only_scales_and_norms_change_and_they_do(trained: tuple[Path, dict[str,
         for name in ("rounded", "trained")
     ]
     assert sizes[0] == sizes[1]
-    Bundle.open(folder / "trained").manifest  # its hashes are those of the files as they are now
+    # Its hashes are those of the files as they are now.
+    Bundle.open(folder / "trained")
     assert report["tuning"]["kept"]
     assert report["tuning"]["steps"] == 8
 
@@ -73,24 +78,26 @@ def test_training_mends_scales_that_were_spoiled(
 ) -> None:
     """Learned from some questions, seen in the answers to others, under ONNX Runtime."""
     monkeypatch.setattr(tune, "RATE", 5e-3)  # the way back is long
-    quantize_bundle(small_fp32, tmp_path / "int8", "int8", print)
-    reference = OnnxRuntime(Bundle.open(small_fp32))
-    prompts = calibrate.load_prompts(reference, "scenes", 32)
-    taught, asked = prompts[:16], prompts[16:]
-    readings = calibrate.Products(reference, taught).readings()
-    said = calibrate.listen(reference, asked)
-    manifest, losses = Bundle.open(tmp_path / "int8").manifest, []
-    spoiled = tune.Graph(tmp_path / "int8" / "onnx" / "decoder.onnx")
+    source = Bundle.open(small_fp32)
+    quantize_bundle(source, tmp_path / "int8", "int8", print)
+    int8 = Bundle.open(tmp_path / "int8")
+    reference = OnnxRuntime(source)
+    prompts = load_prompts(reference, "scenes", 32)
+    readings = Products(reference, prompts[:16], source).readings()
+    held_out = prompts[16:]
+    references = reference_answers(reference, held_out)
+    losses = []
+    spoiled = torchgraph.TorchGraph(int8.path("decoder"))
     with torch.no_grad():
         for factors in spoiled.factors.values():
             factors *= 1.1
     spoiled.write()
     for steps in (0, 24):
-        tuning = tune.Tuning(tmp_path / "int8", manifest, reference, readings)
+        tuning = tune.Tuning(int8, reference, readings)
         if steps:
-            assert tuning.run(steps)["kept"]
-        decoder = open_session(tmp_path / "int8" / "onnx" / "decoder.onnx")
-        losses.append(calibrate.loss(reference.with_graphs(decoder=decoder), asked, said)["loss"])
+            assert tuning.run(steps).kept
+        runtime = reference.with_graphs(decoder=open_session(int8.path("decoder")))
+        losses.append(answer_loss(runtime, held_out, references).total)
     assert losses[1] < 0.5 * losses[0]
 
 
@@ -100,15 +107,16 @@ def test_what_does_not_help_is_not_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(search, "PROMPTS", 16)
-    monkeypatch.setattr(calibrate, "TOKENS", 8)
+    monkeypatch.setattr(calibration, "PROMPTS", 16)
+    monkeypatch.setattr(answers, "TOKENS", 8)
     monkeypatch.setattr(tune, "RATE", 0.5)
-    said: list[str] = []
-    report = search.quantize_calibrated(
-        small_fp32, tmp_path / "out", "int4", "scenes", said.append, steps=3
+    lines: list[str] = []
+    report = quantize_calibrated(
+        Bundle.open(small_fp32), tmp_path / "out", "int4", "scenes", lines.append, steps=3
     )
-    assert not report["tuning"]["kept"]
-    assert any("no better, so not kept" in line for line in said)
+    assert report.tuning is not None
+    assert not report.tuning.kept
+    assert any("no better, so not kept" in line for line in lines)
     rounded = weights_of(trained[0] / "rounded")
     assert all(
         np.array_equal(values, rounded[name])
@@ -124,7 +132,7 @@ def test_the_gradient_of_a_product_is_its_difference_quotient(columns: int) -> N
     scales = torch.rand(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     x = torch.randn(1, 3, columns, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, scales: tune._Product.apply(x, integers, scales), (x, scales)
+        lambda x, scales: torchgraph._Product.apply(x, integers, scales), (x, scales)
     )
 
 
@@ -140,8 +148,9 @@ def test_integers_scales_and_zero_points_are_read_as_they_were_rounded(
     """A product of the graph in torch, activations in float, against the dense matrix of ONNX
     Runtime's rounding.
     """
-    quantize_bundle(small_fp32, tmp_path / "int8", "int8", print)  # has zero points
-    graph = tune.Graph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
+    # int8 has zero points.
+    quantize_bundle(Bundle.open(small_fp32), tmp_path / "int8", "int8", print)
+    graph = torchgraph.TorchGraph(tmp_path / "int8" / "onnx" / "lm_head.onnx")
     x = torch.randn(
         4,
         OnnxRuntime(Bundle.open(small_fp32)).hidden_size,
@@ -167,7 +176,7 @@ def test_a_single_prompt_cannot_be_trained_on_and_held_out(
         DataError,
         match="takes two prompts or more to calibrate on; give more samples, or --tune-steps 0",
     ):
-        search.quantize_calibrated(small_fp32, tmp_path / "out", "int4", str(path), print)
+        quantize_calibrated(Bundle.open(small_fp32), tmp_path / "out", "int4", str(path), print)
     assert [p.name for p in tmp_path.iterdir()] == ["scenes"]
 
 
@@ -182,4 +191,4 @@ def test_a_graph_with_an_operator_that_torch_has_no_rule_for_is_refused(
     with pytest.raises(
         BundleError, match="cannot be trained through Tanh; --tune-steps 0 goes without"
     ):
-        tune.Graph(tmp_path / "capped.onnx")
+        torchgraph.TorchGraph(tmp_path / "capped.onnx")

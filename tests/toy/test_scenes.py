@@ -88,7 +88,7 @@ def test_shapes_are_unique_within_a_scene(train: list[Item], test: list[Item]) -
     assert all(len({t.shape for t in s.figures}) == len(s.figures) for _, s, _, _ in train + test)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # answers and boxes
 
 
@@ -193,7 +193,7 @@ def test_twins_differ_in_one_detail_of_the_thing_that_is_asked_about(
         assert second.figures == (b,)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the data set
 
 

@@ -9,7 +9,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,30 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from lvr_lite.config import Settings, load_settings
-from lvr_lite.errors import DataError, LvrError, OutputError, UsageError
+from lvr_lite.errors import LvrError, OutputError, UsageError
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.families import ImageSpec
-from lvr_lite.model.images import open_picture
-from lvr_lite.toy.make import write_scenes
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
-from lvr_lite.train.examples import load_examples
 from lvr_lite.train.finetune import finetune
 from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
 
 TINY_RUN = [
-    "train.steps=4", "train.batch=2", "train.accumulation=1", "train.save_every=2", "train.eval_every=4", "train.log_every=1",
-    "train.precision=fp32", "train.gradient_checkpointing=false", "train.lr=1e-3", "data.count=16", "data.eval_count=2", "lora.rank=4",
-]  # fmt: skip
+    "train.steps=4",
+    "train.batch=2",
+    "train.accumulation=1",
+    "train.save_every=2",
+    "train.eval_every=4",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "train.gradient_checkpointing=false",
+    "train.lr=1e-3",
+    "data.count=16",
+    "data.eval_count=2",
+    "lora.rank=4",
+]
 
 
 def settings(*more: str) -> Settings:
@@ -44,9 +49,9 @@ def settings(*more: str) -> Settings:
 def tune(
     base: Path, out: Path, *more: str, data: str = "scenes", **options: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    said: list[str] = []
+    lines: list[str] = []
     checkpoint = read_checkpoint(base)
-    return finetune(checkpoint, data, out, settings(*more), say=said.append, **options), said
+    return finetune(checkpoint, data, out, settings(*more), say=lines.append, **options), lines
 
 
 def losses(metrics: dict[str, Any]) -> dict[int, float]:
@@ -58,11 +63,11 @@ def run(
     small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """A whole run of four steps with two checkpoints and one evaluation: its folder, its metrics,
-    what it said.
+    what it lines.
     """
     out = tmp_path_factory.mktemp("run") / "out"
-    metrics, said = tune(small_checkpoint, out)
-    return out, metrics, said
+    metrics, lines = tune(small_checkpoint, out)
+    return out, metrics, lines
 
 
 Run = tuple[Path, dict[str, Any], list[str]]
@@ -101,7 +106,7 @@ def test_a_run_leaves_its_resolved_settings(run: Run) -> None:
 
 
 def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
-    out, metrics, said = run
+    out, metrics, lines = run
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["steps"] == 4
     assert list(losses(metrics)) == [1, 2, 3, 4]
@@ -112,7 +117,7 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
     assert [h["step"] for h in evaluated] == [4]
     assert {"eval_ce", "eval_latent", "eval_right", "eval_found"} <= set(evaluated[0])
     assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
-    assert any("16 samples, 2 held out" in line for line in said)
+    assert any("16 samples, 2 held out" in line for line in lines)
     assert metrics["trainable_parameters"] < 10**6
 
 
@@ -164,8 +169,8 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_as_if_nothing_had_b
 ) -> None:
     out = killed(run, tmp_path / "out")
     assert last_whole_checkpoint(out) == out / "checkpoint-2"
-    metrics, said = tune(small_checkpoint, out, resume=True)
-    assert f"resuming from {out / 'checkpoint-2'}" in said
+    metrics, lines = tune(small_checkpoint, out, resume=True)
+    assert f"resuming from {out / 'checkpoint-2'}" in lines
     assert metrics["steps"] == 4
     again, whole = losses(metrics), losses(run[1])
     for step in (3, 4):
@@ -243,7 +248,8 @@ def test_a_run_is_not_resumed_over_another_base(
     before = (out / "lvr_config.json").read_bytes()
     with pytest.raises(
         UsageError,
-        match=r"was begun over another base than .*other, whose weights have another sha256; give that one$",
+        match=r"was begun over another base than .*other, "
+        r"whose weights have another sha256; give that one$",
     ):
         tune(other, out, resume=True)
     assert (out / "lvr_config.json").read_bytes() == before
@@ -320,19 +326,14 @@ def test_a_full_disk_ends_the_run_in_one_line(
         tune(small_checkpoint, tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------------------------------------
-# data
-
-
-@pytest.fixture(scope="module")
-def scenes_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("scenes") / "made", 12, 1, "train")
+# --------------------------------------------------------------------------------------------------
+# files of samples
 
 
 def test_a_file_of_samples_trains(
     small_checkpoint: Path, scenes_file: Path, tmp_path: Path
 ) -> None:
-    metrics, said = tune(
+    metrics, lines = tune(
         small_checkpoint,
         tmp_path / "out",
         "train.steps=1",
@@ -341,7 +342,7 @@ def test_a_file_of_samples_trains(
         data=str(scenes_file),
     )
     assert metrics["steps"] == 1
-    assert any("11 samples, 1 held out" in line for line in said)
+    assert any("11 samples, 1 held out" in line for line in lines)
 
 
 def official(scenes_file: Path, folder: Path) -> Path:
@@ -373,7 +374,7 @@ def test_an_official_lvr_list_trains(
     small_checkpoint: Path, scenes_file: Path, tmp_path: Path
 ) -> None:
     path = official(scenes_file, tmp_path)
-    metrics, said = tune(
+    metrics, lines = tune(
         small_checkpoint,
         tmp_path / "out",
         "train.steps=1",
@@ -382,134 +383,10 @@ def test_an_official_lvr_list_trains(
         data=str(path),
     )
     assert metrics["steps"] == 1
-    assert any("5 samples, 1 held out" in line for line in said)
+    assert any("5 samples, 1 held out" in line for line in lines)
 
 
-def test_no_picture_is_both_trained_on_and_held_out(scenes_file: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in scenes_file.read_text().splitlines()]
-    doubled = [
-        line
-        | {
-            "id": f"{line['id']}-{k}",
-            "image": str(scenes_file.parent / line["image"]),
-            "pair": None,
-        }
-        for line in lines
-        for k in "xy"
-    ]
-    (tmp_path / "doubled.jsonl").write_text("\n".join(map(json.dumps, doubled)))
-    train, held_out = load_examples(str(tmp_path / "doubled.jsonl"), settings())
-    assert len(train) + len(held_out) == len(doubled)
-    assert not {s.images for s in train.samples} & {s.images for s in held_out.samples}
-
-
-def test_a_named_file_is_held_out_whole(scenes_file: Path) -> None:
-    train, held_out = load_examples(
-        str(scenes_file), settings(f"data.eval_file={scenes_file}", "data.eval_count=3")
-    )
-    assert (len(train), len(held_out)) == (12, 3)
-
-
-def test_scenes_that_are_held_out_are_not_those_that_eval_scores() -> None:
-    from lvr_lite.toy.make import scene_samples
-
-    _, held_out = load_examples("scenes", settings("data.eval_count=20"))
-    scored = {picture.tobytes() for _, picture in scene_samples(60, 0, "test")}
-    assert not {pictures[0].tobytes() for _, pictures in held_out.items()} & scored
-
-
-def test_samples_without_any_box_are_refused(scenes_file: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) | {"boxes": []} for line in scenes_file.read_text().splitlines()]
-    for line in lines:
-        line["image"] = str(scenes_file.parent / line["image"])
-    (tmp_path / "blind.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    blind = str(tmp_path / "blind.jsonl")
-    with pytest.raises(
-        DataError,
-        match=r"blind\.jsonl: no sample has boxes.* set latent\.samples=all and latent\.loss=none$",
-    ):
-        load_examples(blind, settings("latent.method=lvr-free"))
-    for method in ("dummy", "lvr"):
-        with pytest.raises(DataError, match=r"set latent\.samples=all$"):
-            load_examples(blind, settings(f"latent.method={method}"))
-    for overrides in (
-        ["latent.method=sft"],
-        ["latent.method=lvr-free", "latent.loss=none", "latent.samples=all"],
-    ):
-        assert len(load_examples(blind, settings(*overrides))[0]) == 11
-
-
-def test_replayed_samples_are_a_share_of_all_and_have_their_own_pictures(
-    scenes_file: Path, tmp_path: Path
-) -> None:
-    Image.new("RGB", (56, 56), (1, 2, 3)).save(tmp_path / "known.png")
-    known = [
-        {"id": f"known-{i}", "image": "known.png", "question": "q", "answer": "a"} for i in range(2)
-    ]
-    (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
-    replay = [
-        f"data.eval_file={scenes_file}",
-        f"data.replay={tmp_path / 'known.jsonl'}",
-        "data.replay_share=0.25",
-    ]
-    train, held_out = load_examples(str(scenes_file), settings(*replay))
-    assert [s.id for s in train.samples[12:]] == [
-        "known-0",
-        "known-1",
-        "known-0",
-        "known-1",
-    ]  # a quarter of 16, two of them twice
-    assert [train[i][0] for i in range(16)] == train.samples[:]
-    assert {train[i][1][0].getpixel((0, 0)) for i in range(12, 16)} == {(1, 2, 3)}
-    assert train[3][1][0].tobytes() == open_picture(train.samples[3].images[0]).tobytes()
-    assert not [s for s in held_out.samples if s.id.startswith("known")]
-
-
-def test_a_replayed_sample_never_shows_a_held_out_picture(scenes_file: Path) -> None:
-    """Replaying the training file itself, from which the last pictures are held out."""
-    train, held_out = load_examples(
-        str(scenes_file), settings(f"data.replay={scenes_file}", "data.replay_share=0.6")
-    )
-    held = {s.images for s in held_out.samples}
-    assert len(train) == 27  # 11 and 16 more
-    assert held
-    assert not held & {s.images for s in train.samples}
-    with pytest.raises(DataError, match="all of its pictures are held out"):
-        load_examples(
-            str(scenes_file),
-            settings(
-                f"data.eval_file={scenes_file}", f"data.replay={scenes_file}", "data.eval_count=12"
-            ),
-        )
-    with pytest.raises(
-        UsageError, match=r"data\.replay=skils: neither skills nor a file of samples"
-    ):
-        load_examples("scenes", settings("data.replay=skils"))
-
-
-def test_replayed_skills_are_of_other_scenes_than_those_that_eval_asks() -> None:
-    from lvr_lite.toy.make import skill_samples
-
-    train, held_out = load_examples(
-        "scenes", settings("data.count=40", "data.replay=skills", "data.replay_share=0.5")
-    )
-    replayed = [train[i] for i in range(40, 80)]
-    assert Counter(s.type for s, _ in replayed) == {"caption": 20, "short": 20}
-    assert not any(s.boxes for s, _ in replayed)
-    asked = {picture.tobytes() for _, picture in skill_samples(60, settings().data.seed)}
-    assert not {pictures[0].tobytes() for _, pictures in replayed} & asked
-    assert len(held_out) == settings().data.eval_count
-
-
-def test_one_picture_is_too_few_to_hold_one_out(scenes_file: Path, tmp_path: Path) -> None:
-    line = json.loads(scenes_file.read_text().splitlines()[0])
-    line["image"] = str(scenes_file.parent / line["image"])
-    (tmp_path / "one.jsonl").write_text(json.dumps(line))
-    with pytest.raises(DataError, match="all samples share one picture"):
-        load_examples(str(tmp_path / "one.jsonl"), settings())
-
-
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # more than one process
 
 

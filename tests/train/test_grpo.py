@@ -1,15 +1,11 @@
-"""Stage 2: what is scored is what was drawn, rewards move the policy the right way, and one process
-does what two do.
-"""
+"""Stage 2: rewards move the policy the right way, and one process does what two do."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,217 +15,34 @@ import torch
 from safetensors.torch import load_file
 
 from lvr_lite.config import load_settings
-from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import open_source
-from lvr_lite.errors import DataError, LvrError, UsageError
-from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
+from lvr_lite.errors import DataError, UsageError
 from lvr_lite.generate.torch import TorchRuntime
-from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
-from lvr_lite.model.spec import LatentSpec
+from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
 from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence, grpo, objective
-from lvr_lite.train.policy import Policy, batch_of, batches_of, readings
-from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
+from lvr_lite.train.rewards import read_rewards
 
-STEPS = 3
-SPECS = {
-    "open": LatentSpec(STEPS), "open, token": LatentSpec(STEPS, "token"), "open, norm-matched": LatentSpec(STEPS, "norm-matched", norm=6.0),
-    "bottleneck": LatentSpec(STEPS, mode="bottleneck"), "bottleneck, norm-matched": LatentSpec(STEPS, "norm-matched", "bottleneck", 6.0),
-}  # fmt: skip
-EVERY_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 FEW = [
     "train.steps=2",
     "train.batch=2",
     "train.accumulation=1",
     "train.precision=fp32",
     "train.gradient_checkpointing=false",
-]
-FEW += [
     "data.count=8",
     "data.eval_count=2",
     "train.save_every=2",
     "train.eval_every=2",
     "train.log_every=1",
     "train.optimizer=sgd",
+    "grpo.group=4",
+    "grpo.max_tokens=3",
+    "train.warmup=0",
 ]
-FEW += ["grpo.group=4", "grpo.max_tokens=3", "train.warmup=0"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# drawn and replayed
-
-
-def asked(runtime: Any) -> list[Prompt]:
-    """Prompts of different lengths, one of them without a picture."""
-    found = [
-        ([p.resize((84, 140)) if i % 2 else p], s.question)
-        for i, (s, p) in enumerate(scene_samples(6, 0, "test"))
-    ]
-    return [
-        prepare_prompt(runtime, pictures, question)[0]
-        for pictures, question in [*found, ([], "say something")]
-    ]
-
-
-@pytest.fixture(scope="module")
-def hesitant(small_model: Any, small_checkpoint: Path) -> tuple[Any, Checkpoint]:
-    """The small model, made to reason about every other time: its <|lvr_start|> row is a third as
-    likely as all else at prompts' ends.
-    """
-    checkpoint = read_checkpoint(small_checkpoint)
-    model = copy.deepcopy(small_model)
-    runtime = TorchRuntime(model, replace(checkpoint, latent=LatentSpec(STEPS)))
-    decoding = Decoding(runtime, asked(runtime), Options(max_tokens=1, keep_hidden=True))
-    list(decoding)
-    states = torch.from_numpy(np.stack([r.hidden[0] for r in decoding.results]))
-    rows = model.get_input_embeddings().weight
-    with torch.no_grad():
-        wanted = (states @ rows.float().T).logsumexp(1) - 1
-        rows[checkpoint.processor.tokens.lvr_start] = torch.linalg.lstsq(
-            states, wanted[:, None]
-        ).solution[:, 0]
-    return model, checkpoint
-
-
-def policy_of(
-    model: Any,
-    checkpoint: Checkpoint,
-    spec: LatentSpec,
-    temperature: float,
-    latents: str = "recorded",
-) -> Policy:
-    held = torch.nn.Module()
-    held.get_base_model = lambda: model  # type: ignore[assignment]
-    return Policy(held, checkpoint.processor.tokens, spec, temperature, latents)
-
-
-def drawn(
-    model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float
-) -> list[tuple[Prompt, Result]]:
-    runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
-    prompts = [prompt for prompt in asked(runtime) for _ in range(3)]
-    decoding = Decoding(
-        runtime, prompts, Options(max_tokens=5, temperature=temperature, seed=3, keep_scores=True)
-    )
-    list(decoding)
-    return list(zip(prompts, decoding.results, strict=True))
-
-
-@EVERY_SPEC
-@pytest.mark.parametrize(
-    ("temperature", "latents"), [(1.0, "recorded"), (0.7, "recorded"), (1.0, "recomputed")]
-)
-def test_a_replay_gives_the_log_probabilities_that_were_drawn(
-    hesitant: tuple[Any, Checkpoint], spec: LatentSpec, temperature: float, latents: str
-) -> None:
-    model, checkpoint = hesitant
-    found = drawn(model, checkpoint, spec, temperature)
-    assert len({len(p.ids) for p, _ in found}) > 2, "the prompts are equally long"
-    reasoned = [bool(r.latents) for _, r in found]
-    assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
-    made = [readings(p, r, checkpoint.processor.tokens, spec.mode) for p, r in found]
-    with torch.no_grad():
-        again = policy_of(model, checkpoint, spec, temperature, latents)(batches_of(made)).numpy()
-    # the choices of first readings, then those of second ones
-    wanted = np.concatenate(
-        [
-            np.split(r.scores, [len(rows[0].chosen)])[i]
-            for i in (0, 1)
-            for rows, (_, r) in zip(made, found, strict=True)
-        ]
-    )
-    assert [len(r.scores) for _, r in found] == [len(r.choices) for _, r in found]
-    np.testing.assert_allclose(again, wanted, atol=1e-4, rtol=0)
-    assert wanted.min() < -1, "nothing unlikely was drawn"
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["open", "bottleneck, norm-matched"])
-def test_the_gradient_goes_through_recomputed_latents(
-    hesitant: tuple[Any, Checkpoint], name: str, checkpointing: bool
-) -> None:
-    model, checkpoint = copy.deepcopy(hesitant[0]), hesitant[1]
-    found = [(p, r) for p, r in drawn(*hesitant, SPECS[name], 1.0) if r.latents and r.tokens]
-    batches = batches_of(
-        [readings(p, r, checkpoint.processor.tokens, SPECS[name].mode) for p, r in found]
-    )
-    spoken = torch.cat(
-        [~batch["may_start"] for batch in batches]
-    )  # what was chosen after the latents
-    model.train().double()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = model.get_parameter(
-        "model.language_model.layers.0.mlp.down_proj.weight"
-    ).requires_grad_()
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(weights.shape, generator=generator, dtype=torch.float64) * weights.std()
-    slopes = {}
-    for latents in ("recorded", "recomputed"):
-        policy = policy_of(model, checkpoint, SPECS[name], 1.0, latents).train()
-        (gradient,) = torch.autograd.grad(policy(batches)[spoken].sum(), weights)
-        slopes[latents] = float((gradient * direction).sum().detach())
-    sides = []
-    for side in (1e-3, -1e-3):
-        with torch.no_grad():
-            weights += side * direction
-            sides.append(float(policy(batches)[spoken].sum()))
-            weights -= side * direction
-    wanted = (sides[0] - sides[1]) / 2e-3
-    assert slopes["recomputed"] == pytest.approx(wanted, rel=0.02)
-    assert slopes["recorded"] != pytest.approx(wanted, rel=0.1)
-
-
-def test_answers_to_one_question_read_it_once(
-    hesitant: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, checkpoint = hesitant
-    runtime = TorchRuntime(model, replace(checkpoint, latent=SPECS["open"]))
-    first, second = asked(runtime)[:2]
-    read: list[int] = []
-    run = TorchRuntime._run
-
-    def counted(self: TorchRuntime, embeds: np.ndarray, *rest: Any) -> np.ndarray:
-        read.append(len(embeds))
-        return run(self, embeds, *rest)
-
-    monkeypatch.setattr(TorchRuntime, "_run", counted)
-    decoding = Decoding(runtime, [first] * 5 + [second], Options(max_tokens=2, temperature=1.0))
-    list(decoding)
-    assert read[0] == 2
-    assert set(read[1:]) == {6}
-    rows = [
-        row
-        for p, r in zip(decoding.prompts, decoding.results, strict=True)
-        for row in readings(p, r, checkpoint.processor.tokens, "open")
-    ]
-    assert len({tuple(row.chosen) for row in rows[:5]}) > 1, "all answers are alike"
-    twice, once = batch_of([*rows, *rows]), batch_of(rows)
-    assert len(twice["ids"]) == len(once["ids"]) <= 6
-    assert torch.equal(twice["row"], once["row"].repeat(2))
-
-
-def test_a_row_draws_the_same_whatever_it_is_drawn_beside(hesitant: tuple[Any, Checkpoint]) -> None:
-    model, checkpoint = hesitant
-    runtime = TorchRuntime(model, replace(checkpoint, latent=SPECS["bottleneck"]))
-    prompts = [prepare_prompt(runtime, [p], s.question)[0] for s, p in scene_samples(4, 0, "test")]
-
-    def choices(which: list[int]) -> list[list[int]]:
-        decoding = Decoding(
-            runtime,
-            [prompts[i] for i in which],
-            Options(max_tokens=4, temperature=1.0),
-            draws=which,
-        )
-        list(decoding)
-        return [r.choices for r in decoding.results]
-
-    assert choices([0, 1, 2, 3]) == choices([0, 1]) + choices([2, 3])
-
-
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the objective
 
 
@@ -261,94 +74,16 @@ def test_blocks_come_so_often_as_there_are_updates() -> None:
     assert list(sampler) != order
 
 
-# ------------------------------------------------------------------------------------------------------------
-# rewards
-
-
-def sample_of(answer: str, choices: tuple[str, ...] | None = None) -> Sample:
-    return Sample("s-1", (), "?", answer, choices)
-
-
-@pytest.mark.parametrize(
-    ("said", "right", "choices", "wanted"),
-    [
-        ("Red.", "red", None, 1), ("blue", "red", None, 0), ("<answer> red </answer>", "red", None, 1), ("", "red", None, 0),
-        ("12.0", "12", None, 1), ("about 12 cats", "12", None, 1), ("12 of 13", "12", None, 0), ("1,200", "1200", None, 1),
-        ("11", "12", None, 0),
-        ("b", "left", ("right", "left"), 1), ("(B)", "left", ("right", "left"), 1), ("B. left", "left", ("right", "left"), 1),
-        ("a", "left", ("right", "left"), 0), ("B. right", "left", ("right", "left"), 0), ("a left", "right", ("right", "left"), 0),
-    ],
-)  # fmt: skip
-def test_accuracy(said: str, right: str, choices: tuple[str, ...] | None, wanted: float) -> None:
-    assert accuracy(sample_of(right, choices), Answer(said)) == wanted
-
-
-@pytest.mark.parametrize(
-    ("said", "right", "wanted"),
-    [
-        ("2x + 2", "2*(x+1)", 1),
-        ("y = x^2", "x*x", 1),
-        ("1/2", "0.5", 1),
-        ("x+1", "x", 0),
-        ("__import__('os')", "x", 0),
-        ("red", "blue", 0),
-        ("(", "x", 0),
-    ],
-)
-def test_math(said: str, right: str, wanted: float) -> None:
-    assert math_accuracy(sample_of(right), Answer(said)) == wanted
-
-
-def test_format_and_latent_use() -> None:
-    good = Answer("red", latents=4, own="red", donor="blue")
-    assert format(sample_of("red"), good) == 1
-    for worse in (
-        replace(good, latents=0),
-        replace(good, before=1),
-        replace(good, ended=False),
-        replace(good, text=""),
-    ):
-        assert format(sample_of("red"), worse) == 0
-    assert latent_use(sample_of("red"), good) == 1
-    for worse in (replace(good, latents=0), replace(good, donor="red"), replace(good, donor=None)):
-        assert latent_use(sample_of("red"), worse) == 0
-
-
-def test_rewards_are_read_with_their_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine_of_grpo.py").write_text(
-        "def short(sample, answer):\n    return -len(answer.text)\ndef bad(sample, answer):\n    return 1 / 0\n"
-    )
-    (tmp_path / "broken_of_grpo.py").write_text("import nothing_of_the_kind\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    scoring = read_rewards("accuracy, format=0.5, mine_of_grpo:short=0.01")
-    assert scoring(sample_of("red"), Answer("red", latents=1)) == {
-        "accuracy": 1, "format": 1, "mine_of_grpo:short": -3, "reward": pytest.approx(1.47),
-    }  # fmt: skip
-    for text, message in (
-        ("acuracy", r"acuracy is not known; choose of accuracy"), ("format=much", "weight of format must be a number"), ("", "is empty"),
-        ("broken_of_grpo:f", "broken_of_grpo does not import .ModuleNotFoundError"), ("mine_of_grpo:g", "mine_of_grpo has no function g"),
-        ("format,format=2", "format is there twice"), ("no_such_module_here:f", "does not import"),
-    ):  # fmt: skip
-        with pytest.raises(UsageError, match=message):
-            read_rewards(text)
-    with pytest.raises(
-        LvrError, match=r"reward mine_of_grpo:bad: raised ZeroDivisionError .* on sample s-1, 'red'"
-    ):
-        read_rewards("mine_of_grpo:bad")(sample_of("red"), Answer("red"))
-
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # whole runs
 
 
 def reinforce(
     checkpoint: Path, out: Path, *overrides: str, data: str = "scenes", resume: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    said: list[str] = []
+    lines: list[str] = []
     settings = load_settings(None, [*FEW, *overrides])
-    return grpo(read_checkpoint(checkpoint), data, out, settings, resume, say=said.append), said
+    return grpo(read_checkpoint(checkpoint), data, out, settings, resume, say=lines.append), lines
 
 
 def moved(before: Path, after: Path) -> float:
@@ -364,7 +99,8 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "arms_of_grpo.py").write_text(
-        "def even(sample, answer):\n    return float(len(answer.text) % 2 == 0)\ndef same(sample, answer):\n    return 0.7\n"
+        "def even(sample, answer):\n    return float(len(answer.text) % 2 == 0)\n"
+        "def same(sample, answer):\n    return 0.7\n"
     )
     return folder
 
@@ -374,9 +110,18 @@ def test_a_policy_moves_towards_what_is_paid_for(
 ) -> None:
     monkeypatch.syspath_prepend(str(arms))
     metrics, _ = reinforce(
-        small_tuned, tmp_path / "out", "grpo.rewards=arms_of_grpo:even", "train.steps=10", "train.batch=4", "grpo.group=16",
-        "grpo.max_tokens=1", "train.optimizer=adamw_torch", "train.lr=1e-2", "data.count=64", "grpo.rows=64",
-    )  # fmt: skip
+        small_tuned,
+        tmp_path / "out",
+        "grpo.rewards=arms_of_grpo:even",
+        "train.steps=10",
+        "train.batch=4",
+        "grpo.group=16",
+        "grpo.max_tokens=1",
+        "train.optimizer=adamw_torch",
+        "train.lr=1e-2",
+        "data.count=64",
+        "grpo.rows=64",
+    )
     paid = [entry["reward"] for entry in metrics["history"] if "reward" in entry]
     assert len(paid) == 10
     assert np.mean(paid[-3:]) > np.mean(paid[:3]) + 0.2, paid
@@ -452,8 +197,8 @@ def test_a_run_goes_on_where_it_was_stopped(
         "grpo.rewards=accuracy=1,format=0.2,latent-use=0.1,arms_of_grpo:even",
     ]
     common += ["data.count=64"]
-    metrics, said = reinforce(small_tuned, tmp_path / "whole", *common)
-    assert "4 answers to each of 2 questions a step, 2 updates with them" in said[0]
+    metrics, lines = reinforce(small_tuned, tmp_path / "whole", *common)
+    assert "4 answers to each of 2 questions a step, 2 updates with them" in lines[0]
     assert {"reward", "accuracy", "format", "latent-use", "flat", "latents"} <= metrics["history"][
         0
     ].keys()
@@ -547,11 +292,14 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
     ("overrides", "message"),
     [
         (["data.replay=skills"], "data.replay is for finetune"),
-        (["grpo.updates=2", "train.save_every=3"], "train.save_every must be a multiple of grpo.updates"),
+        (
+            ["grpo.updates=2", "train.save_every=3"],
+            "train.save_every must be a multiple of grpo.updates",
+        ),
         (["train.batch=64"], "scenes: 8 samples for training, fewer than the 64 of a step"),
         (["grpo.rewards=nothing"], "grpo.rewards: nothing is not known"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_is_one_line(
     small_tuned: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:

@@ -145,10 +145,12 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(
     checkpoint = read_checkpoint(same_shapes)
     with pytest.raises(
         BundleError,
-        match=r"base, whose weights have another sha256; name the one that .* as `base` in lvr_config\.json$",
+        match=r"base, whose weights have another sha256; "
+        r"name the one that .* as `base` in lvr_config\.json$",
     ):
         load(checkpoint)
-    load(replace(checkpoint, trained_over=None))  # tuned before the sha256 was kept
+    # Tuned before the sha256 was recorded.
+    load(replace(checkpoint, trained_over=None))
 
 
 def test_the_same_base_in_another_place_is_its_base(
@@ -172,7 +174,7 @@ def test_a_truncated_adapter_is_one_line_with_its_name(
         TrainedWeights(read_checkpoint(file.parent))
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # as it was trained
 
 
@@ -257,8 +259,11 @@ def test_every_linear_of_an_exact_decoder_reads_nf4_with_its_adapter_beside_it(
     folder, manifest = exact
     assert manifest.precision == "exact"
     assert {name: graph.precision for name, graph in manifest.graphs.items()} == {
-        "vision_encoder": "fp32", "embed_tokens": "fp32", "decoder": "nf4", "lm_head": "fp32",
-    }  # fmt: skip
+        "vision_encoder": "fp32",
+        "embed_tokens": "fp32",
+        "decoder": "nf4",
+        "lm_head": "fp32",
+    }
     graph = onnxfile.load(folder / manifest.graphs["decoder"].path).graph
     linears = 2 * 7
     assert sum(node.op_type == "MatMulBnb4" for node in graph.node) == linears

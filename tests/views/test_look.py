@@ -32,7 +32,7 @@ def grey(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), (90, 90, 90))
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the numbers
 
 
@@ -72,7 +72,7 @@ def test_colours_run_over_the_scale_and_stop_at_its_ends() -> None:
     assert (np.diff(lightness) > 0).all()
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the drawing
 
 
@@ -118,14 +118,14 @@ def test_panels_of_all_steps_and_pictures_share_one_scale(monkeypatch: pytest.Mo
         return panel(view, step, scale)
 
     monkeypatch.setattr(look, "panel", spy)
-    look.look([first, second], "q", "a")
+    look.heat_maps([first, second], "q", "a")
     assert scales == [(-1.0, 1.0)] * 4
 
 
 def test_a_sheet_has_room_for_what_it_says() -> None:
     def sheet(steps: int, question: str = "q", expected: str | None = None) -> Image.Image:
         view = look.View(grey(56, 28), (1, 2), np.zeros((steps, 2)))
-        return look.look([view], question, "a", expected=expected)
+        return look.heat_maps([view], question, "a", expected=expected)
 
     assert sheet(9, expected="b").height > sheet(9).height
     assert sheet(9).height > sheet(4).height, "steps 5 to 9 have no line of their own"
@@ -135,8 +135,8 @@ def test_a_sheet_has_room_for_what_it_says() -> None:
 
 def test_boxes_are_drawn_on_the_first_picture_alone() -> None:
     view = look.View(grey(56, 28), (1, 2), np.zeros((4, 2)))
-    plain = np.asarray(look.look([view, view], "q", "a"))
-    boxed = np.asarray(look.look([view, view], "q", "a", boxes=[(0, 0, 1, 1)]))
+    plain = np.asarray(look.heat_maps([view, view], "q", "a"))
+    boxed = np.asarray(look.heat_maps([view, view], "q", "a", boxes=[(0, 0, 1, 1)]))
     rows, columns = np.nonzero((boxed != plain).any(-1))
     assert len(rows)
     assert columns.max() < plain.shape[1] / 5
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_drawing_of_before(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"l.png": before}
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a model's
 
 
@@ -169,7 +169,7 @@ def test_each_picture_is_looked_at_by_its_own_tokens(small_int8: Path) -> None:
     pictures[1] = pictures[1].resize((84, 140))
     prompt, _ = prepare_prompt(runtime, pictures, "what differs")
     told = replace(prompt, features=np.random.default_rng(1).normal(size=prompt.features.shape))
-    first, second = look.views(
+    first, second = look.answer_views(
         runtime, pictures, told, Result(latents=[told.features[2], told.features[-2]])
     )
     assert second.grid == (5, 3)
@@ -282,7 +282,7 @@ def test_a_model_without_latents_of_its_own_is_refused(latent: LatentSpec, said:
     look.refuse(Path("l.png"), ["p.png"], LatentSpec(steps=2), None)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the demo's page
 
 

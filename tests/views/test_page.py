@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite.errors import OutputError
-from lvr_lite.views import page
+from lvr_lite.views import charts, page
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 
@@ -180,19 +180,19 @@ def test_a_picture_that_is_drawn_is_not_changed() -> None:
 
 
 def test_stacked_bars_are_as_long_as_their_values() -> None:
-    chart = page.stacked_bars([("a", [1.0, 3.0]), ("b", [1.0, 0.0])], ["x", "y"], "ms")
+    chart = charts.stacked_bars([("a", [1.0, 3.0]), ("b", [1.0, 0.0])], ["x", "y"], "ms")
     widths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)%"', chart)]
     assert np.array(widths) / 25 == pytest.approx([1, 3, 1], abs=0.02)
-    assert page.stacked_bars([], ["x"], "ms") == ""
+    assert charts.stacked_bars([], ["x"], "ms") == ""
 
 
 def test_a_curve_needs_two_points() -> None:
-    assert page.curve([(0, 1.0)], "loss") == ""
-    assert "<polyline" in page.curve([(5, 1.0), (9, 0.0)], "loss")
+    assert charts.curve([(0, 1.0)], "loss") == ""
+    assert "<polyline" in charts.curve([(5, 1.0), (9, 0.0)], "loss")
 
 
 def test_numbers_are_short() -> None:
-    assert [page.number(v) for v in (None, 0.0, 0.12345, 14.0, 123.4, 1234.5)] == [
+    assert [charts.number(v) for v in (None, 0.0, 0.12345, 14.0, 123.4, 1234.5)] == [
         "–",
         "0",
         "0.123",
@@ -200,8 +200,8 @@ def test_numbers_are_short() -> None:
         "123",
         "1,234",
     ]
-    assert page.percent(0.5) == "50.0 %"
-    assert page.words({"a": [1, 2.0], "b": None}) == "a 1 2, b –"
+    assert charts.percent(0.5) == "50.0 %"
+    assert charts.words({"a": [1, 2.0], "b": None}) == "a 1 2, b –"
 
 
 def test_a_page_that_cannot_be_written_is_an_error_with_the_place(tmp_path: Path) -> None:

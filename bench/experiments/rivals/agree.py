@@ -43,7 +43,9 @@ from lvr_lite.bench.experiments.runner import (
     write_results,
 )
 from lvr_lite.generate.onnx import OnnxRuntime
-from lvr_lite.quant import quantize, search
+from lvr_lite.quant.calibration import Calibration
+from lvr_lite.quant.quantize import quantize_bundle
+from lvr_lite.quant.schemes import plan_of
 
 # ids (S,) -> logits (S, V) float32
 Reader = Callable[[np.ndarray], np.ndarray]
@@ -133,20 +135,18 @@ def _quantize(out: Path, precision: str) -> None:
     """int4 with GPTQ and trained scales, as `quant_lm` has it."""
     _, fp32 = smollm2.bundle_of(out)
     if precision != "int4":
-        quantize.quantize_bundle(out / "fp32", out / precision, precision, print)
+        quantize_bundle(fp32.bundle, out / precision, precision, print)
         return
     _, prompts = smollm2.docstring_prompts(fp32.tokenizer, smollm2.PROMPTS)
-    desk = search.Desk(out / "fp32", out, "", print, prompts)
-    products = desk.products()
-    plan = replace(quantize.whole(precision), products=products)
-    tune = desk.tuning(products)
-    quantize.quantize_bundle(
-        out / "fp32",
+    calibration = Calibration(fp32.bundle, fp32, prompts, False, out, print)
+    products = calibration.products()
+    quantize_bundle(
+        fp32.bundle,
         out / precision,
         precision,
         print,
-        plan=plan,
-        tune=tune,
+        plan=replace(plan_of(precision), products=products),
+        tuner=calibration.tuner(products),
     )
 
 

@@ -80,7 +80,11 @@ class Import:
         item: int | None = None,
         file: Path | None = None,
     ) -> None:
-        """One more broken row. field: where the error itself names none. file: if not the source."""
+        """One more broken row.
+
+        field: where the error itself names none.
+        file: the broken one, if it is not the source.
+        """
         name = error.field or field
         self.problems.append(
             Problem(

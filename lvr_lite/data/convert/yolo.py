@@ -271,7 +271,7 @@ def _paths_in(file: Path, root: Path) -> list[Path]:
 
 
 def _pictures_below(root: Path) -> dict[Path, str]:
-    """The pictures in folders named images, or else all, each with the split that its path names."""
+    """The pictures in folders named images, or else all, each with the split in its path."""
     every = _pictures_among(root.rglob("*"))
     apart = [path for path in every if "images" in path.relative_to(root).parts[:-1]]
     return {path: _split_of(path.relative_to(root)) for path in apart or every}

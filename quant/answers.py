@@ -1,0 +1,128 @@
+"""How far the answers of a quantized bundle are from the fp32 one's, latents included. May import:
+numpy and the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, State
+from lvr_lite.generate.runtime import Runtime
+from lvr_lite.quant.reports import AnswerLoss
+
+# Prompts decoded together.
+BATCH = 16
+# Text tokens of an answer at most.
+TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the fp32 bundle answered to one prompt.
+
+    choices: the ids that its head chose, <|lvr_start|> and the end among them.
+    log_probabilities: (V,) float32, at each choice.
+    hidden: (H,) float32, the state after the prompt and after each step.
+    latents: number of latent steps.
+    """
+
+    choices: list[int]
+    log_probabilities: list[np.ndarray]
+    hidden: list[np.ndarray]
+    latents: int
+
+
+class _ScriptedRuntime:
+    """A runtime whose head records the logits of each row.
+
+    scripts: the ids that each row of the batch has to choose; None leaves the choice to it.
+    """
+
+    def __init__(self, runtime: Runtime, scripts: Sequence[Sequence[int]] | None) -> None:
+        self._runtime = runtime
+        self._scripts = scripts
+        self.logits: dict[int, list[np.ndarray]] = {}
+        self.decoding: Decoding | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        assert self.decoding is not None
+        logits = np.array(self._runtime.head(hidden))
+        rows = [i for i, row in enumerate(self.decoding.rows) if row.state is State.TEXT]
+        for place, row in enumerate(rows):
+            recorded = self.logits.setdefault(row, [])
+            recorded.append(logits[place].copy())
+            if self._scripts is not None:
+                choice = self._scripts[row][len(recorded) - 1]
+                logits[place] = -np.inf
+                logits[place, choice] = 0
+        return logits
+
+
+def reference_answers(runtime: Runtime, prompts: list[Prompt]) -> list[Reference]:
+    """What a bundle answers by itself."""
+    answers = []
+    for part in _batches(len(prompts)):
+        for result, scores in _decode(runtime, prompts[part], None):
+            latents = len(result.latents)
+            answers.append(Reference(result.choices, scores, result.hidden, latents))
+    return answers
+
+
+def answer_loss(runtime: Runtime, prompts: list[Prompt], references: list[Reference]) -> AnswerLoss:
+    """How far a bundle is from the fp32 one, made to choose the same tokens, but fed with its own
+    latents.
+    """
+    divergences: list[float] = []
+    gaps: list[float] = []
+    for part in _batches(len(prompts)):
+        scripts = [reference.choices for reference in references[part]]
+        answers = _decode(runtime, prompts[part], scripts)
+        for (result, scores), reference in zip(answers, references[part], strict=True):
+            for own, wanted in zip(scores, reference.log_probabilities, strict=True):
+                divergences.append(float((np.exp(wanted) * (wanted - own)).sum()))
+            # The state after the prompt chose <|lvr_start|>; those of the latent steps follow.
+            steps = slice(1, 1 + reference.latents)
+            for wanted, own in zip(reference.hidden[steps], result.hidden[steps], strict=True):
+                gaps.append(1 - _cosine(wanted, own))
+    return AnswerLoss(
+        kl=float(np.mean(divergences)),
+        drift=float(np.mean(gaps)) if gaps else 0.0,
+    )
+
+
+def _decode(
+    runtime: Runtime, prompts: list[Prompt], scripts: Sequence[Sequence[int]] | None
+) -> list[tuple[Result, list[np.ndarray]]]:
+    """Each prompt's result, and the log-probabilities (V,) at each of its choices."""
+    scripted = _ScriptedRuntime(runtime, scripts)
+    options = Options(max_tokens=TOKENS, keep_hidden=True)
+    decoding = Decoding(scripted, prompts, options)
+    scripted.decoding = decoding
+    for _ in decoding:
+        pass
+    return [
+        (result, [_log_softmax(logits) for logits in scripted.logits[row]])
+        for row, result in enumerate(decoding.results)
+    ]
+
+
+def _batches(count: int) -> Iterator[slice]:
+    for first in range(0, count, BATCH):
+        yield slice(first, first + BATCH)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64) - logits.max()
+    return np.asarray(x - np.log(np.exp(x).sum()), np.float32)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / max(lengths, 1e-30)
