@@ -63,11 +63,11 @@ def structures_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import onnx
 
     from lvr_lite.export import write
+    from lvr_lite.export.graphs.structure import structure as trace
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    trace = write.structure
 
     def structure(spec: GraphSpec, codes: Mapping[int, str]) -> Any:
         name = hashlib.sha256(everything_about(spec, codes).encode()).hexdigest()

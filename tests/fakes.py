@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
+from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.families import Grid
@@ -416,3 +419,22 @@ class Looks(Fake):
         logits[:, self.processor.tokens.end[0]] = 1
         logits[np.arange(len(hidden)), hidden[:, 5].astype(int)] = 2
         return logits
+
+
+TILE_QUESTIONS = ("what colour is it", "which one is there")
+
+
+def tiles(count: int = 48) -> Iterator[Item]:
+    """Grey pictures of 5 x 5 visual tokens, one of them coloured, with a box around it; two
+    questions, six colours, in turn.
+    """
+    for i in range(count):
+        row, column = 1 + i % 4, 1 + i // 4 % 4
+        picture = Image.new("RGB", (140, 140), (128, 128, 128))
+        word = list(COLOURS)[i // 2 % 6]
+        picture.paste(COLOURS[word], (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+        box = (column / 5, row / 5, (column + 1) / 5, (row + 1) / 5)
+        yield (
+            Sample(f"s{i}", (), TILE_QUESTIONS[i % 2], word, None, (box,), f"type {i % 2}"),
+            (picture,),
+        )

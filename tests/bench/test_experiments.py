@@ -29,7 +29,7 @@ def scores(right: str) -> dict[str, Any]:
     """What `eval --json` writes about four questions, of which "1" is answered rightly; two of the
     skills likewise.
     """
-    answers = [
+    answers: list[dict[str, Any]] = [
         {"id": str(i), "type": "count" if i < 2 else "odd", "score": int(digit)}
         for i, digit in enumerate(right)
     ]

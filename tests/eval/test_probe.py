@@ -8,19 +8,17 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
-from lvr_lite.data.sources import Item
 from lvr_lite.errors import UsageError
 from lvr_lite.eval.interventions import (
     INTERVENTIONS,
@@ -43,7 +41,7 @@ from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import write_scenes
 from tests.command_line import Call
-from tests.fakes import COLOURS, IS_TOKEN, Looks
+from tests.fakes import IS_TOKEN, Looks, tiles
 
 # --------------------------------------------------------------------------------------------------
 # statistics
@@ -311,15 +309,12 @@ def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said(
         "donor_unrelated": says("Blue.", "blue", "pink", "red"),
         "noise": says("blue", "red", "green", "red"),
     }
-    donors = np.array(
-        [1, 2, -1, 0]
-    )  # 0: red becomes blue, its donor's; 1: stays blue; 3: says red, its donor's, as before
+    # 0: red becomes blue, its donor's; 1: stays blue; 3: says red, its donor's, as before.
+    donors = np.array([1, 2, -1, 0])
     found = flips(said, "donor_unrelated", donors)
-    assert (found.pairs, found.flips_to_donor, found.lift) == (
-        3,
-        pytest.approx(2 / 3),
-        pytest.approx(1 / 3),
-    )
+    assert found.pairs == 3
+    assert found.flips_to_donor == pytest.approx(2 / 3)
+    assert found.lift == pytest.approx(1 / 3)
     assert found.flips_by_noise == pytest.approx(2 / 3)
     assert found.flips_interval == wilson(2, 3)
     under_one_question = flips(
@@ -367,6 +362,8 @@ def test_latents_that_mean_nothing_hit_the_boxes_as_often_as_their_area() -> Non
     assert found.own_box_chance == pytest.approx((2 + 3) / 2 / 20)
     assert found.r_at_1 == pytest.approx(0.25, abs=0.025)
     assert found.own_box == pytest.approx(0.125, abs=0.02)
+    assert found.r_at_1 is not None
+    assert found.interval is not None
     assert found.interval[0] < 0.25 < found.interval[1]
     assert found.ratio == pytest.approx(found.r_at_1 / 0.25)
 
@@ -385,12 +382,12 @@ def test_a_latent_hits_what_it_points_at_once_what_all_share_is_taken_off() -> N
         found = retrieval(pointing + shared, [f - shared for f in features], boxes, 0)
         assert (found.r_at_1, found.own_box) == (1.0, 1.0)
     elsewhere = retrieval(pointing[:, ::-1], features, boxes, 0)
-    assert (elsewhere.r_at_1, elsewhere.own_box) == (
-        1.0,
-        0.0,
-    )  # in the boxes, but in the other one
+    # In the boxes, but in the other one.
+    assert (elsewhere.r_at_1, elsewhere.own_box) == (1.0, 0.0)
     half = retrieval(np.stack([pointing[:, 0], -pointing[:, 1]], 1), features, boxes, 0)
-    assert half.by_step[0].r_at_1 == 1.0 > half.r_at_1 > half.by_step[1].r_at_1
+    first, second = half.by_step
+    assert half.r_at_1 is not None
+    assert first.r_at_1 == 1.0 > half.r_at_1 > second.r_at_1
 
 
 def test_items_without_boxes_are_left_out_of_retrieval_but_not_of_the_mean() -> None:
@@ -464,7 +461,8 @@ def judged(
 
 
 def effect(**fields: Any) -> Effect:
-    return Effect(**(dict.fromkeys(Effect.__dataclass_fields__) | fields))
+    everything: dict[str, Any] = dict.fromkeys(Effect.__dataclass_fields__)
+    return Effect(**everything | fields)
 
 
 CLEAR, UNCLEAR = (0.01, 0.5), (0.0, 0.5)
@@ -546,21 +544,6 @@ def test_some_interventions_can_be_chosen_and_the_baseline_comes_with_them() -> 
 
 # ---------------------------------------------------------------------------------- models that
 # look, built to be understood
-
-QUESTIONS = ("what colour is it", "which one is there")
-
-
-def tiles(count: int = 48) -> Iterator[Item]:
-    """Grey pictures of 5 x 5 visual tokens, one of them coloured, with a box around it; two
-    questions, six colours, in turn.
-    """
-    for i in range(count):
-        row, column = 1 + i % 4, 1 + i // 4 % 4
-        picture = Image.new("RGB", (140, 140), (128, 128, 128))
-        word = list(COLOURS)[i // 2 % 6]
-        picture.paste(COLOURS[word], (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
-        box = (column / 5, row / 5, (column + 1) / 5, (row + 1) / 5)
-        yield Sample(f"s{i}", (), QUESTIONS[i % 2], word, None, (box,), f"type {i % 2}"), (picture,)
 
 
 @pytest.fixture(scope="module")

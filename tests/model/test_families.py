@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -408,7 +408,9 @@ def test_int8_says_nearly_the_same(case: Case, bundle: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("feedback", ["identity", "norm-matched"])
-def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
+def test_latents_are_trained_as_they_run(
+    case: Case, feedback: Literal["identity", "norm-matched"]
+) -> None:
     """Free-running latents of the training pass, over a padded batch, are those of the decode loop;
     targets are as wide as they.
     """
@@ -424,8 +426,10 @@ def test_latents_are_trained_as_they_run(case: Case, feedback: str) -> None:
         features = visual_tokens(case.model, batch["pixel_values"], batch["grid_thw"])
         embeds = sft.embed(batch["ids"], features)
         _, latents = sft.method.run(sft, embeds, batch, features[:0], forced=False)
+        assert latents is not None
         targets = batch["pool"] @ features[:, : latents.shape[-1]]
         _, forced = sft.method.run(sft, embeds, batch, targets, forced=True)
+    assert forced is not None
     assert latents.shape[-1] == case.model.config.text_config.hidden_size
     torch.testing.assert_close(forced.flatten(0, 1), sft.spec.fed(targets))
     runtime = TorchRuntime(case.model, replace(case.checkpoint, latent=sft.spec))
@@ -440,7 +444,7 @@ def test_every_method_has_a_loss_of_its_own(case: Case) -> None:
     items = [(sample, tuple(PICTURES["wide"][0]))]
     losses = []
     for method in METHODS:
-        settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")
+        settings = LatentSettings(method=method, steps=STEPS, loss="contrastive")  # type: ignore[arg-type]
         batch = Collator(case.checkpoint, settings)(items)
         with torch.no_grad():
             losses.append(float(sft_of(case, settings)(**batch)["loss"]))

@@ -87,7 +87,7 @@ def test_a_weight_beyond_16_bits_is_refused_by_name(small_fp32: Path, tmp_path: 
     large = "language_model.layers.1.mlp.up_proj.weight"
 
     def read(tensor: onnx.TensorProto) -> np.ndarray:
-        array = onnxfile.read(tensor, path.parent).copy()
+        array = np.array(onnxfile.read(tensor, path.parent))
         if tensor.name == large:
             array[3, 3] = -65_600
         return array

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -535,7 +535,7 @@ def test_a_failure_midway_leaves_nothing(
 def test_too_little_disk_is_said_before_anything_is_written(
     source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
+    usage = SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         OutputError,

@@ -5,6 +5,7 @@ alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils import _pytree
+from torch.utils.data import DataLoader
 
 from lvr_lite.config import load_settings
-from lvr_lite.data.sources import Source, open_source
+from lvr_lite.data.sources import JoinedSource, Source, open_source
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train.batches import Collator, LengthGrouped
 from lvr_lite.train.sft import LatentSFT
@@ -124,3 +127,28 @@ def test_a_batch_has_the_loss_of_its_samples_alone(
     together, alone = losses(items), [losses([item]) for item in items]
     for name, value in together.items():
         assert value == pytest.approx(np.mean([one[name] for one in alone]), rel=1e-5), name
+
+
+def test_a_worker_that_was_spawned_prepares_the_same_batches(
+    checkpoint: Checkpoint, examples: Source
+) -> None:
+    source = JoinedSource(open_source("scenes", "train", 0, 2), examples, 2)
+    collator = Collator(checkpoint, SETTINGS.latent)
+    batches = []
+    for workers, context in ((0, None), (1, "spawn")):
+        loader: Iterable[Any] = DataLoader(
+            source,  # type: ignore[arg-type]
+            batch_size=2,
+            collate_fn=collator,
+            num_workers=workers,
+            multiprocessing_context=context,
+        )
+        batches.append(list(loader))
+    own, spawned = batches
+    assert len(own) == 2
+    assert _flat(own) == _flat(spawned)
+
+
+def _flat(batches: Any) -> list[Any]:
+    leaves, structure = _pytree.tree_flatten(batches)
+    return [structure, *(leaf.tolist() if hasattr(leaf, "tolist") else leaf for leaf in leaves)]

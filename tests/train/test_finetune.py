@@ -286,25 +286,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
 def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    collator = module.Collator
-    monkeypatch.setattr(
-        module,
-        "Collator",
-        lambda c, settings: seen.append(c.processor.image.max_pixels) or collator(c, settings),
-    )
-    monkeypatch.setattr(module, "LatentTrainer", lambda *_: _stop())
+    images = []
+
+    def stop(*arguments: Any) -> None:
+        *_, collator = arguments
+        images.append(collator.checkpoint.processor.image)
+        raise _Stopped
+
+    monkeypatch.setattr(module, "LatentTrainer", stop)
     with pytest.raises(_Stopped):
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
-    assert seen == [read_checkpoint_spec(tmp_path / "out").max_pixels] == [6272]
+    assert images == [read_checkpoint_spec(tmp_path / "out")]
+    assert images[0].max_pixels == 6272
 
 
 class _Stopped(Exception):
     pass
-
-
-def _stop() -> Any:
-    raise _Stopped
 
 
 def read_checkpoint_spec(out: Path) -> ImageSpec:

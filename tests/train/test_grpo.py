@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from lvr_lite.config import load_settings
-from lvr_lite.data.sources import open_source
+from lvr_lite.data.sources import FileSource, open_source
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
 from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence, grpo, objective
 from lvr_lite.train.rewards import read_rewards
+from tests.fakes import Looks, tiles
 
 FEW = [
     "train.steps=2",
@@ -264,7 +265,7 @@ def test_two_processes_learn_what_one_does_with_all_questions(
     assert moved(tmp_path / "by-2", small_tuned) > 1e-3
 
 
-def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Path) -> None:
+def test_a_donor_is_the_other_picture_of_which_the_same_is_asked() -> None:
     examples = open_source("scenes", "train", 0, 200)
     donors = Donors(examples)
     found = [(s, donors.donor_of(s)) for s in examples.samples if s.pair is not None]
@@ -275,17 +276,22 @@ def test_a_donor_is_the_other_picture_of_which_the_same_is_asked(small_tuned: Pa
             assert item[0].answer != sample.answer
     with pytest.raises(DataError, match="latent-use needs pairs"):
         Donors(open_source("scenes", "train", 0, 1))
-    checkpoint = read_checkpoint(small_tuned)
-    runtime = TorchRuntime(nf4.load_trained(checkpoint, torch.float32), checkpoint)
-    i = next(
-        i
-        for i, s in enumerate(examples.samples)
-        if s.pair is not None and donors.donor_of(s) is not None
-    )
-    settings = load_settings(None, [*FEW, "grpo.rewards=latent-use"])
-    rollouts = Roller(runtime, settings, read_rewards("latent-use"), donors)([examples[i]], 0)
-    assert len(rollouts) == 4
-    assert all(r.rewards["latent-use"] in (0, 1) for r in rollouts)
+
+
+@pytest.mark.parametrize(("uses", "reward"), [("latents", 1), ("picture", 0)])
+def test_latents_are_paid_for_where_the_donors_would_change_the_answer(
+    tmp_path: Path, uses: str, reward: int
+) -> None:
+    samples = []
+    for sample, (picture,) in tiles(4):
+        picture.save(tmp_path / f"{sample.id}.png")
+        images = (tmp_path / f"{sample.id}.png",)
+        samples.append(replace(sample, images=images, pair=sample.question))
+    source = FileSource(samples)
+    settings = load_settings(None, [*FEW, "grpo.temperature=0.01"])
+    roller = Roller(Looks(uses), settings, read_rewards("latent-use"), Donors(source))
+    rollouts = roller([source[0], source[3]], 0)
+    assert [rollout.rewards["latent-use"] for rollout in rollouts] == [reward] * 8
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from lvr_lite.train import sft as module
 from lvr_lite.train.batches import Collator, check_samples, in_order
 from lvr_lite.train.finetune import norm_of_visual_tokens
 from lvr_lite.train.load import adapted
-from lvr_lite.train.methods import METHODS, Bottleneck
+from lvr_lite.train.methods import METHODS, Batch, Bottleneck, Columns
 from lvr_lite.train.sft import LatentSFT
 from lvr_lite.train.trainer import write_side_files
 
@@ -75,7 +75,7 @@ def items() -> list[Item]:
     return found
 
 
-def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> dict[str, Any]:
+def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> Any:
     return Collator(checkpoint, replace(SETTINGS.latent, **settings))(items)
 
 
@@ -386,7 +386,8 @@ def test_a_caption_among_words_does_not_make_all_rows_long(
 def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(
     checkpoint: Checkpoint, token: str, part: str
 ) -> None:
-    bad = replace(Sample("bad", (), "q", "a"), **{part: f"a {token}"})
+    words = {"question": "q", "answer": "a"} | {part: f"a {token}"}
+    bad = Sample("bad", (), **words)
     with pytest.raises(DataError, match=f"sample bad: its {part} contains {re.escape(token)}"):
         check_samples(FileSource([Sample("good", (), "q", "a"), bad]), checkpoint)
 
@@ -436,7 +437,7 @@ class Watched(LatentSFT):
     def states(
         self,
         embeds: torch.Tensor,
-        batch: dict[str, torch.Tensor],
+        batch: Columns,
         first: int = 0,
         cache: Any = None,
     ) -> torch.Tensor:
@@ -450,7 +451,7 @@ class Watched(LatentSFT):
         return hidden
 
     def _read_again(
-        self, latents: torch.Tensor, features: torch.Tensor, batch: dict[str, torch.Tensor]
+        self, latents: torch.Tensor, features: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         self.latents = latents.detach() if self.detached else latents
         return super()._read_again(self.latents, features, batch)

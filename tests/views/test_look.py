@@ -19,6 +19,7 @@ from lvr_lite.generate.decode import Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.images import open_picture
+from lvr_lite.model.latents import likeness
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.views import look, page
@@ -34,28 +35,6 @@ def grey(width: int, height: int) -> Image.Image:
 
 # --------------------------------------------------------------------------------------------------
 # the numbers
-
-
-def test_similarities_are_cosines_with_the_tokens_less_their_mean() -> None:
-    # Their mean is (2, 0), so what is left is (±1, 0) and (0, ±3).
-    features = np.array([[3, 0], [1, 0], [2, 3], [2, -3]], np.float32)
-    latents = np.array([[5, 0], [3, 4]], np.float32)
-    wanted = np.array([[1, -1, 0, 0], [0.6, -0.6, 0.8, -0.8]])
-    np.testing.assert_allclose(look.similarities(latents, features), wanted, atol=1e-6)
-
-
-def test_what_all_tokens_share_makes_none_of_them_nearer() -> None:
-    rng = np.random.default_rng(0)
-    latents, features = rng.normal(size=(3, 8)), rng.normal(size=(5, 8))
-    shifted = look.similarities(latents, features + 20 * rng.normal(size=8))
-    np.testing.assert_allclose(shifted, look.similarities(latents, features), atol=1e-9)
-
-
-def test_tokens_that_differ_by_rounding_alone_are_near_to_nothing() -> None:
-    rng = np.random.default_rng(0)
-    features = (np.full((6, 8), 3.0) + 1e-6 * rng.normal(size=(6, 8))).astype(np.float32)
-    assert not look.similarities(rng.normal(size=(2, 8)), features).any()
-    assert not look.similarities(np.zeros((2, 8)), rng.normal(size=(6, 8))).any()
 
 
 def test_colours_run_over_the_scale_and_stop_at_its_ends() -> None:
@@ -85,15 +64,13 @@ def whites(image: Image.Image) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("token", [0, 6, 7, 11])
 def test_the_frame_lies_on_the_token_that_equals_the_latent(token: int) -> None:
     features = np.eye(12, 32, dtype=np.float32)
-    view = look.View(grey(80, 60), (3, 4), look.similarities(features[[token]], features))
+    view = look.View(grey(80, 60), (3, 4), likeness(features[[token]], features))
     row, column = divmod(token, 4)
     assert view.nearest(0)[:2] == (row, column)
     drawn = look.panel(view, 0, look.bounds([view]), side=80)  # cells of 20 x 20 pixels
     assert whites(drawn) == (20 * column, 20 * column + 19, 20 * row, 20 * row + 19)
     middle = drawn.getpixel((20 * column + 10, 20 * row + 10))
-    assert middle == pytest.approx(blended(look.SCALE[-1]), abs=1), (
-        "the nearest token has the top colour"
-    )
+    assert middle == pytest.approx(blended(look.SCALE[-1]), abs=1)
 
 
 def test_the_frame_around_a_tiny_token_can_be_seen() -> None:
