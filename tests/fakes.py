@@ -176,11 +176,11 @@ class Recurrent(Fake):
         for one in inputs:
             self._advance(row, one[:6], one[6:])
         self.used[row] = len(inputs)
-        return self.state[row].copy()
+        return np.array(self.state[row])
 
     def advance(self, row: int, embed: np.ndarray, position: int) -> np.ndarray:
         self._advance(row, embed, np.full(3, position))
-        return self.state[row].copy()
+        return np.array(self.state[row])
 
     def _advance(self, row: int, embed: np.ndarray, position: np.ndarray) -> None:
         at = self.axes @ position.astype(np.float32)
@@ -203,7 +203,7 @@ class Recurrent(Fake):
         state = super().prefill(embeds, positions, lengths, rows, past)
         self.states.append(self.state.copy())
         self.reads.append(Read(embeds.copy(), positions.copy(), lengths.copy(), rows, state))
-        return state.copy()
+        return np.array(state)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self.used += 1
@@ -211,7 +211,7 @@ class Recurrent(Fake):
         self.fed.append(embeds.copy())
         self.positions.append(positions.copy())
         self.states.append(super().step(embeds, positions))
-        return self.states[-1].copy()
+        return np.array(self.states[-1])
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         self.headed.append(hidden.copy())
@@ -253,7 +253,8 @@ class Table(Fake):
         self.state: dict[int, np.ndarray] = {}
 
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
-        return super().encode(pixel_values, grids) + np.float32(self.processor.tokens.image)
+        features = super().encode(pixel_values, grids)
+        return np.asarray(features + np.float32(self.processor.tokens.image))
 
     def read(self, row: int, inputs: np.ndarray) -> np.ndarray:
         text = self.processor.text(inputs[:, 0].astype(int).tolist())
@@ -396,7 +397,7 @@ class Looks(Fake):
 
     def _colour(self, row: int) -> np.ndarray:
         if self.uses == "picture":
-            return self.seen[row]
+            return np.asarray(self.seen[row])
         return self.latents[row][0][1:4] if self.latents[row] else np.zeros(3, np.float32)
 
     def _latent(self, row: int) -> np.ndarray:

@@ -53,6 +53,13 @@ def part(name: str) -> str:
     return third if third == "experiments" else second
 
 
+def is_for_devices(name: str) -> bool:
+    """Whether a module must not need the workshop's packages when it is imported."""
+    workshop = ("export", "train", "quant", "experiments", "__main__")
+    own = ("lvr_lite.generate.torch", "lvr_lite.toy.build", "lvr_lite.toy.pretrain")
+    return part(name) not in workshop and name not in own
+
+
 def test_a_folder_imports_only_what_stands_before_it() -> None:
     allowed = ("__version__", "__init__", "__main__")
     wrong = set()
@@ -118,9 +125,23 @@ def test_importing_the_command_line_is_cheap(device: dict[str, str]) -> None:
     done = python(
         device,
         "-c",
-        "import sys, lvr_lite.cli; print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))",
+        "import sys, lvr_lite.cli.app; "
+        "print(*{'numpy', 'onnxruntime', 'PIL', 'jinja2', 'tokenizers'} & set(sys.modules))",
     )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_what_a_device_runs_is_imported_without_the_workshop(device: dict[str, str]) -> None:
+    names = [name.removesuffix(".__init__") for name in modules() if is_for_devices(name)]
+    assert len(names) > 60
+    done = python(
+        device,
+        "-c",
+        "import importlib; [importlib.import_module(n) for n in NAMES]".replace(
+            "NAMES", repr(names)
+        ),
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_question_is_answered_without_the_workshop(

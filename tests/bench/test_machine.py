@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -101,5 +102,5 @@ def test_in_a_checkout_the_commit_is_told_and_whether_files_differ(tmp_path: Pat
 
 
 def test_a_machine_without_git_still_has_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda *_: None)
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
     assert str(machine.commit()).startswith("v")

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lvr_lite.cli.app import main
 from lvr_lite.toy.make import write_scenes
-from tests.command_line import Call, Done, Refused, files
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lvr-lite", *map(str, arguments)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        output = capsys.readouterr()
-        return Done(code if isinstance(code, int) else 0, output.out, output.err)
-
-    return run
+from tests.command_line import Call, Refused, files
 
 
 @pytest.fixture(scope="session")

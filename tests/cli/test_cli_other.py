@@ -117,7 +117,7 @@ def test_a_damaged_bundle_is_refused_by_the_name_of_its_file(
 ) -> None:
     bundle = copied(small_fp32)
     words = damage(bundle)
-    rest = {"run": [picture, "q"], "quantize": [tmp_path / "out"]}
+    rest: dict[str, list[object]] = {"run": [picture, "q"], "quantize": [tmp_path / "out"]}
     done = call(command, bundle, *rest.get(command, []))
     assert done.code == 1
     assert words in done.error

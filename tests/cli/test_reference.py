@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import lvr_lite
 from lvr_lite.cli import reference
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -25,7 +26,7 @@ def test_every_command_and_every_public_name_has_an_entry() -> None:
     commands = reference.commands_page()
     for name in ("finetune", "bench compare", "data convert", "doctor"):
         assert f"## lvr-lite {name}\n" in commands
-    for name in reference.lvr_lite.__all__:
+    for name in lvr_lite.__all__:
         assert (
             f"### `{name}" in reference.python_page() or f"class {name}" in reference.python_page()
         )

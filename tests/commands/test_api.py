@@ -39,7 +39,7 @@ def test_a_name_that_it_lacks_is_an_attribute_error() -> None:
 def test_every_name_is_documented(name: str) -> None:
     value = getattr(lvr_lite, name)
     assert value.__doc__
-    if is_dataclass(value) and name.endswith(("Options", "Rounding")):
+    if isinstance(value, type) and is_dataclass(value) and name.endswith(("Options", "Rounding")):
         own = get_annotations(value)
         assert {field for field in own if field not in value.__doc__} == set()
     elif not isinstance(value, type):

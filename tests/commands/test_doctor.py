@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -91,10 +92,10 @@ def test_torchvision_of_another_build_than_torch_is_a_trap(
 
 def test_a_gpu_that_torch_does_not_see_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_run", lambda *_: "None False")
-    monkeypatch.setattr(doctor.shutil, "which", lambda *_: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(shutil, "which", lambda *_: "/usr/bin/nvidia-smi")
     assert doctor._torch_cuda().ok is False
     assert "CPU build" in doctor._torch_cuda().detail
-    monkeypatch.setattr(doctor.shutil, "which", lambda *_: None)
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
     assert doctor._torch_cuda().ok is None
 
 
@@ -109,7 +110,7 @@ def test_a_command_that_is_missing_fails_or_hangs_has_no_answer() -> None:
 
 
 def test_a_gpu_is_named_as_nvidia_smi_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda *_: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(shutil, "which", lambda *_: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(doctor, "_run", lambda *_: "RTX 3060, 12288 MiB")
     assert doctor._gpu() == doctor.Check("gpu", True, "RTX 3060, 12288 MiB")
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite import AskOptions, EvalOptions, Model, evaluate, open_model
+from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.processor import Processor
 
 RED = Image.new("RGB", (64, 64), (200, 30, 30))
@@ -66,9 +67,13 @@ def test_text_is_sent_in_whole_characters(
 
 
 def test_a_checkpoint_may_stay_in_the_bits_that_it_was_trained_in(small_tuned: Path) -> None:
-    runtimes = [open_model(small_tuned, trained=trained).runtime for trained in (True, False)]
-    kinds = [{type(module).__name__ for module in runtime.model.modules()} for runtime in runtimes]
-    assert ["Linear4bit" in kind for kind in kinds] == [True, False]
+    four_bit = []
+    for trained in (True, False):
+        runtime = open_model(small_tuned, trained=trained).runtime
+        assert isinstance(runtime, TorchRuntime)
+        kinds = {type(module).__name__ for module in runtime.model.modules()}
+        four_bit.append("Linear4bit" in kinds)
+    assert four_bit == [True, False]
 
 
 def test_a_model_is_scored(small_int8: Path) -> None:

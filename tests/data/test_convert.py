@@ -5,7 +5,7 @@ rows are named.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def broken(source: Path, form: str, **options: Any) -> list[str]:
     return [str(p).removeprefix(f"{source}: ") for p in problems]
 
 
-def as_xywh(box: tuple[int, int, int, int]) -> list[int]:
+def as_xywh(box: Sequence[int]) -> list[int]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
@@ -234,7 +234,7 @@ def test_yolo_boxes_lie_on_their_objects_for_every_orientation(tmp_path: Path, f
         tmp_path,
         "yolo",
         tmp_path / "out.jsonl",
-        **({"boxes_are": "stored"} if frame == "stored" else {}),
+        boxes_are="stored" if frame == "stored" else None,
     )
     assert len({s.images[0] for s in samples}) == 8
     for sample in samples:

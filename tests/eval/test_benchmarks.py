@@ -19,16 +19,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.cli import app as cli
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
+from lvr_lite.eval.benchmark_files import Question
 from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
 from lvr_lite.eval.suite import Plan, exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
+from tests.command_line import Call
 from tests.fakes import Around, Table, never
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -433,7 +434,7 @@ def problems(benchmark: benchmarks.Benchmark) -> list[str]:
     the folder.
     """
 
-    def problem(row: benchmarks.Question) -> str:
+    def problem(row: Question) -> str:
         try:
             row.pictures()
         except DataError as error:
@@ -491,7 +492,7 @@ def test_broken_rows_are_counted_and_are_in_no_score(tmp_path: Path) -> None:
 def test_every_broken_row_of_vstar_is_named(tmp_path: Path) -> None:
     folder = write_vstar(tmp_path / "v")
     good = json.loads((folder / "test_questions.jsonl").read_text().splitlines()[0])
-    bad = [
+    bad: list[Any] = [
         {k: v for k, v in good.items() if k != field}
         for field in ("text", "label", "category", "question_id", "image")
     ]
@@ -895,17 +896,17 @@ def test_a_letter_counts_in_a_file_where_the_question_shows_letters(
 
 def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> None:
     (tmp_path / "p.jpg").write_bytes(jpeg())
+    question = "Which?\n(A) red\n(B) blue"
     line = {
         "id": "x",
         "image": "p.jpg",
-        "question": "Which?\n(A) red\n(B) blue",
+        "question": question,
         "answer": "blue",
         "choices": ["red", "blue"],
     }
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
-    result = compare(
-        "tiny", [], Plan(str(tmp_path / "mine.jsonl")), lambda _: Table({line["question"]: "(B)"})
-    )  # type: ignore[dict-item]
+    plan = Plan(str(tmp_path / "mine.jsonl"))
+    result = compare("tiny", [], plan, lambda _: Table({question: "(B)"}))
     assert (result["accuracy"], result["answers"][0]["expected"]) == (1.0, "blue")
 
 
@@ -913,44 +914,20 @@ def test_a_file_is_scored_with_letters_and_scenes_are_not(tmp_path: Path) -> Non
 # the command line
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["lvr-lite", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.mark.parametrize("model", ["small_checkpoint", "small_fp32"])
+@pytest.mark.parametrize(("model", "steps"), [("small_checkpoint", "0"), ("small_fp32", "0,2")])
 def test_a_checkpoint_and_a_bundle_are_scored_alike(
-    model: str,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    model: str, steps: str, request: pytest.FixtureRequest, call: Call, tmp_path: Path
 ) -> None:
-    folder, out = write_mmvp(tmp_path / "m"), tmp_path / "eval.json"
+    folder = write_mmvp(tmp_path / "m")
+    out = tmp_path / "eval.json"
+    journal = tmp_path / "answers.jsonl"
     (folder / "MMVP Images" / "4.jpg").unlink()
-    steps, journal = ("0", "0,2")[model == "small_fp32"], tmp_path / "answers.jsonl"
-    arguments = (
-        "--suite",
-        "mmvp",
-        "--path",
-        folder,
-        "--steps",
-        steps,
-        "--max-tokens",
-        4,
-        "--answers",
-        journal,
-        "--json",
-        out,
-    )
-    assert call(monkeypatch, "eval", request.getfixturevalue(model), *arguments) == 0
-    printed = capsys.readouterr().out
-    assert "5 of 6 rows were asked" in printed
-    assert "pairs, both right" in printed
+    suite = ("--suite", "mmvp", "--path", folder, "--steps", steps, "--max-tokens", 4)
+    files = ("--answers", journal, "--json", out)
+    done = call("eval", request.getfixturevalue(model), *suite, *files)
+    assert done.code == 0, done.err
+    assert "5 of 6 rows were asked" in done.out
+    assert "pairs, both right" in done.out
     result = json.loads(out.read_text())
     runs = result.get("by_steps", [result])
     assert [run["steps"] for run in runs] == [int(k) for k in steps.split(",")]
@@ -964,15 +941,15 @@ def test_a_checkpoint_and_a_bundle_are_scored_alike(
 
 
 def test_parquet_without_pyarrow_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "b" / "Counting").mkdir(parents=True)
     (tmp_path / "b" / "Counting" / "val-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert call(monkeypatch, "eval", "tiny", "--suite", "blink", "--path", tmp_path / "b") == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-        'error: this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"'
+    done = call("eval", "tiny", "--suite", "blink", "--path", tmp_path / "b")
+    assert done.code == 1
+    assert done.error.startswith(
+        'this command needs the package pyarrow: pip install "lvr-lite[benchmarks]"'
     )
 
 

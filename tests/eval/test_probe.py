@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lvr_lite.cli import app as cli
 from lvr_lite.commands import model as models
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item
@@ -44,6 +42,7 @@ from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy.make import write_scenes
+from tests.command_line import Call
 from tests.fakes import COLOURS, IS_TOKEN, Looks
 
 # ---------------------------------------------------------------------------------------------------------
@@ -738,7 +737,7 @@ def test_the_seed_names_the_noise_and_leaving_out_others_does_not_change_it(
 def test_norm_matched_latents_are_probed_at_their_norm() -> None:
     class Recording(Looks):
         def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-            lengths.extend(np.linalg.norm(row) for row in embeds if row[0] < IS_TOKEN)
+            lengths.extend(float(np.linalg.norm(row)) for row in embeds if row[0] < IS_TOKEN)
             return super().step(embeds, positions)
 
     lengths: list[float] = []
@@ -848,25 +847,27 @@ class AlwaysLatents(StartsWithLatents):
         self.latent = spec
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["lvr-lite", "probe", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+@pytest.fixture
+def through_latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[LatentSpec], None]:
+    """Every model that a command opens goes through latents of this kind."""
+    opened = models.open_runtime
+
+    def force(spec: LatentSpec) -> None:
+        monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), spec))
+
+    return force
 
 
-@pytest.mark.parametrize("mode", ["open", "bottleneck"])
-@pytest.mark.parametrize("kind", ["bundle", "checkpoint"])
+@pytest.mark.parametrize(
+    ("model", "mode"), [("small_int8", "open"), ("small_checkpoint", "bottleneck")]
+)
 def test_a_model_is_probed_through_the_command_line(
-    kind: str,
+    model: str,
     mode: str,
-    small_int8: Path,
-    small_checkpoint: Path,
+    request: pytest.FixtureRequest,
+    through_latents: Callable[[LatentSpec], None],
+    call: Call,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     opened: Callable[..., Any] = models.open_runtime
     monkeypatch.setattr(
@@ -889,25 +890,20 @@ def test_a_model_is_probed_through_the_command_line(
     assert code == 0, said.err
     assert "warning" not in said.err
     told = json.loads(out.read_text())
-    assert (told["schema"], told["n"], told["opened"], told["data"], told["seeds"]["scenes"]) == (
-        "lvr-lite/probe",
-        6,
-        6,
-        "scenes",
-        0,
-    )
+    assert (told["schema"], told["n"], told["opened"]) == ("lvr-lite/probe", 6, 6)
+    assert (told["data"], told["seeds"]["scenes"]) == ("scenes", 0)
     assert told["interventions"]["self"]["changed_count"] == 0
     assert (
         told["interventions"]["zero"]["changed_count"]
         + told["interventions"]["noise"]["changed_count"]
         > 0
     )
-    assert told["verdict"] in said.out.replace("\n", " ")
-    assert (tmp_path / "probe.html").stat().st_size > 5000
+    assert told["verdict"] in done.out.replace("\n", " ")
+    assert page.stat().st_size > 5000
 
 
 def test_a_file_of_samples_is_probed(
-    small_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_int8: Path, tmp_path: Path, through_latents: Callable[[LatentSpec], None], call: Call
 ) -> None:
     opened: Callable[..., Any] = models.open_runtime
     monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), LatentSpec(2)))
@@ -928,42 +924,34 @@ def test_a_file_of_samples_is_probed(
         == 0
     )
     told = json.loads(out.read_text())
-    assert (told["n"], list(told["interventions"]), told["data"]) == (
-        3,
-        ["none", "noise", "k0"],
-        str(path),
-    )
+    assert (told["n"], told["data"]) == (3, str(path))
+    assert list(told["interventions"]) == ["none", "noise", "k0"]
     assert told["verdict"].startswith("not judged")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("option", "value", "words"),
     [
-        (["--data", "nosuch"], "--data nosuch: neither scenes nor a file of samples"),
-        (["--only", "nose"], "--only nose: 'nose' is no intervention"),
-        (["--limit", "0"], "--limit must be 1 or more, not 0"),
+        ("--data", "nosuch", "--data nosuch: neither scenes nor a file of samples"),
+        ("--only", "nose", "--only nose: 'nose' is no intervention"),
+        ("--limit", "0", "--limit must be 1 or more, not 0"),
     ],
 )
 def test_a_wrong_call_is_one_line(
-    arguments: list[str],
-    told: str,
-    small_int8: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    option: str, value: str, words: str, small_int8: Path, call: Call
 ) -> None:
-    assert call(monkeypatch, small_int8, *arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {told}")
+    done = call("probe", small_int8, option, value)
+    assert done.code == 2
+    assert done.error.startswith(words)
 
 
-def test_a_base_model_without_latents_is_one_line(
-    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, small_checkpoint, "--limit", 2) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines == [
-        f"error: {small_checkpoint.name}: has no latent steps, so there is nothing to probe; give a model tuned with latents"
-    ]
+def test_a_base_model_without_latents_is_one_line(small_checkpoint: Path, call: Call) -> None:
+    done = call("probe", small_checkpoint, "--limit", 2)
+    assert done.code == 2
+    assert done.error == (
+        f"{small_checkpoint.name}: has no latent steps, so there is nothing to probe; "
+        "give a model tuned with latents"
+    )
 
 
 def test_the_scenes_are_those_of_the_seed() -> None:

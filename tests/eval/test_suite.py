@@ -16,12 +16,12 @@ from PIL import Image
 from rich.console import Console
 
 from lvr_lite.data.samples import Sample, sample_json
+from lvr_lite.data.sources import Item
 from lvr_lite.errors import BundleError, DataError, UsageError
 from lvr_lite.eval.comparing import compare, reference_hint
 from lvr_lite.eval.report import show
 from lvr_lite.eval.suite import (
     SKILLS_TOKENS,
-    Item,
     Plan,
     accuracy_on,
     evaluate,

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,16 +196,16 @@ def test_the_gate_decodes_through_the_latent_loop_that_is_written(
         parity.check_decoding(got, want, latents=4, tokens=6)
 
 
-def changing(graph: str, weight: str) -> write.Convert:
+def changing(changed: str, weight: str) -> write.Convert:
     """Writes the weights as they are, but for one that it makes 5 % larger."""
 
-    def convert(name: str, model: Any, read: Any, data: Any, origins: Any) -> JsonObject:
+    def convert(graph: str, model: Any, read: Any, data: Any, origins: Any) -> JsonObject:
         def altered(tensor: onnx.TensorProto) -> np.ndarray:
-            array = read(tensor)
-            return array * np.float32(1.05) if name == graph and tensor.name == weight else array
+            larger = graph == changed and tensor.name == weight
+            return np.asarray(read(tensor) * np.float32(1.05 if larger else 1))
 
-        assert name != graph or weight in origins
-        return write.as_float32(name, model, altered, data, origins)
+        assert graph != changed or weight in origins
+        return write.as_float32(graph, model, altered, data, origins)
 
     return convert
 
@@ -366,7 +366,7 @@ def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> No
 def test_too_little_disk_is_said_before_anything_is_written(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
+    usage = SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         OutputError, match=r"far/out: needs [1-9][0-9]* MB of free disk, 1 MB are left"

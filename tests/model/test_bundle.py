@@ -1,6 +1,4 @@
-"""Bundles: what is missing, changed or foreign is refused by name; a folder is written whole or not
-at all.
-"""
+"""Bundles: what is missing, changed or foreign is refused by name."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lvr_lite.errors import BundleError, OutputError
-from lvr_lite.files import fresh_folder, sha256, write_atomically
+from lvr_lite.errors import BundleError
+from lvr_lite.files import sha256
 from lvr_lite.model.bundle import (
     GRAPHS,
     Bundle,
@@ -73,7 +71,7 @@ def edit_graph(folder: Path, name: str, **fields: Any) -> None:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(BundleError) as caught:
-        Bundle.open(folder).manifest
+        Bundle.open(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -167,97 +165,3 @@ def test_no_folder_and_a_folder_without_a_manifest_say_how_to_make_one(tmp_path:
     assert "no such folder" in refusal(tmp_path / "nowhere")
     assert "not a bundle" in refusal(tmp_path)
     assert not is_bundle(tmp_path)
-
-
-# -------------------------------------------------------------------------------------------------------------
-# fresh_folder
-
-
-def test_a_fresh_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
-    with fresh_folder(tmp_path / "deep" / "out") as staged:
-        (staged / "lvr.json").write_text("1")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
-    assert (tmp_path / "deep" / "out" / "lvr.json").read_text() == "1"
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_on_an_error_nothing_is_left_and_an_earlier_result_is_as_before(
-    tmp_path: Path, error: BaseException
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "lvr.json").write_text("before")
-    with pytest.raises(type(error)), fresh_folder(tmp_path / "out") as staged:
-        (staged / "lvr.json").write_text("half")
-        raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "lvr.json").read_text() == "before"
-
-
-def test_an_earlier_result_is_replaced_whole(tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        with fresh_folder(tmp_path / "out") as staged:
-            (staged / "lvr.json").write_text(name)
-            (staged / name).write_text("")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["lvr.json", "second"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with fresh_folder(tmp_path / "out") as staged:
-        (staged / "lvr.json").write_text("")
-    assert is_bundle(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_foreign_target_is_refused_untouched(tmp_path: Path, kind: str) -> None:
-    target = tmp_path / "out"
-    if kind == "folder":
-        target.mkdir()
-    (target / "thesis.txt" if kind == "folder" else target).write_text("mine")
-    with (
-        pytest.raises(OutputError, match="out: exists and is not an earlier result"),
-        fresh_folder(target),
-    ):
-        pytest.fail("the body must not run")
-    assert (target / "thesis.txt" if kind == "folder" else target).read_text() == "mine"
-
-
-def test_what_marks_an_earlier_result_can_be_another_file(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "train.jsonl").write_text("")
-    with pytest.raises(OutputError), fresh_folder(tmp_path / "out"):
-        pytest.fail("the body must not run")
-    with fresh_folder(tmp_path / "out", replaceable="train.jsonl") as staged:
-        (staged / "new").write_text("")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
-
-
-def test_what_a_killed_run_left_is_swept_away_and_a_living_run_is_let_be(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".out.tmp-999999999-abc", tmp_path / ".out.tmp-1-abc"
-    dead.mkdir()
-    alive.mkdir()
-    with fresh_folder(tmp_path / "out"):
-        pass
-    assert not dead.exists()
-    assert alive.exists()
-
-
-def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(OutputError, match="out: cannot be written"),
-        fresh_folder(tmp_path / "file" / "out"),
-    ):
-        pytest.fail("the body must not run")
-
-
-def test_a_text_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "new" / "a.txt", "one")
-    write_atomically(tmp_path / "new" / "a.txt", "two")
-    assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "two")]
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="folder: cannot be written"):
-        write_atomically(tmp_path / "folder", "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new"]

@@ -145,7 +145,7 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_grey_pictures_of_16_bits_keep_their_range(dtype: type, tmp_path: Path) -> None:
+def test_grey_pictures_of_16_bits_keep_their_range(dtype: type[np.generic], tmp_path: Path) -> None:
     values = np.array([[0, 257, 32896, 65535]] * 4, dtype)
     Image.fromarray(values).save(tmp_path / "deep.tif")
     assert [open_picture(tmp_path / "deep.tif").getpixel((x, 0)) for x in range(4)] == [
