@@ -25,12 +25,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Type checkers do not see through the package-dir mapping, so they check a tree in which the packages lie where they install.
+# Type checkers do not see through the package-dir mapping, so they check a tree in which the packages
+# lie where they install, the tests beside them.
 types: setup
 	rm -rf build/types && mkdir -p build/types
-	cp -r lvr_lite build/types/lvr_lite
+	cp -r lvr_lite tests build/types
 	for part in export quant bench; do cp -r $$part build/types/lvr_lite/$$part; done
-	cd build/types && ../../$(BIN)/mypy -p lvr_lite --config-file ../../pyproject.toml
+	cd build/types && ../../$(BIN)/mypy -p lvr_lite -p tests --config-file ../../pyproject.toml
 
 bench: setup
 	$(BIN)/lvr-lite bench demo-out/int8 --vs demo-out/int4 --vs demo-out/fp32 --html demo-out/bench.html | head -n -1

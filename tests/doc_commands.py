@@ -1,4 +1,4 @@
-"""Runs every `sh` and `python` block of README.md and docs/*.md as a new user would (`make readme`).
+"""Runs every `sh` and `python` block of README.md and docs/*.md as a new user would: `make readme`.
 
 All blocks run in one folder that is empty at first, README.md's before the others', so that a page
 may use what README.md made. A `console` block is not run, and must say in its first line what it

@@ -145,8 +145,10 @@ class Recurrent(Fake):
     """state = tanh(input + mixed state + position): every input and every position changes all that
     follows. Its ten tokens are IMAGE … D.
 
-    fed, positions: of each step. states: of all rows, after each prefill and each step. headed: what
-    the head was given. reads: calls of prefill.
+    fed, positions: of each step.
+    states: of all rows, after each prefill and each step.
+    headed: what the head was given.
+    reads: calls of prefill.
     """
 
     axes = np.array([0.05, 0.03, 0.02], np.float32)

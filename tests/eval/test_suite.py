@@ -215,7 +215,9 @@ def answer_from_the_scene(scene: scenes.Scene, asked: str) -> str:
     what, *names = asked.split()
     if what == "where":
         x, y = by_shape[names[0]].centre()
-        return f"{('top', 'middle', 'bottom')[int(y / (scene.height / 3))]} {('left', 'centre', 'right')[int(x / (scene.width / 3))]}"
+        row = ("top", "middle", "bottom")[int(y / (scene.height / 3))]
+        column = ("left", "centre", "right")[int(x / (scene.width / 3))]
+        return f"{row} {column}"
     if what in ("colour", "pattern", "letter"):
         return str(getattr(by_shape[names[0]], "glyph" if what == "letter" else what))
     if what == "shape":
@@ -473,16 +475,22 @@ def damaged(result: dict[str, Any], how: str) -> Any:
     [
         *(
             (how, DataError, "not what `lvr-lite eval --json` writes")
-            for how in ("list", "bench", "version", "no answers", "no score")
-        ),
-        *(
-            (how, DataError, "not what `lvr-lite eval --json` writes")
-            for how in ("score", "nan", "word")
+            for how in [
+                "list",
+                "bench",
+                "version",
+                "no answers",
+                "no score",
+                "score",
+                "nan",
+                "word",
+            ]
         ),
         (
             "fewer",
             UsageError,
-            r"not about the same items \(4 there, 5 here; s0 is in one of them alone\): use the same --limit",
+            r"not about the same items \(4 there, 5 here; s0 is in one of them alone\): "
+            "use the same --limit",
         ),
         (
             "others",

@@ -172,9 +172,15 @@ def damaged_files(folder: Path) -> dict[str, str]:
     Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "float.tif")
     Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(folder / "wide.tif")
     return {
-        "cut.png": "damaged", "cut.jpg": "damaged", "empty.png": "empty", "text.png": "not a picture", "folder.png": "folder",
-        "missing.png": "no such picture", "float.tif": "floating-point", "wide.tif": "16 bits",
-    }  # fmt: skip
+        "cut.png": "damaged",
+        "cut.jpg": "damaged",
+        "empty.png": "empty",
+        "text.png": "not a picture",
+        "folder.png": "folder",
+        "missing.png": "no such picture",
+        "float.tif": "floating-point",
+        "wide.tif": "16 bits",
+    }
 
 
 def test_what_is_no_whole_picture_is_refused_in_one_line_with_its_name(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(
     checkpoint: Checkpoint, token: str, part: str
 ) -> None:
     words = {"question": "q", "answer": "a"} | {part: f"a {token}"}
-    bad = Sample("bad", (), **words)
+    bad = Sample("bad", (), words["question"], words["answer"])
     with pytest.raises(DataError, match=f"sample bad: its {part} contains {re.escape(token)}"):
         check_samples(FileSource([Sample("good", (), "q", "a"), bad]), checkpoint)
 
@@ -1009,11 +1009,9 @@ def test_what_is_trained_is_what_the_decode_loop_does(
         if fed[row].numel():
             np.testing.assert_allclose(fed[row], np.stack(result.latents), atol=1e-4, rtol=1e-4)
         first, end = response - 1, extent(batch, row)[1] - 1
-        if (
-            method == "lvr-bottleneck"
-            # to the state that became the last latent; then the second reading's, up to the answer's
-            # last
-        ):
+        # Up to the state that became the last latent; then the second reading's, up to the
+        # answer's last.
+        if method == "lvr-bottleneck":
             asked = (batch["reader_labels"][row] != -100).nonzero().flatten()
             trained = torch.cat(
                 [sft.hidden[row, first : response + STEPS], sft.reading[row, asked - 1]]
