@@ -205,11 +205,7 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
         "latent.feedback=norm-matched",
     ]
     finetune(
-        read_checkpoint(small_checkpoint),
-        "scenes",
-        out,
-        load_settings(None, overrides),
-        say=print,
+        read_checkpoint(small_checkpoint), "scenes", out, load_settings(None, overrides), say=print
     )
     return out
 

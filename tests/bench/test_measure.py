@@ -87,10 +87,7 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(
     time_round = measure.time_round
 
     def spy(
-        runtime: Runtime,
-        requests: list[Request],
-        plan: Plan,
-        setting: Setting,
+        runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting
     ) -> measure.Timing:
         turns.append((runtime.name, requests[0].question))
         return time_round(runtime, requests, plan, setting)

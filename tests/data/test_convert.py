@@ -231,10 +231,7 @@ def test_yolo_boxes_lie_on_their_objects_for_every_orientation(tmp_path: Path, f
             yolo_line(0, found_at(of, "red"), of.size)
         )
     samples = run(
-        tmp_path,
-        "yolo",
-        tmp_path / "out.jsonl",
-        boxes_are="stored" if frame == "stored" else None,
+        tmp_path, "yolo", tmp_path / "out.jsonl", boxes_are="stored" if frame == "stored" else None
     )
     assert len({s.images[0] for s in samples}) == 8
     for sample in samples:

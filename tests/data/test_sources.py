@@ -10,13 +10,7 @@ import pytest
 from PIL import Image
 
 from lvr_lite.data.samples import SampleFile, read_samples
-from lvr_lite.data.sources import (
-    FileSource,
-    JoinedSource,
-    PickedSamples,
-    Source,
-    open_source,
-)
+from lvr_lite.data.sources import FileSource, JoinedSource, PickedSamples, Source, open_source
 from lvr_lite.errors import DataError, UsageError
 
 

@@ -276,12 +276,10 @@ def test_an_intervention_is_compared_with_the_baseline_on_the_items_that_it_appl
         "zero": says("a", "bb", "bb", "a", "a", right="+--++"),
     }
     found = measure(subjects, said, "zero", Feed([np.zeros((1, H))] * 4 + [None]), 0)
-    assert (found.n, found.accuracy, found.baseline_accuracy, found.difference) == (
-        4,
-        0.5,
-        0.75,
-        -0.25,
-    )
+    assert found.n == 4
+    assert found.accuracy == 0.5
+    assert found.baseline_accuracy == 0.75
+    assert found.difference == -0.25
     assert found.interval == wilson(2, 4)
     assert found.difference_interval == bootstrap_mean(np.array([0, -1, -1, 1]), 0)
     assert found.mcnemar_p == mcnemar(2, 1)
@@ -294,13 +292,11 @@ def test_an_intervention_that_applies_to_nothing_says_so() -> None:
     found = measure(
         [subject()], {"none": says("a"), "oracle": says("a")}, "oracle", Feed([None]), 0
     )
-    assert (
-        found.n,
-        found.accuracy,
-        found.interval,
-        found.difference,
-        found.mcnemar_p,
-    ) == (0, None, None, None, None)
+    assert found.n == 0
+    assert found.accuracy is None
+    assert found.interval is None
+    assert found.difference is None
+    assert found.mcnemar_p is None
 
 
 def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said() -> None:
@@ -320,23 +316,19 @@ def test_flips_go_to_what_the_donor_itself_said_not_to_what_it_should_have_said(
     under_one_question = flips(
         said | {"donor_same_question": said["donor_unrelated"]}, "donor_same_question", donors
     )
-    assert (
-        under_one_question.pairs,
-        under_one_question.flips_to_donor,
-        under_one_question.lift,
-    ) == (2, 0.5, 0.5)
+    assert under_one_question.pairs == 2
+    assert under_one_question.flips_to_donor == 0.5
+    assert under_one_question.lift == 0.5
 
 
 def test_without_pairs_there_are_no_flips() -> None:
     found = flips(
         {"none": says("a"), "donor_unrelated": says("a")}, "donor_unrelated", np.array([-1])
     )
-    assert (found.pairs, found.flips_to_donor, found.lift, found.flips_by_noise) == (
-        0,
-        None,
-        None,
-        None,
-    )
+    assert found.pairs == 0
+    assert found.flips_to_donor is None
+    assert found.lift is None
+    assert found.flips_by_noise is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,13 +399,11 @@ def test_retrieval_is_not_defined_without_boxes_or_for_latents_that_are_all_alik
         found = retrieval(
             np.broadcast_to(latents[:1], latents.shape).astype(np.float32), features, boxes, 0
         )
-    assert (found.n, found.r_at_1, found.chance, found.ratio, found.by_step) == (
-        0,
-        None,
-        None,
-        None,
-        (),
-    )
+    assert found.n == 0
+    assert found.r_at_1 is None
+    assert found.chance is None
+    assert found.ratio is None
+    assert found.by_step == ()
 
 
 def test_a_step_that_is_alike_for_all_points_at_nothing() -> None:
@@ -600,12 +590,10 @@ def test_latents_that_the_answer_does_not_hang_on_are_ignored(ignoring: dict[str
 def test_every_intervention_runs_and_the_sham_changes_no_token(carrying: dict[str, Any]) -> None:
     assert tuple(carrying["interventions"]) == INTERVENTIONS
     sham = carrying["interventions"]["self"]
-    assert (sham["n"], sham["changed"], sham["changed_count"], sham["difference"]) == (
-        48,
-        0.0,
-        0,
-        0.0,
-    )
+    assert sham["n"] == 48
+    assert sham["changed"] == 0.0
+    assert sham["changed_count"] == 0
+    assert sham["difference"] == 0.0
 
 
 def test_a_runtime_that_does_not_give_the_same_answer_twice_is_called_unsound() -> None:
@@ -632,13 +620,11 @@ def test_retrieval_finds_the_one_latent_that_points_at_the_box(carrying: dict[st
 
 def test_the_result_has_the_fields_that_the_design_promises(carrying: dict[str, Any]) -> None:
     told = json.loads(json.dumps(carrying, allow_nan=False))
-    assert (told["schema"], told["version"], told["n"], told["opened"], told["model"]) == (
-        "lvr-lite/probe",
-        1,
-        48,
-        48,
-        "looks",
-    )
+    assert told["schema"] == "lvr-lite/probe"
+    assert told["version"] == 1
+    assert told["n"] == 48
+    assert told["opened"] == 48
+    assert told["model"] == "looks"
     assert set(told["baseline"]) == {"accuracy", "interval"}
     assert all(
         {"accuracy", "interval", "flips_to_donor", "by_type", "n"} <= set(one)
@@ -646,10 +632,7 @@ def test_the_result_has_the_fields_that_the_design_promises(carrying: dict[str, 
     )
     assert [
         name for name, one in told["interventions"].items() if one["flips_to_donor"] is not None
-    ] == [
-        "donor_unrelated",
-        "donor_same_question",
-    ]
+    ] == ["donor_unrelated", "donor_same_question"]
     assert told["latent"] == {"steps": 3, "feedback": "identity", "mode": "open", "norm": 0.0}
     assert told["seeds"] == {"interventions": 0, "bootstrap": 0}
     assert told["criteria"]["noise_costs"] == COSTLY

@@ -92,12 +92,10 @@ def test_types_and_pairs_are_counted_apart(runtime: Table) -> None:
 
 def test_the_result_has_the_fields_that_the_design_promises(runtime: Table) -> None:
     result = json.loads(json.dumps(evaluate(runtime, items())))
-    assert (result["schema"], result["version"], result["model"], result["n"]) == (
-        "lvr-lite/eval",
-        1,
-        "table",
-        5,
-    )
+    assert result["schema"] == "lvr-lite/eval"
+    assert result["version"] == 1
+    assert result["model"] == "table"
+    assert result["n"] == 5
     assert result["interval"] == pytest.approx([0.2307, 0.8824], abs=1e-3)
     assert set(result["answers"][0]) == {
         "id",
@@ -118,12 +116,10 @@ def test_options_reach_the_decoding(runtime: Table) -> None:
 
 def test_no_items_give_no_accuracy_and_no_pairs(runtime: Table) -> None:
     result = evaluate(runtime, iter(()))
-    assert (result["n"], result["accuracy"], result["interval"], result["pair_accuracy"]) == (
-        0,
-        0.0,
-        [0.0, 1.0],
-        None,
-    )
+    assert result["n"] == 0
+    assert result["accuracy"] == 0.0
+    assert result["interval"] == [0.0, 1.0]
+    assert result["pair_accuracy"] is None
 
 
 def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Table) -> None:
@@ -362,31 +358,23 @@ def opener(**said: list[str]) -> Callable[[str], Table]:
 def test_a_difference_is_over_the_same_items_and_by_type(mine: str) -> None:
     result = compare(TINY, [OTHER], Plan(mine), opener(tiny=SAID, other=WORSE))
     (other,) = result["against"]
-    assert (
-        other["source"],
-        other["model"],
-        other["n"],
-        other["accuracy"],
-        other["difference"],
-    ) == (OTHER, "table", 5, 0.4, 0.2)
+    assert other["source"] == OTHER
+    assert other["model"] == "table"
+    assert other["n"] == 5
+    assert other["accuracy"] == 0.4
+    assert other["difference"] == 0.2
     assert other["p"] == 1.0  # one discordant pair
     assert other["interval"] == [0.0, 0.6]
     assert {
         kind: (t["n"], t["accuracy"], t["difference"]) for kind, t in other["by_type"].items()
-    } == {
-        "attribute": (2, 0.5, 0.0),
-        "count": (1, 0.0, 1.0),
-        "position": (1, 1.0, 0.0),
-    }
+    } == {"attribute": (2, 0.5, 0.0), "count": (1, 0.0, 1.0), "position": (1, 1.0, 0.0)}
 
 
 def test_a_difference_turns_its_sign_with_the_models(mine: str) -> None:
     (other,) = compare(TINY, [OTHER], Plan(mine), opener(tiny=WORSE, other=SAID))["against"]
-    assert (other["difference"], other["interval"], other["by_type"]["count"]["difference"]) == (
-        -0.2,
-        [-0.6, 0.0],
-        -1.0,
-    )
+    assert other["difference"] == -0.2
+    assert other["interval"] == [-0.6, 0.0]
+    assert other["by_type"]["count"]["difference"] == -1.0
 
 
 def test_p_is_mcnemars_over_the_items_that_one_model_alone_has_right(mine: str) -> None:
@@ -558,18 +546,14 @@ def test_skills_are_scored_and_compared_beside_the_scenes(tmp_path: Path) -> Non
     right = sum(s.answer == "top left" for s, _ in skill_samples(30, 3))
     assert right > 0
     skills = result["skills"]
-    assert (skills["n"], skills["by_type"]["place"], skills["by_type"]["short"]["accuracy"]) == (
-        30,
-        {"n": 10, "accuracy": right / 10},
-        0,
-    )
+    assert skills["n"] == 30
+    assert skills["by_type"]["place"] == {"n": 10, "accuracy": right / 10}
+    assert skills["by_type"]["short"]["accuracy"] == 0
     assert skills["accuracy"] == pytest.approx(right / 30, abs=1e-4)
     assert [a["id"] for a in skills["answers"]] == [s.id for s, _ in skill_samples(30, 3)]
     against = result["against"][0]["skills"]
-    assert (against["difference"], against["by_type"]["place"]["difference"]) == (
-        round(right / 30, 4),
-        right / 10,
-    )
+    assert against["difference"] == round(right / 30, 4)
+    assert against["by_type"]["place"]["difference"] == right / 10
     assert (result["n"], len(result["answers"]), result["against"][0]["n"]) == (4, 4, 4)
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(result))

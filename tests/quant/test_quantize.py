@@ -172,11 +172,7 @@ def test_a_weight_whose_scales_float16_would_not_hold_is_an_error() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [INT8, INT4, Scheme(4, 32, True), Scheme(8, 64, False)],
-    ids=str,
-)
+@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme(4, 32, True), Scheme(8, 64, False)], ids=str)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_onnxruntime_multiplies_by_the_matrix_that_the_integers_stand_for(
     scheme: Scheme, columns: int
@@ -351,12 +347,7 @@ def test_a_block_that_the_kernels_do_not_have_is_a_usage_error(
 
 
 def test_a_matrix_that_the_block_does_not_divide_gets_half_of_it_or_a_quarter() -> None:
-    assert [COMPACT.fit(columns).block for columns in (256, 192, 96, 70)] == [
-        128,
-        64,
-        32,
-        128,
-    ]
+    assert [COMPACT.fit(columns).block for columns in (256, 192, 96, 70)] == [128, 64, 32, 128]
     assert [INT4.fit(columns).block for columns in (256, 192, 96, 48)] == [128, 64, 32, 128]
 
 

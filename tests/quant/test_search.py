@@ -50,9 +50,7 @@ def source(small_fp32: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def mixed(
-    source: Bundle,
-    tmp_path_factory: pytest.TempPathFactory,
-    quickly: None,
+    source: Bundle, tmp_path_factory: pytest.TempPathFactory, quickly: None
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed") / "out"
     report = quantize_calibrated(source, folder, "mixed", "scenes", print, bits=BUDGET)

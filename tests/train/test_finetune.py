@@ -94,11 +94,9 @@ def test_a_run_leaves_all_that_makes_a_checkpoint(run: Run, small_checkpoint: Pa
     assert not list(out.glob("**/*.bin"))
     assert not list(out.glob("**/model*.safetensors")), "the base was saved along"
     checkpoint = read_checkpoint(out)
-    assert (checkpoint.base, checkpoint.adapter, checkpoint.latent.steps) == (
-        small_checkpoint.resolve(),
-        True,
-        4,
-    )
+    assert checkpoint.base == small_checkpoint.resolve()
+    assert checkpoint.adapter
+    assert checkpoint.latent.steps == 4
 
 
 def test_a_run_leaves_its_resolved_settings(run: Run) -> None:

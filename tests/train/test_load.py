@@ -231,12 +231,7 @@ def test_an_exact_bundle_is_not_the_merged_one(
     bare = replace(checkpoint, adapter=False)
     weights = TrainedWeights(bare, unmerged=True)
     write_bundle(
-        bare,
-        weights,
-        tmp_path / "bare",
-        print,
-        precision="exact",
-        convert=ExactConvert(weights),
+        bare, weights, tmp_path / "bare", print, precision="exact", convert=ExactConvert(weights)
     )
     export(checkpoint, tmp_path / "merged")
     for name, folder in (

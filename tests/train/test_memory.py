@@ -301,10 +301,7 @@ def test_so_is_the_answering_of_held_out_questions(
 
 
 def test_the_measure_is_not_a_copy_of_the_formula(
-    model: PeftModel,
-    checkpoint: Checkpoint,
-    shape: memory.Shape,
-    monkeypatch: pytest.MonkeyPatch,
+    model: PeftModel, checkpoint: Checkpoint, shape: memory.Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer that is planned without its MLP is noticed."""
     layer_bytes = memory.layer_bytes

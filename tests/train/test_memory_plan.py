@@ -119,11 +119,7 @@ def test_where_nothing_is_enough_all_is_lowered(shape: Shape) -> None:
 
 
 def test_a_plan_knows_the_usual_cards_and_what_latents_cost() -> None:
-    overrides = (
-        "latent.method=lvr-free",
-        "train.gradient_checkpointing=true",
-        "max_pixels=100352",
-    )
+    overrides = ("latent.method=lvr-free", "train.gradient_checkpointing=true", "max_pixels=100352")
     plan = plan_finetune("tiny", TrainOptions(overrides=overrides))
     assert [card["gib"] for card in plan["cards"]] == [8, 12, 16, 24]
     assert [row["visual_tokens"] for row in plan["pictures"]] == [64, 128, 256, 512, 1024, 2048]

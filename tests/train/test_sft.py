@@ -435,11 +435,7 @@ class Watched(LatentSFT):
         return torch.cat([hidden for _, hidden in self.parts], 1)
 
     def states(
-        self,
-        embeds: torch.Tensor,
-        batch: Columns,
-        first: int = 0,
-        cache: Any = None,
+        self, embeds: torch.Tensor, batch: Columns, first: int = 0, cache: Any = None
     ) -> torch.Tensor:
         if "ids" not in batch:
             self.reading = super().states(embeds, batch, first, cache)
