@@ -41,6 +41,23 @@ def process(*arguments: object) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def two_processes(*arguments: object, path: Path | None = None) -> str:
+    """Run the command line under `accelerate launch`, as on two GPUs (told `--cpu`, it would start
+    one process, whatever number it is given); returns standard error. path: more Python modules.
+    """
+    launch = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", "-m", "lvr_lite"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(path or "")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Everything under a folder, hidden files too."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -131,7 +131,7 @@ def small_checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def export() -> Callable[[Any, Path], Any]:
+def export(structures_once: None) -> Callable[[Any, Path], Any]:
     """Writes a checkpoint as an fp32 bundle that has passed the gate against torch; returns its
     manifest.
     """

@@ -353,10 +353,10 @@ def test_a_weight_knows_which_parameter_it_is_and_whether_it_is_transposed() -> 
     assert not any(tensor.raw_data for tensor in proto.graph.initializer)
 
 
-def test_the_structure_of_a_graph_holds_no_weights(checkpoint: Checkpoint) -> None:
-    model = weights.empty_model(checkpoint.config, checkpoint.processor.family)
+def test_the_structure_of_a_graph_holds_no_weights(small: Checkpoint) -> None:
+    model = weights.empty_model(small.config, small.processor.family)
     codes = weights.origins(model)
-    proto, origins = structure(graphs.specs(model, checkpoint.processor)["decoder"], codes)
+    proto, origins = structure(graphs.specs(model, small.processor)["decoder"], codes)
     assert proto.ByteSize() < 1e6
     assert {origin.parameter for origin in origins.values()} == {
         n for n in codes.values() if "language_model.layers" in n or n.endswith("model.norm.weight")

@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import finetune
 from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
+from tests.command_line import two_processes
 
 TINY_RUN = [
     "train.steps=4",
@@ -389,48 +388,10 @@ def test_an_official_lvr_list_trains(
 def test_two_processes_train_one_model_and_write_it_once(
     small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Also a tuned checkpoint's way through the command line: `finetune` under `accelerate launch`,
-    as on two GPUs (which, told `--cpu`, starts one process, whatever number it is given).
-    """
     out = tmp_path / "out"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
-    command = [
-        "-m",
-        "lvr_lite",
-        "finetune",
-        "--model",
-        str(small_checkpoint),
-        "--data",
-        "scenes",
-        "--out",
-        str(out),
-    ]
-    overrides = [*TINY_RUN, "train.steps=2", "train.eval_every=2"]
-    done = subprocess.run(
-        launch + command + [f"--set={o}" for o in overrides],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    overrides = [f"--set={o}" for o in (*TINY_RUN, "train.steps=2", "train.eval_every=2")]
+    run = ("finetune", "--model", small_checkpoint, "--data", "scenes", "--out", out)
+    assert "Traceback" not in two_processes(*run, *overrides)
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["steps"], metrics["processes"]) == (2, 2)
     assert (out / COMPLETE).is_file()

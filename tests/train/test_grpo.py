@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
 from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence, grpo, objective
 from lvr_lite.train.rewards import read_rewards
+from tests.command_line import two_processes
 from tests.fakes import Looks, tiles
 
 FEW = [
@@ -203,8 +202,7 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert {"reward", "accuracy", "format", "latent-use", "flat", "latents"} <= metrics["history"][
         0
     ].keys()
-    (tmp_path / "cut").mkdir()
-    subprocess.run(["cp", "-r", tmp_path / "whole" / "checkpoint-2", tmp_path / "cut"], check=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     metrics, _ = reinforce(small_tuned, tmp_path / "cut", *common, resume=True)
     assert metrics["steps"] == 4
     assert moved(tmp_path / "whole", tmp_path / "cut") < 1e-6
@@ -214,53 +212,22 @@ def test_a_run_goes_on_where_it_was_stopped(
 
 @pytest.mark.processes
 def test_two_processes_learn_what_one_does_with_all_questions(
-    small_tuned: Path, tmp_path: Path, arms: Path
+    small_tuned: Path, tmp_path: Path, arms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ["grpo", "--checkpoint", str(small_tuned), "--data", "scenes"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
     settings = [
-        *FEW,
         "train.lr=0.5",
         "train.steps=2",
         "grpo.max_tokens=2",
         "grpo.rewards=arms_of_grpo:even",
     ]
-    environment = os.environ | {"PYTHONPATH": str(arms)}
-    for how, batch in ((launch, 2), ([sys.executable], 4)):
-        out = [
-            "--out",
-            str(tmp_path / f"by-{batch}"),
-            *(f"--set={o}" for o in [*settings, f"train.batch={batch}"]),
-        ]
-        done = subprocess.run(
-            [*how, "-m", "lvr_lite", *run, *out],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (
-            json.loads((tmp_path / f"by-{batch}" / "metrics.json").read_text())["processes"]
-            == 4 // batch
-        )
+    run = ("grpo", "--checkpoint", small_tuned, "--data", "scenes", "--out", tmp_path / "by-2")
+    overrides = [f"--set={o}" for o in (*FEW, *settings, "train.batch=2")]
+    two_processes(*run, *overrides, path=arms)
+    monkeypatch.syspath_prepend(str(arms))
+    reinforce(small_tuned, tmp_path / "by-4", *settings, "train.batch=4")
+    for batch, processes in ((2, 2), (4, 1)):
+        metrics = json.loads((tmp_path / f"by-{batch}" / "metrics.json").read_text())
+        assert metrics["processes"] == processes
     assert moved(tmp_path / "by-2", tmp_path / "by-4") < 1e-5
     assert moved(tmp_path / "by-2", small_tuned) > 1e-3
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.boxes import tokens_in_box
@@ -77,6 +76,11 @@ def items() -> list[Item]:
 
 def batch_of(checkpoint: Checkpoint, items: Sequence[Item], **settings: Any) -> Any:
     return Collator(checkpoint, replace(SETTINGS.latent, **settings))(items)
+
+
+def markers_of(checkpoint: Checkpoint) -> list[int]:
+    tokens = checkpoint.processor.tokens
+    return [tokens.lvr_start, tokens.lvr, tokens.lvr_end]
 
 
 def rows_of(batch: dict[str, Any]) -> dict[str, Any]:
@@ -1018,27 +1022,6 @@ def test_what_is_trained_is_what_the_decode_loop_does(
         np.testing.assert_allclose(trained, np.stack(result.hidden), atol=1e-4, rtol=1e-4)
 
 
-@FREE
-@pytest.mark.parametrize("feedback", ["identity", "norm-matched"])
-def test_what_is_fed_freely_is_the_state_before_it(
-    small_model: Any, checkpoint: Checkpoint, items: list[Item], method: str, feedback: str
-) -> None:
-    sft = sft_of(small_model, checkpoint, method=method, feedback=feedback)
-    batch = batch_of(checkpoint, items[:3], method=method)
-    sft(**batch)
-    response, last = int(batch["response"]), STEPS - (method == "lvr-bottleneck")
-    before = sft.hidden[:, response : response + STEPS]  # h0 … h_{K-1}
-    wanted = (
-        before * NORM / before.norm(dim=-1, keepdim=True) if feedback == "norm-matched" else before
-    )
-    torch.testing.assert_close(sft.fed[:, response + 1 : response + 1 + last], wanted[:, :last])
-    if method == "lvr-bottleneck":
-        torch.testing.assert_close(sft.latents, wanted)
-        assert sft.fed.shape[1] == response + STEPS, (
-            "the first pass goes on after its last state is known"
-        )
-
-
 def test_the_norm_of_visual_tokens_is_their_mean_length_in_the_first_samples(
     small_model: Any, checkpoint: Checkpoint, items: list[Item]
 ) -> None:
@@ -1199,13 +1182,7 @@ def test_an_optimizer_step_leaves_every_other_embedding_row_as_it_was(
     sft_of(tuned, checkpoint)(**batch_of(checkpoint, items[:2]))["loss"].backward()
     optimizer.step()
     changed = (core.get_input_embeddings()(every) != before).any(1).nonzero().flatten().tolist()
-    assert changed == sorted(
-        (
-            checkpoint.processor.tokens.lvr_start,
-            checkpoint.processor.tokens.lvr,
-            checkpoint.processor.tokens.lvr_end,
-        )
-    )
+    assert changed == sorted(markers_of(checkpoint))
 
 
 def test_markers_begin_where_the_base_model_understands_them(checkpoint: Checkpoint) -> None:
@@ -1214,11 +1191,7 @@ def test_markers_begin_where_the_base_model_understands_them(checkpoint: Checkpo
         checkpoint.processor.tokenizer.encode(text).ids[-1]
         for text in ("<|image_pad|>", "<|im_start|>assistant")
     )
-    markers = [
-        checkpoint.processor.tokens.lvr_start,
-        checkpoint.processor.tokens.lvr,
-        checkpoint.processor.tokens.lvr_end,
-    ]
+    markers = markers_of(checkpoint)
     embed = model.get_input_embeddings()
     torch.testing.assert_close(
         embed(torch.tensor(markers)), embed(torch.tensor([closing, picture, closing]))
@@ -1237,13 +1210,7 @@ def test_a_marker_row_is_trained_as_an_output_too(tuned: Any, checkpoint: Checkp
             if "trainable_tokens" in name:
                 parameter.add_(1.0)
     changed = (core.lm_head(hidden) != before)[0].nonzero().flatten().tolist()
-    assert changed == sorted(
-        (
-            checkpoint.processor.tokens.lvr_start,
-            checkpoint.processor.tokens.lvr,
-            checkpoint.processor.tokens.lvr_end,
-        )
-    )
+    assert changed == sorted(markers_of(checkpoint))
 
 
 def test_linears_of_the_language_model_are_in_4_bits_and_nothing_else(
@@ -1381,13 +1348,7 @@ def test_merging_keeps_the_marker_rows_in_embedding_and_head(
 ) -> None:
     model, folder = saved
     merged, core = nf4.load_merged(read_checkpoint(folder)), model.get_base_model()
-    markers = torch.tensor(
-        [
-            checkpoint.processor.tokens.lvr_start,
-            checkpoint.processor.tokens.lvr,
-            checkpoint.processor.tokens.lvr_end,
-        ]
-    )
+    markers = torch.tensor(markers_of(checkpoint))
     torch.testing.assert_close(
         merged.get_input_embeddings()(markers), core.get_input_embeddings()(markers)
     )
@@ -1422,14 +1383,3 @@ def test_a_loss_of_random_weights_is_about_that_of_guessing(
     model = build.make_model(build.make_tokenizer(), seed=1).eval()
     ce = float(sft_of(model, checkpoint)(**batch_of(checkpoint, items[:4]))["ce"])
     assert ce == pytest.approx(math.log(checkpoint.config["text_config"]["vocab_size"]), rel=0.1)
-
-
-def test_pictures_of_a_file_are_opened_when_they_are_asked_for(tmp_path: Path) -> None:
-    examples = FileSource(
-        [Sample("a", (tmp_path / "a.png",), "q", "a"), Sample("b", (tmp_path / "b.png",), "q", "a")]
-    )
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "b.png")
-    assert len(examples) == 2
-    assert examples[1][1][0].getpixel((0, 0)) == (1, 2, 3)
-    with pytest.raises(DataError, match=r"a\.png: no such picture"):
-        examples[0]
