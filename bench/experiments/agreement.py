@@ -15,11 +15,12 @@ import numpy as np
 from lvr_lite.bench.experiments.runner import header, launch, row
 from lvr_lite.eval.score import is_correct
 from lvr_lite.eval.suite import load_suite
-from lvr_lite.generate.ask import prepare_prompt, text_of
+from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Result, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.train import load
 
@@ -42,7 +43,7 @@ def answer(runtime: Runtime, limit: int, seed: int) -> Answers:
         prompts = [prepare_prompt(runtime, pictures, s.question)[0] for s, pictures in group]
         decoded = decode(runtime, prompts, Options(max_tokens=16, keep_hidden=True))
         for (sample, _), result in zip(group, decoded, strict=True):
-            right += is_correct(text_of(runtime, result), sample.answer)
+            right += is_correct(runtime.processor.text(result.tokens), sample.answer)
         results += decoded
     return Answers(results, right / len(results))
 
@@ -83,7 +84,7 @@ def main(
     worst = "hidden, worst relative: prefill"
     print(header(["bundle", "same tokens as torch", "accuracy", worst, *states]))
     for folder in bundles:
-        answers = answer(OnnxRuntime(folder), limit, seed)
+        answers = answer(OnnxRuntime(Bundle.open(folder)), limit, seed)
         differences = [f"{d:.1e}" for d in worst_differences(reference, answers, steps)]
         same = f"{same_tokens(reference, answers):.2%}"
         print(row([folder.name, same, f"{answers.accuracy:.4f}", *differences]), flush=True)

@@ -22,6 +22,7 @@ from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 
 # Visual tokens: pixels a side.
 SIZES = {64: 224, 256: 448, 1024: 896}
@@ -73,8 +74,8 @@ class Medians:
 
 
 def open_bundle(bundle: Path, mode: str, threads: int | None) -> OnnxRuntime:
-    runtime = OnnxRuntime(bundle, threads)
-    runtime.image_spec = runtime.image_spec | {"max_pixels": max(SIZES.values()) ** 2}
+    runtime = OnnxRuntime(Bundle.open(bundle), threads)
+    runtime.processor = runtime.processor.with_max_pixels(max(SIZES.values()) ** 2)
     runtime.latent = replace(runtime.latent, mode=mode)
     return runtime
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lvr_lite.bench.experiments.runner import command, launch, overrides, run
-from lvr_lite.model.bundle import read_manifest
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.train.trainer import last_whole_checkpoint
 
 RUNS_OF_TRAINING = 6
@@ -50,9 +50,9 @@ def write_bundles(target: Path, longest: float, tries: int, *arguments: object) 
         kills += is_killed([*arguments], random.uniform(0.3, longest))
         if target.exists():
             # Raises where a file is missing or changed.
-            read_manifest(target)
+            Bundle.open(target)
     run(*arguments, log=target.parent.with_suffix(".log"))
-    read_manifest(target)
+    Bundle.open(target)
     rest = [path.name for path in target.parent.iterdir() if path != target]
     print(
         f"{arguments[0]}: {kills} of {tries} runs killed, no broken bundle; "

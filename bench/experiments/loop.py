@@ -21,6 +21,7 @@ from lvr_lite.bench.experiments.runner import launch
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.decode import Decoding, Options, Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 
 LATENTS = 24
 TOKENS = 24
@@ -81,7 +82,7 @@ def measure(runtime: OnnxRuntime) -> dict[str, np.ndarray]:
 
 
 def main(bundle: Path) -> None:
-    runtime = OnnxRuntime(bundle)
+    runtime = OnnxRuntime(Bundle.open(bundle))
     graphs = {name: Timed(getattr(runtime, f"_{name}")) for name in ("decoder", "embed", "head")}
     timed = runtime.with_graphs(**graphs)
     # The first answer warms up.

@@ -32,6 +32,7 @@ from lvr_lite.generate.decode import Options, Result, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
+from lvr_lite.model import bundle as bundles
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.quant import drift
 from lvr_lite.quant.reports import Drift
@@ -91,7 +92,7 @@ class Bundle:
 def exactness(folder: Path, bundle: Path) -> Exactness:
     checkpoint = read_checkpoint(folder)
     reference = TorchRuntime(load.load_trained(checkpoint, torch.float32), checkpoint)
-    exact = OnnxRuntime(bundle)
+    exact = OnnxRuntime(bundles.Bundle.open(bundle))
     answering = Options(max_tokens=16)
     answers = zip(
         _decode(exact, answering, SCENES), _decode(reference, answering, SCENES), strict=True

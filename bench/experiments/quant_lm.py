@@ -265,7 +265,7 @@ def add_exact(table: Table, out: Path, checkpoint: Checkpoint) -> None:
         ExactConvert(weights),
     )
     name = "exact (NF4; embedding and head float)"
-    table.add(name, OnnxRuntime(out / "exact"), 4.5, time.time() - began)
+    table.add(name, OnnxRuntime(Bundle.open(out / "exact")), 4.5, time.time() - began)
 
 
 def main(out: Out, rows: str = "") -> None:
@@ -273,8 +273,8 @@ def main(out: Out, rows: str = "") -> None:
     scratch = out / "search"
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint, fp32 = smollm2.bundle_of(out)
-    answered, prompts = smollm2.docstring_prompts(fp32.tokenizer, smollm2.PROMPTS)
-    scorer = Scorer(smollm2.held_out_ids(fp32.tokenizer), answered)
+    answered, prompts = smollm2.docstring_prompts(fp32.processor.tokenizer, smollm2.PROMPTS)
+    scorer = Scorer(smollm2.held_out_ids(fp32.processor.tokenizer), answered)
     table = Table(out / "quant_lm.json", rows, scorer)
     table.add("fp32", fp32, 32, 0)
     add_onnxruntime(table, out, fp32)

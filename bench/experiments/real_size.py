@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lvr_lite.bench.experiments.runner import Out, launch, read_json, run, write_results
 from lvr_lite.export.synthetic import SyntheticWeights, shape_of
-from lvr_lite.model.bundle import read_manifest
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
 
@@ -36,16 +36,16 @@ def make_checkpoint(shape: str, folder: Path) -> None:
     for i, group in enumerate(groups.values()):
         tensors = {name: weights[name].to(torch.bfloat16) for name in group}
         save_file(tensors, folder / f"model-{i:05}.safetensors")
-    config = {**checkpoint.config, "eos_token_id": checkpoint.tokens.end[0]}
+    config = {**checkpoint.config, "eos_token_id": checkpoint.processor.tokens.end[0]}
     (folder / "config.json").write_text(json.dumps(config))
-    checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(checkpoint.template)
-    spec = checkpoint.image_spec
+    checkpoint.processor.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(checkpoint.processor.template)
+    image = checkpoint.processor.image
     preprocessor = {
-        "image_mean": spec["mean"],
-        "image_std": spec["std"],
-        "min_pixels": spec["min_pixels"],
-        "max_pixels": spec["max_pixels"],
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+        "min_pixels": image.min_pixels,
+        "max_pixels": image.max_pixels,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     read_checkpoint(folder)
@@ -91,7 +91,7 @@ def main(
         log=out / "log.txt",
     ).splitlines()
     seconds = round(time.time() - began)
-    manifest = read_manifest(bundle, check=False)
+    manifest = Bundle.open(bundle, check=False).manifest
     sizes = {name: graph.bytes for name, graph in manifest.graphs.items()}
     embedding = manifest.decoder["vocab_size"] * manifest.decoder["hidden_size"]
     weights = read_json(bundle / "report.json")["graphs"]["decoder"]["weights"]

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from lvr_lite.export.write import write_bundle
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.train import load
 from lvr_lite.train.trained_weights import TrainedWeights
@@ -132,7 +133,7 @@ def bundle_of(out: Path) -> tuple[Checkpoint, OnnxRuntime]:
     if not (out / "fp32" / "lvr.json").is_file():
         weights = TrainedWeights(checkpoint)
         write_bundle(checkpoint, weights, out / "fp32", print, lambda: load.load_merged(checkpoint))
-    return checkpoint, OnnxRuntime(out / "fp32")
+    return checkpoint, OnnxRuntime(Bundle.open(out / "fp32"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -203,9 +204,9 @@ def positions_of(length: int) -> np.ndarray:
 
 def all_states(runtime: OnnxRuntime, ids: np.ndarray) -> np.ndarray:
     """(S, H) hidden states at every position of a text (S,): a prefill gives the last one only."""
-    decoder = runtime.manifest.decoder
-    graph = runtime.manifest.graphs["decoder"]
-    kind = graph.inputs["past_key_values.0.key"]["dtype"]
+    decoder = runtime.bundle.manifest.decoder
+    graph = runtime.bundle.manifest.graphs["decoder"]
+    kind = graph.inputs["past_key_values.0.key"].dtype
     empty = np.zeros((1, decoder["kv_heads"], len(ids), decoder["head_dim"]), kind)
     feed = {
         value.name: empty
@@ -221,7 +222,7 @@ def all_states(runtime: OnnxRuntime, ids: np.ndarray) -> np.ndarray:
 
 def logits_of(runtime: OnnxRuntime, states: np.ndarray) -> np.ndarray:
     """(S, V) logits of the language model's own vocabulary."""
-    words = runtime.manifest.decoder["vocab_size"] - ADDED
+    words = runtime.bundle.manifest.decoder.vocab_size - ADDED
     return np.asarray(runtime.head(states)[:, :words])
 
 

@@ -83,7 +83,8 @@ def resolve(model: str) -> Path:
         return folder
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise BundleError(
-            f"{model}: no such folder; give `tiny`, a checkpoint's folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+            f"{model}: no such folder; give `tiny`, a checkpoint's folder, or a hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct"
         )
     return _from_hub(model)
 
@@ -109,7 +110,8 @@ def _from_hub(model: str) -> Path:
         OSError,
     ) as error:
         raise BundleError(
-            f"{model}: neither a folder here nor to be had from the hub ({str(error).splitlines()[0]})"
+            f"{model}: neither a folder here nor to be had from the hub "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

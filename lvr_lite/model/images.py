@@ -111,7 +111,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def _too_large(name: str, size: str) -> str:
-    return f"{name}: {size}, more than the {MAX_PIXELS // 10**6} million that are read; scale it down first"
+    limit = MAX_PIXELS // 10**6
+    return f"{name}: {size}, more than the {limit} million that are read; scale it down first"
 
 
 def _not_a_picture(file: BinaryIO) -> str:
@@ -130,7 +131,8 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
         return _eight_bits(picture, name).convert("RGB")
     if picture.mode == "F":
         raise DataError(
-            f"{name}: its pixels are floating-point numbers without a known range; save it with 8 bits a channel"
+            f"{name}: its pixels are floating-point numbers without a known range; "
+            "save it with 8 bits a channel"
         )
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
@@ -145,7 +147,8 @@ def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(
-            f"{name}: grey values from {values.min()} to {values.max()} do not fit 16 bits; save it with 8 bits a channel"
+            f"{name}: grey values from {values.min()} to {values.max()} do not fit 16 bits; "
+            "save it with 8 bits a channel"
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
@@ -155,7 +158,8 @@ def refuse_extreme(picture: Image.Image, number: int) -> None:
     w, h = picture.size
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise DataError(
-            f"picture {number}: {w} x {h} pixels, one side more than {MAX_ASPECT} times the other; crop it first"
+            f"picture {number}: {w} x {h} pixels, one side more than {MAX_ASPECT} times the other; "
+            "crop it first"
         )
 
 

@@ -43,6 +43,7 @@ from lvr_lite.bench.experiments.runner import (
     write_results,
 )
 from lvr_lite.generate.onnx import OnnxRuntime
+from lvr_lite.model.bundle import Bundle
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.quant.schemes import plan_of
@@ -122,7 +123,7 @@ def torch_reader(out: Path, kind: str) -> Reader:
 def own_reader(out: Path, precision: str) -> Reader:
     if not is_whole(out / precision / "lvr.json"):
         _quantize(out, precision)
-    runtime = OnnxRuntime(out / precision)
+    runtime = OnnxRuntime(Bundle.open(out / precision))
 
     def read(ids: np.ndarray) -> np.ndarray:
         runtime.start(1, len(ids))
@@ -137,7 +138,7 @@ def _quantize(out: Path, precision: str) -> None:
     if precision != "int4":
         quantize_bundle(fp32.bundle, out / precision, precision, print)
         return
-    _, prompts = smollm2.docstring_prompts(fp32.tokenizer, smollm2.PROMPTS)
+    _, prompts = smollm2.docstring_prompts(fp32.processor.tokenizer, smollm2.PROMPTS)
     calibration = Calibration(fp32.bundle, fp32, prompts, False, out, print)
     products = calibration.products()
     quantize_bundle(

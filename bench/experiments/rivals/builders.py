@@ -127,7 +127,7 @@ def write_checkpoint(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     qwen2(torch.bfloat16).save_pretrained(folder)
-    tokenizer = read_checkpoint("tiny").tokenizer
+    tokenizer = read_checkpoint("tiny").processor.tokenizer
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(
         folder
     )

@@ -34,8 +34,9 @@ class LvrLite:
 
     def __init__(self, out: Path, threads: int) -> None:
         from lvr_lite.generate.onnx import OnnxRuntime
+        from lvr_lite.model.bundle import Bundle
 
-        self.runtime = OnnxRuntime(out / "lvr-lite", threads)
+        self.runtime = OnnxRuntime(Bundle.open(out / "lvr-lite"), threads)
         self.position = 0
 
     def prefill(self, ids: list[int]) -> None:
@@ -118,9 +119,9 @@ class OpenVino:
     def __init__(self, out: Path, threads: int) -> None:
         import openvino as ov
 
-        from lvr_lite.model.bundle import read_manifest
+        from lvr_lite.model.bundle import Bundle
 
-        self.sizes = read_manifest(out / "lvr-lite", check=False).decoder
+        self.sizes = Bundle.open(out / "lvr-lite", check=False).manifest.decoder
         core = ov.Core()
         self.graphs = {}
         for name in ("decoder", "lm_head"):
@@ -133,7 +134,7 @@ class OpenVino:
         self.position = 0
 
     def prefill(self, ids: list[int]) -> None:
-        shape = (1, self.sizes["kv_heads"], len(ids), self.sizes["head_dim"])
+        shape = (1, self.sizes.kv_heads, len(ids), self.sizes.head_dim)
         self._keep([np.zeros(shape, np.float32) for _ in self.names])
         self.position = 0
         self._run(len(ids))
@@ -156,7 +157,7 @@ class OpenVino:
         total = self.position + count
         positions = np.broadcast_to(np.arange(self.position, total), (3, 1, count))
         feed = {
-            "inputs_embeds": np.full((1, count, self.sizes["hidden_size"]), 0.01, np.float32),
+            "inputs_embeds": np.full((1, count, self.sizes.hidden_size), 0.01, np.float32),
             "position_ids": np.array(positions, np.int64),
             "seqlens_k": np.array([total - 1], np.int32),
             "total_sequence_length": np.array(total, np.int32),
