@@ -157,15 +157,6 @@ def test_a_value_out_of_range_is_named(override: str) -> None:
     assert message.endswith(f"not {float(value.replace('.nan', 'nan').replace('.inf', 'inf')):g}")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_taken_as_it_stands_and_with_gradient_checkpointing(method: str) -> None:
-    for on in ("true", "false"):
-        settings = load_settings(
-            None, [f"latent.method={method}", f"train.gradient_checkpointing={on}"]
-        )
-        assert settings.latent.method == method
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lvr"])
 def test_all_tokens_as_targets_are_for_lvr_alone(method: str) -> None:
     message = refusal(None, "latent.targets=all", f"latent.method={method}")
@@ -252,10 +243,6 @@ def test_an_override_into_a_value_is_refused() -> None:
     assert "max_pixels is a value, not a section" in refusal(None, "max_pixels=9", "max_pixels.x=3")
 
 
-def test_an_unknown_override_is_named() -> None:
-    assert "unknown key train.stepz" in refusal(None, "train.stepz=3")
-
-
 def test_an_override_that_is_not_yaml_is_refused() -> None:
     assert "--set train.lr=[: the value is not valid YAML" in refusal(None, "train.lr=[")
 
@@ -327,15 +314,6 @@ def test_a_path_in_extends_counts_from_the_recipes_own_folder(
         tmp_path, f"extends: {tmp_path / 'b' / 'middle.yaml'}\n", "elsewhere/deep/absolute.yaml"
     )
     assert load_settings(absolute).train.batch == 3
-
-
-def test_two_recipes_may_stand_on_one(tmp_path: Path) -> None:
-    recipe(tmp_path, "train:\n  steps: 1\n", "under.yaml")
-    for name in ("one", "two"):
-        assert (
-            load_settings(recipe(tmp_path, "extends: under.yaml\n", f"{name}.yaml")).train.steps
-            == 1
-        )
 
 
 @pytest.mark.parametrize("ring", [["a"], ["a", "b"], ["a", "b", "c"]], ids=len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,16 +30,9 @@ class Counting(Around):
         self.encoded += 1
         return super().encode(pixel_values, grids)
 
-    def prefill(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        lengths: np.ndarray,
-        rows: list[int] | None = None,
-        past: int = 0,
-    ) -> np.ndarray:
+    def prefill(self, embeds: np.ndarray, *others: Any, **more: Any) -> np.ndarray:
         self.positions_read += embeds.shape[1]
-        return super().prefill(embeds, positions, lengths, rows, past)
+        return super().prefill(embeds, *others, **more)
 
 
 @pytest.fixture
