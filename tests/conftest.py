@@ -27,6 +27,7 @@ import pytest
 
 from lvr_lite.files import write_atomically
 from tests.command_line import Call, Done
+from tests.short_run import SHORT_RUN
 
 if TYPE_CHECKING:
     from lvr_lite.export.graphs.spec import GraphSpec
@@ -188,25 +189,9 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     from lvr_lite.train.finetune import finetune
 
     out = tmp_path_factory.mktemp("small-tuned") / "tuned"
-    overrides = [
-        "train.steps=2",
-        "train.batch=2",
-        "train.accumulation=1",
-        "train.precision=fp32",
-        "train.lr=1e-2",
-        "train.save_every=2",
-    ]
-    overrides += [
-        "train.eval_every=2",
-        "data.count=4",
-        "data.eval_count=2",
-        "lora.rank=4",
-        "latent.steps=8",
-        "latent.feedback=norm-matched",
-    ]
-    finetune(
-        read_checkpoint(small_checkpoint), "scenes", out, load_settings(None, overrides), say=print
-    )
+    overrides = ["train.lr=1e-2", "latent.steps=8", "latent.feedback=norm-matched"]
+    settings = load_settings(None, [*SHORT_RUN, *overrides])
+    finetune(read_checkpoint(small_checkpoint), "scenes", out, settings, say=print)
     return out
 
 

@@ -41,6 +41,7 @@ from lvr_lite.train.batches import Collator
 from lvr_lite.train.finetune import finetune
 from lvr_lite.train.methods import METHODS
 from lvr_lite.train.sft import LatentSFT
+from tests.short_run import SHORT_RUN
 
 STEPS = 3
 # Of every family's text_config.
@@ -465,24 +466,12 @@ def test_it_is_tuned_in_4_bits_and_exported(
         "latent.loss=contrastive",
         "latent.feedback=norm-matched",
         f"latent.steps={STEPS}",
-    ]
-    overrides += [
-        "train.steps=2",
-        "train.batch=2",
-        "train.accumulation=1",
-        "train.precision=fp32",
         "train.gradient_checkpointing=true",
-    ]
-    overrides += [
-        "data.count=4",
-        "data.eval_count=2",
-        "lora.rank=4",
-        "train.save_every=2",
-        "train.eval_every=2",
         "train.dequantize=never",
     ]
     out = tmp_path / "tuned"
-    metrics = finetune(case.checkpoint, "scenes", out, load_settings(None, overrides), say=print)
+    settings = load_settings(None, [*SHORT_RUN, *overrides])
+    metrics = finetune(case.checkpoint, "scenes", out, settings, say=print)
     assert metrics["steps"] == 2
     tuned = read_checkpoint(out)
     assert tuned.processor.family.model_type == case.checkpoint.processor.family.model_type

@@ -24,20 +24,14 @@ from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import finetune
 from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
 from tests.command_line import two_processes
+from tests.short_run import SHORT_RUN
 
 TINY_RUN = [
+    *SHORT_RUN,
     "train.steps=4",
-    "train.batch=2",
-    "train.accumulation=1",
-    "train.save_every=2",
     "train.eval_every=4",
-    "train.log_every=1",
-    "train.precision=fp32",
-    "train.gradient_checkpointing=false",
     "train.lr=1e-3",
     "data.count=16",
-    "data.eval_count=2",
-    "lora.rank=4",
 ]
 
 

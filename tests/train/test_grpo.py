@@ -23,18 +23,11 @@ from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence
 from lvr_lite.train.rewards import read_rewards
 from tests.command_line import two_processes
 from tests.fakes import Looks, tiles
+from tests.short_run import SHORT_RUN
 
 FEW = [
-    "train.steps=2",
-    "train.batch=2",
-    "train.accumulation=1",
-    "train.precision=fp32",
-    "train.gradient_checkpointing=false",
+    *SHORT_RUN,
     "data.count=8",
-    "data.eval_count=2",
-    "train.save_every=2",
-    "train.eval_every=2",
-    "train.log_every=1",
     "train.optimizer=sgd",
     "grpo.group=4",
     "grpo.max_tokens=3",
