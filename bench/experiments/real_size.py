@@ -93,7 +93,7 @@ def main(
     seconds = round(time.time() - began)
     manifest = Bundle.open(bundle, check=False).manifest
     sizes = {name: graph.bytes for name, graph in manifest.graphs.items()}
-    embedding = manifest.decoder["vocab_size"] * manifest.decoder["hidden_size"]
+    embedding = manifest.decoder.vocab_size * manifest.decoder.hidden_size
     weights = read_json(bundle / "report.json")["graphs"]["decoder"]["weights"]
     measured = {
         "shape": shape,

@@ -207,7 +207,7 @@ def all_states(runtime: OnnxRuntime, ids: np.ndarray) -> np.ndarray:
     decoder = runtime.bundle.manifest.decoder
     graph = runtime.bundle.manifest.graphs["decoder"]
     kind = graph.inputs["past_key_values.0.key"].dtype
-    empty = np.zeros((1, decoder["kv_heads"], len(ids), decoder["head_dim"]), kind)
+    empty = np.zeros((1, decoder.kv_heads, len(ids), decoder.head_dim), kind)
     feed = {
         value.name: empty
         for value in runtime._decoder.get_inputs()

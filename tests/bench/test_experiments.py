@@ -30,7 +30,12 @@ def scores(right: str) -> dict[str, Any]:
     skills likewise.
     """
     answers: list[dict[str, Any]] = [
-        {"id": str(i), "type": "count" if i < 2 else "odd", "score": int(digit)}
+        {
+            "id": str(i),
+            "type": "count" if i < 2 else "odd",
+            "expected": "red",
+            "score": int(digit),
+        }
         for i, digit in enumerate(right)
     ]
     by_type = {
@@ -39,7 +44,13 @@ def scores(right: str) -> dict[str, Any]:
     }
     skills = {"accuracy": 0.5, "by_type": {"caption": {"accuracy": 0.5}}, "answers": answers}
     accuracy = right.count("1") / 4
-    return {"accuracy": accuracy, "by_type": by_type, "answers": answers, "skills": skills}
+    return {
+        "model": "tiny",
+        "accuracy": accuracy,
+        "by_type": by_type,
+        "answers": answers,
+        "skills": skills,
+    }
 
 
 def probe() -> dict[str, Any]:
