@@ -75,8 +75,8 @@ class Fake:
         self._inputs = list(kept)
 
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        fed = enumerate(zip(embeds, positions, strict=True))
-        return np.stack([self.advance(row, embed, int(at)) for row, (embed, at) in fed])
+        rows = enumerate(zip(embeds, positions, strict=True))
+        return np.stack([self.advance(row, embed, int(at)) for row, (embed, at) in rows])
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         raise NotImplementedError
@@ -145,9 +145,9 @@ class Recurrent(Fake):
     """state = tanh(input + mixed state + position): every input and every position changes all that
     follows. Its ten tokens are IMAGE … D.
 
-    fed, positions: of each step.
+    step_inputs, positions: of each step.
     states: of all rows, after each prefill and each step.
-    headed: what the head was given.
+    head_inputs: hidden states.
     reads: calls of prefill.
     """
 
@@ -162,10 +162,10 @@ class Recurrent(Fake):
         self.table = rng.normal(size=(10, 6)).astype(np.float32)
         self.mix = rng.normal(size=(6, 6)).astype(np.float32)
         self.out = rng.normal(size=(6, 10)).astype(np.float32)
-        self.fed: list[np.ndarray] = []
+        self.step_inputs: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.states: list[np.ndarray] = []
-        self.headed: list[np.ndarray] = []
+        self.head_inputs: list[np.ndarray] = []
         self.reads: list[Read] = []
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -213,13 +213,13 @@ class Recurrent(Fake):
     def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self.used += 1
         assert self.used.max() <= self.capacity, "more steps than start() made room for"
-        self.fed.append(embeds.copy())
+        self.step_inputs.append(embeds.copy())
         self.positions.append(positions.copy())
         self.states.append(super().step(embeds, positions))
         return np.array(self.states[-1])
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        self.headed.append(hidden.copy())
+        self.head_inputs.append(hidden.copy())
         # One row at a time: a batched product may round differently, and equality is tested.
         return np.stack([h @ self.out for h in hidden])
 
@@ -263,8 +263,8 @@ class Table(Fake):
 
     def read(self, row: int, inputs: np.ndarray) -> np.ndarray:
         text = self.processor.text(inputs[:, 0].astype(int).tolist())
-        asked = max((q for q in self.questions if q in text), key=len)
-        self.state[row] = np.array([self.questions.index(asked), 0, 0, 0], np.float32)
+        question = max((q for q in self.questions if q in text), key=len)
+        self.state[row] = np.array([self.questions.index(question), 0, 0, 0], np.float32)
         return self.state[row]
 
     def advance(self, row: int, embed: np.ndarray, position: int) -> np.ndarray:
@@ -370,17 +370,17 @@ class Looks(Fake):
 
     def start(self, batch: int, capacity: int) -> None:
         super().start(batch, capacity)
-        self.seen = np.zeros((batch, 3), np.float32)
+        self.colours = np.zeros((batch, 3), np.float32)
         self.latents: list[list[np.ndarray]] = [[] for _ in range(batch)]
         self.words: list[list[int]] = [[] for _ in range(batch)]
 
     def read(self, row: int, inputs: np.ndarray) -> np.ndarray:
         colours = inputs[inputs[:, 0] == 0, 1:4]
-        self.seen[row] = colours[np.abs(colours).sum(1).argmax()]
+        self.colours[row] = colours[np.abs(colours).sum(1).argmax()]
         ids = (inputs[inputs[:, 0] > 0, 0] - IS_TOKEN).astype(int).tolist()
         quiet = self.silent and self.silent in self.processor.text(ids)
         start = [self.processor.tokens.lvr_start]
-        self.words[row] = self.name_of(self.seen[row]) if quiet else start
+        self.words[row] = self.name_of(self.colours[row]) if quiet else start
         return self._text(row)
 
     def name_of(self, colour: np.ndarray) -> list[int]:
@@ -402,12 +402,12 @@ class Looks(Fake):
 
     def _colour(self, row: int) -> np.ndarray:
         if self.uses == "picture":
-            return np.asarray(self.seen[row])
+            return np.asarray(self.colours[row])
         return self.latents[row][0][1:4] if self.latents[row] else np.zeros(3, np.float32)
 
     def _latent(self, row: int) -> np.ndarray:
         hidden = np.zeros(self.hidden_size, np.float32)
-        hidden[1:4] = 0 if self.latents[row] else self.seen[row]
+        hidden[1:4] = 0 if self.latents[row] else self.colours[row]
         hidden[4] = bool(self.latents[row])
         return hidden
 

@@ -57,7 +57,7 @@ def test_text_ends_at_the_limit_without_a_further_step() -> None:
     runtime = Scripted(A, B, C, A, B, spec=OPEN)
     (result,) = decode(runtime, [prompt()], Options(max_tokens=3))
     assert (result.tokens, result.reason) == ([A, B, C], "length")
-    assert len(runtime.fed) == 2  # the last token need not be fed
+    assert len(runtime.step_inputs) == 2  # the last token need not be fed
 
 
 def test_markers_and_latents_do_not_count_towards_the_limit() -> None:
@@ -68,7 +68,7 @@ def test_markers_and_latents_do_not_count_towards_the_limit() -> None:
 def test_lvr_start_leads_to_exactly_k_steps_fed_with_the_hidden_state_before_each() -> None:
     runtime = Scripted(A, START, B, END, spec=OPEN)
     (result,) = decode(runtime, [prompt()])
-    fed = [row[0] for row in runtime.fed]
+    fed = [row[0] for row in runtime.step_inputs]
     assert np.array_equal(fed[0], runtime.table[A])
     assert np.array_equal(fed[1], runtime.table[START])
     for i in range(2, 2 + K):
@@ -85,9 +85,10 @@ def test_the_head_is_never_called_on_a_state_inside_the_latents() -> None:
     runtime = Scripted(A, START, B, END, spec=OPEN)
     decode(runtime, [prompt()])
     spoken = [0, 1, 3 + K, 4 + K]  # after the prefill, after A, after lvr_end, after B
-    assert len(runtime.headed) == len(spoken)
+    assert len(runtime.head_inputs) == len(spoken)
     assert all(
-        np.array_equal(h, runtime.states[i]) for h, i in zip(runtime.headed, spoken, strict=True)
+        np.array_equal(h, runtime.states[i])
+        for h, i in zip(runtime.head_inputs, spoken, strict=True)
     )
 
 
@@ -243,17 +244,17 @@ def test_norm_matched_feeds_the_state_before_at_one_length() -> None:
     runtime = Scripted(START, B, END, spec=LatentSpec(K, "norm-matched", norm=2.5))
     (result,) = decode(runtime, [prompt()])
     for i in range(1, 1 + K):
-        state, fed = runtime.states[i][0], runtime.fed[i][0]
+        state, fed = runtime.states[i][0], runtime.step_inputs[i][0]
         assert np.linalg.norm(state) != pytest.approx(2.5, rel=0.1)
         np.testing.assert_allclose(fed, 2.5 * state / np.linalg.norm(state), rtol=1e-5)
-    assert np.array_equal(np.stack(result.latents), np.concatenate(runtime.fed[1 : 1 + K]))
-    assert np.array_equal(runtime.fed[1 + K][0], runtime.table[CLOSE])
+    assert np.array_equal(np.stack(result.latents), np.concatenate(runtime.step_inputs[1 : 1 + K]))
+    assert np.array_equal(runtime.step_inputs[1 + K][0], runtime.table[CLOSE])
 
 
 def test_token_feedback_feeds_the_row_of_lvr_each_time() -> None:
     runtime = Scripted(START, B, END, spec=LatentSpec(K, "token"))
     (result,) = decode(runtime, [prompt()])
-    assert [np.array_equal(fed[0], runtime.table[LVR]) for fed in runtime.fed] == [
+    assert [np.array_equal(fed[0], runtime.table[LVR]) for fed in runtime.step_inputs] == [
         False,
         *[True] * K,
         False,
@@ -324,7 +325,7 @@ def test_given_latents_are_fed_instead_of_its_own(count: int) -> None:
     decoding = Decoding(runtime, [prompt()], Options(), [given])
     assert row_events(decoding) == [["start", *["latent"] * count, "end", "token", "done"]]
     fed = [runtime.table[START], *given, runtime.table[CLOSE], runtime.table[B]]
-    assert np.array_equal(np.concatenate(runtime.fed), np.stack(fed))
+    assert np.array_equal(np.concatenate(runtime.step_inputs), np.stack(fed))
     (result,) = decoding.results
     assert np.array_equal(np.array(result.latents).reshape(-1, H), given)
     first = int(prompt().positions.max()) + 1
@@ -497,7 +498,7 @@ def test_neither_the_last_latent_nor_a_closing_marker_is_fed_to_the_first_readin
     runtime = Scripted(A, START, B, END, spec=BOTTLENECK)
     (result,) = decode(runtime, [p])
     fed = [runtime.table[A], runtime.table[START], *result.latents[: K - 1], runtime.table[B]]
-    assert np.array_equal(np.concatenate(runtime.fed), np.stack(fed))
+    assert np.array_equal(np.concatenate(runtime.step_inputs), np.stack(fed))
 
 
 @KINDS
@@ -519,7 +520,7 @@ def test_the_head_speaks_from_the_second_reading() -> None:
     assert len(states) == 2 + K + 2
     assert np.array_equal(states[2 + K], runtime.reads[1].state[0])
     assert np.array_equal(
-        np.concatenate(runtime.headed), np.stack([states[i] for i in (0, 1, 2 + K, 3 + K)])
+        np.concatenate(runtime.head_inputs), np.stack([states[i] for i in (0, 1, 2 + K, 3 + K)])
     )
     assert np.array_equal(np.stack(result.hidden), np.stack(states))
 
@@ -559,7 +560,7 @@ def test_the_second_reading_holds_the_latents_that_are_given(p: Prompt, count: i
     assert row_events(decoding) == [["start", *["latent"] * count, "end", "token", "done"]]
     assert_read(runtime.reads[1], 0, p, given, runtime.table)
     fed = [runtime.table[START], *given[:-1], runtime.table[B]]
-    assert np.array_equal(np.concatenate(runtime.fed), np.stack(fed))
+    assert np.array_equal(np.concatenate(runtime.step_inputs), np.stack(fed))
 
 
 @KINDS

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from lvr_lite.bench.experiments.memory_model import config_of
-from lvr_lite.cli.app import app
 from lvr_lite.commands.train import TrainOptions, plan_finetune
 from lvr_lite.config import load_settings
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train.memory import GIB, Shape, Tokens, need, shape_of, stage2, standing_bytes
 from lvr_lite.train.memory_plan import largest_picture, lowered
+from tests.command_line import Call
 
 NO_CHECKPOINTING = "train.gradient_checkpointing=false"
 
@@ -128,12 +127,12 @@ def test_a_plan_knows_the_usual_cards_and_what_latents_cost() -> None:
 
 
 def test_the_command_prints_and_writes_the_plan_and_touches_nothing(
-    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = f"finetune --model {small_checkpoint} --data none.jsonl --out out --plan --vram 12"
-    done = CliRunner().invoke(app, [*line.split(), "--json", "plan.json"])
-    assert done.exit_code == 0, done.output
+    done = call(*line.split(), "--json", "plan.json")
+    assert done.code == 0, done.err
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     plan = json.loads(Path("plan.json").read_text())
     assert (plan["schema"], plan["version"]) == ("lvr-lite/plan", 1)
@@ -141,4 +140,4 @@ def test_the_command_prints_and_writes_the_plan_and_touches_nothing(
     assert plan["tensors"] == sum(plan["stays"].values()) + most + plan["workspace"]
     (card,) = plan["cards"]
     assert (card["gib"], card["fits"], card["lower"]) == (12, True, [])
-    assert "the most" in done.output
+    assert "the most" in done.out
