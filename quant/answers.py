@@ -1,5 +1,5 @@
 """How far the answers of a quantized bundle are from the fp32 one's, latents included. May import:
-numpy and the core.
+numpy and what stands above `quant`.
 """
 
 from __future__ import annotations

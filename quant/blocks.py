@@ -1,5 +1,5 @@
 """Block-wise integer weights: how a matrix is cut into blocks, rounded, packed. May import: numpy,
-torch and the core.
+torch and what stands above `quant`.
 
 A block of consecutive values shares a scale and, where asymmetric, a zero point: value = (q - zero)
 * scale, q in 0 … 2**bits - 1. ONNX Runtime's packing: two 4-bit values a byte, the earlier one low

@@ -1,5 +1,5 @@
 """int4 and mixed bundles, rounded for what flows through their weights on calibration prompts. May
-import: onnx, numpy, torch, matplotlib and the core.
+import: onnx, numpy, torch, matplotlib and what stands above `quant`.
 
     source = Bundle.open(Path("bundles/first-fp32"))
     quantize_calibrated(source, Path("bundles/first-int4"), "int4", "scenes", print)

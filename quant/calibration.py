@@ -1,5 +1,5 @@
 """What calibration works with: a runtime that reasons and answers, and prompts. May import: onnx,
-numpy, torch and the core.
+numpy, torch and what stands above `quant`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How far quantized graphs are from their fp32 ones: each graph, each decoder layer, and the latent
-loop step by step. May import: numpy, Pillow, matplotlib and the core.
+loop step by step. May import: numpy, Pillow, matplotlib and what stands above `quant`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Bundles that run what was trained: the 4-bit base as bitsandbytes packed it, its adapters beside
-it. May import: onnx and the core.
+it. May import: onnx and what stands above `quant`.
 
 MatMulBnb4 reads bitsandbytes' NF4 bytes as they are. It is 21 times slower than the kernel of int4:
 a reference that the other precisions are measured against.

@@ -1,5 +1,5 @@
 """A quantized bundle's last check: no form that runs slowly or holds weights twice. May import:
-onnx, numpy and the core.
+onnx, numpy and what stands above `quant`.
 """
 
 from __future__ import annotations

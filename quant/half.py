@@ -1,5 +1,5 @@
 """fp16 bundles, for GPU providers: graphs that compute in 16-bit floats. May import: onnx,
-onnxruntime, numpy and the core.
+onnxruntime, numpy and what stands above `quant`.
 
 ONNX Runtime's own converter turns the graph; weights pass one at a time. Positions become angles in
 float32, since 16 bits do not hold them beyond 2,048. Keys and values are in fp16 too; embeddings,

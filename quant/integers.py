@@ -1,5 +1,5 @@
 """ONNX graphs in float become graphs of integer weights, one weight at a time. May import: onnx,
-numpy and the core.
+numpy and what stands above `quant`.
 
 Every matrix product with a constant weight becomes MatMulNBits, and every embedding
 GatherBlockQuantized. A large weight that neither rule takes is an error, never a silent exception.

@@ -1,5 +1,5 @@
 """What flows into each weight of an fp32 decoder on calibration prompts: the sums of products that
-GPTQ rounds by. May import: numpy, onnx and the core.
+GPTQ rounds by. May import: numpy, onnx and what stands above `quant`.
 """
 
 from __future__ import annotations

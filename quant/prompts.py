@@ -1,4 +1,6 @@
-"""Questions that quantized models are compared on. May import: numpy, Pillow and the core."""
+"""Questions that quantized models are compared on. May import: numpy, Pillow and what stands above
+`quant`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """An fp32 bundle written in another precision: int8, int4 or mixed integers, or fp16. May import:
-onnx, onnxruntime, numpy, torch and the core.
+onnx, onnxruntime, numpy, torch and what stands above `quant`.
 
     source = Bundle.open(Path("bundles/first-fp32"))
     quantize_bundle(source, Path("bundles/first-int8"), "int8", print)

@@ -1,4 +1,6 @@
-"""What report.json says of a quantized bundle, one class an object. May import: the core."""
+"""What report.json says of a quantized bundle, one class an object. May import: what stands above
+`quant`.
+"""
 
 from __future__ import annotations
 

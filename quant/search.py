@@ -1,5 +1,5 @@
 """mixed: which weights get 8 bits and which 4, under a budget, by what that costs on calibration
-prompts. May import: onnx, numpy, matplotlib and the core.
+prompts. May import: onnx, numpy, matplotlib and what stands above `quant`.
 
 All weights begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models that of
 neighbouring layers) is given 8 bits alone, and what this gains is measured: KL of the answers, and

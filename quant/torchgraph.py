@@ -1,5 +1,5 @@
 """A decoder or head of integer weights as torch reads it, so that gradients pass through. May
-import: torch, onnx, numpy and the core.
+import: torch, onnx, numpy and what stands above `quant`.
 """
 
 from __future__ import annotations

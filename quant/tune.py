@@ -1,5 +1,5 @@
 """Training after rounding, so that a decoder's answers and latents stay those of fp32. May import:
-torch, numpy and the core.
+torch, numpy and what stands above `quant`.
 
 GPTQ keeps each product close, one by one; what their errors do together shows only at the end. Here
 the integers stay fixed. Block scales and norms are trained on the calibration prompts, end to end,

@@ -82,8 +82,8 @@ def compare(
     progress: Progress | None = None,
     begin: Progress | None = None,
 ) -> JsonObject:
-    """The `eval` JSON (docs/design.md) of a model, with its difference to each of `against` on the
-    same items.
+    """The `eval` JSON (docs/evaluation.md) of a model, with its difference to each of `against` on
+    the same items.
 
     against: models, which are asked as well, with their own number of latent steps; or files that
         `lvr-lite eval --json` wrote. All are checked before the first question is asked.

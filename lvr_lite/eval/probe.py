@@ -54,8 +54,8 @@ def probe(
     batch: int = 16,
     progress: Progress | None = None,
 ) -> JsonObject:
-    """Answer all items under each of the interventions `names`; the `probe` JSON (docs/design.md)
-    without "data".
+    """Answer all items under each of the interventions `names`; the `probe` JSON
+    (docs/evaluation.md) without "data".
 
     Interventions concern the items in whose answer the model opened the latent loop; `opened`
     counts them.

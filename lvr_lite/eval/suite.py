@@ -381,7 +381,7 @@ class SuiteScores:
     broken: Sequence[Broken] = ()
 
     def to_json(self) -> JsonObject:
-        """The `eval` JSON (docs/design.md)."""
+        """The `eval` JSON (docs/evaluation.md)."""
         report = self.scores.to_json()
         if self.benchmark is not None:
             report |= self._of_benchmark(self.benchmark)

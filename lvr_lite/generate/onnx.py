@@ -4,7 +4,7 @@ May import: numpy, onnxruntime, lvr_lite.model, this folder; nothing of the work
 
 The decoder keeps its K/V in one buffer per layer, bound as input and output at once, and steps
 through one prebuilt IOBinding whose hidden output is its next embedding input, so that a latent
-step copies nothing in (docs/design.md, "The device runtime").
+step copies nothing in (docs/runtime.md).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """From samples to training batches: one collator, for drawn scenes and for files. May import:
-torch, numpy, Pillow and the core.
+torch, numpy, Pillow and what stands above `train`.
 """
 
 from __future__ import annotations

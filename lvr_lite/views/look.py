@@ -1,5 +1,5 @@
 """`--look`: which visual tokens each latent step is nearest to, as heat maps over the pictures. May
-import: numpy, Pillow, the core.
+import: numpy, Pillow and what stands above `views`.
 
 Nearness is `lvr_lite.model.latents.likeness`, by which a bottleneck finds the places of its latents
 too: a cosine, after the picture's mean of its visual tokens is taken from each. Nothing is taken
