@@ -10,21 +10,18 @@ chat_template.jinja and preprocessor_config.json. `tiny` names the embedded mode
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from lvr_lite.errors import BundleError
 from lvr_lite.files import sha256
-from lvr_lite.model import families, spec
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.processor import Processor
-from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.model.processor_files import read_json, read_processor
+from lvr_lite.model.spec import LatentSpec
 
 LVR_CONFIG = "lvr_config.json"
 
@@ -119,49 +116,6 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / LVR_CONFIG).is_file() or (folder / "config.json").is_file()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: missing; this folder is not a complete checkpoint") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path}: must hold a JSON object")
-    return data
-
-
-def _template(folder: Path) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text()
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (folder / name).is_file() and isinstance(_json(folder / name).get("chat_template"), str):
-            return str(_json(folder / name)["chat_template"])
-    raise BundleError(
-        f"{folder}: no chat template (chat_template.jinja); copy it from the base model"
-    )
-
-
-def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    generation = (
-        _json(folder / "generation_config.json")
-        if (folder / "generation_config.json").is_file()
-        else {}
-    )
-    end = generation.get(
-        "eos_token_id",
-        config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")),
-    )
-    named = tokenizer.token_to_id("<|im_end|>")
-    ids = ([] if end is None else end if isinstance(end, list) else [end]) or (
-        [] if named is None else [named]
-    )
-    if not ids:
-        raise BundleError(f"{folder}: no end-of-turn token (eos_token_id) in its configuration")
-    return tuple(ids)
-
-
 def read_checkpoint(model: str | Path) -> Checkpoint:
     """Read a checkpoint's files (not its weights).
 
@@ -170,7 +124,7 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     folder = resolve(str(model))
     tuned = _tuned_config(folder)
     base = resolve(tuned["base"]) if tuned is not None else folder
-    config = _json(base / "config.json")
+    config = read_json(base / "config.json")
     if not any(base.glob("*.safetensors")):
         raise BundleError(
             f"{base}: no *.safetensors weights (pickled weights are not read: convert them first)"
@@ -180,7 +134,7 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         base=base,
         adapter=tuned is not None,
         config=config,
-        processor=_processor(folder, base, config, tuned),
+        processor=read_processor(folder, base, config, tuned),
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
         trained_over=None if tuned is None else tuned.get("base_sha256"),
     )
@@ -191,7 +145,7 @@ def _tuned_config(folder: Path) -> dict[str, Any] | None:
     path = folder / LVR_CONFIG
     if not path.is_file():
         return None
-    tuned = _json(path)
+    tuned = read_json(path)
     for field in ("base", "latent"):
         if field not in tuned:
             raise BundleError(
@@ -203,47 +157,11 @@ def _tuned_config(folder: Path) -> dict[str, Any] | None:
     return tuned
 
 
-def _processor(
-    folder: Path, base: Path, config: dict[str, Any], tuned: dict[str, Any] | None
-) -> Processor:
-    family = families.get(str(config.get("model_type")))
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise BundleError(f"{path}: cannot be read ({error})") from error
-    try:
-        rows = int(config.get("text_config", config)["vocab_size"])
-        preprocessor = _json(folder / "preprocessor_config.json")
-        image = family.image_spec(config, preprocessor | (tuned or {}).get("image", {}))
-    except KeyError as error:
-        raise BundleError(
-            f"{folder}: {error} is missing from config.json or preprocessor_config.json; "
-            "copy them again"
-        ) from error
-    # A tuned model's markers are the rows that it was trained with: others learned nothing.
-    if tuned is None:
-        add_latent_tokens(tokenizer)
-    tokens = TokenIds(
-        image=_id(tokenizer, family.image_token, path),
-        end=_end_ids(base, config, tokenizer),
-        lvr_start=_id(tokenizer, spec.START, path),
-        lvr=_id(tokenizer, spec.LATENT, path),
-        lvr_end=_id(tokenizer, spec.END, path),
-    )
-    if max(tokens.image, tokens.lvr_start, tokens.lvr, tokens.lvr_end) >= rows:
-        raise BundleError(
-            f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: "
-            "resize it first"
-        )
-    return Processor(family, image, _template(folder), tokenizer, tokens)
-
-
 def trained_over(folder: Path) -> str | None:
     """The `base_sha256` of the base that a tuned checkpoint was trained over; None where none was
     recorded.
     """
-    return _json(folder / LVR_CONFIG).get("base_sha256")
+    return read_json(folder / LVR_CONFIG).get("base_sha256")
 
 
 def processor_of(model: str) -> Processor:
@@ -251,21 +169,3 @@ def processor_of(model: str) -> Processor:
     if is_bundle(Path(model)):
         return Bundle.open(Path(model), check=False).processor
     return read_checkpoint(model).processor
-
-
-def add_latent_tokens(tokenizer: Tokenizer) -> None:
-    """Give the tokenizer the three markers where it lacks them; they take spare rows of the
-    embedding (Qwen2.5-VL has 271).
-    """
-    tokenizer.add_special_tokens(
-        [t for t in (spec.START, spec.LATENT, spec.END) if tokenizer.token_to_id(t) is None]
-    )
-
-
-def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise BundleError(
-            f"{path}: its vocabulary has no {token}; this is not the tokenizer of such a model"
-        )
-    return int(token_id)
