@@ -265,7 +265,7 @@ def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) 
     from transformers.models.smolvlm import image_processing_pil_smolvlm as smolvlm
 
     settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
-    if case.checkpoint.processor.family.model_type == "smolvlm":
+    if case.checkpoint.processor.family.tiled:
         names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
         processor = smolvlm.SmolVLMImageProcessorPil(**{n: settings[n] for n in names})
         inputs = processor([list(group) for group in groups], return_tensors="pt")
