@@ -20,7 +20,8 @@ from lvr_lite.bench.plan import Plan, Request, Setting, System
 from lvr_lite.bench.record import Accuracy, Benchmark
 from lvr_lite.commands import model as models
 from lvr_lite.errors import LvrError
-from lvr_lite.eval.suite import evaluate, load_suite
+from lvr_lite.eval.plan import load_suite
+from lvr_lite.eval.suite import evaluate
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.images import open_picture

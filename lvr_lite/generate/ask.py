@@ -62,6 +62,13 @@ def encode_pictures(runtime: Runtime, pictures: Sequence[Image.Image]) -> Encode
     return EncodedPictures(pixels.grids, features, seconds)
 
 
+def visual_tokens(runtime: Runtime, pictures: Sequence[Image.Image]) -> list[int]:
+    """How many visual tokens each picture takes."""
+    processor = runtime.processor
+    grids = [processor.grid_of(picture.height, picture.width) for picture in pictures]
+    return [processor.visual_tokens(grid) for grid in grids]
+
+
 def prompt_of(runtime: Runtime, encoded: EncodedPictures, question: str) -> Prompt:
     """The prompt that asks a question about pictures. Raises LvrError as `Processor.prompt`."""
     prompt = runtime.processor.prompt(question, encoded.grids)

@@ -24,9 +24,10 @@ from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.benchmark_files import Question
 from lvr_lite.eval.comparing import compare
+from lvr_lite.eval.plan import Plan
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
-from lvr_lite.eval.suite import Plan, exact, lettered
+from lvr_lite.eval.suite import exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
 from tests.command_line import Call

@@ -19,16 +19,9 @@ from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.sources import Item
 from lvr_lite.errors import BundleError, DataError, UsageError
 from lvr_lite.eval.comparing import compare, reference_hint
+from lvr_lite.eval.plan import SKILLS_TOKENS, Plan, expected_answers, load_suite
 from lvr_lite.eval.report import show
-from lvr_lite.eval.suite import (
-    SKILLS_TOKENS,
-    Plan,
-    accuracy_on,
-    evaluate,
-    expected_answers,
-    load_suite,
-    skill,
-)
+from lvr_lite.eval.suite import accuracy_on, evaluate, skill
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
 from lvr_lite.toy import questions, scenes
@@ -105,6 +98,8 @@ def test_the_result_has_the_fields_that_the_design_promises(runtime: Table) -> N
         "correct",
         "score",
         "tokens",
+        "looks",
+        "visual_tokens",
     }
     assert runtime.processor.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
@@ -123,7 +118,7 @@ def test_no_items_give_no_accuracy_and_no_pairs(runtime: Table) -> None:
 
 
 def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Table) -> None:
-    assert accuracy_on(runtime, items()) == 0.6
+    assert accuracy_on(runtime, items(), EXPECTED) == (0.6, 0.0)
 
 
 def test_the_table_tells_types_interval_and_pairs(runtime: Table) -> None:
