@@ -11,9 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from lvr_lite.errors import BundleError, UsageError
-from lvr_lite.eval.statistics import median_and_most
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import PictureCache, visual_tokens
+from lvr_lite.generate.ask import PictureCache, median_and_most, visual_tokens
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime

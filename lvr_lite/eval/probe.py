@@ -26,10 +26,10 @@ from lvr_lite.eval import score
 from lvr_lite.eval.interventions import INTERVENTIONS, Feed, Subject, intervene
 from lvr_lite.eval.measures import Answer, geometry, measure, retrieval
 from lvr_lite.eval.plan import load_suite, tokens_for
-from lvr_lite.eval.statistics import RESAMPLES, median_and_most
+from lvr_lite.eval.statistics import RESAMPLES
 from lvr_lite.eval.verdict import COSTLY, FLIPPED, LIFTED, verdict
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import prepare_prompt, visual_tokens
+from lvr_lite.generate.ask import median_and_most, prepare_prompt, visual_tokens
 from lvr_lite.generate.decode import Options, Result, decode
 from lvr_lite.generate.records import Look
 from lvr_lite.generate.runtime import Runtime

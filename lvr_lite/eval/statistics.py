@@ -1,14 +1,10 @@
-"""Statistics of evaluations: paired comparisons of right and wrong answers, the shape of sets of
-vectors, sizes of pictures. May import: numpy and what stands above `eval`.
+"""Statistics of the probe: paired comparisons of right and wrong answers, and the shape of sets of
+vectors. May import: numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-
-from lvr_lite.files import JsonObject
 
 RESAMPLES = 2000
 
@@ -122,10 +118,3 @@ def mean_cosine(vectors: np.ndarray) -> float | None:
     with_itself = (directions**2).sum()
     every_pair = (directions.sum(0) ** 2).sum()
     return float((every_pair - with_itself) / (n * (n - 1)))
-
-
-def median_and_most(counts: Sequence[int]) -> JsonObject:
-    """{"p50", "max"} of whole numbers, such as the visual tokens of pictures; None of none."""
-    if not counts:
-        return {"p50": None, "max": None}
-    return {"p50": float(np.median(counts)), "max": max(counts)}

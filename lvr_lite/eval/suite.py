@@ -22,9 +22,8 @@ from lvr_lite.eval.plan import (
     load_suite,
     tokens_for,
 )
-from lvr_lite.eval.statistics import median_and_most
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import prepare_prompt, visual_tokens
+from lvr_lite.generate.ask import median_and_most, prepare_prompt, visual_tokens
 from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.runtime import Runtime
 
