@@ -26,7 +26,7 @@ from lvr_lite.errors import UsageError
 from lvr_lite.generate.decode import Event, Result
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.spec import LatentSpec
-from tests.fakes import OneWord
+from tests.fakes import NeverLooks, OneWord
 
 WORD = 300
 
@@ -291,15 +291,6 @@ def test_a_run_goes_on_until_its_seconds_have_passed() -> None:
     (short,) = measure.measure([system("a")], REQUESTS, PLAN).systems
     assert measured.output_md5(PLAN.rounds) == short.output_md5()
     assert outcome.result({}).rounds == rounds
-
-
-class NeverLooks(OneWord):
-    """Has latent steps, and never opens the loop by itself, as random weights do."""
-
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = super().head(hidden)
-        logits[:, self.processor.tokens.lvr_start] = -9
-        return logits
 
 
 def of_steps(steps: int | None, look: Any = None, latent: LatentSpec | None = None) -> Any:

@@ -291,6 +291,17 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     assert images[0].max_pixels == 6272
 
 
+def test_pictures_have_the_usual_size_where_a_recipe_names_none(small_checkpoint: Path) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    large = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(12_845_056))
+    sized, settings = module.with_picture_size(large, Settings())
+    assert settings.max_pixels == sized.processor.image.max_pixels == 401_408
+    # A model's own smaller limit is kept, and not written down.
+    assert module.with_picture_size(checkpoint, Settings()) == (checkpoint, Settings())
+    chosen, settings = module.with_picture_size(large, Settings(max_pixels=6272))
+    assert settings.max_pixels == chosen.processor.image.max_pixels == 6272
+
+
 class _Stopped(Exception):
     pass
 
