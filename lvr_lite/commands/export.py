@@ -210,11 +210,6 @@ def _quantize(source: Bundle, target: Path, rounding: Rounding) -> JsonObject:
 
     precision = rounding.precision
     data = rounding.calibration or "scenes"
-    if precision in FOUR_BITS and rounding.calibration is None and not _knows_scenes(source):
-        say(
-            "warning: weights are rounded for drawn scenes, which say little about a model's own "
-            "work; give --calibration FILE, samples of what it will be asked"
-        )
     if precision == "mixed" or (precision == "int4" and data != "none"):
         return quantize_calibrated(
             source,
@@ -227,16 +222,6 @@ def _quantize(source: Bundle, target: Path, rounding: Rounding) -> JsonObject:
             rounding.tune_steps,
         ).to_json()
     return quantize_bundle(source, target, precision, say, rounding.block).to_json()
-
-
-def _knows_scenes(source: Bundle) -> bool:
-    """Whether a bundle has the embedded model's sizes, whose work drawn scenes are."""
-    sizes = read_checkpoint("tiny").config["text_config"]
-    decoder = source.manifest.decoder
-    return (decoder.hidden_size, decoder.vocab_size) == (
-        sizes["hidden_size"],
-        sizes["vocab_size"],
-    )
 
 
 def _write_exact(checkpoint: Checkpoint, target: Path) -> JsonObject:

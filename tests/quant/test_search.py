@@ -300,3 +300,18 @@ def test_an_answer_without_a_look_has_no_drift() -> None:
     prompt = Prompt(np.array([A]), np.zeros((0, 6), np.float32), np.zeros((3, 1), np.int64))
     (reference,) = reference_answers(runtime, [prompt])
     assert reference.hidden[reference.latents] == []
+
+
+@pytest.mark.usefixtures("quickly")
+def test_drawn_scenes_are_no_silent_calibration_of_another_model(
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    Calibration.load(source, "scenes", tmp_path, lines.append)
+    assert [line for line in lines if "give --calibration FILE" in line] == lines[:1]
+    file = write_scenes(tmp_path / "scenes", 3, 1, "train")
+    own: list[str] = []
+    Calibration.load(source, str(file), tmp_path, own.append)
+    monkeypatch.setattr(calibration, "_knows_scenes", lambda _: True)
+    Calibration.load(source, "scenes", tmp_path, own.append)
+    assert not any("warning" in line for line in own)

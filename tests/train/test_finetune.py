@@ -109,6 +109,7 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
     assert [h["step"] for h in evaluated] == [4]
     assert {"eval_ce", "eval_latent", "eval_right", "eval_found"} <= set(evaluated[0])
     assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
+    assert [h["step"] for h in metrics["history"] if "eval_looked" in h] == [4]
     assert any("16 samples, 2 held out" in line for line in lines)
     assert metrics["trainable_parameters"] < 10**6
 
