@@ -111,9 +111,13 @@ def test_the_digest_changes_with_the_adapter_and_with_the_base(
     digests = [read_checkpoint(base).digest(), read_checkpoint(folder).digest()]
     (folder / "adapter_model.safetensors").write_bytes(b"other weights")
     digests.append(read_checkpoint(folder).digest())
-    (base / "more.safetensors").write_bytes(b"more")
+    (base / "model.safetensors").write_bytes(b"other weights of the base")
     digests.append(read_checkpoint(folder).digest())
     assert len(set(digests)) == 4
+    # A stale shard, an EMA copy: no part of the model.
+    (base / "model_ema.safetensors").write_bytes(b"more")
+    (folder / "old.safetensors").write_bytes(b"more")
+    assert read_checkpoint(folder).digest() == digests[-1]
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./a/b", "/nowhere/at/all", "a/b/c", "~/model"])
