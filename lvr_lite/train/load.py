@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
+from lvr_lite.export.weights import PREFIXES, check_names
 from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint
 from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.weight_files import first_weights
 
 # Parameters of a base that a CPU may hold without 4-bit storage.
 SMALL = 10**9
@@ -29,15 +32,36 @@ ADAPTED_MODULE = re.compile(
 
 
 def _load(checkpoint: Checkpoint, **how: Any) -> Any:
+    """The base model, every tensor of which is one of its files'. how: to `from_pretrained`.
+
+    Raises BundleError for weights that are missing, foreign, of another shape, or damaged.
+    """
+    check_names(checkpoint)
     architecture = getattr(transformers, checkpoint.processor.family.architecture)
+    base = checkpoint.base
     try:
-        model = architecture.from_pretrained(
-            checkpoint.base, use_safetensors=True, trust_remote_code=False, **how
+        config = architecture.config_class.from_pretrained(base)
+        # transformers prefers model.safetensors to an index, and follows a name in config.json.
+        config.transformers_weights = first_weights(base).name
+        model, loaded = architecture.from_pretrained(
+            base,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            key_mapping=PREFIXES,
+            output_loading_info=True,
+            **how,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BundleError(
-            f"{checkpoint.base}: the weights cannot be loaded ({str(error).splitlines()[0]})"
+            f"{base}: the weights cannot be loaded ({str(error).splitlines()[0]})"
         ) from error
+    for fault, names in loaded.items():
+        if names:
+            raise BundleError(
+                f"{base}: transformers loads it with {fault.replace('_', ' ')}, "
+                f"first {min(map(str, names))}; copy the checkpoint again"
+            )
     return model.eval()
 
 
