@@ -270,9 +270,9 @@ def _refuse_misnamed(folder: Path, missing: Sequence[str], foreign: Sequence[str
     """Raises BundleError where names are missing, or nothing takes them."""
     faults = []
     if missing:
-        faults.append(f"{len(missing)} weights are missing ({_first_names(missing)})")
+        faults.append(f"{len(missing)} weights are missing (first: {_first_names(missing)})")
     if foreign:
-        faults.append(f"nothing takes {len(foreign)} that are there ({_first_names(foreign)})")
+        faults.append(f"nothing takes {len(foreign)} that are there (first: {_first_names(foreign)})")
     if faults:
         raise BundleError(
             f"{folder}: {', and '.join(faults)}; give the weights of this config.json, merged and "
