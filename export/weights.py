@@ -18,6 +18,7 @@ Names are those of transformers' parameters, whatever the files call them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +116,10 @@ class Weights(Protocol):
 
     def merged(self) -> Weights:
         """The same with its adapters merged."""
+        ...
+
+    def base(self) -> Weights:
+        """The same without adapters, as the base's files hold them."""
         ...
 
 
@@ -229,6 +234,44 @@ def parameter_names(keys: Sequence[str], model: TransformersModule) -> dict[str,
     return names
 
 
+def loaded_by_transformers(
+    model: TransformersModule, tensors: Sequence[StoredTensor]
+) -> dict[str, Tensor]:
+    """{parameter: its values} in float32, of some tensors, as `from_pretrained` would load them:
+    its renaming, converting and checking of shapes, and nothing of `parameter_names`.
+
+    model: its `empty_model`, whose parameters are as before afterwards.
+
+    Raises BundleError where transformers loads a tensor with an error, or takes it for another
+    shape.
+    """
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    before = dict(model.named_parameters(remove_duplicate=False))
+    how = LoadStateDictConfig(
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        weight_mapping=get_model_conversion_mapping(model, PREFIXES),
+    )
+    with contextlib.ExitStack() as stack:
+        files = {t.file for t in tensors}
+        opened = {file: stack.enter_context(safe_open(str(file), "pt")) for file in files}
+        lazy = {t.key: opened[t.file].get_slice(t.key) for t in tensors}
+        info, _ = convert_and_load_state_dict_in_model(model, lazy, how, None)
+    if faults := [*info.mismatched_keys, *info.error_msgs, *info.conversion_errors.items()]:
+        raise BundleError(f"{tensors[0].file}: transformers cannot load {min(map(str, faults))}")
+    loaded = {}
+    for name in sorted(set(before) - info.missing_keys):
+        path, _, part = name.rpartition(".")
+        module = model.get_submodule(path)
+        loaded[name] = getattr(module, part).detach().float()
+        setattr(module, part, before[name])
+    return loaded
+
+
 def _foreign(names: Mapping[str, str], model: TransformersModule) -> list[str]:
     """Names in files that nothing takes. What transformers itself passes over, such as buffers that
     older releases saved, is none of them.
@@ -272,7 +315,9 @@ def _refuse_misnamed(folder: Path, missing: Sequence[str], foreign: Sequence[str
     if missing:
         faults.append(f"{len(missing)} weights are missing (first: {_first_names(missing)})")
     if foreign:
-        faults.append(f"nothing takes {len(foreign)} that are there (first: {_first_names(foreign)})")
+        faults.append(
+            f"nothing takes {len(foreign)} that are there (first: {_first_names(foreign)})"
+        )
     if faults:
         raise BundleError(
             f"{folder}: {', and '.join(faults)}; give the weights of this config.json, merged and "
