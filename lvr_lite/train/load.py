@@ -264,7 +264,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})"
         ) from error
     # PEFT starts what its file lacks at random, with a warning at most.
-    wanted = set(get_peft_model_state_dict(tuned))
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if missing := sorted(wanted - stored):
         raise BundleError(
             f"{checkpoint.folder / ADAPTER}: {len(missing)} weights of the adapter are missing "
