@@ -10,6 +10,7 @@ name in the skip list is silently ignored (docs/decisions.md).
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,10 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
 
     stored = _check_adapter(model, checkpoint)
     try:
-        tuned = PeftModel.from_pretrained(model, checkpoint.folder)
+        with warnings.catch_warnings():
+            # An error below.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            tuned = PeftModel.from_pretrained(model, checkpoint.folder)
     except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise BundleError(
