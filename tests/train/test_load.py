@@ -313,7 +313,7 @@ def with_another_head(tensors: Tensors) -> Tensors:
         (with_scale, r"nothing takes 1 that are there \(first: \S+up_proj\.weight_scale_inv\)"),
         (
             packed,
-            r"are missing .*, and nothing takes 2 that are there \(first: \S+up_proj\.(scales|qweight)",
+            r"are missing .*, and nothing takes 2 \S.*first: \S+up_proj\.(scales|qweight)",
         ),
         (in_fp8, r"up_proj\.weight is stored as F8_E4M3; the weights are quantized already"),
         (of_another_shape, r"up_proj\.weight is \[5, 256\], config\.json asks for \[768, 256\]"),
