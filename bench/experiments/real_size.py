@@ -34,7 +34,7 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), "rest")
         groups.setdefault(f"{parts[1]}-{layer}", []).append(name)
-    places = {}
+    places: dict[str, str] = {}
     for i, group in enumerate(groups.values()):
         tensors = {name: weights[name].to(torch.bfloat16) for name in group}
         file = f"model-{i:05}.safetensors"
