@@ -35,6 +35,8 @@ from lvr_lite.model.spec import LatentSpec
 from lvr_lite.model.weight_files import refuse_quantized, refuse_stand_in, weight_files
 
 LVR_CONFIG = "lvr_config.json"
+# Of lvr_config.json: the newest that is read here.
+VERSION = 1
 ADAPTER = "adapter_model.safetensors"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
 # Where the hub's client keeps a model (huggingface_hub, "Understand caching").
@@ -207,6 +209,9 @@ def _tuned_config(folder: Path) -> dict[str, Any] | None:
             raise BundleError(
                 f"{path}: {field} is missing; this folder is not a complete checkpoint"
             )
+    version = tuned.get("version", VERSION)
+    if version not in range(1, VERSION + 1):
+        raise BundleError(f"{path}: is of version {version!r}, not {VERSION}: update lvr-lite")
     return tuned
 
 

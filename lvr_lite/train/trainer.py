@@ -33,7 +33,7 @@ from lvr_lite.errors import LvrError, OutputError, UsageError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.files import JsonObject, kept_sha256, write_atomically
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint, base_fields, trained_over
+from lvr_lite.model.checkpoint import LVR_CONFIG, VERSION, Checkpoint, base_fields, trained_over
 from lvr_lite.model.processor_files import read_json
 from lvr_lite.system import peak_rss_mb
 
@@ -238,7 +238,7 @@ def write_side_files(
         ) from error
     run = out.parent if CHECKPOINT.fullmatch(out.name) else out
     content = {
-        "version": 1,
+        "version": VERSION,
         **base_fields(checkpoint.base, out, run.resolve().parent),
         "base_sha256": checkpoint.base_sha256,
         "base_precision": "nf4",

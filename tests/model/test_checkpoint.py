@@ -259,6 +259,11 @@ def test_a_loop_of_a_later_version_is_refused(
     assert "update lvr-lite" in refusal(tuned(tmp_path / "tuned", small_checkpoint, latent=loop))
 
 
+def test_a_checkpoint_of_a_later_version_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tuned(tmp_path / "tuned", small_checkpoint, version=2)
+    assert refusal(folder) == f"{folder / LVR_CONFIG}: is of version 2, not 1: update lvr-lite"
+
+
 # --------------------------------------------------------------------------------------------------
 # the base is found again
 
