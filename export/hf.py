@@ -118,6 +118,9 @@ def write_hf(
         if (checkpoint.base / videos).is_file():
             shutil.copyfile(checkpoint.base / videos, folder / videos)
         weights = sorted(folder.glob("*.safetensors"))
+        for path in weights:
+            # safetensors writes them for their owner alone.
+            path.chmod(0o644)
         size = sum(path.stat().st_size for path in weights)
         progress(f"weights: {size / 1e6:.1f} MB in {precision}, files: {len(weights)}")
         # What is compared is what was written: the rounded values, computed in float32.
