@@ -135,6 +135,7 @@ SMALL = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         preprocessor={
+            "image_processor_type": "SmolVLMImageProcessor",
             "size": {"longest_edge": 168},
             "max_image_size": {"longest_edge": 84},
             "do_image_splitting": True,
