@@ -95,7 +95,7 @@ def write_hf(
 ) -> JsonObject:
     """Write a merged model as a pretrained folder of transformers at `target`.
 
-    model: transformers' model in float32, merged (`load_merged`); it is rounded in place.
+    model: transformers' model in float32, merged (`load_merged`); its parameters are rounded.
     precision: of DTYPES.
     progress: called with one line per stage.
 
@@ -108,7 +108,8 @@ def write_hf(
     files.check_free_space(target, int(bytes_needed * 1.05))
     with files.fresh_folder(target, RECORD) as folder:
         exact = _our_answers(model, checkpoint) if dtype != torch.float32 else []
-        model.to(dtype).save_pretrained(folder, max_shard_size=SHARD)
+        _round(model, dtype)
+        model.save_pretrained(folder, max_shard_size=SHARD)
         rows = len(model.get_input_embeddings().weight)
         for name, content in _small_files(checkpoint, precision, rows).items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2)
@@ -124,7 +125,8 @@ def write_hf(
         size = sum(path.stat().st_size for path in weights)
         progress(f"weights: {size / 1e6:.1f} MB in {precision}, files: {len(weights)}")
         # What is compared is what was written: the rounded values, computed in float32.
-        ours = _our_answers(model.float(), checkpoint)
+        _round(model, torch.float32)
+        ours = _our_answers(model, checkpoint)
         del model
         _compare(ours, _their_answers(folder, checkpoint))
         kept = sum(a == b for a, b in zip(exact, ours, strict=True)) if exact else len(ours)
@@ -136,6 +138,14 @@ def write_hf(
         record = _record(checkpoint, precision, size, gate)
         (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
     return record
+
+
+def _round(model: TransformersModule, dtype: torch.dtype) -> None:
+    """Parameters alone: buffers, such as the frequencies of positions, are made anew from the
+    configuration when the folder is loaded.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _record(checkpoint: Checkpoint, precision: str, size: int, gate: Gate) -> JsonObject:

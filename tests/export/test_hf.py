@@ -162,6 +162,17 @@ def test_each_precision_says_itself_and_takes_its_bytes(
     assert written["bytes"] == pytest.approx(bytes_ * parameters, rel=0.02)
 
 
+def test_rounding_changes_parameters_and_no_buffer(small_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    model = load_merged(checkpoint)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    before = model.lm_head.weight.clone()
+    hf.write_hf(checkpoint, model, tmp_path / "hf", "bf16", print)
+    torch.testing.assert_close(model.lm_head.weight, before.bfloat16().float(), rtol=0, atol=0)
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(value, buffers[name], rtol=0, atol=0)
+
+
 def test_a_bottleneck_is_refused_unless_text_alone_is_accepted(
     bottleneck: Path, tmp_path: Path
 ) -> None:
