@@ -275,6 +275,10 @@ def main(
     print(text)
     write_results(out / "hf.json", {"agreements": [asdict(row) for row in rows]}, 1)
     publish(text, page, f"hf_export {name}")
+    if page is not None:
+        results = page.with_suffix(".json")
+        known = read_json(results) if is_whole(results) else {}
+        write_json(results, known | {name: read_json(out / "hf.json")})
 
 
 if __name__ == "__main__":
