@@ -138,7 +138,8 @@ def export_hf(
     precision: bf16, fp32 or fp16.
     text_only: accept that a model tuned with a bottleneck answers without its latents there.
 
-    Raises UsageError for another precision, and for a model with a bottleneck without `text_only`;
+    Raises UsageError for another precision, and unless `text_only` is given for a model with a
+    bottleneck and for no other;
     LvrError where transformers answers otherwise than the decode loop; OutputError where `folder`
     cannot be written. Then nothing is left of it, and an earlier folder stays as it was.
     """
@@ -148,7 +149,10 @@ def export_hf(
             f"{HF_PRECISIONS[-1]}; tools that read it quantize by themselves"
         )
     read = read_checkpoint(checkpoint)
-    if read.latent.steps and read.latent.mode == "bottleneck" and not text_only:
+    bottleneck = read.latent.steps > 0 and read.latent.mode == "bottleneck"
+    if text_only and not bottleneck:
+        raise UsageError(f"--text-only: {checkpoint} was not tuned with a bottleneck; leave it out")
+    if bottleneck and not text_only:
         raise UsageError(
             f"{checkpoint}: was tuned to answer from its latents alone (a bottleneck), which no "
             "runtime of such folders computes; --text-only writes it as a model that answers "

@@ -189,6 +189,7 @@ def test_a_bottleneck_is_refused_unless_text_alone_is_accepted(
         (("--for", "gguf"), "--for gguf: must be hf"),
         (("--text-only",), "--text-only is for --for hf"),
         (("--for", "hf", "--precision", "int8"), "--precision int8: a folder for hf holds"),
+        (("--for", "hf", "--text-only"), "--text-only: tiny was not tuned with a bottleneck"),
         (("--for", "hf", "--block", "32"), "--block is for weights of 4 bits"),
         (("--precision", "bf16"), "--precision bf16: must be exact"),
     ],
