@@ -75,7 +75,8 @@ def lost(checkpoint: Checkpoint) -> list[str]:
     if latent.steps:
         sentences.append(
             f"the {latent.steps} latent steps of an answer: other runtimes answer in text alone, "
-            "and generation_config.json forbids the markers"
+            "which can be far worse (score it with `lvr-lite eval --steps 0`); "
+            "generation_config.json forbids the markers"
         )
     image = checkpoint.processor.image
     if checkpoint.processor.family.tiled and _longest(image) < image.own["longest"]:

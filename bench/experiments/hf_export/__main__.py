@@ -102,7 +102,7 @@ def ask(checkpoint: Checkpoint, folder: Path, scenes: int, tokens: int) -> Asked
     report = evaluate(runtime, items, Options(max_tokens=tokens, steps=0))
     special = processor.tokens
     never = [special.image, special.lvr_start, special.lvr, special.lvr_end]
-    questions = []
+    questions: list[dict[str, object]] = []
     prompts = []
     for number, (sample, (picture,)) in enumerate(items):
         path = folder / f"{number}.png"
