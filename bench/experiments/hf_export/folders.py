@@ -18,7 +18,8 @@ from lvr_lite.bench.experiments.runner import is_whole
 from lvr_lite.model import families
 
 TEXT_LAYERS = 2
-VISION_LAYERS = 2
+# llama.cpp's converter finds the projector's second product, "mlp.2", among the numbers of blocks.
+VISION_LAYERS = 4
 # Random weights are drawn so small that a mistake would hardly show.
 LOUDER = 3.0
 SMALL_FILES = (
@@ -46,7 +47,7 @@ def random_checkpoint(published: Path, folder: Path) -> None:
     vision = config["vision_config"]
     vision["depth"] = VISION_LAYERS
     if "fullatt_block_indexes" in vision:
-        vision["fullatt_block_indexes"] = [VISION_LAYERS - 1]
+        vision["fullatt_block_indexes"] = [1, 3]
     family = families.get(config["model_type"])
     architecture = getattr(transformers, family.architecture)
     values = {name: value for name, value in config.items() if name != "model_type"}
