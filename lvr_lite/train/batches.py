@@ -195,7 +195,8 @@ class Collator:
         look = looks(sample, self.settings)
         latents = targets or (self.settings.steps if look else 0)
         end = str(tokenizer.id_to_token(processor.tokens.end[0]))
-        text = latent.response(latents, sample.answer, end)
+        answer = processor.answer_prefix + sample.answer
+        text = latent.response(latents, answer, end)
         response = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         prompt = processor.prompt(sample.question, grids)
         count = len(prompt.ids)
@@ -318,14 +319,13 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
 
 
 def check_samples(examples: Source, checkpoint: Checkpoint) -> None:
-    """Raises DataError for a sample whose question or answer holds a token that stands for a
-    picture or for a step of the loop.
+    """Raises DataError for a sample whose question or answer holds a control token of the model:
+    one that stands for a picture, for a step of the loop, for the end of a turn, …
     """
-    image = checkpoint.processor.family.image_token
-    reserved = (latent.START, latent.LATENT, latent.END, image)
+    special = checkpoint.processor.special_tokens
     for sample in examples.samples:
         for part, text in (("question", sample.question), ("answer", sample.answer)):
-            for token in reserved:
+            for token in special:
                 if token in text:
                     raise DataError(
                         f"sample {sample.id}: its {part} contains {token}, "

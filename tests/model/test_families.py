@@ -160,6 +160,10 @@ SMALL = {
 }
 
 
+# Another name for the same architecture, with a configuration class of its own.
+SMALL["idefics3"] = replace(SMALL["smolvlm"], config="Idefics3Config")
+
+
 @dataclass(frozen=True)
 class Case:
     """A family's small model and its checkpoint folder, read."""

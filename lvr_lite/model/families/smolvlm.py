@@ -85,7 +85,11 @@ class SmolVLM:
         return [*tiles, picture.resize((tile, tile), Image.Resampling.LANCZOS)], grid
 
     def patches(self, pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
-        return cut_patches(pixels, values, image)
+        """Pixels beyond the last whole patch are left out, as the tower's convolution leaves them
+        (SmolVLM2-2.2B: 384 pixels, patches of 14).
+        """
+        side = _tokens_along(image) * image.token_side
+        return cut_patches(pixels[:side, :side], values, image)
 
     def vision_inputs(self, grids: Sequence[Grid], image: ImageSpec) -> dict[str, np.ndarray]:  # noqa: ARG002
         """Nothing: all tiles are alike."""
