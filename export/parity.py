@@ -270,8 +270,8 @@ def check_decoding(
     Raises LvrError naming the first place where the two part.
     """
     options = Options(max_tokens=tokens, min_tokens=tokens, keep_hidden=True)
-    pictures = _pictures()
-    groups = [*([picture] for picture in pictures), pictures]
+    shown = pictures()
+    groups = [*([picture] for picture in shown), shown]
     differences: list[Difference] = []
     for group in groups:
         mine = _decode(got, group, latents, options)
@@ -307,12 +307,12 @@ def _decode(
     return decode(StartsWithLatents(runtime, latents), prompts, options)
 
 
-def _pictures() -> list[Image.Image]:
+def pictures() -> list[Image.Image]:
     """Coloured noise over a gradient, the same every time."""
     rng = np.random.default_rng(7)
-    pictures = []
+    noisy = []
     for width, height in DECODING_SIZES:
         slope = np.linspace(0, 255, width * height).reshape(height, width, 1)
         noise = rng.integers(0, 256, (height, width, 3))
-        pictures.append(Image.fromarray(((slope + noise) / 2).astype(np.uint8)))
-    return pictures
+        noisy.append(Image.fromarray(((slope + noise) / 2).astype(np.uint8)))
+    return noisy

@@ -18,6 +18,7 @@ Train, export, quantize (these need `pip install "lvr-lite[train,export]"`):
     lvr_lite.grpo("tuned", "scenes", "reinforced")
     lvr_lite.plan_finetune("tiny"), lvr_lite.plan_grpo("tuned")
     lvr_lite.export_model("tuned", "fp32", lvr_lite.Rounding("fp32"))
+    lvr_lite.export_hf("tuned", "tuned-hf")
     lvr_lite.quantize("fp32", "int4", lvr_lite.Rounding("int4", block=32))
     lvr_lite.export_synthetic("qwen2-vl-2b", "random", lvr_lite.Rounding("int8"))
 
@@ -75,7 +76,14 @@ if TYPE_CHECKING:
         evaluate,
         probe,
     )
-    from lvr_lite.commands.export import Rounding, Written, export_model, export_synthetic, quantize
+    from lvr_lite.commands.export import (
+        Rounding,
+        Written,
+        export_hf,
+        export_model,
+        export_synthetic,
+        quantize,
+    )
     from lvr_lite.commands.inspect import BundleContents, CheckpointContents, inspect
     from lvr_lite.commands.model import Answer, AnswerEvent, AskOptions, Model, open_model
     from lvr_lite.commands.train import (
@@ -120,7 +128,14 @@ _MODULES = {
         "evaluate",
         "probe",
     ),
-    "commands.export": ("Rounding", "Written", "export_model", "export_synthetic", "quantize"),
+    "commands.export": (
+        "Rounding",
+        "Written",
+        "export_hf",
+        "export_model",
+        "export_synthetic",
+        "quantize",
+    ),
     "commands.inspect": ("BundleContents", "CheckpointContents", "inspect"),
     "commands.model": ("Answer", "AnswerEvent", "AskOptions", "Model", "open_model"),
     "commands.train": (
@@ -164,6 +179,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "export_hf",
     "export_model",
     "export_synthetic",
     "finetune",

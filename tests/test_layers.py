@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     *("errors", "system", "files", "terminal", "config", "model", "generate", "data", "views"),
     *("export", "bench", "toy", "eval", "train", "quant", "commands", "experiments", "cli"),
+    "optimum_register",
 )
 
 
@@ -50,12 +51,12 @@ def imported(module: ast.Module) -> set[str]:
 def part(name: str) -> str:
     """The entry of ORDER that a module belongs to."""
     second, third = [*name.split("."), "", ""][1:3]
-    return third if third == "experiments" else second
+    return third if third in ("experiments", "optimum_register") else second
 
 
 def is_for_devices(name: str) -> bool:
     """Whether a module must not need the workshop's packages when it is imported."""
-    workshop = ("export", "train", "quant", "experiments", "__main__")
+    workshop = ("export", "train", "quant", "experiments", "optimum_register", "__main__")
     own = ("lvr_lite.generate.torch", "lvr_lite.toy.build", "lvr_lite.toy.pretrain")
     return part(name) not in workshop and name not in own
 

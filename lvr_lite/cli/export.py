@@ -61,8 +61,29 @@ def export(
     ],
     bundle: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     precision: Annotated[
-        str, typer.Option(help="exact, fp32, int8, int4, mixed or fp16.")
-    ] = "int8",
+        str | None,
+        typer.Option(
+            help="exact, fp32, int8, int4, mixed or fp16; for hf bf16, fp32 or fp16. "
+            "[int8; bf16 for hf]"
+        ),
+    ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="hf",
+            help="Write merged weights, tokenizer and processor files instead of graphs: a folder "
+            "that transformers loads and other tools convert from.",
+        ),
+    ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only",
+            help="With --for hf: accept that a model tuned with a bottleneck answers without its "
+            "latents there.",
+        ),
+    ] = False,
     max_pixels: MaxPixels = None,
     synthetic: Annotated[
         str | None,
@@ -78,15 +99,33 @@ def export(
     tune_steps: TuneSteps = None,
     json_: JsonOut = None,
 ) -> None:
-    """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch.
+    """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch; or, for hf,
+    as a folder that transformers loads.
 
     Example: lvr-lite export tuned bundle --precision int8
     """
-    from lvr_lite.commands.export import Rounding, export_model, export_synthetic
+    from lvr_lite.commands.export import Rounding, export_hf, export_model, export_synthetic
     from lvr_lite.errors import UsageError
 
     began = time.time()
-    rounding = Rounding(precision, block, bits, calibration, tune_steps)
+    if for_ not in (None, "hf"):
+        raise UsageError(f"--for {for_}: must be hf, or left out for a bundle")
+    if text_only and for_ is None:
+        raise UsageError("--text-only is for --for hf; leave it out")
+    if for_ is not None and synthetic is not None:
+        raise UsageError("--synthetic writes a bundle; leave --for out")
+    quantizing = {
+        "--block": block,
+        "--bits": bits,
+        "--calibration": calibration,
+        "--tune-steps": tune_steps,
+    }
+    for name, value in quantizing.items():
+        if for_ is not None and value is not None:
+            raise UsageError(f"{name}: nothing is quantized with --for hf; leave it out")
+    rounding = Rounding(
+        precision or ("bf16" if for_ else "int8"), block, bits, calibration, tune_steps
+    )
     if synthetic is not None:
         if bundle is not None:
             raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
@@ -96,6 +135,8 @@ def export(
             "export needs a checkpoint and the folder to write (or --synthetic SHAPE and the "
             "folder)"
         )
+    elif for_ is not None:
+        written = export_hf(checkpoint, bundle, rounding.precision, text_only, max_pixels)
     else:
         written = export_model(checkpoint, bundle, rounding, max_pixels)
     _say_done(written, began, json_)

@@ -1,4 +1,5 @@
-"""`lvr-lite export` and `quantize`: from a checkpoint to a bundle, from fp32 weights to fewer bits.
+"""`lvr-lite export` and `quantize`: from a checkpoint to a bundle, or to a folder that other tools
+read; from fp32 weights to fewer bits.
 May import: the standard library and all that stands above `commands`; what needs torch or onnx
 inside functions.
 """
@@ -19,6 +20,8 @@ from lvr_lite.terminal import quiet_libraries, say
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
 SYNTHETIC = ("fp32", "int8", "int4", "fp16")
 FOUR_BITS = ("int4", "mixed")
+# Of a folder that other tools read. Models are published in bf16.
+HF_PRECISIONS = ("bf16", "fp32", "fp16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Written:
-    """A bundle that was written and checked.
+    """A bundle, or a folder of `export_hf`, that was written and checked.
 
     command: "export" or "quantize".
     report: what was measured on the way: parity with torch, or what quantization did.
@@ -137,6 +140,53 @@ def _with_picture_size(checkpoint: Checkpoint, max_pixels: int | None) -> Checkp
     processor = processor.with_max_pixels(max_pixels or usual)
     say(processor.size_in_words + " (--max-pixels)")
     return replace(checkpoint, processor=processor)
+
+
+def export_hf(
+    checkpoint: str | Path,
+    folder: str | Path,
+    precision: str = "bf16",
+    text_only: bool = False,
+    max_pixels: int | None = None,
+) -> Written:
+    """Write a checkpoint as merged weights with tokenizer, template and processor files, which
+    transformers loads without this project and other tools convert from (docs/export.md).
+
+    checkpoint: a folder, `tiny`, or a hub id.
+    folder: to write; an earlier one of this function there is replaced.
+    precision: bf16, fp32 or fp16.
+    text_only: accept that a model tuned with a bottleneck answers without its latents there.
+    max_pixels: area to which readers of the folder shrink pictures.
+
+    Raises UsageError for another precision, and unless `text_only` is given for a model with a
+    bottleneck and for no other;
+    LvrError where transformers answers otherwise than the decode loop; OutputError where `folder`
+    cannot be written. Then nothing is left of it, and an earlier folder stays as it was.
+    """
+    if precision not in HF_PRECISIONS:
+        raise UsageError(
+            f"--precision {precision}: a folder for hf holds {', '.join(HF_PRECISIONS[:-1])} or "
+            f"{HF_PRECISIONS[-1]}; tools that read it quantize by themselves"
+        )
+    read = read_checkpoint(checkpoint)
+    bottleneck = read.latent.steps > 0 and read.latent.mode == "bottleneck"
+    if text_only and not bottleneck:
+        raise UsageError(f"--text-only: {checkpoint} was not tuned with a bottleneck; leave it out")
+    if bottleneck and not text_only:
+        raise UsageError(
+            f"{checkpoint}: was tuned to answer from its latents alone (a bottleneck), which no "
+            "runtime of such folders computes; --text-only writes it as a model that answers "
+            "from the picture, in text alone"
+        )
+    read = _with_picture_size(read, max_pixels)
+    quiet_libraries()
+    from lvr_lite.export.hf import lost, write_hf
+    from lvr_lite.train import load
+
+    for sentence in lost(read):
+        say(f"lost: {sentence}")
+    record = write_hf(read, load.load_merged(read), Path(folder), precision, say)
+    return Written("export", Path(folder), precision, record)
 
 
 def export_synthetic(

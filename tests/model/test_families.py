@@ -20,6 +20,7 @@ from PIL import Image
 
 from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.samples import Sample
+from lvr_lite.export.hf import write_hf
 from lvr_lite.export.parity import StartsWithLatents, compare
 from lvr_lite.export.weights import StoredWeights, code_of, empty_model, origins
 from lvr_lite.generate.ask import PictureCache, prepare_prompt
@@ -134,6 +135,7 @@ SMALL = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         preprocessor={
+            "image_processor_type": "SmolVLMImageProcessor",
             "size": {"longest_edge": 168},
             "max_image_size": {"longest_edge": 84},
             "do_image_splitting": True,
@@ -482,6 +484,19 @@ def test_it_is_tuned_in_4_bits_and_exported(
     assert (tuned.latent.mode, tuned.latent.steps) == ("bottleneck", STEPS)
     manifest = export(tuned, tmp_path / "bundle")
     assert manifest.parity["decoding"]["relative"] < 1e-4
+
+
+def test_transformers_answers_from_its_folder_for_other_tools_as_the_decode_loop_does(
+    case: Case, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    record = write_hf(case.checkpoint, nf4.load_merged(case.checkpoint), folder, "fp32", print)
+    assert record["gate"]["prompts"] == 5
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [case.checkpoint.processor.family.architecture]
+    again = read_checkpoint(folder)
+    assert again.processor.tokens == case.checkpoint.processor.tokens
+    assert again.processor.image == case.checkpoint.processor.image
 
 
 def test_the_text_of_a_picture_is_that_of_transformers() -> None:

@@ -1,0 +1,1 @@
+"""What `lvr-lite export --for hf` writes, read by transformers and by llama.cpp."""
