@@ -14,10 +14,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import SUFFIXES, Frame, Import, Size, class_name, size_of
+from lvr_lite.data.convert.reading import Frame, Import, Size, class_name, size_of
 from lvr_lite.data.rows import FieldError, JsonObject, Row, numbers, plain_text
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
+from lvr_lite.model.images import SUFFIXES
 
 _RECTANGLES = ("rectanglelabels", "rectangle")
 _TEXTS = ("textarea", "choices")

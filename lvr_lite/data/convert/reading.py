@@ -26,8 +26,6 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import stored_shape
 
-# of the pictures that a search of a folder finds
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # How far a box may reach over the edge by rounding, as a part of the side. It is cut there.
 _SLACK = 0.01
 

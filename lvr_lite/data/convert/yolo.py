@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import SUFFIXES, Import, class_name
+from lvr_lite.data.convert.reading import Import, class_name
 from lvr_lite.data.rows import FieldError, JsonObject
 from lvr_lite.errors import DataError, UsageError
+from lvr_lite.model.images import SUFFIXES
 
 SPLITS = ("train", "val", "valid", "test")
 
