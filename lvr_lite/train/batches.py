@@ -15,6 +15,7 @@ from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Sizes, Source
+from lvr_lite.data.validate import SpecialTokens, special_tokens
 from lvr_lite.errors import DataError
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
@@ -318,16 +319,13 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
 
 
 def check_samples(examples: Source, checkpoint: Checkpoint) -> None:
-    """Raises DataError for a sample whose question or answer holds a token that stands for a
-    picture or for a step of the loop.
+    """Raises DataError, naming file, line and field, for a sample whose question or answer holds a
+    control token of the model.
     """
-    image = checkpoint.processor.family.image_token
-    reserved = (latent.START, latent.LATENT, latent.END, image)
-    for sample in examples.samples:
-        for part, text in (("question", sample.question), ("answer", sample.answer)):
-            for token in reserved:
-                if token in text:
-                    raise DataError(
-                        f"sample {sample.id}: its {part} contains {token}, "
-                        "which stands for something else here: leave it out"
-                    )
+    tokens = SpecialTokens(special_tokens(checkpoint.processor))
+    for index, sample in enumerate(examples.samples):
+        for field, token in tokens.in_sample(sample):
+            raise DataError(
+                f"{examples.place(index)}: {field}: contains {token}, which the model reads as a "
+                "control token; leave it out"
+            )

@@ -196,7 +196,7 @@ MISTAKES = [
     (changed(boxes=[[0, 0, 1, True]]), "boxes[0]: must be four numbers"),
     (
         changed(boxes=[[0, 0, 1, 1], [10, 20, 110, 220]]),
-        "boxes[1]: [10, 20, 110, 220] looks like pixels; divide x by the picture's width",
+        "boxes[1]: [10, 20, 110, 220] looks like pixels, or like the scale 0 to 1000; divide x by",
     ),
     (changed(boxes=[[0, 0, 10**400, 1]]), "looks like pixels"),
     (changed(boxes=[[-0.1, 0, 0.5, 1]]), "boxes[0]: [-0.1, 0, 0.5, 1] lies outside the picture"),
