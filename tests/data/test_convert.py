@@ -512,7 +512,7 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
         ),
         (
             lambda d: d["annotations"][1].update(category_id=[1]),
-            "annotations[1] (id 12): category_id [1] is not among the categories",
+            "annotations[1] (id 12): category_id: [1] is no id; write",
         ),
         (
             lambda d: d["annotations"][1].update(image_id=9),
