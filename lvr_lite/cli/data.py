@@ -66,8 +66,8 @@ def convert(
     boxes: Annotated[
         str | None,
         typer.Option(
-            help="pixels, fractions or thousandths (the scale 0 to 1000) of the picture: what boxes "
-            "are measured in; the format's own by default."
+            help="What boxes are measured in: pixels, fractions of the picture or thousandths (the "
+            "scale 0 to 1000); the format's own by default."
         ),
     ] = None,
     split: Annotated[

@@ -255,7 +255,7 @@ def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
         if not bare or bare == last:
             raise
         path = imported.find(f"{folder}/{bare}".lstrip("/"), rooted)
-        imported.found_by_end.setdefault(name, path)
+        imported.found_by_end[path] = name
         return path
 
 

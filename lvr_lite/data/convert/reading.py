@@ -77,7 +77,7 @@ class Import:
     problems: broken rows.
     omissions, remarks: what was left out, and what else the user should know; each how often.
     default_pixels: what boxes are of where no size shows it.
-    found_by_end: pictures that are not where they are named, but agree with the name's end.
+    found_by_end: pictures that are not where they are named but agree with the name's end; the name.
     """
 
     source: Path
@@ -93,7 +93,7 @@ class Import:
     large_boxes: Counter[bool] = field(default_factory=Counter)
     default_pixels: str = "upright"
     unit: str | None = None
-    found_by_end: dict[str, Path] = field(default_factory=dict)
+    found_by_end: dict[Path, str] = field(default_factory=dict)
     _places: dict[Path, _Place] = field(default_factory=dict)
     _shapes: dict[Path, tuple[tuple[int, int], int]] = field(default_factory=dict)
     _paths_by_name: dict[str, list[Path]] | None = None
@@ -201,7 +201,7 @@ class Import:
                 f"{name} may be {best[0]} or {best[1]}",
                 "name the folder of the right one with --images",
             )
-        self.found_by_end.setdefault(name, best[0])
+        self.found_by_end.setdefault(best[0], name)
         return best[0]
 
     def _agreement(self, path: Path, wanted: tuple[str, ...], rooted: bool) -> int:
@@ -336,7 +336,7 @@ class Import:
     def tell_rest(self) -> None:
         """Remarks that only all rows together give."""
         if self.found_by_end:
-            name, path = next(iter(self.found_by_end.items()))
+            path, name = next(iter(self.found_by_end.items()))
             what = f"pictures found by the end of their path alone, such as {name} at {path}"
             self.remarks[what] = len(self.found_by_end)
         within = self.large_boxes[True]
@@ -409,7 +409,13 @@ def files_below(folder: Path) -> Iterator[Path]:
     waiting = [(folder, frozenset({folder.resolve()}))]
     while waiting:
         place, above = waiting.pop()
-        for path in sorted(place.iterdir()):
+        try:
+            paths = sorted(place.iterdir())
+        except OSError as error:
+            raise DataError(
+                f"{place}: cannot be read ({error.strerror or error}); check its permissions"
+            ) from error
+        for path in paths:
             if path.name.startswith("."):
                 continue
             if not path.is_dir():

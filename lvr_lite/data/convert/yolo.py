@@ -51,6 +51,7 @@ def yolo(imported: Import) -> None:
             f"{source}: none of its {len(labels)} pictures has labels, the first would be "
             f"{first}; check the layout"
         )
+    labels = _once(labels)
     _report_orphans(imported, labels)
     pictures = [
         (
@@ -70,6 +71,16 @@ def yolo(imported: Import) -> None:
         name = (path.relative_to(data_set.root) if inside else path).as_posix()
         if imported.can_read(path):
             imported.add_picture(name, path, detections, unsure, used, file=path)
+
+
+def _once(labels: dict[Path, Path]) -> dict[Path, Path]:
+    """Pictures that links name twice, once: under the name that has labels. labels: of each."""
+    labelled = {path.resolve() for path, label in labels.items() if label.is_file()}
+    return {
+        path: label
+        for path, label in labels.items()
+        if label.is_file() or path.resolve() not in labelled
+    }
 
 
 def _report_orphans(imported: Import, labels: dict[Path, Path]) -> None:
