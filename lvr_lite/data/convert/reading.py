@@ -77,7 +77,8 @@ class Import:
     problems: broken rows.
     omissions, remarks: what was left out, and what else the user should know; each how often.
     default_pixels: what boxes are of where no size shows it.
-    found_by_end: pictures that are not where they are named but agree with the name's end; the name.
+    found_by_end: pictures that are not where they are named but agree with the name's end, and that
+        name.
     """
 
     source: Path
