@@ -33,6 +33,15 @@ Calibration = Annotated[
         "int4 alone."
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        help="The bundle shrinks pictures to this area in pixels; by default as the model was "
+        "tuned, of a base model some 512 visual tokens.",
+    ),
+]
 TuneSteps = Annotated[
     int | None,
     typer.Option(
@@ -54,6 +63,7 @@ def export(
     precision: Annotated[
         str, typer.Option(help="exact, fp32, int8, int4, mixed or fp16.")
     ] = "int8",
+    max_pixels: MaxPixels = None,
     synthetic: Annotated[
         str | None,
         typer.Option(
@@ -80,14 +90,14 @@ def export(
     if synthetic is not None:
         if bundle is not None:
             raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
-        written = export_synthetic(synthetic, checkpoint, rounding)
+        written = export_synthetic(synthetic, checkpoint, rounding, max_pixels)
     elif bundle is None:
         raise UsageError(
             "export needs a checkpoint and the folder to write (or --synthetic SHAPE and the "
             "folder)"
         )
     else:
-        written = export_model(checkpoint, bundle, rounding)
+        written = export_model(checkpoint, bundle, rounding, max_pixels)
     _say_done(written, began, json_)
 
 

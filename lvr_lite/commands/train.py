@@ -151,5 +151,8 @@ def _plan(
         raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
     from lvr_lite.train import memory_plan
 
-    max_pixels = checkpoint.processor.image.max_pixels
+    processor = checkpoint.processor
+    usual = processor.image.max_pixels if checkpoint.adapter else processor.default_max_pixels
+    max_pixels = settings.max_pixels or usual
+    say(processor.with_max_pixels(max_pixels).size_in_words + " (--max-pixels)")
     return memory_plan.plan(str(model), checkpoint.config, max_pixels, settings, vram)

@@ -93,15 +93,12 @@ _LOOKS_LIKE_CONTROL = re.compile(r"</?[^<>\s]+>|\[[A-Z][A-Z0-9_]*\]")
 
 
 def special_tokens(processor: Processor) -> tuple[str, ...]:
-    """The tokens that would be read as control tokens where they stand in a text: those that the
-    tokenizer declares special, and the other added ones that look like it.
+    """The tokens that no text of a sample may hold: the model's control tokens, and the other added
+    ones that look like it, of which training would learn another meaning.
     """
     added = processor.tokenizer.get_added_tokens_decoder().values()
-    return tuple(
-        token.content
-        for token in added
-        if token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content)
-    )
+    alike = (token.content for token in added if _LOOKS_LIKE_CONTROL.fullmatch(token.content))
+    return tuple(dict.fromkeys((*processor.special_tokens, *alike)))
 
 
 class SpecialTokens:

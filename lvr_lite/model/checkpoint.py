@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.files import sha256
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.processor import Processor
@@ -24,6 +24,9 @@ from lvr_lite.model.processor_files import read_json, read_processor
 from lvr_lite.model.spec import LatentSpec
 
 LVR_CONFIG = "lvr_config.json"
+# Areas in pixels that pictures may be shrunk to: of one visual token, and as recipes allow.
+SMALLEST_PICTURE = 28 * 28
+LARGEST_PICTURE = 10**9
 
 
 @dataclass(frozen=True)
@@ -169,3 +172,24 @@ def processor_of(model: str) -> Processor:
     if is_bundle(Path(model)):
         return Bundle.open(Path(model), check=False).processor
     return read_checkpoint(model).processor
+
+
+def check_max_pixels(model: str, max_pixels: int | None) -> None:
+    """Raises UsageError for an area (pixels) that is larger than a bundle was exported for, or that
+    is no picture.
+    """
+    if max_pixels is None:
+        return
+    if not SMALLEST_PICTURE <= max_pixels <= LARGEST_PICTURE:
+        raise UsageError(
+            f"max_pixels must lie between {SMALLEST_PICTURE} and {LARGEST_PICTURE}, "
+            f"not {max_pixels}"
+        )
+    if not is_bundle(Path(model)):
+        return
+    most = processor_of(model).image.max_pixels
+    if max_pixels > most:
+        raise UsageError(
+            f"max_pixels {max_pixels}: the bundle {model} was exported for pictures of at most "
+            f"{most} pixels; export it again with --max-pixels"
+        )

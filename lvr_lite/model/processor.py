@@ -9,8 +9,10 @@ May import: numpy, Pillow, tokenizers and this folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer
 
 from lvr_lite.model import images
 from lvr_lite.model.families import Family, Grid, ImageSpec
-from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.prompt import answer_prefix, prompt_ids
 from lvr_lite.model.spec import TokenIds
 
 
@@ -63,6 +65,17 @@ class Processor:
     tokenizer: Tokenizer
     tokens: TokenIds
 
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Control tokens: what text from users must not hold."""
+        declared = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in declared if token.special)
+
+    @cached_property
+    def answer_prefix(self) -> str:
+        """What a trained answer begins with, by the template: a space in SmolVLM."""
+        return answer_prefix(self.template)
+
     def see(self, pictures: Sequence[Image.Image]) -> Pixels:
         """RGB pictures as patches. Raises DataError for a picture of extreme proportions."""
         values = images.normalized(self.image)
@@ -81,14 +94,20 @@ class Processor:
     def prompt(self, question: str, grids: Sequence[Grid]) -> PromptIds:
         """One user turn of pictures with these grids and a question, up to where the answer begins.
 
-        Raises LvrError where the question holds the image token, or the template cannot be filled.
+        Raises LvrError where the question holds a control token, or the template cannot be filled.
         """
         pictures = [self.family.picture_text(grid, self.image) for grid in grids]
-        ids = np.array(
-            prompt_ids(self.tokenizer, self.template, question, self.family.image_token, pictures),
-            np.int64,
+        ids = prompt_ids(
+            self.tokenizer,
+            self.template,
+            question,
+            self.family.image_token,
+            pictures,
+            self.special_tokens,
         )
-        return PromptIds(ids, self.family.positions(ids, self.tokens.image, grids, self.image))
+        array = np.array(ids, np.int64)
+        positions = self.family.positions(array, self.tokens.image, grids, self.image)
+        return PromptIds(array, positions)
 
     def text(self, ids: Iterable[int]) -> str:
         """The words of token ids, without the white space around them."""
@@ -117,6 +136,21 @@ class Processor:
     def vision_inputs(self, grids: Sequence[Grid]) -> dict[str, np.ndarray]:
         """What the vision graph needs beside patches."""
         return self.family.vision_inputs(grids, self.image)
+
+    @property
+    def default_max_pixels(self) -> int:
+        """Area in pixels that recipes shrink pictures to: the family's, and never above the
+        model's own.
+        """
+        return min(self.image.max_pixels, self.family.default_max_pixels(self.image))
+
+    @property
+    def size_in_words(self) -> str:
+        """How large pictures are at most, by the visual tokens of a square one."""
+        area = self.image.max_pixels
+        side = math.isqrt(area)
+        tokens = self.visual_tokens(self.grid_of(side, side))
+        return f"pictures are shrunk to {area:,} pixels, about {tokens:,} visual tokens"
 
     def with_max_pixels(self, max_pixels: int) -> Processor:
         """The same with pictures shrunk to this area (pixels)."""

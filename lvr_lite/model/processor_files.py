@@ -1,24 +1,37 @@
 """From the small files of a model's folder (tokenizer, chat template, preprocessing, generation) to
 its `Processor`. May import: tokenizers, this folder.
+
+Files are read in the order in which transformers' own processor reads them, so that a published
+folder gives the same prompts here as there.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.model import families, spec
 from lvr_lite.model.processor import Processor
+from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.spec import TokenIds
+
+MARKERS = (spec.START, spec.LATENT, spec.END)
+# Tokens that a vocabulary keeps for uses to come: SmolVLM fills all of its rows and has 88 of them.
+RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>|<\|reserved_(\d+)\|>|<unused_?(\d+)>")
+# Fields of tokenizer_config.json that name a special token; templates may call them by these names.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises BundleError, naming the file, where there is none."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{path}: missing; this folder is not a complete checkpoint") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -41,23 +54,20 @@ def read_processor(
     Raises BundleError naming the file that is missing or wrong.
     """
     family = families.get(str(config.get("model_type")))
-    path = folder / "tokenizer.json"
+    tokenizer = read_tokenizer(folder)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise BundleError(f"{path}: cannot be read ({error})") from error
-    try:
-        rows = int(config.get("text_config", config)["vocab_size"])
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        image = family.image_spec(config, preprocessor | (tuned or {}).get("image", {}))
-    except KeyError as error:
+        rows = int(config.get("text_config", config).get("vocab_size", config.get("vocab_size")))
+        overridden = (tuned or {}).get("image", {})
+        image = family.image_spec(config, _preprocessor(folder) | overridden)
+    except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"{folder}: {error} is missing from config.json or preprocessor_config.json; "
+            f"{folder}: {error} is missing or wrong in config.json or preprocessor_config.json; "
             "copy them again"
         ) from error
     # A tuned model's markers are the rows that it was trained with: others learned nothing.
     if tuned is None:
-        add_latent_tokens(tokenizer)
+        tokenizer = with_markers(tokenizer, rows)
+    path = folder / "tokenizer.json"
     tokens = TokenIds(
         image=_id(tokenizer, family.image_token, path),
         end=_end_ids(base, config, tokenizer),
@@ -67,52 +77,113 @@ def read_processor(
     )
     if max(tokens.image, tokens.lvr_start, tokens.lvr, tokens.lvr_end) >= rows:
         raise BundleError(
-            f"{base}: its embedding has {rows} rows and none spare for the three latent tokens: "
-            "resize it first"
+            f"{base}: its embedding has {rows} rows, none spare and none reserved for the three "
+            "latent tokens: resize it first (transformers' resize_token_embeddings)"
         )
-    return Processor(family, image, _template(folder), tokenizer, tokens)
+    template = read_template(folder)
+    _check_template(folder, template, tokenizer, family.image_token)
+    return Processor(family, image, template, tokenizer, tokens)
 
 
-def _template(folder: Path) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text()
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (folder / name).is_file() and isinstance(
-            read_json(folder / name).get("chat_template"), str
-        ):
-            return str(read_json(folder / name)["chat_template"])
-    raise BundleError(
-        f"{folder}: no chat template (chat_template.jinja); copy it from the base model"
-    )
+# ----------------------------------------------------------------------------------- tokenizer
 
 
-def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    generation = (
-        read_json(folder / "generation_config.json")
-        if (folder / "generation_config.json").is_file()
-        else {}
-    )
-    end = generation.get(
-        "eos_token_id",
-        config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")),
-    )
-    named = tokenizer.token_to_id("<|im_end|>")
-    ids = ([] if end is None else end if isinstance(end, list) else [end]) or (
-        [] if named is None else [named]
-    )
-    if not ids:
-        raise BundleError(f"{folder}: no end-of-turn token (eos_token_id) in its configuration")
-    return tuple(ids)
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder with every token that its files declare, cutting and padding off.
 
+    Published folders declare tokens in several files: `<|image_pad|>` of Qwen2-VL-2B stands in
+    tokenizer_config.json alone.
 
-def add_latent_tokens(tokenizer: Tokenizer) -> None:
-    """Give the tokenizer the three markers where it lacks them; they take spare rows of the
-    embedding (Qwen2.5-VL has 271).
+    Raises BundleError where tokenizer.json cannot be read, or a token would get another id than the
+    declared one.
     """
-    tokenizer.add_special_tokens(
-        [t for t in (spec.START, spec.LATENT, spec.END) if tokenizer.token_to_id(t) is None]
-    )
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path}: cannot be read ({error})") from error
+    # Saved after training elsewhere, it may cut prompts without a word (llm-compressor 2917).
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for token_id, token in sorted(_declared_tokens(folder).items()):
+        if tokenizer.token_to_id(token.content) is None:
+            _add(tokenizer, token)
+        given = tokenizer.token_to_id(token.content)
+        if given != token_id:
+            raise BundleError(
+                f"{folder}: {token.content} is declared as token {token_id}, but tokenizer.json "
+                f"makes it {given}; copy the tokenizer's files again from one revision"
+            )
+    for name in _named_tokens(folder):
+        if tokenizer.token_to_id(name) is None:
+            _add(tokenizer, AddedToken(name, special=True, normalized=False))
+    return tokenizer
+
+
+def _add(tokenizer: Tokenizer, token: AddedToken) -> None:
+    add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+    add([token])
+
+
+def _declared_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Tokens with their ids, of added_tokens.json and tokenizer_config.json."""
+    declared = {}
+    for content, token_id in _json_if_there(folder / "added_tokens.json").items():
+        declared[int(token_id)] = AddedToken(content, special=True, normalized=False)
+    settings = _json_if_there(folder / "tokenizer_config.json")
+    for token_id, fields in settings.get("added_tokens_decoder", {}).items():
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        own = {flag: bool(fields[flag]) for flag in flags if flag in fields}
+        declared[int(token_id)] = AddedToken(fields["content"], **own)
+    return declared
+
+
+def _named_tokens(folder: Path) -> list[str]:
+    """Special tokens that are named without an id; transformers appends those that are new."""
+    settings = _json_if_there(folder / "tokenizer_config.json")
+    extra = settings.get("extra_special_tokens") or {}
+    named = [settings.get(field) for field in NAMED_TOKENS]
+    named += settings.get("additional_special_tokens") or []
+    named += extra.values() if isinstance(extra, Mapping) else extra
+    return [_content(token) for token in named if token]
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    """A special token, which files hold as text or as an object."""
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def with_markers(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer with the three markers of the latent loop.
+
+    rows: of the model's embedding.
+
+    Markers take spare rows (Qwen2.5-VL has 271). A vocabulary without three gives them the last
+    tokens that it keeps in reserve: others who use some begin with the first.
+    """
+    missing = [marker for marker in MARKERS if tokenizer.token_to_id(marker) is None]
+    used = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if used + len(missing) <= rows:
+        tokenizer.add_special_tokens(missing)
+        return tokenizer
+    added = tokenizer.get_added_tokens_decoder()
+    reserved = [i for i in sorted(added) if RESERVED.fullmatch(added[i].content)]
+    if len(reserved) < len(missing):
+        tokenizer.add_special_tokens(missing)
+        return tokenizer
+    names = dict(zip(reserved[len(reserved) - len(missing) :], missing, strict=True))
+    content = json.loads(tokenizer.to_str())
+    words = content["model"]["vocab"]
+    for token in content["added_tokens"]:
+        if token["id"] in names:
+            if token["content"] in words:
+                words[names[token["id"]]] = words.pop(token["content"])
+            token["content"] = names[token["id"]]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
@@ -122,3 +193,76 @@ def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:
             f"{path}: its vocabulary has no {token}; this is not the tokenizer of such a model"
         )
     return int(token_id)
+
+
+def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    generation = _json_if_there(folder / "generation_config.json")
+    of_config = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    end = generation.get("eos_token_id", of_config)
+    ids = end if isinstance(end, list) else [end]
+    ids = [i for i in ids if i is not None] or [tokenizer.token_to_id("<|im_end|>")]
+    if ids == [None]:
+        raise BundleError(f"{folder}: no end-of-turn token (eos_token_id) in its configuration")
+    return tuple(ids)
+
+
+# ------------------------------------------------------------------- template and preprocessing
+
+
+def read_template(folder: Path) -> str:
+    """The chat template of a folder, in the order of transformers' processors.
+
+    chat_template.jinja, then chat_template.json, then processor_config.json. The tokenizer's own
+    (tokenizer_config.json) comes last: it is often the language model's and shows no pictures.
+    A template that calls special tokens by name gets them as variables of its own.
+
+    Raises BundleError where there is none.
+    """
+    path = folder / "chat_template.jinja"
+    found: object = path.read_text(encoding="utf-8") if path.is_file() else None
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if found is None:
+            found = _default(_json_if_there(folder / name).get("chat_template"))
+    if not isinstance(found, str):
+        raise BundleError(
+            f"{folder}: no chat template (chat_template.jinja); copy it from the base model"
+        )
+    return _with_named_tokens(found, folder)
+
+
+def _default(template: object) -> object:
+    """Of several templates the one named "default": lists of {name, template}, or {name: …}."""
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _with_named_tokens(template: str, folder: Path) -> str:
+    settings = _json_if_there(folder / "special_tokens_map.json")
+    settings |= _json_if_there(folder / "tokenizer_config.json")
+    lines = [
+        f"{{% set {field} = {json.dumps(_content(settings[field]))} %}}\n"
+        for field in NAMED_TOKENS
+        if settings.get(field) and re.search(rf"\b{field}\b", template)
+    ]
+    # A template of a tuned checkpoint has these lines already.
+    return "".join(line for line in lines if line not in template) + template
+
+
+def _check_template(folder: Path, template: str, tokenizer: Tokenizer, image_token: str) -> None:
+    """Raises BundleError where one picture and a question do not come out as such."""
+    try:
+        prompt_ids(tokenizer, template, "x", image_token, [image_token])
+    except LvrError as error:
+        raise BundleError(f"{folder}: {error}") from error
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json; or its place in processor_config.json, all that transformers 5
+    saves.
+    """
+    path = folder / "preprocessor_config.json"
+    of_processor = _json_if_there(folder / "processor_config.json").get("image_processor")
+    if of_processor is not None and not path.is_file():
+        return dict(of_processor)
+    return read_json(path)

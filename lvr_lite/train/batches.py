@@ -196,7 +196,8 @@ class Collator:
         look = looks(sample, self.settings)
         latents = targets or (self.settings.steps if look else 0)
         end = str(tokenizer.id_to_token(processor.tokens.end[0]))
-        text = latent.response(latents, sample.answer, end)
+        answer = processor.answer_prefix + sample.answer
+        text = latent.response(latents, answer, end)
         response = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         prompt = processor.prompt(sample.question, grids)
         count = len(prompt.ids)

@@ -55,9 +55,8 @@ def finetune(
     device = training_device()
     dtype = training_dtype(settings, device)
     resume_from = resume_point(out, resume, checkpoint)
-    if settings.max_pixels is not None:
-        processor = checkpoint.processor.with_max_pixels(settings.max_pixels)
-        checkpoint = replace(checkpoint, processor=processor)
+    checkpoint, settings = with_picture_size(checkpoint, settings)
+    say(checkpoint.processor.size_in_words + " (--max-pixels)")
     train, held_out = load_examples(data, settings)
     check_samples(train, checkpoint)
     check_samples(held_out, checkpoint)
@@ -88,6 +87,18 @@ def finetune(
         f"{len(held_out):,} held out; {dtype} on {device}"
     )
     return trainer.to_end(say)
+
+
+def with_picture_size(checkpoint: Checkpoint, settings: Settings) -> tuple[Checkpoint, Settings]:
+    """A model and settings that agree on the size of pictures: that of the settings, or what is
+    usual for the family where these name none.
+    """
+    processor = checkpoint.processor
+    size = settings.max_pixels or processor.default_max_pixels
+    if size == processor.image.max_pixels:
+        return checkpoint, settings
+    checkpoint = replace(checkpoint, processor=processor.with_max_pixels(size))
+    return checkpoint, replace(settings, max_pixels=size)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from lvr_lite.model.prompt import prompt_ids
 
 # Parameters of a base that a CPU may hold without 4-bit storage.
 SMALL = 10**9
+# The tables that hold a row a token, where the head is not the embedding.
+TABLES = ("embed_tokens", "lm_head")
 # What a key of an adapter's file has before and after the path of the module that it adapts.
 ADAPTED_MODULE = re.compile(
     r"^base_model\.model\.|\.(lora_|token_adapter|modules_to_save|trainable_tokens).*$"
@@ -101,7 +103,7 @@ def unpacked_below(device: str, settings: Settings) -> int:
 
 def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     """The model with LoRA on every linear layer of its language model and the three marker rows
-    trainable; all else is frozen.
+    trainable, those of an untied head too; all else is frozen.
 
     Raises LvrError where anything else would be trained.
     """
@@ -111,12 +113,13 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
         parameter.requires_grad_(False)
     family = checkpoint.processor.family
     tokens = checkpoint.processor.tokens
+    markers = [tokens.lvr_start, tokens.lvr, tokens.lvr_end]
     config = LoraConfig(
         r=settings.lora.rank,
         lora_alpha=settings.lora.alpha,
         lora_dropout=settings.lora.dropout,
         target_modules=family.lora_targets,
-        trainable_token_indices=[tokens.lvr_start, tokens.lvr, tokens.lvr_end],
+        trainable_token_indices=markers if is_tied(model) else dict.fromkeys(TABLES, markers),
         task_type="CAUSAL_LM",
     )
     start_markers(model, checkpoint)
@@ -148,17 +151,26 @@ def start_markers(model: Any, checkpoint: Checkpoint) -> None:
     trained.
 
     Both markers start as the prompt's last token, after which the model answers; the place of a
-    latent starts as that of a visual token.
+    latent starts as that of a visual token. An untied head's rows start alike: a frozen row would
+    open the loop only by chance.
     """
     processor = checkpoint.processor
     image = processor.family.image_token
     prompt = prompt_ids(processor.tokenizer, processor.template, "", image, [image])
     tokens = processor.tokens
     last = prompt[-1]
-    rows = model.get_input_embeddings().weight
-    rows[tokens.lvr_start] = rows[last]
-    rows[tokens.lvr] = rows[prompt[prompt.index(tokens.image)]]
-    rows[tokens.lvr_end] = rows[last]
+    tables = [model.get_input_embeddings().weight]
+    if not is_tied(model):
+        tables.append(model.get_output_embeddings().weight)
+    for rows in tables:
+        rows[tokens.lvr_start] = rows[last]
+        rows[tokens.lvr] = rows[tokens.image]
+        rows[tokens.lvr_end] = rows[last]
+
+
+def is_tied(model: Any) -> bool:
+    """Whether head and embedding are one matrix."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def check_quantized(model: Any, checkpoint: Checkpoint) -> int:

@@ -183,10 +183,11 @@ def nf4_bytes(out: int, into: int) -> int:
 
 def trained(shape: Shape, rank: int) -> list[int]:
     """Sizes of the trained tensors, all fp32: A and B of each adapter, and the rows of the three
-    markers.
+    markers, in the head too where it is a matrix of its own.
     """
     a_layer = [n for o, i in shape.linears for n in (rank * i, o * rank)]
-    return a_layer * shape.layers + [MARKERS * shape.hidden]
+    tables = 1 if shape.tied else 2
+    return a_layer * shape.layers + [MARKERS * shape.hidden] * tables
 
 
 def optimizer_bytes(optimizer: str, sizes: list[int]) -> tuple[int, int]:
@@ -345,7 +346,7 @@ def layer_bytes(shape: Shape, settings: Settings, one: Pass) -> int:
 
 def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     """What autograd saves in the head and the losses: the states that speak, their
-    log-probabilities, PEFT's copy of a tied embedding with the rows of the markers in it, and the
+    log-probabilities, PEFT's copy of the head with the rows of the markers in it, and the
     visual tokens with which the contrastive loss compares latents.
     """
     s = shape
@@ -357,7 +358,7 @@ def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     if isinstance(settings, Stage2):
         # Which ids may not be chosen.
         spoken_bytes += s.vocab
-    return spoken * spoken_bytes + (w * s.vocab * s.hidden if s.tied else 0) + compared
+    return spoken * spoken_bytes + w * s.vocab * s.hidden + compared
 
 
 def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
@@ -432,8 +433,8 @@ def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, i
     return {
         # PEFT copies the embedding whenever it is asked for its weight.
         "seeing the pictures": inputs + seen + matrix,
-        # The gradient of a tied embedding is a whole matrix.
-        "head": inputs + saved + logits + (matrix if s.tied else 0),
+        # The gradient of a head whose rows are trained is a whole matrix.
+        "head": inputs + saved + logits + matrix,
         "backward through a layer": inputs + max(before_layers, gradients) + layer,
         "backward to the marker rows": inputs + gradients + matrix,
         "optimizer's step": inputs

@@ -72,6 +72,8 @@ class Reader(torch.nn.Module):
     """A model that is trained, as what reads embeddings.
 
     core: the transformers model inside any PEFT wrapper.
+    checkpoints: whether its layers are read again in the backward pass (gradient checkpointing),
+        as set when the reader is made.
     """
 
     def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec) -> None:
@@ -79,6 +81,8 @@ class Reader(torch.nn.Module):
         self.model = model
         self.tokens = tokens
         self.spec = spec
+        # Asking walks through all modules: 3 % of a step of a small model.
+        self.checkpoints = bool(language_model(self.core).is_gradient_checkpointing)
 
     @property
     def core(self) -> Any:
@@ -121,7 +125,7 @@ class Reader(torch.nn.Module):
         """
         from transformers import DynamicCache
 
-        if language_model(self.core).is_gradient_checkpointing and self.training:
+        if self.checkpoints and self.training:
             return None
         return DynamicCache(config=self.core.config.text_config)
 

@@ -289,12 +289,16 @@ class LatentTrainer(transformers.Trainer):
         return metrics | self.free_running_accuracy()
 
     def free_running_accuracy(self) -> dict[str, float]:
-        """{"eval_accuracy"} of held-out samples, which is logged; {} in all processes but the
-        first."""
+        """{"eval_accuracy", "eval_looked"} of held-out samples, which are logged; {} in all
+        processes but the first.
+        """
         if not self.is_world_process_zero():
             return {}
         self.model.eval()
-        metrics = {"eval_accuracy": accuracy_on(self.runtime, self.eval_dataset.items())}
+        held_out = self.eval_dataset
+        expected = held_out.answers().values()
+        accuracy, looked = accuracy_on(self.runtime, held_out.items(), expected)
+        metrics = {"eval_accuracy": accuracy, "eval_looked": looked}
         self.log(dict(metrics))
         self.model.train()
         return metrics

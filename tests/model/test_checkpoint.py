@@ -201,8 +201,8 @@ def test_a_vocabulary_without_spare_rows_is_refused(small_checkpoint: Path, copi
     rows = read_checkpoint(folder).processor.tokens.lvr_end  # one too few for the last marker
     edit(folder / "config.json", lambda data: data["text_config"].update(vocab_size=rows))
     assert refusal(folder) == (
-        f"{folder}: its embedding has {rows} rows and none spare for the three latent tokens: "
-        "resize it first"
+        f"{folder}: its embedding has {rows} rows, none spare and none reserved for the three "
+        "latent tokens: resize it first (transformers' resize_token_embeddings)"
     )
 
 

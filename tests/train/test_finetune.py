@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
     assert [h["step"] for h in evaluated] == [4]
     assert {"eval_ce", "eval_latent", "eval_right", "eval_found"} <= set(evaluated[0])
     assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
+    assert [h["step"] for h in metrics["history"] if "eval_looked" in h] == [4]
     assert any("16 samples, 2 held out" in line for line in lines)
     assert metrics["trainable_parameters"] < 10**6
 
@@ -289,6 +291,17 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
         tune(small_checkpoint, tmp_path / "out", "max_pixels=6272")
     assert images == [read_checkpoint_spec(tmp_path / "out")]
     assert images[0].max_pixels == 6272
+
+
+def test_pictures_have_the_usual_size_where_a_recipe_names_none(small_checkpoint: Path) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    large = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(12_845_056))
+    sized, settings = module.with_picture_size(large, Settings())
+    assert settings.max_pixels == sized.processor.image.max_pixels == 401_408
+    # A model's own smaller limit is kept, and not written down.
+    assert module.with_picture_size(checkpoint, Settings()) == (checkpoint, Settings())
+    chosen, settings = module.with_picture_size(large, Settings(max_pixels=6272))
+    assert settings.max_pixels == chosen.processor.image.max_pixels == 6272
 
 
 class _Stopped(Exception):

@@ -9,7 +9,7 @@ from lvr_lite.model.families.base import Family, Grid, ImageSpec
 
 __all__ = ["KNOWN", "Family", "Grid", "ImageSpec", "get"]
 
-KNOWN = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
+KNOWN = ("idefics3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
 
 
 def get(model_type: str) -> Family:

@@ -62,6 +62,11 @@ class SmolVLM:
             own={"tile": tile, "longest": longest, "split": split},
         )
 
+    def default_max_pixels(self, image: ImageSpec) -> int:
+        """Two tiles by two for a picture of 4 : 3, beside the whole: 320 visual tokens, or 405."""
+        tile = image.own["tile"]
+        return 2 * tile * (3 * tile // 2)
+
     def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
         return ()
 
@@ -85,7 +90,11 @@ class SmolVLM:
         return [*tiles, picture.resize((tile, tile), Image.Resampling.LANCZOS)], grid
 
     def patches(self, pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
-        return cut_patches(pixels, values, image)
+        """Pixels beyond the last whole patch are left out, as the tower's convolution leaves them
+        (SmolVLM2-2.2B: 384 pixels, patches of 14).
+        """
+        side = _tokens_along(image) * image.token_side
+        return cut_patches(pixels[:side, :side], values, image)
 
     def vision_inputs(self, grids: Sequence[Grid], image: ImageSpec) -> dict[str, np.ndarray]:  # noqa: ARG002
         """Nothing: all tiles are alike."""
