@@ -63,6 +63,13 @@ def convert(
             "out by their size, else upright."
         ),
     ] = None,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="What boxes are measured in: pixels, fractions of the picture or thousandths (the "
+            "scale 0 to 1000); the format's own by default."
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="For yolo and viscot: only this one of their own splits.")
     ] = None,
@@ -96,7 +103,7 @@ def convert(
     from lvr_lite.commands.data import ConvertOptions, convert_data
     from lvr_lite.terminal import say
 
-    options = ConvertOptions(images, boxes_are, split, test_share, per_image, seed, absent)
+    options = ConvertOptions(images, boxes_are, split, test_share, per_image, seed, absent, boxes)
     result = convert_data(source, target, form, options, skip_broken)
     for problem in result.problems:
         print(problem)

@@ -121,10 +121,23 @@ def _check_questions(questions: list[str], images: list[str]) -> None:
 
     if not all(question.strip() for question in questions):
         raise UsageError("the question is empty; write it after the pictures, in quotes")
-    if not images and Path(questions[0]).is_file():
-        raise UsageError(
-            f"{questions[0]} is a file; write the question after the pictures, in quotes"
+    place = "the question" if images else "the question, after the pictures"
+    for question in questions:
+        if _names_picture(question):
+            raise UsageError(f"{question} is a picture and stands where {place} belongs, in quotes")
+
+
+def _names_picture(question: str) -> bool:
+    """Whether a question is a file, or the path of a picture that is not there."""
+    from lvr_lite.model.images import SUFFIXES
+
+    try:
+        return Path(question).is_file() or (
+            len(question.split()) == 1 and question.lower().endswith(SUFFIXES)
         )
+    except OSError:
+        # A question may be longer than any name of a file.
+        return False
 
 
 def _print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ _BLANK = b"\xef\xbb\xbf \t\r\n\v\f"
 # The image token, the markers of latents and those of the chat: as text, a model would read them
 # as what they stand for.
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+# What LLaVA's and Qwen-VL's trainers put in the place of a picture, and LVR's in that of latents.
+_MARK = re.compile(r"<(?:image|video|lvr)>")
 _KINDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -157,13 +160,50 @@ def has_lone_surrogate(value: str) -> bool:
 
 
 def plain_text(value: object) -> str:
-    """Text in which no part is a control token of a model."""
+    """Text in which no part is a control token of a model, or a mark that another trainer puts in
+    the place of a picture.
+    """
     checked = text(value)
+    if mark := _MARK.search(checked):
+        raise FieldError(
+            f"contains {mark.group()}, which would be read as letters",
+            "leave it out: the pictures of `image` stand before the question by themselves",
+        )
     if token := _CONTROL_TOKEN.search(checked):
         raise FieldError(
             f"contains {token.group()}, which a model reads as a control token", "leave it out"
         )
     return checked
+
+
+def identifier(value: object) -> str:
+    """An id as text: 7, 7.0 and "7" are one id. Raises FieldError for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
+        return str(value).strip()
+    raise FieldError(f"{json.dumps(value)[:60]} is no id", "write a whole number or text")
+
+
+def flag(value: object) -> bool:
+    """Yes or no, as true, 1, "1" or "true" and their opposites; null is no. Raises FieldError."""
+    word = str(value).strip().lower()
+    if value is None or word in ("", "false", "0", "0.0", "no"):
+        return False
+    if word in ("true", "1", "1.0", "yes"):
+        return True
+    raise FieldError(f"{json.dumps(value)[:60]} is neither yes nor no", "write 0 or 1")
+
+
+def as_on_disk(path: Path) -> Path:
+    """The file of a name, whose letters with accents may be composed (NFC, as Windows and Linux
+    write them) or not (NFD, as macOS did): the form that is on disk, or else the path as it is.
+    """
+    name = str(path)
+    if name.isascii() or path.exists():
+        return path
+    forms = (Path(unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
+    return next((form for form in forms if form.exists()), path)
 
 
 def numbers(value: object, count: int) -> list[float]:
@@ -185,9 +225,12 @@ def normalized_box(value: object) -> Box:
     if any(v != v for v in value):
         raise FieldError(f"{shown} holds NaN", "write the box again")
     if max(value) > 1.5:
+        kinds = "pixels" if max(value) > 1000 else "pixels, or like the scale 0 to 1000"
+        flags = "pixels" if max(value) > 1000 else "pixels or thousandths"
         raise FieldError(
-            f"{shown} looks like pixels",
-            "divide x by the picture's width and y by its height (as shown upright)",
+            f"{shown} looks like {kinds}",
+            "divide x by the picture's width and y by its height (as shown upright), or by 1000; "
+            f"`lvr-lite data convert --from lvr` does it, with --boxes {flags}",
         )
     if min(value) < 0 or max(value) > 1:
         raise FieldError(f"{shown} lies outside the picture", "coordinates must be between 0 and 1")
@@ -198,6 +241,12 @@ def normalized_box(value: object) -> Box:
     if x0 == x1 or y0 == y1:
         raise FieldError(f"{shown} is empty", "width and height must be more than 0")
     return float(x0), float(y0), float(x1), float(y1)
+
+
+def box_of_any_scale(value: object) -> Box:
+    """[x0, y0, x1, y1] in a unit that is applied later."""
+    x0, y0, x1, y1 = numbers(value, 4)
+    return x0, y0, x1, y1
 
 
 def _are_numbers(value: object, count: int) -> bool:
@@ -297,7 +346,7 @@ class Row:
         if any("\0" in name for name in names):
             self.reject("image", "holds a zero byte, which no path can", "write the path again")
             return ()
-        return tuple(folder / name for name in names)
+        return tuple(as_on_disk(folder / name) for name in names)
 
     def choices(self) -> tuple[str, ...] | None:
         """The field `choices`: all answers there are, or None."""
@@ -310,10 +359,10 @@ class Row:
             self.reject("choices", f"{doubled!r} is there twice", "list every answer once")
         return tuple(choices)
 
-    def boxes(self, field: str) -> tuple[Box, ...]:
-        """A field that holds a list of normalized boxes; () where it is missing or null."""
+    def boxes(self, field: str, check: Callable[[object], Box] = normalized_box) -> tuple[Box, ...]:
+        """A field that holds a list of boxes; () where it is missing or null."""
         values = self.get(field, _boxes)
-        return () if values is None else tuple(self.each(field, values, normalized_box))
+        return () if values is None else tuple(self.each(field, values, check))
 
 
 def _checked(

@@ -19,7 +19,7 @@ import os
 import re
 from abc import abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, overload
@@ -31,9 +31,11 @@ from lvr_lite.data.rows import (
     Line,
     Problem,
     Row,
+    box_of_any_scale,
     json_lines,
     json_reason,
     kind_of,
+    normalized_box,
     parse_json,
     parse_line,
     plain_text,
@@ -42,18 +44,42 @@ from lvr_lite.data.rows import (
 )
 from lvr_lite.errors import DataError
 
+BoxCheck = Callable[[object], Box]
+
 # pictures of which a check remembers whether they exist
 REMEMBERED = 1 << 14
 
+# Names, in small letters, that other formats give to the fields.
+BOX_NAMES = (
+    "bbox",
+    "bbox_2d",
+    "bboxes",
+    "bboxes_2d",
+    "bboxs",
+    "bounding_box",
+    "bounding_boxes",
+    "box",
+    "box_2d",
+    "boxes",
+    "regions",
+    "rois",
+)
 _LOOKALIKES = {
-    "bboxes": "boxes",
-    "bboxs": "boxes",
-    "bbox": "boxes",
-    "box": "boxes",
-    "images": "image",
-    "image_path": "image",
+    **dict.fromkeys(BOX_NAMES, "boxes"),
+    **dict.fromkeys(
+        ("images", "image_path", "image_paths", "image_file", "img", "img_path"), "image"
+    ),
     "options": "choices",
 }
+# These are other data where the field that they may stand for is there.
+_STAND_INS = {
+    **dict.fromkeys(("query", "problem", "prompt", "instruction"), "question"),
+    **dict.fromkeys(("response", "output", "solution", "answers", "target"), "answer"),
+    **dict.fromkeys(("conversations", "messages"), "question"),
+    **dict.fromkeys(("file_name", "filename", "picture"), "image"),
+    **dict.fromkeys(("question_id", "sample_id", "uid"), "id"),
+}
+_FIELDS = ("id", "image", "question", "answer", "choices", "boxes", "type", "pair")
 _OFFICIAL_ID = ("dataset", "split", "question_id")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -110,12 +136,15 @@ def read_samples(path: Path | str) -> list[Sample]:
 
 
 def placed_samples(
-    path: Path, images: Path | None = None
+    path: Path, images: Path | None = None, fractions: bool = True
 ) -> tuple[list[PlacedSample], list[Problem]]:
     """The good samples of a file and all problems that show without opening pictures, in the order
-    of the file. images: the folder that paths are relative to, if not the file's.
+    of the file.
+
+    images: the folder that paths are relative to, if not the file's.
+    fractions: whether boxes are checked to be fractions; else they may be of any scale.
     """
-    checker = _Checker(path, images)
+    checker = _Checker(path, images, fractions)
     checker.run()
     return checker.placed, checker.problems
 
@@ -148,6 +177,10 @@ class LazySamples(Sequence[Sample]):
     def read(self, index: int) -> Sample:
         """The sample of an index from 0 to the length - 1."""
 
+    def place(self, index: int) -> str:
+        """Where a sample stands, for errors: file and line, or else its id."""
+        return f"sample {self[index].id}"
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
@@ -178,9 +211,18 @@ class SampleFile(LazySamples):
         self._starts = indexer.starts
         self._ends = indexer.ends
         self._listed = [placed.sample for placed in indexer.placed]
+        self._items = [placed.item for placed in indexer.placed]
 
     def __len__(self) -> int:
         return len(self.boxed)
+
+    def place(self, index: int) -> str:
+        if self._listed:
+            return f"{self._path}: item {self._items[index]}"
+        # Counted when it is asked for, which only errors do.
+        with self._path.open("rb") as file:
+            before = file.read(self._starts[index]).count(b"\n")
+        return f"{self._path}:{before + 1}"
 
     def read(self, index: int) -> Sample:
         if self._listed:
@@ -215,10 +257,12 @@ class _Checker:
     """Collects the good samples of one file and its problems.
 
     images: the folder that paths of pictures are relative to, the file's own by default.
+    fractions: whether boxes must be fractions.
     """
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
+    def __init__(self, path: Path, images: Path | None = None, fractions: bool = True) -> None:
         self.path = path
+        self._box = normalized_box if fractions else box_of_any_scale
         self.images = images or path.parent
         self.placed: list[PlacedSample] = []
         self.problems: list[Problem] = []
@@ -304,8 +348,8 @@ class _Checker:
         item: int | None,
     ) -> Sample | list[FieldError]:
         if item is None:
-            return _from_line(value, self.images)
-        return _from_official(value, self.images, item)
+            return _from_line(value, self.images, self._box)
+        return _from_official(value, self.images, item, self._box)
 
     def _errors_beside(self, sample: Sample) -> list[FieldError]:
         """What shows only beside the other samples and the disk."""
@@ -400,19 +444,18 @@ def _json_or_none(line: str) -> object:
 # the two formats
 
 
-def _from_line(data: JsonObject, folder: Path) -> Sample | list[FieldError]:
+def _from_line(
+    data: JsonObject, folder: Path, box: BoxCheck = normalized_box
+) -> Sample | list[FieldError]:
     """An object of the project's JSONL: the sample, or what is wrong with it."""
     row = Row(data)
-    for wrong, right in _LOOKALIKES.items():
-        if wrong in data:
-            form = " (normalized xyxy)" if right == "boxes" else ""
-            row.reject(wrong, "is not a field here", f"{right!r} is meant, so rename it{form}")
+    _reject_foreign_names(row)
     sample_id = row.need("id", text)
     images = row.images(folder)
     question = row.need("question", plain_text)
     answer = row.need("answer", plain_text)
     choices = row.choices()
-    boxes = row.boxes("boxes")
+    boxes = row.boxes("boxes", box)
     if choices is not None and answer and answer not in choices:
         row.reject(
             "answer",
@@ -426,7 +469,37 @@ def _from_line(data: JsonObject, folder: Path) -> Sample | list[FieldError]:
     return Sample(sample_id, images, question, answer, choices, boxes, kind, pair)
 
 
-def _from_official(data: JsonObject, folder: Path, item: int) -> Sample | list[FieldError]:
+def _reject_foreign_names(row: Row) -> None:
+    """Names the fields that other formats call otherwise, and what they are to be called."""
+    for name in row.values:
+        small = name.lower()
+        right = _LOOKALIKES.get(small)
+        if right is None and row.values.get(_STAND_INS.get(small, name)) is None:
+            right = _STAND_INS.get(small)
+        if right is None and small != name and small in _FIELDS:
+            right = small
+        if name == right or right is None:
+            continue
+        if small in ("conversations", "messages"):
+            remedy = (
+                "write `question` and `answer`; an official LVR file is one JSON list, not lines"
+            )
+        else:
+            form = " (fractions of the picture, [x0, y0, x1, y1] each)" if right == "boxes" else ""
+            remedy = f"{right!r} is meant, so rename it{form}"
+        row.reject(name, "is not a field here", remedy)
+
+
+def reject_other_boxes(row: Row, right: str) -> None:
+    """Names a field that holds boxes under another name than the format's."""
+    for name in row.values:
+        if name != right and name.lower() in BOX_NAMES:
+            row.reject(name, "is not a field here", f"{right!r} is meant, so rename it")
+
+
+def _from_official(
+    data: JsonObject, folder: Path, item: int, box: BoxCheck = normalized_box
+) -> Sample | list[FieldError]:
     """An item of the official LVR list: the sample, or what is wrong with it.
 
     Its id is dataset-split-question_id, of those that are there; its type is the dataset.
@@ -436,7 +509,8 @@ def _from_official(data: JsonObject, folder: Path, item: int) -> Sample | list[F
     if data.get("question_id") in (None, ""):
         names.append(f"item{item}")
     images = row.images(folder)
-    boxes = row.boxes("bboxes")
+    boxes = row.boxes("bboxes", box)
+    reject_other_boxes(row, "bboxes")
     human, gpt = _turns(row)
     question = _official_question(row, human, len(images))
     answer = _official_answer(row, gpt)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvr_lite.data.samples import LazySamples, Sample, SampleFile
-from lvr_lite.model.images import open_picture, picture_size
+from lvr_lite.errors import DataError
+from lvr_lite.model.images import MAX_ASPECT, open_picture, picture_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +47,12 @@ class Source(ABC):
     def sizes(self, index: int) -> Sizes:
         """The sizes of a sample's pictures, without opening them."""
 
+    def place(self, index: int) -> str:
+        """Where a sample stands, for errors: file and line, or else its id."""
+        if isinstance(self.samples, LazySamples):
+            return self.samples.place(index)
+        return f"sample {self.samples[index].id}"
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -73,6 +80,11 @@ class PickedSamples(LazySamples):
     def read(self, index: int) -> Sample:
         return self._samples[int(self._places[index])]
 
+    def place(self, index: int) -> str:
+        if isinstance(self._samples, LazySamples):
+            return self._samples.place(int(self._places[index]))
+        return super().place(index)
+
 
 class FileSource(Source):
     """Samples whose pictures are files."""
@@ -81,10 +93,26 @@ class FileSource(Source):
         self.samples = samples
 
     def pictures(self, index: int) -> Pictures:
-        return tuple(open_picture(path) for path in self.samples[index].images)
+        pictures = []
+        for path in self.samples[index].images:
+            try:
+                picture = open_picture(path)
+            except DataError as error:
+                raise DataError(f"{self.place(index)}: image: {error}") from error
+            self._refuse_extreme(index, path, picture.size)
+            pictures.append(picture)
+        return tuple(pictures)
 
     def sizes(self, index: int) -> Sizes:
         return tuple(picture_size(path) for path in self.samples[index].images)
+
+    def _refuse_extreme(self, index: int, path: Path, size: tuple[int, int]) -> None:
+        """As `Processor.see`, which knows neither file nor sample."""
+        if max(size) > MAX_ASPECT * min(size):
+            raise DataError(
+                f"{self.place(index)}: image: {path}: {size[0]} x {size[1]} pixels, one side more "
+                f"than {MAX_ASPECT} times the other; crop it, or remove the sample"
+            )
 
 
 class JoinedSource(Source):
@@ -127,6 +155,10 @@ class _JoinedSamples(LazySamples):
         source, place = self._source.at(index)
         return source.samples[place]
 
+    def place(self, index: int) -> str:
+        source, place = self._source.at(index)
+        return source.place(place)
+
 
 def open_source(
     name: str,
@@ -149,4 +181,6 @@ def open_source(
             open_named: OpenNamed = point.load()
             return open_named(split, seed, count)
     samples = SampleFile(Path(name))
-    return FileSource(samples if count is None else samples[:count])
+    if count is None or count >= len(samples):
+        return FileSource(samples)
+    return FileSource(PickedSamples(samples, range(count)))

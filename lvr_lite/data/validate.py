@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,12 +89,40 @@ def validate(
         yield sum((placed.line, placed.item) not in bad for placed in file.placed), problems
 
 
+_LOOKS_LIKE_CONTROL = re.compile(r"</?[^<>\s]+>|\[[A-Z][A-Z0-9_]*\]")
+
+
+def special_tokens(processor: Processor) -> tuple[str, ...]:
+    """The tokens that no text of a sample may hold: the model's control tokens, and the other added
+    ones that look like it, of which training would learn another meaning.
+    """
+    added = processor.tokenizer.get_added_tokens_decoder().values()
+    alike = (token.content for token in added if _LOOKS_LIKE_CONTROL.fullmatch(token.content))
+    return tuple(dict.fromkeys((*processor.special_tokens, *alike)))
+
+
+class SpecialTokens:
+    """Finds a model's control tokens in the texts of samples."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        # Of two tokens that begin alike, the longer one is named.
+        longest_first = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def in_sample(self, sample: Sample) -> Iterator[tuple[str, str]]:
+        """The fields in which a token stands, and the first token in each."""
+        for field, text in (("question", sample.question), ("answer", sample.answer)):
+            if match := self._pattern.search(text):
+                yield field, match.group()
+
+
 class _CheckedFile:
     """One file: its samples with their places, its pictures, and the problems of both."""
 
     def __init__(self, path: Path, processor: Processor) -> None:
         self.path = path
         self.processor = processor
+        self._tokens = SpecialTokens(special_tokens(processor))
         self.placed, self.problems = placed_samples(path)
         self.facts = inspect_pictures(p for placed in self.placed for p in placed.sample.images)
         # of each picture the place where the file shows it first, by digest
@@ -127,6 +156,12 @@ class _CheckedFile:
     def _problems_of(self, placed: PlacedSample) -> Iterator[Problem]:
         """What only shows in the pictures, and beside other questions about them."""
         sample = placed.sample
+        for field, token in self._tokens.in_sample(sample):
+            yield Problem(
+                self.path,
+                field,
+                f"contains {token}, which the model reads as a control token; leave it out",
+            )
         facts: list[PictureFacts] = []
         for path in sample.images:
             fact = self.facts[path]

@@ -6,32 +6,48 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 # An item: the group that it belongs to, if any, and whether its answer is right.
 Outcome = tuple[str | None, bool]
 
 
+# What may stand around an answer without being part of it. The point of ".5" is part of it.
+_AROUND = ".,;:!?\"'()"
+_LEADING = re.compile(r"""(?:[,;:!?"'()\s]|\.(?!\d))+""")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,6})?")
+
+
 def normalized(answer: str) -> str:
     """What counts of an answer: the text in `<answer>` tags if there are any, lower case, without
-    outer punctuation and spaces.
+    outer punctuation and spaces. Of an answer that is all punctuation, all counts.
     """
     tagged = re.search(r"<answer>(.*?)(?:</answer>|$)", answer, re.DOTALL | re.IGNORECASE)
     text = tagged.group(1) if tagged else answer
-    return (
-        re.sub(
-            r"\s+",
-            " ",
-            text,
-        )
-        .strip()
-        .strip(".,;:!?\"'()")
-        .strip()
-        .lower()
-    )
+    whole = re.sub(r"\s+", " ", text).strip().lower()
+    leading = _LEADING.match(whole)
+    bare = whole[leading.end() if leading else 0 :].rstrip(_AROUND + " ")
+    return bare or whole
 
 
 def is_correct(answer: str, expected: str) -> bool:
-    return normalized(answer) == normalized(expected)
+    """Whether an answer is the expected one: the same words, or, where both are numbers, the same
+    number ("0.5" for ".5"). An answer without any text is never right.
+    """
+    return _is_same(normalized(answer), normalized(expected))
+
+
+def _is_same(text: str, expected: str) -> bool:
+    """`is_correct` of texts that are normalized."""
+    if text == expected:
+        return bool(text)
+    number = number_of(text)
+    return number is not None and number == number_of(expected)
+
+
+def number_of(text: str) -> Decimal | None:
+    """The number that the whole of a normalized text is; None where it is anything else."""
+    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
 
 
 def caption(answer: str, expected: str) -> float:
@@ -161,15 +177,18 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
     means_option = len(alone) == 1 and whole in words and whole.upper() not in letters
     if alone and not means_option:
         return _only(alone, letters)
-    if whole in words:
-        return letters[words.index(whole)] if words.count(whole) == 1 else None
+    same = [
+        letter for letter, option in zip(letters, words, strict=True) if _is_same(whole, option)
+    ]
+    if same:
+        return same[0] if len(same) == 1 else None
     for letter, option in zip(letters, words, strict=True):
         led = re.match(
             rf"\W*{letter}\b[\s\W]*(?P<rest>\S.*)",
             text,
             re.DOTALL | re.IGNORECASE,
         )
-        if led and normalized(led["rest"]) == option:
+        if led and _is_same(normalized(led["rest"]), option):
             return letter
     concluded = _conclusions(text)
     if concluded:
@@ -244,8 +263,9 @@ def _by_words(text: str, options: dict[str, str]) -> str | None:
     line = re.sub(r"\s+", " ", text).lower()
     spans: dict[str, tuple[int, int]] = {}
     for letter, option in options.items():
-        match = re.search(rf"(?<!\w){re.escape(option)}(?!\w)", line)
-        if option and match:
+        # Neither the 5 of "0.5" nor that of "5.1" is the option 5.
+        match = re.search(rf"(?<!\w)(?<![.,](?=\d)){re.escape(option)}(?!\w|[.,]\d)", line)
+        if option.strip(_AROUND) and match:
             spans[letter] = match.span()
     outer = [
         letter

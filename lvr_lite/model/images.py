@@ -20,6 +20,8 @@ from lvr_lite.model.families.base import ImageSpec
 MAX_PIXELS = (
     2 * 89_478_485
 )  # where Pillow itself calls a picture a decompression bomb: 179 million, half a gigabyte as RGB
+# endings, in small letters, of names that stand for pictures
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_ASPECT = 200  # transformers refuses longer pictures (smart_resize)
 
 

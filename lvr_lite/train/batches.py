@@ -15,6 +15,7 @@ from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Sizes, Source
+from lvr_lite.data.validate import SpecialTokens, special_tokens
 from lvr_lite.errors import DataError
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
@@ -319,15 +320,13 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
 
 
 def check_samples(examples: Source, checkpoint: Checkpoint) -> None:
-    """Raises DataError for a sample whose question or answer holds a control token of the model:
-    one that stands for a picture, for a step of the loop, for the end of a turn, …
+    """Raises DataError, naming file, line and field, for a sample whose question or answer holds a
+    control token of the model.
     """
-    special = checkpoint.processor.special_tokens
-    for sample in examples.samples:
-        for part, text in (("question", sample.question), ("answer", sample.answer)):
-            for token in special:
-                if token in text:
-                    raise DataError(
-                        f"sample {sample.id}: its {part} contains {token}, "
-                        "which stands for something else here: leave it out"
-                    )
+    tokens = SpecialTokens(special_tokens(checkpoint.processor))
+    for index, sample in enumerate(examples.samples):
+        for field, token in tokens.in_sample(sample):
+            raise DataError(
+                f"{examples.place(index)}: {field}: contains {token}, which the model reads as a "
+                "control token; leave it out"
+            )

@@ -54,18 +54,20 @@ Reward = Callable[[Sample, Answer], float]
 
 
 def accuracy(sample: Sample, answer: Answer) -> float:
-    """1 for the right answer, else 0: the same words, the letter of the right choice, or a number
-    within TOLERANCE of the right one.
+    """1 for the right answer, else 0: what `eval` counts as right, the letter of the right choice,
+    or, where the right answer is a number, the one number of a text ("about 12 cats") within
+    TOLERANCE of it.
     """
     text = score.normalized(answer.text)
     expected = score.normalized(sample.answer)
-    if text == expected or _names_choice(text, expected, sample):
+    if score.is_correct(answer.text, sample.answer) or _names_choice(text, expected, sample):
         return 1.0
     number = _number(text)
-    expected_number = _number(expected)
+    expected_number = score.number_of(expected)
     if number is None or expected_number is None:
         return 0.0
-    return float(math.isclose(number, expected_number, rel_tol=TOLERANCE, abs_tol=1e-9))
+    right = float(expected_number)
+    return float(math.isclose(number, right, rel_tol=TOLERANCE, abs_tol=1e-9))
 
 
 def _names_choice(text: str, expected: str, sample: Sample) -> bool:

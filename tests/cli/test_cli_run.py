@@ -18,7 +18,10 @@ from tests.command_line import Call, Refused, files
     [
         ("run INT8 nosuch.png question", 1, "nosuch.png: no such picture"),
         ("run INT8 PICTURE ''", 2, "the question is empty"),
-        ("run INT8 PICTURE", 2, "write the question after the pictures"),
+        ("run INT8 PICTURE", 2, "is a picture and stands where the question, after"),
+        ("run INT8 PICTURE PICTURE", 2, "picture.png is a picture and stands where the question"),
+        ("run INT8 PICTURE nosuch.png", 2, "nosuch.png is a picture and stands where the"),
+        ("run INT8 PICTURE question --also PICTURE", 2, "picture.png is a picture and stands"),
         ("run nosuch PICTURE question", 1, "nosuch: no such folder"),
         ("run EMPTY PICTURE question", 1, "neither a bundle (lvr.json) nor a checkpoint"),
         ("run PICTURE PICTURE question", 1, "picture.png: no such folder"),

@@ -5,6 +5,7 @@ rows are named.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -512,7 +513,7 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
         ),
         (
             lambda d: d["annotations"][1].update(category_id=[1]),
-            "annotations[1] (id 12): category_id [1] is not among the categories",
+            "annotations[1] (id 12): category_id: [1] is no id; write",
         ),
         (
             lambda d: d["annotations"][1].update(image_id=9),
@@ -1219,3 +1220,237 @@ def test_scenes_written_as_coco_keep_their_boxes(tmp_path: Path) -> None:
         scene = drawn[sample.images[0].name]
         wanted = sorted(tuple(scene.box(t)) for t in scene.figures if t.shape in sample.question)
         np.testing.assert_allclose(sorted(sample.boxes), wanted, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# what public bug reports of other converters show
+
+
+def test_a_picture_of_another_folder_is_missing_and_not_found_by_its_name(tmp_path: Path) -> None:
+    turned(tmp_path / "cam2" / "1.png", 1, {"red": BOX})
+    images = [image(1, "cam1/1.png"), image(2, "cam2/1.png")]
+    annotations = [annotation(1, 1, 1, as_xywh(BOX)), annotation(2, 2, 2, as_xywh(BOX))]
+    (line,) = broken(coco(tmp_path, images, annotations), "coco")
+    assert line.startswith("images[0]: cam1/1.png is not in ")
+    assert "cam2/1.png lies in another folder" in line
+    url = "/data/local-files/?d=root/cam1/1.png"
+    (line,) = broken(studio(tmp_path, task(1, url, rectangle(BOX, "red"))), "labelstudio")
+    assert line.startswith("item 1: root/cam1/1.png is not in ")
+
+
+def test_what_is_found_by_the_end_of_its_path_alone_is_told(tmp_path: Path) -> None:
+    turned(tmp_path / "pics" / "a.png", 1, {"red": BOX})
+    source = studio(tmp_path, task(1, "/data/upload/3/0a1b2c3d-a.png", rectangle(BOX, "red")))
+    written, _ = convert(source, tmp_path / "out.jsonl", "labelstudio", Options())
+    told = "1 pictures found by the end of their path alone, such as 0a1b2c3d-a.png at "
+    assert told in str(written)
+    exact = studio(tmp_path, task(1, "pics/a.png", rectangle(BOX, "red")))
+    written, _ = convert(exact, tmp_path / "out.jsonl", "labelstudio", Options())
+    assert "found by" not in str(written)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_records_of_one_file_must_agree(tmp_path: Path, same: bool) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    second = as_xywh(BOX) if same else [1, 1, 5, 5]
+    source = coco(
+        tmp_path,
+        [image(1, "a.png"), image(2, "./a.png")],
+        [annotation(1, 1, 1, as_xywh(BOX)), annotation(2, 2, 1, second)],
+    )
+    if same:
+        written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options())
+        assert "1 records of a picture that is there twice" in str(written)
+        assert {s.boxes[0] for s in read_samples(tmp_path / "out.jsonl")}
+        return
+    (line,) = broken(source, "coco")
+    assert "a.png is the picture of images (id 1) too, with other boxes" in line
+    with pytest.raises(DataError, match="gives no question"):
+        convert(source, tmp_path / "out.jsonl", "coco", Options(), skip_broken=True)
+
+
+def two_pictures(tmp_path: Path, second: str) -> Path:
+    turned(tmp_path / "before.png", 1, {"red": BOX})
+    turned(tmp_path / "after.png", 1, {"blue": BOX})
+    results = [
+        rectangle(BOX, "red", id="a"),
+        rectangle(BOX, "blue", id="b") | {"to_name": second},
+    ]
+    shown = task(1, "before.png", *results)
+    shown["data"]["image2"] = "after.png"
+    return studio(tmp_path, shown)
+
+
+def test_rectangles_of_two_pictures_lie_each_on_its_own(tmp_path: Path) -> None:
+    samples = run(two_pictures(tmp_path, "image2"), "labelstudio", per_image=20)
+    classes = {"before.png": "red", "after.png": "blue"}
+    assert {s.images[0].name for s in samples} == set(classes)
+    for sample in samples:
+        if sample.boxes:
+            assert_on(sample, classes[sample.images[0].name])
+
+
+def test_rectangles_of_a_picture_that_the_task_does_not_name_are_left_out(tmp_path: Path) -> None:
+    source = two_pictures(tmp_path, "other")
+    written, _ = convert(source, tmp_path / "out.jsonl", "labelstudio", Options())
+    assert "1 results of a picture that no field of data names (other)" in str(written)
+    assert {s.images[0].name for s in read_samples(tmp_path / "out.jsonl")} == {"before.png"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"type": "relation", "from_id": "r1", "to_id": "r2"},
+        {"id": "x", "type": "rating", "to_name": "image", "value": {"rating": 4}},
+        {"id": "r1", "type": "number", "to_name": "image", "value": {"x": 1, "number": 4}},
+        {"id": "x", "type": "datetime", "to_name": "image", "value": {"datetime": "2026"}},
+    ],
+)
+def test_what_marks_no_region_hides_no_object(tmp_path: Path, other: dict[str, Any]) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    source = studio(tmp_path, task(1, "a.png", rectangle(BOX, "red"), other))
+    written, _ = convert(source, tmp_path / "out.jsonl", "labelstudio", Options(per_image=20))
+    assert f"1 results of type {other['type']}" in str(written)
+    assert [s for s in read_samples(tmp_path / "out.jsonl") if s.type == "count"]
+
+
+def test_an_unknown_kind_with_a_place_may_hide_an_object(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    other = {"id": "x", "type": "blob", "to_name": "image", "value": {"points": [[1, 2]]}}
+    source = studio(tmp_path, task(1, "a.png", rectangle(BOX, "red"), other))
+    with pytest.raises(DataError, match=r"left out: 1 results of type blob\)"):
+        convert(source, tmp_path / "out.jsonl", "labelstudio", Options(absent=False, per_image=1))
+
+
+def test_labels_beside_a_rectangle_name_it(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    shape = rectangle(BOX, None)
+    del shape["value"]["rectanglelabels"]
+    label = shape | {"type": "labels", "value": shape["value"] | {"labels": ["red"]}}
+    for results in ([shape | {"type": "rectangle"}, label], [label]):
+        samples = run(studio(tmp_path, task(1, "a.png", *results)), "labelstudio")
+        assert [s for s in samples if s.type in ("count", "exactly") and s.answer != "no"]
+        for sample in samples:
+            assert_on(sample, "red")
+
+
+def test_a_list_of_pages_is_said_as_it_is(tmp_path: Path) -> None:
+    pages = task(1, "a.png", rectangle(BOX, "red"))
+    pages["data"]["image"] = ["a.png", "b.png"]
+    (line,) = broken(studio(tmp_path, pages), "labelstudio")
+    assert line.startswith("item 1: data.image is a list of 2 pages")
+
+
+@pytest.mark.parametrize("crowd", ["0", "false", False, 0.0, None])
+def test_coco_flags_and_ids_may_be_of_other_types(tmp_path: Path, crowd: object) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    source = coco(
+        tmp_path,
+        [image(1, "a.png") | {"id": "1"}],
+        [annotation(1, 1, 1, as_xywh(BOX), iscrowd=crowd) | {"image_id": 1.0, "category_id": "1"}],
+    )
+    for sample in run(source, "coco"):
+        assert_on(sample, "red")
+
+
+def test_coco_flags_that_are_none_are_named(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    source = coco(
+        tmp_path, [image(1, "a.png")], [annotation(1, 1, 1, as_xywh(BOX), iscrowd="maybe")]
+    )
+    (line,) = broken(source, "coco")
+    assert line.startswith('annotations[0] (id 1): iscrowd: "maybe" is neither yes nor no')
+
+
+@pytest.mark.parametrize("unit", ["fractions", "thousandths"])
+def test_the_unit_of_boxes_can_be_said_and_a_wrong_one_is_told(tmp_path: Path, unit: str) -> None:
+    side = {"fractions": 1, "thousandths": 1000}[unit]
+    turned(tmp_path / "a.png", 1, {"red": (12, 20, 36, 60)})
+    scaled = [side * v for v in (0.25, 0.25, 0.5, 0.5)]
+    source = coco(tmp_path, [image(1, "a.png")], [annotation(1, 1, 1, scaled)])
+    (line,) = broken(source, "coco")
+    assert f"--boxes {unit}" in line
+    row = {"question": "q", "answer": "a", "image": "a.png", "width": WIDTH, "height": HEIGHT}
+    corners = [side * v for v in (0.25, 0.25, 0.75, 0.75)]
+    viscot = tmp_path / "v.jsonl"
+    viscot.write_text(json.dumps(row | {"bboxs": [corners]}) + "\n")
+    (line,) = broken(viscot, "viscot")
+    assert f"--boxes {unit}" in line
+    for sample in run(source, "coco", boxes=unit) + run(viscot, "viscot", boxes=unit):
+        assert_on(sample, "red")
+
+
+@pytest.mark.parametrize("unit", ["pixels", "thousandths"])
+def test_fractions_may_be_pixels_or_thousandths(tmp_path: Path, unit: str) -> None:
+    box = (12, 20, 36, 60)
+    sides = {"pixels": (WIDTH, HEIGHT), "thousandths": (1000, 1000)}[unit]
+    corners = [0.25 * sides[0], 0.25 * sides[1], 0.75 * sides[0], 0.75 * sides[1]]
+    turned(tmp_path / "a.png", 1, {"red": box})
+    line = {"id": "1", "image": "a.png", "question": "q", "answer": "a", "boxes": [corners]}
+    source = tmp_path / "own.jsonl"
+    source.write_text(json.dumps(line) + "\n")
+    (told,) = broken(source, "lvr")
+    assert f"--boxes pixels or {'thousandths'}" in told
+    (sample,) = run(source, "lvr", boxes=unit)
+    assert_on(sample, "red")
+    labels = tmp_path / "yolo"
+    x, y, w, h = sides[0] / 2, sides[1] / 2, sides[0] / 2, sides[1] / 2
+    yolo(labels, {"a.png": f"0 {x} {y} {w} {h}\n"}, box=box)
+    _, problems = convert(labels, tmp_path / "y.jsonl", "yolo", Options())
+    assert "--boxes pixels or --boxes thousandths" in str(problems[0])
+    for sample in run(labels, "yolo", tmp_path / "y.jsonl", boxes=unit):
+        assert_on(sample, "red")
+
+
+def test_boxes_of_large_pictures_that_may_be_thousandths_are_told(tmp_path: Path) -> None:
+    Image.new("RGB", (1300, 1300)).save(tmp_path / "a.png")
+    annotations = [annotation(i, 1, 1, [10, 10 * i, 900, 90]) for i in range(1, 4)]
+    source = coco(tmp_path, [image(1, "a.png", (1300, 1300))], annotations)
+    written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options())
+    assert "say --boxes thousandths" in str(written)
+    written, _ = convert(source, tmp_path / "out.jsonl", "coco", Options(boxes="pixels"))
+    assert "thousandths" not in str(written)
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    yolo(tmp_path, {"a.png": yolo_line(0, BOX, (WIDTH, HEIGHT))})
+    turned(tmp_path / "images" / ".ipynb_checkpoints" / "a-checkpoint.png", 1, {"red": BOX})
+    (tmp_path / "images" / "._a.png").write_bytes(b"resource fork")
+    samples = run(tmp_path, "yolo", tmp_path / "out.jsonl")
+    assert {s.images[0].name for s in samples} == {"a.png"}
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    turned(tmp_path / "store" / "pics" / "a.png", 1, {"red": BOX})
+    (tmp_path / "store" / "pics" / "loop").symlink_to(tmp_path / "store")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "store" / "pics")
+    source = coco(tmp_path / "set", [image(1, "a.png")], [annotation(1, 1, 1, as_xywh(BOX))])
+    for sample in run(source, "coco"):
+        assert_on(sample, "red")
+    labels = tmp_path / "yolo" / "labels" / "linked"
+    labels.mkdir(parents=True)
+    (labels / "a.txt").write_text(yolo_line(0, BOX, (WIDTH, HEIGHT)))
+    (tmp_path / "yolo" / "images").mkdir()
+    (tmp_path / "yolo" / "images" / "linked").symlink_to(tmp_path / "store" / "pics")
+    (tmp_path / "yolo" / "classes.txt").write_text("red\n")
+    assert run(tmp_path / "yolo", "yolo", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(("named", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_with_accents_may_be_composed_or_not(
+    tmp_path: Path, named: Any, stored: Any
+) -> None:
+    name = unicodedata.normalize(named, "café.png")
+    on_disk = unicodedata.normalize(stored, "café.png")
+    turned(tmp_path / "pics" / on_disk, 1, {"red": BOX})
+    source = coco(tmp_path, [image(1, name)], [annotation(1, 1, 1, as_xywh(BOX))])
+    assert run(source, "coco")
+    assert run(source, "coco", images=tmp_path / "pics")
+    label = (tmp_path / "yolo" / "labels" / name).with_suffix(".txt")
+    (tmp_path / "yolo").mkdir()
+    yolo(tmp_path / "yolo", {})
+    turned(tmp_path / "yolo" / "images" / on_disk, 1, {"red": BOX})
+    label.parent.mkdir()
+    label.write_text(yolo_line(0, BOX, (WIDTH, HEIGHT)))
+    assert run(tmp_path / "yolo", "yolo", tmp_path / "y.jsonl")

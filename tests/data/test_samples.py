@@ -196,7 +196,7 @@ MISTAKES = [
     (changed(boxes=[[0, 0, 1, True]]), "boxes[0]: must be four numbers"),
     (
         changed(boxes=[[0, 0, 1, 1], [10, 20, 110, 220]]),
-        "boxes[1]: [10, 20, 110, 220] looks like pixels; divide x by the picture's width",
+        "boxes[1]: [10, 20, 110, 220] looks like pixels, or like the scale 0 to 1000; divide x by",
     ),
     (changed(boxes=[[0, 0, 10**400, 1]]), "looks like pixels"),
     (changed(boxes=[[-0.1, 0, 0.5, 1]]), "boxes[0]: [-0.1, 0, 0.5, 1] lies outside the picture"),
@@ -433,3 +433,30 @@ def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each
         f"{path}:{i + 41}: id: '{i}' is already taken by line {i + 1}" for i in range(40)
     ]
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"question": "<image>\nwhat is red"}, "question: contains <image>, which would be read"),
+        ({"bbox_2d": [[1, 2, 3, 4]]}, "bbox_2d: is not a field here; 'boxes' is meant"),
+        ({"Boxes": []}, "Boxes: is not a field here; 'boxes' is meant"),
+        ({"question": None, "problem": "q"}, "problem: is not a field here; 'question' is meant"),
+        ({"question": None, "conversations": []}, "conversations: is not a field here; write `qu"),
+        ({"boxes": [[10, 20, 900, 990]]}, "looks like pixels, or like the scale 0 to 1000"),
+    ],
+)
+def test_names_and_marks_of_other_formats_are_told(
+    folder: Path, fields: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(jsonl(folder, changed(**fields)))
+
+
+def test_other_data_beside_the_fields_is_left_alone(folder: Path) -> None:
+    assert read_samples(jsonl(folder, changed(prompt="x", output="y", file_name="z")))
+
+
+def test_a_picture_may_be_named_in_the_other_form_of_its_letters(folder: Path) -> None:
+    (folder / "images" / "a.png").rename(folder / "images" / "cafe\u0301.png")
+    (sample,) = read_samples(jsonl(folder, changed(image="images/caf\u00e9.png")))
+    assert sample.images[0].is_file()

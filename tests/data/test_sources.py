@@ -103,3 +103,21 @@ def test_every_source_can_be_pickled(file: Path) -> None:
     ]
     for source in sources:
         assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_a_picture_that_no_model_takes_is_named_with_its_file_and_sample(tmp_path: Path) -> None:
+    lines = []
+    for i, size in enumerate([(30, 30)] * 3 + [(1, 300)] + [(30, 30)] * 3):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+        lines.append({"id": str(i), "image": f"{i}.png", "question": "q", "answer": "a"})
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    source = open_source(str(path))
+    place = rf"{path}:4: image: {tmp_path}/3.png: 1 x 300 pixels"
+    with pytest.raises(DataError, match=place):
+        list(source.items())
+    with pytest.raises(DataError, match=place):
+        FileSource(PickedSamples(SampleFile(path), [3])).pictures(0)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(DataError, match=rf"{path}:1: image: {tmp_path}/0.png: no such picture"):
+        source.pictures(0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from lvr_lite.data.convert.convert import Options, convert
 from lvr_lite.data.rows import Problem
@@ -219,3 +220,26 @@ def test_an_official_list_is_checked_with_its_pictures(folder: Path) -> None:
 def test_a_test_set_that_is_wrong_itself_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         problems_of(write(folder / "one.jsonl", good(0)), test=folder / "none.jsonl")
+
+
+@pytest.mark.parametrize("token", ["<row_1_col_1>", "<end_of_utterance>", "[PAD]", "<tool_call>"])
+def test_every_control_token_of_the_model_is_named(folder: Path, token: str) -> None:
+    processor = processor_of("tiny")
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    tokenizer.add_special_tokens(["<row_1_col_1>", "<end_of_utterance>"])
+    tokenizer.add_tokens(["[PAD]", "<tool_call>", "plain"])
+    picture = folder / "token.png"
+    Image.new("RGB", (60, 60)).save(picture)
+    fields = {"image": "token.png", "answer": "plain"}
+    lines = [
+        {"id": "1", "question": "plain row_1_col_1"} | fields,
+        {"id": "2", "question": f"what {token} is"} | fields,
+    ]
+    path = folder / "tokens.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    ((good, problems),) = validate([path], replace(processor, tokenizer=tokenizer))
+    assert good == 1
+    assert [str(p) for p in problems] == [
+        f"{path}:2: question: contains {token}, which the model reads as a control token; "
+        "leave it out"
+    ]

@@ -59,6 +59,32 @@ def test_punctuation_within_an_answer_stays(answer: str) -> None:
     assert normalized(answer) == answer
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("0.5", ".5"), (".50.", "0.5"), ("5.0", "5"), ("1,200", "1200"), ("!", "!"), ("+3", "3")],
+)
+def test_numbers_are_compared_as_numbers_and_a_mark_may_be_the_answer(
+    answer: str, expected: str
+) -> None:
+    assert is_correct(answer, expected)
+    assert is_correct(expected, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("5", ".5"), ("", "!"), ("?", "!"), ("", "()"), ("-5", "5"), ("1e999", "1e998"), ("5", "15")],
+)
+def test_nothing_that_counts_is_lost_where_outer_punctuation_is(answer: str, expected: str) -> None:
+    assert not is_correct(answer, expected)
+    assert not is_correct(expected, answer)
+
+
+def test_a_number_within_another_is_not_the_option() -> None:
+    assert chosen_letter("it is 0.5 metres", ["5", "7"]) is None
+    assert chosen_letter("it is 0.5 metres", ["5", "0.5"]) == "B"
+    assert chosen_letter("0.5", ["5", ".5"]) == "B"
+
+
 EXPECTED = "star red plain A top left ; heart blue dotted 7 bottom right"  # twelve details
 
 

@@ -392,7 +392,7 @@ def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(
 ) -> None:
     words = {"question": "q", "answer": "a"} | {part: f"a {token}"}
     bad = Sample("bad", (), words["question"], words["answer"])
-    with pytest.raises(DataError, match=f"sample bad: its {part} contains {re.escape(token)}"):
+    with pytest.raises(DataError, match=f"sample bad: {part}: contains {re.escape(token)}"):
         check_samples(FileSource([Sample("good", (), "q", "a"), bad]), checkpoint)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lvr_lite.data.convert.detections import Detection
 from lvr_lite.data.convert.reading import Frame, Import, Size, class_name, size_of
-from lvr_lite.data.rows import FieldError, JsonObject, numbers
+from lvr_lite.data.rows import FieldError, JsonObject, flag, identifier, numbers
 from lvr_lite.errors import DataError
 
-Names = dict[object, str]
+Names = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def coco(imported: Import) -> None:
     images = _list(imported, data, "images")
     annotations = _list(imported, data, "annotations")
     names = _names(imported, _list(imported, data, "categories"))
-    known = {str(image["id"]) for image in images if isinstance(image, dict) and "id" in image}
+    known = {_id_or_none(image) for image in images if isinstance(image, dict)}
     boxes, unsure = _boxes(imported, annotations, known, names)
     used = {box.name for of_one in boxes.values() for box in of_one.values()}
     for image, path, frame, data in _whole_images(imported, images):
@@ -48,16 +48,26 @@ def coco(imported: Import) -> None:
         lacking = data.get("neg_category_ids")
         classes = used if lacking is None else _names_of(lacking, names)
         unknown = unsure[image] | broken | partial
-        imported.add_picture(image, path, detections, unknown, classes)
+        place = f"images (id {image})"
+        imported.add_picture(image, path, detections, unknown, classes, place, broken=bool(broken))
 
 
 def _names_of(categories: object, names: Names) -> set[str]:
     listed = categories if isinstance(categories, list) else []
-    return {names[category] for category in listed if category in names}
+    known = {_id_or_none({"id": category}) for category in listed}
+    return {names[category] for category in known if category in names}
+
+
+def _id_or_none(data: JsonObject) -> str | None:
+    """The id of an object as text; None where it is none, which is reported elsewhere."""
+    try:
+        return identifier(data.get("id"))
+    except FieldError:
+        return None
 
 
 def _boxes(
-    imported: Import, annotations: list[object], known: set[str], names: Names
+    imported: Import, annotations: list[object], known: set[str | None], names: Names
 ) -> tuple[dict[str, dict[str, _Annotation]], dict[str, set[str]]]:
     """Of each image its boxes by id, and the classes of which it may show more."""
     boxes: defaultdict[str, dict[str, _Annotation]] = defaultdict(dict)
@@ -71,11 +81,11 @@ def _boxes(
             label += f" (id {annotation['id']})"
         try:
             image, name = _image_and_class(annotation, known, names)
-            if annotation.get("iscrowd") or annotation.get("ignore"):
+            if _flag(annotation, "iscrowd") or _flag(annotation, "ignore"):
                 imported.omissions["crowd regions"] += 1
                 unsure[image].add(name)
                 continue
-            number = str(annotation.get("id", f"a{i}"))
+            number = identifier(annotation["id"]) if "id" in annotation else f"a{i}"
             if number in boxes[image]:
                 raise FieldError(f"id {number} is there twice", "give every annotation its own")
             boxes[image][number] = _Annotation(
@@ -85,7 +95,7 @@ def _boxes(
             )
         except FieldError as error:
             imported.report(error, label)
-            unsure[str(annotation.get("image_id"))] |= set(names.values())
+            unsure[_id_or_none({"id": annotation.get("image_id")}) or ""] |= set(names.values())
     return boxes, unsure
 
 
@@ -103,25 +113,39 @@ def _names(imported: Import, categories: list[object]) -> Names:
     names: Names = {}
     for i, category in enumerate(categories):
         with imported.row(f"categories[{i}]"):
-            if not isinstance(category, dict) or not isinstance(category.get("id"), int | str):
+            if not isinstance(category, dict):
                 raise FieldError("must be an object with an id and a name")
-            names[category["id"]] = class_name(category.get("name"))
+            names[identifier(category.get("id"))] = class_name(category.get("name"))
     return names
 
 
 def _image_and_class(
     annotation: JsonObject,
-    known: set[str],
+    known: set[str | None],
     names: Names,
 ) -> tuple[str, str]:
     """The image's id as text, and the class. Raises FieldError."""
-    image = str(annotation.get("image_id"))
+    image = _identifier(annotation, "image_id")
     if image not in known:
         raise FieldError(f"image_id {annotation.get('image_id')} is not among the images")
-    category = annotation.get("category_id")
-    if not isinstance(category, int | str) or category not in names:
+    category = _identifier(annotation, "category_id")
+    if category not in names:
         raise FieldError(f"category_id {category} is not among the categories")
     return image, names[category]
+
+
+def _identifier(annotation: JsonObject, field: str) -> str:
+    try:
+        return identifier(annotation.get(field))
+    except FieldError as error:
+        raise FieldError(f"{field}: {error.reason}", error.remedy) from error
+
+
+def _flag(annotation: JsonObject, field: str) -> bool:
+    try:
+        return flag(annotation.get(field))
+    except FieldError as error:
+        raise FieldError(f"{field}: {error.reason}", error.remedy) from error
 
 
 def _whole_images(
@@ -131,12 +155,12 @@ def _whole_images(
     whole: dict[str, tuple[Path, Size | None, JsonObject]] = {}
     for i, image in enumerate(images):
         with imported.row(f"images[{i}]"):
-            if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
+            if not isinstance(image, dict):
                 raise FieldError("must be an object with an id and a file_name")
             name = image.get("file_name") or str(image.get("coco_url") or "").split("/")[-1]
             if not isinstance(name, str) or not name or "\0" in name:
                 raise FieldError("file_name is missing", "it must name the picture")
-            number = str(image["id"])
+            number = identifier(image.get("id"))
             if number in whole:
                 raise FieldError(f"id {number} is there twice", "give every image its own")
             path = imported.find(name)
@@ -145,4 +169,5 @@ def _whole_images(
             whole[number] = path, size, image
     imported.learn_pixels((path, size) for path, size, _ in whole.values())
     for number, (path, size, image) in whole.items():
-        yield number, path, imported.frame(path, size), image
+        frame = imported.measured(imported.frame(path, size), "pixels")
+        yield number, path, frame, image

@@ -17,7 +17,7 @@ from pathlib import Path
 from lvr_lite.data.convert.coco import coco
 from lvr_lite.data.convert.detections import questions
 from lvr_lite.data.convert.labelstudio import labelstudio
-from lvr_lite.data.convert.reading import Import
+from lvr_lite.data.convert.reading import UNITS, Import
 from lvr_lite.data.convert.viscot import lvr, viscot
 from lvr_lite.data.convert.yolo import yolo
 from lvr_lite.data.rows import FieldError, Problem
@@ -40,6 +40,8 @@ FORMATS = tuple(READERS)
 class Options:
     """images: folder of the pictures; by default beside the file.
     boxes_are: "stored" or "upright" pixels; found out by default.
+    boxes: what they are measured in: "pixels", "fractions" of the picture or "thousandths" of it;
+        the format's own by default.
     split: one of the source's own.
     test_share: share of the pictures that is held out, above 0 and below 1.
     per_image: most questions made of a picture's classes.
@@ -54,6 +56,7 @@ class Options:
     per_image: int = 6
     seed: int = 0
     absent: bool = True
+    boxes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def convert(
     source that cannot be read at all or supports no question.
     """
     _refuse_senseless(source, target, form, options)
-    imported = Import(source, options.images, options.boxes_are, options.split)
+    imported = Import(source, options.images, options.boxes_are, options.split, unit=options.boxes)
     READERS[form](imported)
+    imported.tell_rest()
     problems = imported.problems
     sides = _sides(imported, options) if skip_broken or not problems else []
     # by file, in the order in which files were read, and by place within
@@ -111,7 +115,7 @@ def convert(
         if not side:
             raise DataError(
                 f"{source}: gives no question for {path.name}: no box, class or question in it "
-                "supports one; nothing was written"
+                f"supports one{_left_out(imported)}; nothing was written"
             )
     _write(files)
     every = [sample for side in samples for sample in side]
@@ -123,6 +127,11 @@ def convert(
         imported.remarks,
     )
     return summary, problems
+
+
+def _left_out(imported: Import) -> str:
+    omissions = [f"{n} {what}" for what, n in sorted(imported.omissions.items()) if n]
+    return f" (left out: {', '.join(omissions)})" if omissions else ""
 
 
 def parts(target: Path) -> tuple[Path, Path]:
@@ -149,6 +158,10 @@ def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -
         raise UsageError(f"--from {form}: must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if options.boxes_are not in (None, "stored", "upright"):
         raise UsageError(f"--boxes-are {options.boxes_are}: must be stored or upright")
+    if options.boxes not in (None, *UNITS):
+        raise UsageError(f"--boxes {options.boxes}: must be pixels, fractions or thousandths")
+    if options.boxes is not None and form == "labelstudio":
+        raise UsageError("--boxes: Label Studio measures in percent of the picture; leave it out")
     if options.split is not None and form not in ("yolo", "viscot"):
         raise UsageError(
             f"--split is for yolo and viscot, which name theirs; {form} does not: leave it out"

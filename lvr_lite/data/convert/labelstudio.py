@@ -14,13 +14,19 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import SUFFIXES, Frame, Import, Size, class_name, size_of
-from lvr_lite.data.rows import FieldError, JsonObject, Row, numbers, plain_text
+from lvr_lite.data.convert.reading import Frame, Import, Size, class_name, size_of
+from lvr_lite.data.rows import FieldError, JsonObject, Row, flag, numbers, plain_text
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
+from lvr_lite.model.images import SUFFIXES
 
 _RECTANGLES = ("rectanglelabels", "rectangle")
 _TEXTS = ("textarea", "choices")
+# What marks no region of its own, so that it hides no object.
+_NO_REGION = frozenset(
+    (*_TEXTS, "relation", "rating", "number", "datetime", "taxonomy", "pairwise", "ranker", "chat")
+)
+_GEOMETRY = frozenset(("x", "y", "points", "vertices", "rle", "radiusX", "x1", "imageDataURL"))
 
 # A result of an annotation: {"type", "id", "from_name", "value": {…}, …}. Labels, texts and choices
 # in it may be of any type, so each is checked where it is used.
@@ -54,12 +60,14 @@ class _Rectangles:
     unnamed: without one.
     unsure: classes of which one may be missing.
     all_unsure: whether one of any class may be missing.
+    broken: whether one was reported as broken.
     """
 
     named: list[Detection] = field(default_factory=list)
     unnamed: list[Detection] = field(default_factory=list)
     unsure: set[str] = field(default_factory=set)
     all_unsure: bool = False
+    broken: bool = False
 
 
 def labelstudio(imported: Import) -> None:
@@ -72,11 +80,10 @@ def labelstudio(imported: Import) -> None:
         raise DataError(
             f"{imported.source}: not Label Studio's JSON export, which is a list of tasks"
         )
-    tasks = []
+    tasks: list[_Task] = []
     for item, value in enumerate(values, 1):
         with imported.row(item=item):
-            if task := _task(imported, value, item):
-                tasks.append(task)
+            tasks += _tasks(imported, value, item)
     imported.learn_pixels((task.path, task.size) for task in tasks)
     pictures = []
     for task in tasks:
@@ -87,15 +94,25 @@ def labelstudio(imported: Import) -> None:
     used = {detection.name for _, rectangles in pictures for detection in rectangles.named}
     for task, rectangles in pictures:
         unsure = used if rectangles.all_unsure else rectangles.unsure
-        imported.add_picture(task.id, task.path, rectangles.named, unsure, used)
+        imported.add_picture(
+            task.id,
+            task.path,
+            rectangles.named,
+            unsure,
+            used,
+            item=task.item,
+            broken=rectangles.broken,
+        )
 
 
 # ----------------------------------------------------------------------------------------------
 # tasks
 
 
-def _task(imported: Import, value: object, item: int) -> _Task | None:
-    """None for a task without an annotation. Raises FieldError."""
+def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
+    """One for each picture that has results; none for a task without an annotation. Raises
+    FieldError.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("data"), dict):
         raise _not_a_task()
     if not isinstance(value.get("annotations"), list):
@@ -103,27 +120,95 @@ def _task(imported: Import, value: object, item: int) -> _Task | None:
     whole = [a for a in value["annotations"] if _has_results(a)]
     if len(whole) < len(value["annotations"]):
         raise FieldError("each must be an object with a list of results", field="annotations")
-    valid = [a for a in whole if not a.get("was_cancelled")]
+    valid = [a for a in whole if not flag(a.get("was_cancelled"))]
     imported.omissions["cancelled annotations"] += len(whole) - len(valid)
     if not valid:
         imported.omissions["tasks without an annotation"] += 1
-        return None
-    valid.sort(key=lambda a: not a.get("ground_truth"))
+        return []
+    valid.sort(key=lambda a: not flag(a.get("ground_truth")))
     imported.omissions["other annotations of a task"] += len(valid) - 1
     results = valid[0]["result"]
     if not all(isinstance(r, dict) and isinstance(r.get("value") or {}, dict) for r in results):
         raise FieldError("each must be an object with a value", field="result")
-    if any(result.get("image_rotation") for result in results):
+    name = str(value.get("id", f"task{item}"))
+    annotation = str(valid[0].get("id", "annotation"))
+    tasks = []
+    for key, own in _by_picture(imported, value["data"], results):
+        size = _size(own)
+        path = _picture(imported, value["data"], key)
+        imported.pixels_of(path, size)
+        own_name = f"{name}-{key}" if key else name
+        tasks.append(_Task(item, own_name, value["data"], annotation, own, path, size))
+    return tasks
+
+
+def _size(results: list[Result]) -> Size | None:
+    """The picture's size, as the results state it. Raises FieldError where it was turned."""
+    if any(str(result.get("image_rotation") or 0) not in ("0", "0.0") for result in results):
         raise FieldError(
             "was turned in Label Studio", "turn it back there and export again", "image_rotation"
         )
     sizes = (size_of(result, "original_width", "original_height") for result in results)
-    size = next((size for size in sizes if size), None)
-    path = _picture(imported, value["data"])
-    imported.pixels_of(path, size)
-    name = str(value.get("id", f"task{item}"))
-    annotation = str(valid[0].get("id", "annotation"))
-    return _Task(item, name, value["data"], annotation, results, path, size)
+    return next((size for size in sizes if size), None)
+
+
+def _by_picture(
+    imported: Import, data: JsonObject, results: list[Result]
+) -> list[tuple[str, list[Result]]]:
+    """The results of each picture of a task, by the field that names it: their `to_name`, which an
+    export gives no other way to tell. One picture, named in the usual way, has the field "".
+    """
+    keys = [key for key, value in data.items() if _is_picture(value)]
+    to_names = {str(r.get("to_name")) for r in results if _marks_region(r) and r.get("to_name")}
+    matched = to_names & set(keys)
+    if len(keys) < 2 or (len(to_names) < 2 and not matched):
+        return [("", _of_one_picture(imported, results, to_names, keys))]
+    for result in results:
+        name = result.get("to_name")
+        if _marks_region(result) and name and str(name) not in keys:
+            imported.omissions[f"results of a picture that no field of data names ({name})"] += 1
+    return [
+        (key if len(matched) > 1 or key != "image" else "", own)
+        for key in keys
+        if (own := [r for r in results if str(r.get("to_name")) == key])
+    ]
+
+
+def _of_one_picture(
+    imported: Import,
+    results: list[Result],
+    to_names: set[str],
+    keys: list[str],
+) -> list[Result]:
+    """The results without those of another picture, which the task does not name."""
+    own = to_names & {*keys, "image"}
+    if len(to_names) < 2:
+        return results
+    if len(own) != 1:
+        names = ", ".join(sorted(to_names))
+        raise FieldError(
+            f"has regions of {len(to_names)} pictures ({names}) and data names {len(keys)}",
+            "name the fields of data as to_name does",
+            "to_name",
+        )
+    others = [r for r in results if _marks_region(r) and str(r.get("to_name")) not in own]
+    imported.omissions["results of another picture of the task"] += len(others)
+    return [r for r in results if r not in others]
+
+
+def _is_picture(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    query = parse_qs(urlsplit(value).query).get("d", [""])[0]
+    return any(name.lower().endswith(SUFFIXES) for name in (urlsplit(value).path, query))
+
+
+def _marks_region(result: Result) -> bool:
+    """Whether a result is a region of a picture, and no statement about one or about all."""
+    kind = str(result.get("type"))
+    if kind in _NO_REGION:
+        return False
+    return kind.endswith("labels") or bool(_GEOMETRY & set(result.get("value") or {}))
 
 
 def _not_a_task() -> FieldError:
@@ -134,9 +219,19 @@ def _has_results(annotation: object) -> bool:
     return isinstance(annotation, dict) and isinstance(annotation.get("result"), list)
 
 
-def _picture(imported: Import, data: JsonObject) -> Path:
-    """The file of a task's picture, which the task names by a path or a URL. Raises FieldError."""
-    value = data.get("image")
+def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
+    """The file of a task's picture, which the task names by a path or a URL. Raises FieldError.
+
+    key: the field that names it; by default `image`, or the only one that names a picture.
+    """
+    value = data.get(key or "image")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise FieldError(
+            f"data.image is a list of {len(value)} pages, and boxes are of one picture",
+            "make each page a task of its own",
+        )
     if not isinstance(value, str):
         texts = [text for text in data.values() if isinstance(text, str)]
         names = [text for text in texts if urlsplit(text).path.lower().endswith(SUFFIXES)]
@@ -146,17 +241,22 @@ def _picture(imported: Import, data: JsonObject) -> Path:
     if value.startswith("data:"):
         raise FieldError("data.image holds the picture itself", "save it as a file and name that")
     name = value
+    rooted = False
     if imported.images is None or not (imported.images / value).is_file():
         name = _name_in_url(value)
+        # Of a server's or a storage's root it is not known where it lies here.
+        rooted = name != value
     try:
-        return imported.find(name)
+        return imported.find(name, rooted)
     except FieldError:
         # Uploading puts eight hexadecimal digits before a name.
         folder, _, last = name.rpartition("/")
         bare = re.sub(r"^[0-9a-f]{8}-", "", last)
         if not bare or bare == last:
             raise
-        return imported.find(f"{folder}/{bare}".lstrip("/"))
+        path = imported.find(f"{folder}/{bare}".lstrip("/"), rooted)
+        imported.found_by_end[path] = name
+        return path
 
 
 def _name_in_url(value: str) -> str:
@@ -166,7 +266,11 @@ def _name_in_url(value: str) -> str:
         return query["d"][0]
     # A scheme of one letter is a Windows drive.
     if url.path.startswith("/data/") or len(url.scheme) > 1:
-        return unquote(url.path).removeprefix("/data/upload/").lstrip("/")
+        path = unquote(url.path)
+        if path.startswith("/data/upload/"):
+            # The number of a project is no folder here.
+            return re.sub(r"^/data/upload/(\d+/)?", "", path)
+        return path.lstrip("/")
     return value
 
 
@@ -176,13 +280,24 @@ def _name_in_url(value: str) -> str:
 
 def _rectangles(imported: Import, task: _Task) -> _Rectangles:
     rectangles = _Rectangles()
+    labels_of = _labels_by_region(task.results)
+    geometries = {str(r.get("id")) for r in task.results if r.get("type") not in ("labels", None)}
     frame = imported.frame(task.path, task.size)
     for number, result in enumerate(task.results):
         kind = result.get("type")
-        if kind in _TEXTS:
+        if not _marks_region(result):
+            if kind not in _TEXTS:
+                imported.omissions[f"results of type {kind}"] += 1
             continue
         value = result.get("value") or {}
+        own = str(result.get("id", f"r{number}"))
+        # <Labels> beside <Rectangle>: the classes of a region come as a result of their own.
+        if kind == "labels" and own in geometries:
+            continue
+        if kind == "labels" and {"x", "y", "width", "height"} <= set(value):
+            kind = "rectangle"
         labels = value.get("labels" if kind == "rectangle" else kind) or value.get("labels") or []
+        labels = labels or labels_of.get(own, [])
         labels = [labels] if isinstance(labels, str) else labels
         if kind not in _RECTANGLES:
             imported.omissions[f"results of type {kind}"] += 1
@@ -201,8 +316,8 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
                 item=task.item,
             )
             rectangles.all_unsure = True
+            rectangles.broken = True
             continue
-        own = str(result.get("id", f"r{number}"))
         for i, name in enumerate(names):
             rectangles.named.append(
                 Detection(
@@ -214,6 +329,16 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
         if not names:
             rectangles.unnamed.append(Detection("", box, own))
     return rectangles
+
+
+def _labels_by_region(results: list[Result]) -> dict[str, list[object]]:
+    """The classes that <Labels> gives to regions, by the region's id."""
+    labels: defaultdict[str, list[object]] = defaultdict(list)
+    for result in results:
+        if result.get("type") == "labels":
+            own = (result.get("value") or {}).get("labels") or []
+            labels[str(result.get("id"))] += own if isinstance(own, list) else [own]
+    return labels
 
 
 def _box(imported: Import, frame: Frame, value: JsonObject) -> Box:

@@ -12,22 +12,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.convert.detections import Detection, Picture, absent_classes
-from lvr_lite.data.rows import FieldError, JsonObject, Problem, numbers, plain_text
+from lvr_lite.data.rows import (
+    FieldError,
+    JsonObject,
+    Problem,
+    as_on_disk,
+    numbers,
+    plain_text,
+)
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import stored_shape
 
-# of the pictures that a search of a folder finds
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNITS = ("pixels", "fractions", "thousandths")
 # How far a box may reach over the edge by rounding, as a part of the side. It is cut there.
 _SLACK = 0.01
 
@@ -44,6 +51,18 @@ class Frame:
     width: float
     height: float
     orientation: int
+    # whether the unit of boxes is the format's own, and not the user's word
+    assumed: bool = False
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a source speaks of a picture first: a field or an item, for errors."""
+
+    field: str
+    item: int | None
+    detections: frozenset[tuple[str, Box]]
+    broken: bool
 
 
 @dataclass
@@ -52,11 +71,14 @@ class Import:
 
     images: the folder of the pictures, if it was given.
     boxes_are: "stored" or "upright" where the user knows it.
+    unit: one of UNITS where the user says what boxes are measured in.
     split: the one of the source's own splits that is read, or None for all.
     samples: what has questions of its own. pictures: what has only boxes.
     problems: broken rows.
     omissions, remarks: what was left out, and what else the user should know; each how often.
     default_pixels: what boxes are of where no size shows it.
+    found_by_end: pictures that are not where they are named but agree with the name's end, and that
+        name.
     """
 
     source: Path
@@ -68,7 +90,12 @@ class Import:
     problems: list[Problem] = field(default_factory=list)
     omissions: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
+    # boxes in pictures of more than 1200 pixels a side, by whether they end at 1000 or before
+    large_boxes: Counter[bool] = field(default_factory=Counter)
     default_pixels: str = "upright"
+    unit: str | None = None
+    found_by_end: dict[Path, str] = field(default_factory=dict)
+    _places: dict[Path, _Place] = field(default_factory=dict)
     _shapes: dict[Path, tuple[tuple[int, int], int]] = field(default_factory=dict)
     _paths_by_name: dict[str, list[Path]] | None = None
 
@@ -137,38 +164,59 @@ class Import:
     # ------------------------------------------------------------------------------------------
     # pictures
 
-    def find(self, name: str) -> Path:
-        """The picture of a name: at that place in the folder, or the one in it whose path has the
-        longest end in common with the name.
+    def find(self, name: str, rooted: bool = False) -> Path:
+        """The picture of a name: at that place in the folder, or the one in it whose path agrees
+        with the name as far as both reach. What is found so is told in `remarks`.
+
+        rooted: the name begins at a place of another machine or server, as a whole path does; so a
+            folder that the picture's own path does not have is no other folder.
 
         Raises FieldError where there is none, or no single one.
         """
         name = name.replace("\\", "/")
+        rooted = rooted or name.startswith("/") or re.match(r"[A-Za-z]:/", name) is not None
+        place = as_on_disk(self.folder / name)
         try:
-            if (self.folder / name).is_file():
-                return self.folder / name
+            if place.is_file():
+                return place
         except OSError as error:
             # A name that no file can have, such as a whole picture written as text.
             raise FieldError(f"{name[:40]}… names no picture ({error.strerror})") from error
         if self._paths_by_name is None:
             self._paths_by_name = _paths_by_name(self.folder)
-        wanted = Path(name).parts[::-1]
-        ranked = [
-            (_common_parts(path, wanted), path)
-            for path in self._paths_by_name.get(Path(name).name, [])
-        ]
-        most = max((common for common, _ in ranked), default=0)
-        best = sorted(path for common, path in ranked if common == most)
+        wanted = _parts(Path(name))
+        same_name = self._paths_by_name.get(wanted[-1] if wanted else "", [])
+        ranked = [(self._agreement(path, wanted, rooted), path) for path in same_name]
+        most = max((agreement for agreement, _ in ranked), default=0)
+        best = sorted(path for agreement, path in ranked if agreement == most and most)
+        # Links may lead to one file on several ways.
+        best = list({path.resolve(): path for path in reversed(best)}.values())[::-1]
         if not best:
+            other = f" ({same_name[0]} lies in another folder)" if same_name else ""
             raise FieldError(
-                f"{name} is not in {self.folder}", "name the folder of the pictures with --images"
+                f"{name} is not in {self.folder}{other}",
+                "name the folder of the pictures with --images",
             )
         if len(best) > 1:
             raise FieldError(
                 f"{name} may be {best[0]} or {best[1]}",
                 "name the folder of the right one with --images",
             )
+        self.found_by_end.setdefault(best[0], name)
         return best[0]
+
+    def _agreement(self, path: Path, wanted: tuple[str, ...], rooted: bool) -> int:
+        """How many parts of a picture's path and of a name agree, from the end on; 0 where they
+        differ before one of them ends.
+
+        Beginning at the folder, one part is no agreement with a name that has folders of its own.
+        """
+        parts = _parts(path.absolute())
+        if parts[-len(wanted) :] == wanted:
+            return len(wanted)
+        inside = _parts(path.relative_to(self.folder))
+        whole = wanted[-len(inside) :] == inside
+        return len(inside) if whole and (rooted or len(inside) > 1) else 0
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises
@@ -228,6 +276,17 @@ class Import:
             width, height = height, width
         return Frame(width, height, orientation if pixels == "stored" else 1)
 
+    def measured(self, frame: Frame, own_unit: str) -> Frame:
+        """The frame in the unit that boxes are measured in: the user's word, or the format's
+        own.
+        """
+        unit = self.unit or own_unit
+        side = {"fractions": 1, "thousandths": 1000}.get(unit)
+        assumed = self.unit is None
+        if side is None:
+            return replace(frame, assumed=assumed)
+        return replace(frame, width=side, height=side, assumed=assumed)
+
     def box(self, frame: Frame, corners: Box, cut: bool = False) -> Box:
         """A box on the upright picture, normalized.
 
@@ -244,6 +303,11 @@ class Import:
             raise FieldError(
                 f"{shown} is empty or inverted", "width and height must be more than 0"
             )
+        if frame.assumed and max(corners) <= 1 + _SLACK and frame.width > 2:
+            raise FieldError(
+                f"{shown} looks like fractions of the picture, and pixels are meant",
+                "say what boxes are measured in with --boxes fractions (or pixels, if they are)",
+            )
         parts = (x0 / frame.width, y0 / frame.height, x1 / frame.width, y1 / frame.height)
         over = max(
             -parts[0],
@@ -255,13 +319,34 @@ class Import:
         if (over > _SLACK and not cut) or left >= right or top >= bottom:
             raise FieldError(
                 f"{shown} lies outside the picture of {frame.width:g} x {frame.height:g}",
-                "correct or remove the box",
+                _remedy_outside(frame, max(corners)),
             )
+        if frame.assumed and max(frame.width, frame.height) > 1:
+            self._note_scale(frame, max(corners))
         if over > 1e-4:
             self.remarks["boxes cut at the edge"] += 1
         turned = upright((left, top, right, bottom), frame.orientation)
         a, b, c, d = (round(v, 8) for v in turned)
         return a, b, c, d
+
+    def _note_scale(self, frame: Frame, largest: float) -> None:
+        """Counts boxes that may be of the scale 0 to 1000 in a picture of more pixels."""
+        if min(frame.width, frame.height) > 1200:
+            self.large_boxes[largest <= 1000] += 1
+
+    def tell_rest(self) -> None:
+        """Remarks that only all rows together give."""
+        if self.found_by_end:
+            path, name = next(iter(self.found_by_end.items()))
+            what = f"pictures found by the end of their path alone, such as {name} at {path}"
+            self.remarks[what] = len(self.found_by_end)
+        within = self.large_boxes[True]
+        if within >= 3 and not self.large_boxes[False]:
+            what = (
+                "boxes that all end at 1000 or before in larger pictures: if they are of the scale "
+                "0 to 1000, say --boxes thousandths"
+            )
+            self.remarks[what] = within
 
     def add_picture(
         self,
@@ -270,12 +355,36 @@ class Import:
         detections: list[Detection],
         unsure: Iterable[str],
         classes: Iterable[str],
+        place: str = "",
+        item: int | None = None,
+        file: Path | None = None,
+        broken: bool = False,
     ) -> None:
-        """A picture that has only boxes.
+        """A picture that has only boxes. A second record of the same file counts once where it says
+        the same; else both are broken.
 
         unsure: classes of which the picture may show more than `detections`.
         classes: those that it is known to lack where it has no detection of them.
+        place, item, file: of the record, for errors.
+        broken: whether a row of the record was reported, so that it cannot be compared.
         """
+        real = path.resolve()
+        record = _Place(place or name, item, frozenset((d.name, d.box) for d in detections), broken)
+        first = self._places.setdefault(real, record)
+        if first is not record:
+            if first.broken or broken:
+                return
+            if first.detections == record.detections:
+                self.omissions["records of a picture that is there twice"] += 1
+                return
+            self.pictures = [p for p in self.pictures if p.path.resolve() != real]
+            where = f"item {first.item}" if first.item else first.field
+            error = FieldError(
+                f"{path} is the picture of {where} too, with other boxes",
+                "name the right picture, or remove one of the two",
+            )
+            self.report(error, place, item=item, file=file)
+            return
         # A box that is there twice would be counted twice.
         once = {(d.name, d.box): d for d in reversed(detections)}
         if len(once) < len(detections):
@@ -294,25 +403,38 @@ class Import:
         )
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those in it, in links to folders too. Hidden ones (".…") are
+    none, and a link to a folder that it stands in is not followed.
+    """
+    waiting = [(folder, frozenset({folder.resolve()}))]
+    while waiting:
+        place, above = waiting.pop()
+        try:
+            paths = sorted(place.iterdir())
+        except OSError as error:
+            raise DataError(
+                f"{place}: cannot be read ({error.strerror or error}); check its permissions"
+            ) from error
+        for path in paths:
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif (real := path.resolve()) not in above:
+                waiting.append((path, above | {real}))
+
+
 def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by their names in NFC."""
     paths: defaultdict[str, list[Path]] = defaultdict(list)
-    for place, _, names in os.walk(folder):
-        for name in names:
-            paths[name].append(Path(place) / name)
+    for path in files_below(folder):
+        paths[unicodedata.normalize("NFC", path.name)].append(path)
     return paths
 
 
-def _common_parts(path: Path, wanted: tuple[str, ...]) -> int:
-    """How many parts, from the end on, a path shares with the reversed parts `wanted`."""
-    same = [
-        a == b
-        for a, b in zip(
-            path.absolute().parts[::-1],
-            wanted,
-            strict=False,
-        )
-    ]
-    return same.index(False) if False in same else len(same)
+def _parts(path: Path) -> tuple[str, ...]:
+    return Path(unicodedata.normalize("NFC", str(path))).parts
 
 
 def _same_shape(shape: tuple[int, int], size: Size) -> bool:
@@ -320,6 +442,16 @@ def _same_shape(shape: tuple[int, int], size: Size) -> bool:
     if shape == size:
         return True
     return abs(shape[0] * size[1] - shape[1] * size[0]) <= max(*shape, *size)
+
+
+def _remedy_outside(frame: Frame, largest: float) -> str:
+    """What to do about a box outside the picture. largest: of its coordinates."""
+    remedy = "correct or remove the box"
+    if frame.assumed and frame.width == frame.height == 1:
+        return f"{remedy}, or say --boxes pixels or --boxes thousandths (the scale 0 to 1000)"
+    if frame.assumed and largest <= 1000:
+        return f"{remedy}, or say --boxes thousandths if boxes are of the scale 0 to 1000"
+    return remedy
 
 
 def size_of(data: JsonObject, width: str, height: str) -> Size | None:

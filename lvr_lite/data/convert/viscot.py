@@ -10,8 +10,16 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.reading import Import, Size, size_of
-from lvr_lite.data.rows import FieldError, JsonObject, Row, numbers, parse_json, plain_text
-from lvr_lite.data.samples import Sample, placed_samples
+from lvr_lite.data.rows import (
+    FieldError,
+    JsonObject,
+    Row,
+    as_on_disk,
+    numbers,
+    parse_json,
+    plain_text,
+)
+from lvr_lite.data.samples import Sample, placed_samples, reject_other_boxes
 from lvr_lite.errors import UsageError
 
 
@@ -41,6 +49,7 @@ def viscot(imported: Import) -> None:
         row = Row(one.data)
         question = row.need("question", plain_text)
         answer = row.need("answer", plain_text)
+        reject_other_boxes(row, "bboxs")
         for error in row.errors:
             imported.report(error, "", one.line, one.item)
         with imported.row("bboxs", one.line, one.item):
@@ -93,7 +102,7 @@ def _checked_item(
         raise FieldError("must be a list of [x0, y0, x1, y1] in pixels", field="bboxs")
     dataset = data.get("dataset")
     in_its_folder = f"{dataset}/{name}" if isinstance(dataset, str) and dataset else name
-    path = imported.folder / name
+    path = as_on_disk(imported.folder / name)
     if not path.is_file():
         path = imported.find(in_its_folder)
     size = size_of(data, "width", "height")
@@ -102,7 +111,7 @@ def _checked_item(
 
 
 def _boxes(imported: Import, one: _Item) -> tuple[Box, ...]:
-    frame = imported.frame(one.path, one.size)
+    frame = imported.measured(imported.frame(one.path, one.size), "pixels")
     listed = one.data.get("bboxs") or []
     assert isinstance(listed, list)
     corners = [numbers(box, 4) for box in listed]
@@ -126,15 +135,13 @@ def lvr(imported: Import) -> None:
     """The official list, as `lvr_lite.data.samples` reads it. Its boxes are of the upright picture
     unless the user says otherwise.
     """
-    placed, problems = placed_samples(imported.source, imported.images)
+    placed, problems = placed_samples(
+        imported.source, imported.images, imported.unit in (None, "fractions")
+    )
     imported.problems += problems
     for one in placed:
         sample = one.sample
         with imported.row("", one.line, one.item):
-            frame = replace(
-                imported.frame(sample.images[0], None),
-                width=1,
-                height=1,
-            )
+            frame = imported.measured(imported.frame(sample.images[0], None), "fractions")
             boxes = tuple(imported.box(frame, box) for box in sample.boxes)
             imported.samples.append(replace(sample, boxes=boxes))

@@ -4,15 +4,17 @@ an object. May import: PyYAML in a function, the standard library and what stand
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import SUFFIXES, Import, class_name
-from lvr_lite.data.rows import FieldError, JsonObject
+from lvr_lite.data.convert.reading import Import, class_name, files_below
+from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
+from lvr_lite.model.images import SUFFIXES
 
 SPLITS = ("train", "val", "valid", "test")
 
@@ -42,13 +44,14 @@ def yolo(imported: Import) -> None:
             f"{source}: holds no pictures; they belong under images/, and their labels under "
             "labels/ alike"
         )
-    labels = {path: _label_file(path) for path in data_set.pictures}
+    labels = {path: as_on_disk(_label_file(path)) for path in data_set.pictures}
     if not any(label.is_file() for label in labels.values()):
         first = next(iter(labels.values()))
         raise DataError(
             f"{source}: none of its {len(labels)} pictures has labels, the first would be "
             f"{first}; check the layout"
         )
+    labels = _once(labels)
     _report_orphans(imported, labels)
     pictures = [
         (
@@ -67,7 +70,17 @@ def yolo(imported: Import) -> None:
         inside = path.is_relative_to(data_set.root)
         name = (path.relative_to(data_set.root) if inside else path).as_posix()
         if imported.can_read(path):
-            imported.add_picture(name, path, detections, unsure, used)
+            imported.add_picture(name, path, detections, unsure, used, file=path)
+
+
+def _once(labels: dict[Path, Path]) -> dict[Path, Path]:
+    """Pictures that links name twice, once: under the name that has labels. labels: of each."""
+    labelled = {path.resolve() for path, label in labels.items() if label.is_file()}
+    return {
+        path: label
+        for path, label in labels.items()
+        if label.is_file() or path.resolve() not in labelled
+    }
 
 
 def _report_orphans(imported: Import, labels: dict[Path, Path]) -> None:
@@ -77,13 +90,18 @@ def _report_orphans(imported: Import, labels: dict[Path, Path]) -> None:
     }
     for folder, pictures in sorted(folders.items()):
         beside = pictures.iterdir() if pictures.is_dir() else ()
-        stems = {path.stem for path in _pictures_among(beside)}
-        for label in sorted(folder.glob("*.txt")):
-            if label.stem not in stems and label.name != "classes.txt":
+        stems = {_composed(path.stem) for path in _pictures_among(beside)}
+        for label in sorted(folder.glob("[!.]*.txt")):
+            if _composed(label.stem) not in stems and label.name != "classes.txt":
                 imported.report(
                     FieldError("labels without a picture", "add the picture, or remove the labels"),
                     file=label,
                 )
+
+
+def _composed(name: str) -> str:
+    """A name in NFC, however its letters with accents are written."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _detections(
@@ -93,7 +111,7 @@ def _detections(
     broken.
     """
     try:
-        frame = replace(imported.frame(path, None), width=1, height=1)
+        frame = imported.measured(imported.frame(path, None), "fractions")
     except FieldError as error:
         reason = str(error).removeprefix(f"{path} ")
         imported.report(FieldError(reason), file=path)
@@ -256,7 +274,7 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
             if not place.exists() and name.startswith("../"):
                 place = root / name[3:]
             if place.is_dir():
-                pictures |= dict.fromkeys(_pictures_among(place.rglob("*")), split)
+                pictures |= dict.fromkeys(_pictures_among(files_below(place)), split)
             elif place.is_file():
                 pictures |= dict.fromkeys(_paths_in(place, root), split)
             else:
@@ -267,18 +285,24 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
 def _paths_in(file: Path, root: Path) -> list[Path]:
     """The paths that a text file lists, one a line."""
     lines = [line for line in _lines(file) if line.strip()]
-    return [(file.parent if line.startswith("./") else root) / line.strip() for line in lines]
+    return [
+        as_on_disk((file.parent if line.startswith("./") else root) / line.strip())
+        for line in lines
+    ]
 
 
 def _pictures_below(root: Path) -> dict[Path, str]:
     """The pictures in folders named images, or else all, each with the split in its path."""
-    every = _pictures_among(root.rglob("*"))
+    every = _pictures_among(files_below(root))
     apart = [path for path in every if "images" in path.relative_to(root).parts[:-1]]
     return {path: _split_of(path.relative_to(root)) for path in apart or every}
 
 
 def _pictures_among(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+    """Those that are pictures by their names; hidden files (".…") are none."""
+    return sorted(
+        path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def _split_of(path: Path) -> str:
