@@ -118,7 +118,7 @@ def settled(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path
     """A file that was written, as far as `kept_sha256` knows, an hour ago."""
     path.write_bytes(content)
     later = time.time_ns() + LONG_AGO
-    monkeypatch.setattr(files.time, "time_ns", lambda: later)
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     return path
 
 
@@ -128,7 +128,12 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read: list[Path] = []
     digest = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or digest(path))
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(files, "sha256", noted)
     return read
 
 

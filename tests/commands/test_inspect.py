@@ -15,6 +15,7 @@ from lvr_lite.files import sha256
 from lvr_lite.model import bundle
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.model.weight_files import read_header
 
 
 def write_bundle(folder: Path) -> Path:
@@ -131,7 +132,7 @@ def test_weights_that_are_cut_off_or_something_else_are_refused_by_name(
 ) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(BundleError, match=r"w\.safetensors"):
-        inspect.read_header(tmp_path / "w.safetensors")
+        read_header(tmp_path / "w.safetensors")
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

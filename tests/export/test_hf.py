@@ -87,7 +87,8 @@ def test_transformers_alone_gives_the_tokens_of_the_decode_loop_without_latents(
     runtime = TorchRuntime(load_merged(checkpoint), checkpoint)
     prompt, _ = prepare_prompt(runtime, [picture], sample.question)
     (ours,) = decode(runtime, [prompt], Options(max_tokens=6, min_tokens=6, steps=0))
-    call = [sys.executable, "-c", READER, written, tmp_path / "picture.png", sample.question]
+    call = [sys.executable, "-c", READER, str(written), str(tmp_path / "picture.png")]
+    call.append(sample.question)
     done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])

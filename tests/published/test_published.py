@@ -92,7 +92,7 @@ def base(
     """The published folder, its configuration with few layers, its weights random and in shards."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("published") / request.param.name
+    folder: Path = tmp_path_factory.mktemp("published") / request.param.name
     shutil.copytree(request.param, folder, ignore=shutil.ignore_patterns("*.index.json"))
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -169,7 +169,7 @@ def test_pictures_and_prompts_are_those_of_transformers(
 
 def test_markers_take_no_token_that_the_files_declare(base: Path) -> None:
     tokens = read_checkpoint(base).processor.tokens
-    declared = {}
+    declared: dict[int, str] = {}
     for name in ("tokenizer_config.json", "tokenizer.json"):
         content = json.loads((base / name).read_text())
         declared |= {
@@ -227,7 +227,10 @@ def tuned(base: Path) -> Path:
 def test_a_tuned_model_answers_and_is_reinforced(tuned: Path) -> None:
     checkpoint = read_checkpoint(tuned)
     runtime = TorchRuntime(load.load_merged(checkpoint), checkpoint)
-    assert 0 <= accuracy_on(runtime, open_source("scenes", "test", 5, 2).items()) <= 1
+    held_out = open_source("scenes", "test", 5, 2)
+    accuracy, looked = accuracy_on(runtime, held_out.items(), held_out.answers().values())
+    assert 0 <= accuracy <= 1
+    assert 0 <= looked <= 1
     overrides = ["grpo.group=2", "grpo.max_tokens=3", "train.optimizer=sgd", "train.warmup=0"]
     settings = load_settings(None, [*SHORT_RUN, "train.steps=1", *overrides])
     metrics = grpo(checkpoint, "scenes", tuned.parent / "reinforced", settings, say=print)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ def test_shards_are_read_and_strays_are_not(
     folder = copied(small_checkpoint)
     tensors = load_file(folder / "model.safetensors")
     half = len(tensors) // 2
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate((list(tensors)[:half], list(tensors)[half:])):
         file = f"model-0000{number + 1}-of-00002.safetensors"
         save_file({n: tensors[n] for n in names}, folder / file, {"format": "pt"})
@@ -265,7 +265,7 @@ def test_shards_are_read_and_strays_are_not(
 UP_PROJ = "layers.1.mlp.up_proj.weight"
 
 
-def key_of(tensors: Tensors, end: str) -> str:
+def key_of(tensors: Iterable[str], end: str) -> str:
     return next(name for name in tensors if name.endswith(end))
 
 
@@ -435,9 +435,7 @@ def test_weights_that_change_places_fail_the_gate(
 
     def swapped(keys: Sequence[str], model: Any) -> dict[str, str]:
         names = right(keys, model)
-        one, other = (
-            key_of(dict.fromkeys(names), f"0.mlp.{n}_proj.weight") for n in ("up", "gate")
-        )
+        one, other = (key_of(names, f"0.mlp.{n}_proj.weight") for n in ("up", "gate"))
         return names | {one: names[other], other: names[one]}
 
     monkeypatch.setattr(weights_module, "parameter_names", swapped)
