@@ -1,14 +1,10 @@
-"""Measuring: the stages of a request, its latencies, memory and bandwidth, for several systems in
-one run.
+"""Measuring: requests (`timing`), memory and bandwidth, for several systems in one run.
 
 May import: numpy, generate/.
 
 It sees a model only through the Runtime protocol, and is handed ready runtimes. What is compared is
 measured interleaved: a round asks every system the same request once, in an order shuffled for that
 round, because the machine's speed drifts between runs (docs/decisions.md).
-
-A sample is one duration in ms: of a request (preprocess, vision, embed, prefill, TTFT, …) or of one
-step in it (latent_step, text_step, …).
 """
 
 from __future__ import annotations
@@ -19,11 +15,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from lvr_lite.bench.machine import load_average, read_bandwidth, read_compute, read_joules
+from lvr_lite.bench.machine import load_average, read_bandwidth, read_compute
 from lvr_lite.bench.plan import Plan, Request, Setting, System
 from lvr_lite.bench.quality import qualities
 from lvr_lite.bench.record import (
@@ -37,37 +33,17 @@ from lvr_lite.bench.record import (
     SystemResult,
     percentile,
 )
+from lvr_lite.bench.timing import Timing, time_round
 from lvr_lite.errors import UsageError
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import PictureCache, Seconds, prepare_prompt
-from lvr_lite.generate.decode import Clock, Decoding, Event, Options, Result
-from lvr_lite.generate.runtime import Runtime
+from lvr_lite.generate.ask import median_and_most, prepare_prompt
+from lvr_lite.generate.records import Look
 from lvr_lite.system import peak_rss_mb
 
-# Stages and latencies of single steps.
-STEP_STAGES = ("latent_step", "text_step", "lm_head", "sampling")
-STEP_LATENCIES = ("tpls", "tpot")
 # Token agreement below which two systems are said to answer differently.
 ALIKE = 0.9
 # What the machine's speed may change by during a run, as a share of its mean.
 STEADY = 0.15
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One request, or one batch, timed.
-
-    stages, latencies: {name: samples in ms}.
-    spent: {stage: ms of the whole}.
-    tokens: the answers' ids, one after another.
-    joules: what the processor took meanwhile, where the machine says.
-    """
-
-    stages: dict[str, list[float]]
-    latencies: dict[str, list[float]]
-    spent: dict[str, float]
-    tokens: list[int]
-    joules: float | None = None
 
 
 @dataclass
@@ -75,7 +51,9 @@ class Measured:
     """One system's outcome in one setting.
 
     requests: with pictures of the setting's size.
-    visual_tokens, prompt_tokens: of the longest prompt, as the model saw it.
+    look: as in `Options`.
+    picture_tokens: visual tokens of each request's picture.
+    prompt_tokens: of the longest prompt, as the model saw it.
     timings: one per round, in the order of rounds.
     rss_is_shared: whether `peak_rss_mb` (MiB) is that of all systems together.
     """
@@ -83,7 +61,8 @@ class Measured:
     system: System
     setting: Setting = field(default_factory=Setting)
     requests: Sequence[Request] = ()
-    visual_tokens: int = 0
+    look: Look = "auto"
+    picture_tokens: Sequence[int] = ()
     prompt_tokens: int = 0
     timings: list[Timing] = field(default_factory=list)
     quality: Quality | None = None
@@ -116,6 +95,11 @@ class Measured:
         if self.setting.batch > 1:
             parts.append(f"batch {self.setting.batch}")
         return ", ".join(parts)
+
+    @property
+    def latent_steps(self) -> list[int]:
+        """That the timed answers took."""
+        return [steps for timing in self.timings for steps in timing.latents]
 
     def throughput(self) -> float | None:
         """Text tokens a second while decoding: requests in a batch over the median time from one
@@ -154,7 +138,11 @@ class Measured:
 
     def result(self, bandwidth_gb_s: float, rounds: int) -> SystemResult:
         """rounds: that every run of this plan has, whose answers `output_md5` is of."""
-        prompt = {"visual_tokens": self.visual_tokens, "prompt_tokens": self.prompt_tokens}
+        prompt = {
+            "visual_tokens": max(self.picture_tokens, default=0),
+            "prompt_tokens": self.prompt_tokens,
+        }
+        taken = self.latent_steps
         spent = {name: [timing.spent[name] for timing in self.timings] for name in STAGES}
         return SystemResult(
             name=self.name,
@@ -173,6 +161,10 @@ class Measured:
             bandwidth_fraction=self.bandwidth_fraction(bandwidth_gb_s),
             quality=self.quality,
             accuracy=self.system.accuracy,
+            look=self.look,
+            looked=float(np.mean([steps > 0 for steps in taken])) if taken else None,
+            latent_steps=float(np.mean(taken)) if taken else None,
+            visual_tokens=median_and_most(self.picture_tokens),
         )
 
 
@@ -256,122 +248,6 @@ def shuffled_rounds(systems: int, seed: int) -> Iterator[list[int]]:
         yield [int(i) for i in rng.permutation(systems)]
 
 
-def time_round(
-    runtime: Runtime,
-    requests: list[Request],
-    plan: Plan,
-    setting: Setting,
-) -> Timing:
-    """One batch of requests as the model answers it, with what a single step costs taken from a
-    second one that has as many latent steps as tokens; of a single request also the time to the
-    first token of another question about its picture (`ttft_again`).
-
-    The first steps after a prefill find the caches full of other data and are up to twice as slow.
-    Latents come first and are few, so in one natural request they would bear all of that and text
-    tokens none: TPLS and TPOT could not be compared.
-    """
-    cache = PictureCache(runtime)
-    options = Options(max_tokens=plan.tokens, min_tokens=plan.tokens, steps=setting.steps)
-    before = read_joules()
-    timing = time_request(runtime, cache, requests, options)
-    after = read_joules()
-    joules = None if before is None or after is None else after - before
-    stages = timing.stages
-    latencies = timing.latencies
-    if setting.batch == 1:
-        one_token = replace(options, max_tokens=1, min_tokens=1)
-        again = time_request(runtime, cache, requests, one_token)
-        latencies = latencies | {"ttft_again": again.latencies["ttft"]}
-    if 0 < len(timing.stages["latent_step"]) < plan.tokens:
-        even = time_request(runtime, cache, requests, replace(options, steps=plan.tokens))
-        stages = stages | {name: even.stages[name] for name in STEP_STAGES}
-        latencies = latencies | {name: even.latencies[name] for name in STEP_LATENCIES}
-    return replace(timing, stages=stages, latencies=latencies, joules=joules)
-
-
-def time_request(
-    runtime: Runtime,
-    cache: PictureCache,
-    requests: list[Request],
-    options: Options,
-) -> Timing:
-    """Answer a batch of requests from their arrival to the last token, timed by stage.
-
-    TTFT and TTFA count from the arrival of pictures and text to the last row's. TPLS is a latent
-    step: the decoder without the head. TPOT is the time from one text token of the first row to its
-    next (embedding, text step, head, sampling and what the loop adds), so an answer of n tokens
-    gives n - 1 samples, less one where latents lie between.
-    """
-    arrived = time.perf_counter()
-    prepared = [cache.prepare_prompt([request.picture], request.question) for request in requests]
-    decoding = Decoding(runtime, [prompt for prompt, _ in prepared], options)
-    ready = time.perf_counter() - arrived
-    events = list(decoding)
-    whole = time.perf_counter() - arrived
-    before = Seconds(
-        sum(seconds.preprocess for _, seconds in prepared),
-        sum(seconds.vision for _, seconds in prepared),
-    )
-    return _timing(before, ready, decoding.clock, events, decoding.results, whole)
-
-
-def _timing(
-    before: Seconds,
-    ready: float,
-    clock: Clock,
-    events: list[Event],
-    results: list[Result],
-    whole: float,
-) -> Timing:
-    """Samples in ms from what one decoding left. The stage `embed` is the prompt's embedding; that
-    of single tokens is part of TPOT.
-
-    before: of preparing the prompts. ready, whole: seconds from the arrival until decoding began
-    and until it ended.
-    """
-    stages = {
-        "preprocess": [before.preprocess],
-        "vision": [before.vision],
-        "embed": clock.embed[:1],
-        "prefill": [clock.prefill],
-        "latent_step": clock.latent_step,
-        "hand_over": [clock.hand_over] if clock.hand_over else [],
-        "text_step": clock.text_step,
-        "lm_head": clock.lm_head,
-        "sampling": clock.sampling,
-    }
-    ttft = [result.ttft for result in results if result.ttft is not None]
-    ttfa = [result.ttfa for result in results if result.ttfa is not None]
-    latencies = {
-        "ttft": [ready + max(ttft)] if ttft else [],
-        "ttft_again": [],
-        "ttfa": [ready + max(ttfa)] if ttfa else [],
-        "tpls": clock.latent_step,
-        "tpot": _between_tokens(events),
-        "end_to_end": [whole],
-    }
-    spent = {name: sum(samples) for name, samples in stages.items()} | {"embed": sum(clock.embed)}
-    return Timing(
-        stages={name: _ms(samples) for name, samples in stages.items()},
-        latencies={name: _ms(samples) for name, samples in latencies.items()},
-        spent={name: seconds * 1e3 for name, seconds in spent.items()},
-        tokens=[token for result in results for token in result.tokens],
-    )
-
-
-def _ms(seconds: Sequence[float]) -> list[float]:
-    return [s * 1e3 for s in seconds]
-
-
-def _between_tokens(events: list[Event]) -> list[float]:
-    """Seconds between text tokens of the first row that follow each other without latents between
-    them.
-    """
-    first_row = [event for event in events if event.row == 0]
-    pairs = itertools.pairwise(first_row)
-    return [later.at - event.at for event, later in pairs if event.kind == later.kind == "token"]
-
-
 def measure(
     systems: list[System],
     requests: list[Request],
@@ -391,6 +267,7 @@ def measure(
     outcome = [Measured(s, setting) for setting in plan.settings for s in systems]
     for measured in outcome:
         tokens = measured.setting.image_tokens
+        measured.look = plan.options(measured.system.runtime, measured.setting).look
         measured.requests = [r.scaled(measured.system.runtime, tokens) for r in requests]
         _note_prompts(measured)
     for first in range(0, len(outcome), len(systems)):
@@ -449,18 +326,19 @@ def _note_prompts(measured: Measured) -> None:
     ids = [prepare_prompt(runtime, [r.picture], r.question)[0].ids for r in requests]
     image = runtime.processor.tokens.image
     measured.prompt_tokens = max(len(prompt) for prompt in ids)
-    measured.visual_tokens = max(int((prompt == image).sum()) for prompt in ids)
-    if wanted is not None and abs(measured.visual_tokens - wanted) > wanted / 10:
+    measured.picture_tokens = [int((prompt == image).sum()) for prompt in ids]
+    most = max(measured.picture_tokens)
+    if wanted is not None and abs(most - wanted) > wanted / 10:
         raise UsageError(
             f"image_tokens {wanted}: {measured.system.name} gives such a picture "
-            f"{measured.visual_tokens} visual tokens, since it scales pictures to sizes of its "
+            f"{most} visual tokens, since it scales pictures to sizes of its "
             "own; name a number that it can have"
         )
 
 
 def _note_quality(alike: list[Measured], plan: Plan) -> None:
     """Compares the free answers of all systems in one setting."""
-    options = Options(max_tokens=plan.tokens, steps=alike[0].setting.steps)
+    options = [plan.options(m.system.runtime, m.setting) for m in alike]
     compared = qualities([m.system for m in alike], [m.requests for m in alike], options)
     for measured, quality in zip(alike, compared, strict=True):
         measured.quality = quality

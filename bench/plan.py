@@ -15,6 +15,7 @@ from PIL import Image
 
 from lvr_lite.bench.record import Accuracy
 from lvr_lite.errors import UsageError
+from lvr_lite.generate.records import Look, Options, check_look
 from lvr_lite.generate.runtime import Runtime
 
 # Precisions that the quality of the others is measured against.
@@ -102,6 +103,8 @@ class Plan:
     settings: what each system is measured in.
     seed: of the order within rounds.
     threads: that read memory for the bandwidth.
+    look: whether answers look; None is "always" where a model has latent steps, so that what is
+        measured is what the setting claims.
     """
 
     rounds: int = 10
@@ -111,6 +114,7 @@ class Plan:
     settings: tuple[Setting, ...] = (Setting(),)
     seed: int = 0
     threads: int = 1
+    look: Look | None = None
 
     def __post_init__(self) -> None:
         _check_least(self, rounds=1, seconds=0, warmup=0, tokens=2, threads=1)
@@ -119,3 +123,12 @@ class Plan:
                 "nothing to measure: name at least one number of steps, of image tokens and of "
                 "requests in a batch"
             )
+        for setting in self.settings:
+            check_look(self.look or "auto", setting.steps)
+
+    def options(self, runtime: Runtime, setting: Setting) -> Options:
+        """How a system answers in a setting. The end of turn is not forbidden yet."""
+        steps = runtime.latent.steps if setting.steps is None else setting.steps
+        claims = bool(steps and runtime.latent.steps)
+        look = self.look or ("always" if claims else "auto")
+        return Options(max_tokens=self.tokens, steps=setting.steps, look=look)

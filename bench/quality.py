@@ -15,7 +15,9 @@ from lvr_lite.generate.decode import Options, Result, decode
 
 
 def qualities(
-    systems: Sequence[System], requests: Sequence[Sequence[Request]], options: Options
+    systems: Sequence[System],
+    requests: Sequence[Sequence[Request]],
+    options: Sequence[Options],
 ) -> list[Quality | None]:
     """Every system's free answers to its own form of the same requests, against those of the first
     exact system where there is one, else of the first; None for a single system that is not exact.
@@ -24,8 +26,8 @@ def qualities(
     if len(systems) == 1 and not systems[0].exact:
         return [None]
     answers = [
-        [_answer(system, request, options) for request in own]
-        for system, own in zip(systems, requests, strict=True)
+        [_answer(system, request, how) for request in own]
+        for system, own, how in zip(systems, requests, options, strict=True)
     ]
     return [compare_answers(systems[first].name, answers[first], own) for own in answers]
 

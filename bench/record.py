@@ -82,12 +82,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A suite's score: accuracy in 0…1 over n samples, with its 95 % interval."""
+    """A suite's score: accuracy in 0…1 over n samples, with its 95 % interval.
+
+    looked: the share of answers that looked; None in files of older releases.
+    """
 
     suite: str
     n: int
     accuracy: float
     interval: list[float]
+    looked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,10 @@ class SystemResult:
     bytes: {graph: bytes on disk}.
     bandwidth_fraction: decoder bytes per latent step over its median time, as a share of the
         machine's bandwidth.
+    look: whether answers looked: "auto", "always" or "never".
+    looked: the share of timed answers that did.
+    latent_steps: that a timed answer took, the mean.
+    visual_tokens: of a picture, {"p50", "max"}.
     """
 
     name: str
@@ -147,6 +155,10 @@ class SystemResult:
     bandwidth_fraction: float | None = None
     quality: Quality | None = None
     accuracy: Accuracy | None = None
+    look: str | None = None
+    looked: float | None = None
+    latent_steps: float | None = None
+    visual_tokens: JsonObject | None = None
 
     @property
     def megabytes(self) -> float | None:

@@ -74,6 +74,9 @@ def _rest(run: Benchmark) -> Table:
         "peak RSS MiB": [
             number(s.peak_rss_mb) + (" (all)" if s.peak_rss_shared else "") for s in systems
         ],
+        "answers that looked": [percent(s.looked) for s in systems],
+        "latent steps an answer": [number(s.latent_steps) for s in systems],
+        "visual tokens a picture": [sizes(s) for s in systems],
         "tokens/s": [number(s.throughput_tokens_s) for s in systems],
         "J a request": [number(s.joules) for s in systems],
         "of bandwidth": [percent(s.bandwidth_fraction) for s in systems],
@@ -86,6 +89,16 @@ def _rest(run: Benchmark) -> Table:
         if any(cell != number(None) for cell in cells):
             table.add_row(title, *cells)
     return table
+
+
+def sizes(system: SystemResult) -> str:
+    """The visual tokens of its pictures: "256", or "200, at most 256"."""
+    tokens = system.visual_tokens or {}
+    if tokens.get("max") is None:
+        return number(None)
+    if tokens["p50"] == tokens["max"]:
+        return str(tokens["max"])
+    return f"{tokens['p50']:g}, at most {tokens['max']}"
 
 
 def _median_p90(summary: Summary) -> str:
@@ -155,6 +168,7 @@ def write_html(run: Benchmark, out: Path) -> None:
     html = render_page(
         "bench.html.j2",
         systems=systems,
+        sizes_of=sizes,
         stages=STAGES,
         titles=LATENCIES,
         request=stacked_bars(
@@ -226,6 +240,8 @@ def machines_table(runs: Sequence[tuple[str, Benchmark]]) -> str:
         "system",
         *LATENCIES.values(),
         "tokens/s",
+        "latent steps",
+        "visual tokens",
         "peak RSS, MiB",
         "GB/s",
         "commit",
@@ -243,6 +259,8 @@ def machines_table(runs: Sequence[tuple[str, Benchmark]]) -> str:
                     f"{system.name} ({system.precision})",
                     *medians,
                     number(system.throughput_tokens_s),
+                    number(system.latent_steps),
+                    sizes(system),
                     number(system.peak_rss_mb),
                     f"{run.bandwidth_gb_s:.1f}",
                     (card.get("commit") or "")[:8],

@@ -7,6 +7,7 @@ Of torch's model, too, no more than one part has its weights at a time (`filled`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lvr_lite.errors import LvrError
 from lvr_lite.export.layers import DecoderLayers, LayerCall
 from lvr_lite.export.parity import (
     FIRST_STEP,
@@ -25,13 +27,21 @@ from lvr_lite.export.parity import (
     vision_cases,
     worst,
 )
-from lvr_lite.export.weights import TransformersModule, Weights, empty_model
+from lvr_lite.export.weights import (
+    TransformersModule,
+    Weights,
+    empty_model,
+    loaded_by_transformers,
+)
 from lvr_lite.generate.onnx import open_session
 from lvr_lite.generate.torch import language_model, read, visual_tokens
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.weight_files import StoredTensor, stored_tensors
 from lvr_lite.terminal import bar
 
+# Values of weights that are compared at a time.
+PART = 1 << 26
 # True lengths of the two rows that layers are compared on.
 LENGTHS = np.array([11, 6])
 
@@ -128,6 +138,47 @@ def check_layers(
         relative.append(max(gap.relative for gap in differences))
         calls = [replace(call, hidden=states) for call, states in zip(calls, want, strict=True)]
     return relative
+
+
+def check_reading(checkpoint: Checkpoint, base: Weights) -> int:
+    """Whether the base's weights are those that transformers' own loading makes of its files, value
+    for value: what graphs are compared with, `weights`, is this project's reading. A few at a time.
+
+    base: the weights without an adapter.
+
+    Returns how many were compared. Raises LvrError naming the first that differs, or that no file
+    gave.
+    """
+    model = empty_model(checkpoint.config, checkpoint.processor.family)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: dict[str, int] = {}
+    for part in bar(_parts(checkpoint), "parity of reading"):
+        for name, value in loaded_by_transformers(model, part).items():
+            if not torch.equal(base[name], value):
+                raise LvrError(f"parity: {name} is read as something else than transformers reads")
+            seen[name] = id(parameters[name])
+    # Of tied parameters, files hold one.
+    for name, parameter in parameters.items():
+        if id(parameter) not in seen.values():
+            raise LvrError(f"parity: transformers reads no {name} from {checkpoint.base}")
+        if name not in seen:
+            twin = next(other for other, tied in seen.items() if tied == id(parameter))
+            if not torch.equal(base[name], base[twin]):
+                raise LvrError(f"parity: {name} is tied to {twin} and is read as something else")
+    return len(parameters)
+
+
+def _parts(checkpoint: Checkpoint) -> list[list[StoredTensor]]:
+    """The tensors of the base's files in parts of PART values or little more."""
+    parts: list[list[StoredTensor]] = [[]]
+    values = 0
+    for tensor in stored_tensors(checkpoint.base).values():
+        if values > PART:
+            parts.append([])
+            values = 0
+        parts[-1].append(tensor)
+        values += math.prod(tensor.shape)
+    return parts
 
 
 def _one_layer_model(checkpoint: Checkpoint) -> TransformersModule:

@@ -230,3 +230,6 @@ class SyntheticWeights:
 
     def merged(self) -> SyntheticWeights:
         return self
+
+    def base(self) -> SyntheticWeights:
+        return self

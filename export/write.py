@@ -81,8 +81,8 @@ def write_bundle(
 
     progress: called with one line per stage.
     reference: loads torch's model, which a small bundle must equal in every graph and token by
-        token; a larger one (SMALL) must equal `weights` graph by graph and layer by layer. None:
-        nothing is compared.
+        token; a larger one (SMALL) must equal `weights` graph by graph and layer by layer, and
+        these what transformers loads, weight by weight. None: nothing is compared.
     precision, convert: how weights are written; in float32 by default.
     source: the manifest's `source`; what names the checkpoint by default.
 
@@ -228,6 +228,8 @@ def _gate(
     )
     decoding = None
     if load is None:
+        count = apart.check_reading(checkpoint, weights.base())
+        progress(f"parity of reading: {count} weights are what transformers loads")
         by_graph = apart.check_graphs_apart(bundle, checkpoint, weights)
     else:
         got = OnnxRuntime(bundle)

@@ -225,8 +225,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 class Settings:
     """All of a run.
 
-    max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None
-        takes the model's own.
+    max_pixels: pictures are shrunk to this area (pixels) before they are cut into patches; None,
+        or "auto" in a recipe, takes what is usual for the family (`Processor.default_max_pixels`).
 
     Raises UsageError for a number out of its limits and for settings that contradict each other.
     """
@@ -294,6 +294,8 @@ def load_settings(recipe: Path | None, overrides: Sequence[str] = ()) -> Setting
     data = {} if recipe is None else _read_recipe(recipe)
     for override in overrides:
         _override(data, override)
+    if data.get("max_pixels") == "auto":
+        data["max_pixels"] = None
     keys = tuple(override.partition("=")[0].strip() for override in overrides)
     return _fill(Settings, data, "", _Origin(recipe, keys))
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,74 @@ def sha256(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def kept_sha256(path: Path) -> str:
+    """As `sha256`, read anew only where the file is another than when it was last hashed.
+
+    What was computed is kept in the user's cache folder by the file's identity: path, size, times
+    of change, device and inode. A file that changed within the last seconds is not kept, since
+    another change might have the same time. Where the cache cannot be read or written, the file is
+    hashed each time.
+    """
+    place = str(path.resolve())
+    identity = _identity(path)
+    if _kept_hashes().get(place, {}).get("identity") == identity:
+        return str(_kept_hashes()[place]["sha256"])
+    digest = sha256(path)
+    settled = time.time_ns() - max(identity[1:3]) > SETTLED_NS
+    if identity[0] >= WORTH_KEEPING and settled and _identity(path) == identity:
+        _keep_hash(place, {"identity": identity, "sha256": digest})
+    return digest
+
+
+# Bytes from which on a file's hash is kept, and of how many files.
+WORTH_KEEPING = 1 << 20
+MOST_KEPT = 1000
+# Nanoseconds after which a further change shows in a file's times, on any file system.
+SETTLED_NS = 3 * 10**9
+
+
+def _identity(path: Path) -> list[int]:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino]
+
+
+def user_cache() -> Path:
+    """The folder of this user's files that may be lost."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "lvr-lite"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "lvr-lite"
+    folder = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(folder).expanduser() / "lvr-lite"
+
+
+def _kept_hashes() -> dict[str, JsonObject]:
+    """{path: its identity and sha256}; {} where nothing was kept, or what was kept is damaged."""
+    try:
+        kept = json.loads((user_cache() / "sha256.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    entries = kept.get("files") if isinstance(kept, dict) else None
+    if not isinstance(entries, dict):
+        return {}
+    return {path: entry for path, entry in entries.items() if _is_hash(entry)}
+
+
+def _is_hash(entry: object) -> bool:
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    return isinstance(digest, str) and len(digest) == 64
+
+
+def _keep_hash(place: str, entry: JsonObject) -> None:
+    # The newest come last.
+    kept = {path: other for path, other in _kept_hashes().items() if path != place}
+    newest = list((kept | {place: entry}).items())[-MOST_KEPT:]
+    # Nothing is lost without it but time; a home that does not exist raises RuntimeError.
+    with contextlib.suppress(OutputError, RuntimeError):
+        text = json.dumps({"version": 1, "files": dict(newest)})
+        write_atomically(user_cache() / "sha256.json", text)
 
 
 @contextlib.contextmanager

@@ -27,13 +27,13 @@ class Reference:
     choices: the ids that its head chose, <|lvr_start|> and the end among them.
     log_probabilities: (V,) float32, at each choice.
     hidden: (H,) float32, the state after the prompt and after each step.
-    latents: number of latent steps.
+    latents: of `hidden`, the states that became latents.
     """
 
     choices: list[int]
     log_probabilities: list[np.ndarray]
     hidden: list[np.ndarray]
-    latents: int
+    latents: slice
 
 
 class _ScriptedRuntime:
@@ -70,9 +70,21 @@ def reference_answers(runtime: Runtime, prompts: list[Prompt]) -> list[Reference
     answers = []
     for part in _batches(len(prompts)):
         for result, scores in _decode(runtime, prompts[part], None):
-            latents = len(result.latents)
+            latents = _latent_states(result, runtime.processor.tokens.lvr_start)
             answers.append(Reference(result.choices, scores, result.hidden, latents))
     return answers
+
+
+def _latent_states(result: Result, start: int) -> slice:
+    """The hidden states of an answer that became its latents; start: <|lvr_start|>.
+
+    Until the loop opens, each choice was made from one state. The one that chose <|lvr_start|> is
+    followed by those that became latents.
+    """
+    if start not in result.choices:
+        return slice(0)
+    first = result.choices.index(start) + 1
+    return slice(first, first + len(result.latents))
 
 
 def answer_loss(runtime: Runtime, prompts: list[Prompt], references: list[Reference]) -> AnswerLoss:
@@ -87,8 +99,7 @@ def answer_loss(runtime: Runtime, prompts: list[Prompt], references: list[Refere
         for (result, scores), reference in zip(answers, references[part], strict=True):
             for own, wanted in zip(scores, reference.log_probabilities, strict=True):
                 divergences.append(float((np.exp(wanted) * (wanted - own)).sum()))
-            # The state after the prompt chose <|lvr_start|>; those of the latent steps follow.
-            steps = slice(1, 1 + reference.latents)
+            steps = reference.latents
             for wanted, own in zip(reference.hidden[steps], result.hidden[steps], strict=True):
                 gaps.append(1 - _cosine(wanted, own))
     return AnswerLoss(

@@ -12,6 +12,7 @@ from lvr_lite.errors import DataError
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.quant.drift import LARGE
 from lvr_lite.quant.products import Products
 from lvr_lite.quant.prompts import load_prompts
@@ -55,6 +56,11 @@ class Calibration:
         """data: "scenes", or the path of a file of samples. Raises DataError for a file without
         samples.
         """
+        if data == "scenes" and not _knows_scenes(source):
+            progress(
+                "warning: weights are rounded for drawn scenes, which say little about the work of "
+                "this model; give --calibration FILE, samples of what it will be asked"
+            )
         large = source.bytes > LARGE
         answering = source
         if large:
@@ -87,3 +93,12 @@ class Calibration:
                 "--tune-steps 0"
             )
         return Tuner(self.runtime, products, steps, self.progress)
+
+
+def _knows_scenes(source: Bundle) -> bool:
+    """Whether a bundle has the embedded model's sizes: drawn scenes are its work."""
+    sizes = read_checkpoint("tiny").config["text_config"]
+    decoder = source.manifest.decoder
+    own = (decoder.layers, decoder.hidden_size, decoder.vocab_size)
+    names = ("num_hidden_layers", "hidden_size", "vocab_size")
+    return own == tuple(sizes[name] for name in names)

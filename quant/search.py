@@ -143,7 +143,7 @@ class Search:
         self._prompts = scored or calibration.prompts[: SCORED_LARGE if calibration.large else None]
         self._references = reference_answers(calibration.runtime, self._prompts)
         choices = sum(len(reference.choices) for reference in self._references)
-        latents = sum(reference.latents for reference in self._references)
+        latents = sum(len(r.hidden[r.latents]) for r in self._references)
         calibration.progress(
             f"calibration: {len(calibration.prompts)} prompts; {choices} choices and {latents} "
             "latents to keep"

@@ -49,6 +49,14 @@ def everything_about(spec: GraphSpec, codes: Mapping[int, str]) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor fill the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """ONNX Runtime's pool of threads is the process's: the first test would size it for all."""
     from lvr_lite.generate.onnx import share_pools

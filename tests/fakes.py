@@ -325,6 +325,15 @@ class OneWord(Fake):
         return logits
 
 
+class NeverLooks(OneWord):
+    """Has latent steps, and never opens the loop by itself, as random weights do."""
+
+    def head(self, hidden: np.ndarray) -> np.ndarray:
+        logits = super().head(hidden)
+        logits[:, self.processor.tokens.lvr_start] = -9
+        return logits
+
+
 # --------------------------------------------------------------------------------------------------
 # one that looks, for the probe
 

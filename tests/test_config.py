@@ -361,3 +361,11 @@ def test_a_key_from_below_that_is_unknown_is_named_with_the_recipe_that_was_aske
     recipe(tmp_path, "train:\n  stepz: 3\n", "under.yaml")
     path = recipe(tmp_path, "extends: under.yaml\n")
     assert refusal(path).startswith(f"{path}: unknown key train.stepz")
+
+
+def test_an_automatic_size_of_pictures_is_none_that_is_named(tmp_path: Path) -> None:
+    assert load_settings(recipe(tmp_path, "max_pixels: auto\n")).max_pixels is None
+    assert (
+        load_settings(recipe(tmp_path, "max_pixels: 50176\n"), ["max_pixels=auto"]).max_pixels
+        is None
+    )

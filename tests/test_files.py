@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import time
 from pathlib import Path
 
 import pytest
 
+from lvr_lite import files
 from lvr_lite.errors import OutputError
 from lvr_lite.files import fresh_folder, write_atomically
 
@@ -101,3 +105,82 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="folder: cannot be written"):
         write_atomically(tmp_path / "folder", "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "new"]
+
+
+# --------------------------------------------------------------------------------------------------
+# hashes by identity
+
+# Nanoseconds before now at which a file has long settled.
+LONG_AGO = 3600 * 10**9
+
+
+def settled(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that was written, as far as `kept_sha256` knows, an hour ago."""
+    path.write_bytes(content)
+    later = time.time_ns() + LONG_AGO
+    monkeypatch.setattr(files.time, "time_ns", lambda: later)
+    return path
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """The files that were read to be hashed; the cache is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read: list[Path] = []
+    digest = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or digest(path))
+    return read
+
+
+CONTENT = b"x" * files.WORTH_KEEPING
+
+
+def test_a_file_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[Path]
+) -> None:
+    path = settled(tmp_path / "w", CONTENT, monkeypatch)
+    want = hashlib.sha256(CONTENT).hexdigest()
+    assert [files.kept_sha256(path) for _ in range(3)] == [want] * 3
+    assert hashed == [path]
+
+
+def test_a_changed_file_is_hashed_again_even_with_its_old_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[Path]
+) -> None:
+    path = settled(tmp_path / "w", CONTENT, monkeypatch)
+    before = path.stat()
+    files.kept_sha256(path)
+    changed = b"y" + CONTENT[1:]
+    # As `cp -p` over it: size, place and time of change stay.
+    path.write_bytes(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert files.kept_sha256(path) == hashlib.sha256(changed).hexdigest()
+    assert hashed == [path, path]
+
+
+def test_what_was_written_just_now_is_not_kept(tmp_path: Path, hashed: list[Path]) -> None:
+    (tmp_path / "w").write_bytes(CONTENT)
+    for _ in range(2):
+        files.kept_sha256(tmp_path / "w")
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("kept", ["{", "[]", '{"files": {"PATH": {"identity": [1]}}}', "\xff"])
+def test_a_damaged_cache_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[Path], kept: str
+) -> None:
+    path = settled(tmp_path / "w", CONTENT, monkeypatch)
+    (tmp_path / "cache" / "lvr-lite").mkdir(parents=True)
+    text = kept.replace("PATH", str(path))
+    (tmp_path / "cache" / "lvr-lite" / "sha256.json").write_bytes(text.encode("latin-1"))
+    assert files.kept_sha256(path) == files.kept_sha256(path)
+    assert hashed == [path]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[Path]
+) -> None:
+    path = settled(tmp_path / "w", CONTENT, monkeypatch)
+    (tmp_path / "cache").write_text("a file in the folder's place")
+    assert files.kept_sha256(path) == hashlib.sha256(CONTENT).hexdigest()
+    assert hashed == [path]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lvr_lite.bench.experiments.runner import header, launch, row
+from lvr_lite.eval.plan import load_suite
 from lvr_lite.eval.score import is_correct
-from lvr_lite.eval.suite import load_suite
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, Result, decode
 from lvr_lite.generate.onnx import OnnxRuntime

@@ -283,7 +283,8 @@ def measure_answering(
     runtime = TorchRuntime(model.eval(), checkpoint)
     began = time.perf_counter()
     with metered(model, device) as peak:
-        accuracy_on(runtime, items_of(visual, plan.EVAL_ROWS))
+        items = items_of(visual, plan.EVAL_ROWS)
+        accuracy_on(runtime, items, [sample.answer for sample, _ in items])
     seconds = time.perf_counter() - began
     shape = plan.shape_of(checkpoint.config)
     prediction = predict_answering(

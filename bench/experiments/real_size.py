@@ -20,6 +20,7 @@ from lvr_lite.bench.experiments.runner import Out, launch, read_json, run, write
 from lvr_lite.export.synthetic import SyntheticWeights, shape_of
 from lvr_lite.model.bundle import Bundle
 from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.weight_files import INDEX
 from lvr_lite.toy.make import scene_samples
 
 
@@ -33,9 +34,13 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), "rest")
         groups.setdefault(f"{parts[1]}-{layer}", []).append(name)
+    places: dict[str, str] = {}
     for i, group in enumerate(groups.values()):
         tensors = {name: weights[name].to(torch.bfloat16) for name in group}
-        save_file(tensors, folder / f"model-{i:05}.safetensors")
+        file = f"model-{i:05}.safetensors"
+        save_file(tensors, folder / file)
+        places |= dict.fromkeys(group, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config = {**checkpoint.config, "eos_token_id": checkpoint.processor.tokens.end[0]}
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint.processor.tokenizer.save(str(folder / "tokenizer.json"))

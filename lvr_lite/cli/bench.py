@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lvr_lite.cli.options import Html, JsonOut, Provider, Threads, numbers, write_json
+from lvr_lite.cli.options import (
+    Html,
+    JsonOut,
+    MaxPixels,
+    Provider,
+    Threads,
+    look_when,
+    numbers,
+    write_json,
+)
 
 DEFAULT = "run"
 
@@ -72,6 +81,15 @@ def run(
         Path | None, typer.Option(help="A picture to ask about; drawn scenes by default.")
     ] = None,
     question: Annotated[str, typer.Option(help="The question for --image.")] = "describe",
+    look: Annotated[
+        str | None,
+        typer.Option(
+            "--look",
+            metavar="auto|always|never",
+            help="Whether answers look; by default always, wherever latent steps are measured.",
+        ),
+    ] = None,
+    max_pixels: MaxPixels = None,
     limit: Annotated[
         int, typer.Option(min=0, help="Held-out scenes to score beside the speed; 0 for none.")
     ] = 0,
@@ -101,6 +119,8 @@ def run(
         batch=numbers("--batch", batch),
         image=image,
         question=question,
+        look=None if look is None else look_when(look),
+        max_pixels=max_pixels,
         limit=limit,
         provider=provider,
         threads=threads,

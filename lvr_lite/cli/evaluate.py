@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lvr_lite.cli.options import Batch, Html, JsonOut, ModelFolder, Threads, numbers, write_json
+from lvr_lite.cli.options import (
+    Batch,
+    Html,
+    JsonOut,
+    LookWhen,
+    MaxPixels,
+    ModelFolder,
+    Threads,
+    look_when,
+    numbers,
+    write_json,
+)
 
 
 def eval_(
@@ -50,11 +61,32 @@ def eval_(
             help="Latent steps K, several with commas: 0,4,8; the model's own by default."
         ),
     ] = None,
+    look: LookWhen = "auto",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="direct|plain",
+            help="How a benchmark asks: with the sentence \"answer with the option's letter "
+            'directly", the default, or without it.',
+        ),
+    ] = None,
+    max_pixels: MaxPixels = None,
+    against_max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--against-max-pixels",
+            metavar="N",
+            help="The same for the models in --against; by default the smallest of all models' "
+            "own, so that all see pictures of one size.",
+        ),
+    ] = None,
     batch: Batch = 16,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Text tokens at most; 16, or 64 for skills and benchmarks, by default."
+            min=1,
+            help="Text tokens at most; by default 16, 64 for skills and benchmarks, 256 for "
+            "--prompt plain, and of a file room for its longest answer.",
         ),
     ] = None,
     answers: Annotated[
@@ -70,7 +102,8 @@ def eval_(
     """Score a model on held-out questions, with n and a 95 % interval, and beside others on the
     same ones.
 
-    --steps and --answers are for MODEL alone; a model in --against takes its own latent steps.
+    --steps and --answers are for MODEL alone; a model in --against takes its own latent steps, and
+    --look where it has some.
 
     Example: lvr-lite eval bundle --limit 300 --against tiny
 
@@ -87,6 +120,10 @@ def eval_(
         seed=seed,
         steps=() if steps is None else numbers("--steps", steps),
         batch=batch,
+        look=look_when(look),
+        max_pixels=max_pixels,
+        against_max_pixels=against_max_pixels,
+        prompt=prompt,
         max_tokens=max_tokens,
         skills=skills,
         path=path,
@@ -115,6 +152,8 @@ def probe(
         str | None,
         typer.Option(help="Some interventions alone, such as noise,donor_same_question."),
     ] = None,
+    look: LookWhen = "auto",
+    max_pixels: MaxPixels = None,
     batch: Batch = 16,
     html: Html = None,
     threads: Threads = None,
@@ -128,7 +167,7 @@ def probe(
     from lvr_lite.eval.report import show_probe, write_probe_page
     from lvr_lite.terminal import say
 
-    options = evaluate.ProbeOptions(data, limit, seed, only, batch)
+    options = evaluate.ProbeOptions(data, limit, seed, only, batch, look_when(look), max_pixels)
     result = evaluate.probe(model, options, threads)
     report = result.to_json()
     show_probe(report)

@@ -33,6 +33,15 @@ Calibration = Annotated[
         "int4 alone."
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        help="The bundle shrinks pictures to this area in pixels; by default as the model was "
+        "tuned, of a base model some 512 visual tokens.",
+    ),
+]
 TuneSteps = Annotated[
     int | None,
     typer.Option(
@@ -75,6 +84,7 @@ def export(
             "latents there.",
         ),
     ] = False,
+    max_pixels: MaxPixels = None,
     synthetic: Annotated[
         str | None,
         typer.Option(
@@ -104,22 +114,31 @@ def export(
         raise UsageError("--text-only is for --for hf; leave it out")
     if for_ is not None and synthetic is not None:
         raise UsageError("--synthetic writes a bundle; leave --for out")
+    quantizing = {
+        "--block": block,
+        "--bits": bits,
+        "--calibration": calibration,
+        "--tune-steps": tune_steps,
+    }
+    for name, value in quantizing.items():
+        if for_ is not None and value is not None:
+            raise UsageError(f"{name}: nothing is quantized with --for hf; leave it out")
     rounding = Rounding(
         precision or ("bf16" if for_ else "int8"), block, bits, calibration, tune_steps
     )
     if synthetic is not None:
         if bundle is not None:
             raise UsageError("--synthetic takes no checkpoint; give the folder to write alone")
-        written = export_synthetic(synthetic, checkpoint, rounding)
+        written = export_synthetic(synthetic, checkpoint, rounding, max_pixels)
     elif bundle is None:
         raise UsageError(
             "export needs a checkpoint and the folder to write (or --synthetic SHAPE and the "
             "folder)"
         )
     elif for_ is not None:
-        written = export_hf(checkpoint, bundle, rounding.precision, text_only)
+        written = export_hf(checkpoint, bundle, rounding.precision, text_only, max_pixels)
     else:
-        written = export_model(checkpoint, bundle, rounding)
+        written = export_model(checkpoint, bundle, rounding, max_pixels)
     _say_done(written, began, json_)
 
 

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lvr_lite.files import JsonObject
+    from lvr_lite.generate.records import Look
 
 JsonOut = Annotated[
     Path | None, typer.Option("--json", help="Write what was printed as JSON to this file.")
@@ -25,6 +26,23 @@ Provider = Annotated[
         "directml where installed."
     ),
 ]
+LookWhen = Annotated[
+    str,
+    typer.Option(
+        "--look",
+        metavar="auto|always|never",
+        help="Whether answers look: as the model chooses, always before the first word, or never.",
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        help="Shrink pictures to this area in pixels; by default the model's own. A bundle takes "
+        "no larger one than its own.",
+    ),
+]
 ModelFolder = Annotated[str, typer.Argument(help="A bundle or a checkpoint.")]
 Batch = Annotated[int, typer.Option(min=1, help="Questions decoded together.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with plots.")]
@@ -36,6 +54,17 @@ def write_json(path: Path | None, data: JsonObject) -> None:
         from lvr_lite.files import write_atomically
 
         write_atomically(path, json.dumps(data, indent=1))
+
+
+def look_when(text: str) -> Look:
+    """What `--look` says. Raises UsageError for anything else."""
+    from lvr_lite.errors import UsageError
+    from lvr_lite.generate.records import LOOKS
+
+    for look in LOOKS:
+        if text == look:
+            return look
+    raise UsageError(f"--look {text}: must be {', '.join(LOOKS[:-1])} or {LOOKS[-1]}")
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

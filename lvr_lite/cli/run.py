@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lvr_lite.cli.options import JsonOut, ModelFolder, Provider, Threads, write_json
+from lvr_lite.cli.options import JsonOut, MaxPixels, ModelFolder, Provider, Threads, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lvr_lite.commands.model import Answer, AskOptions, Model
+    from lvr_lite.generate.records import Look
 
 
 def run(
@@ -36,12 +37,15 @@ def run(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     look: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            metavar="PNG",
-            help="Draw which visual tokens each latent step is nearest to, as heat maps.",
+            metavar="auto|always|never|PNG",
+            help="Whether the answer looks: as the model chooses, always before the first word, or "
+            "never. Or a picture to write: which visual tokens each latent step is nearest to, as "
+            "heat maps. Repeat it for both.",
         ),
     ] = None,
+    max_pixels: MaxPixels = None,
     also: Annotated[
         list[str] | None,
         typer.Option(help="Another question about the same pictures, which are not read again."),
@@ -63,14 +67,20 @@ def run(
     questions = [question, *(also or [])]
     _check_questions(questions, images)
     pictures = [open_picture(Path(image)) for image in images]
-    opened = open_model(model, threads=threads, provider=provider)
-    if look is not None:
+    when, drawing = _looks(look or [])
+    options = AskOptions(
+        max_tokens=max_tokens,
+        steps=steps,
+        look=when,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    opened = open_model(model, threads=threads, provider=provider, max_pixels=max_pixels)
+    if drawing is not None:
         from lvr_lite.views.look import refuse
 
-        refuse(look, images, opened.runtime.latent, steps)
-    options = AskOptions(
-        max_tokens=max_tokens, steps=steps, temperature=temperature, top_p=top_p, seed=seed
-    )
+        refuse(drawing, images, opened.runtime.latent, 0 if when == "never" else steps)
     answers = [_print(opened, pictures, asked, options, stream) for asked in questions]
     first, *rest = answers
     data = {"schema": "lvr-lite/run", "version": 1} | first.to_json()
@@ -78,11 +88,32 @@ def run(
     if rest:
         data["also"] = [answer.to_json() for answer in rest]
     write_json(json_, data)
-    if look is not None:
+    if drawing is not None:
         from lvr_lite.views.look import write_look
 
-        write_look(look, opened.look(first))
-        say(f"{look}: the nearest visual tokens of {first.latent_steps} latent steps")
+        write_look(drawing, opened.look(first))
+        say(f"{drawing}: the nearest visual tokens of {first.latent_steps} latent steps")
+
+
+def _looks(values: list[str]) -> tuple[Look, Path | None]:
+    """Whether to look, and the picture to write, of all that `--look` was given. Raises UsageError
+    where one of them is given twice.
+    """
+    from lvr_lite.errors import UsageError
+    from lvr_lite.generate.records import LOOKS
+
+    named = [look for look in LOOKS for value in values if value == look]
+    pictures = [value for value in values if value not in LOOKS]
+    # A word alone is a misspelt one of these.
+    if unknown := next((value for value in pictures if value.isidentifier()), None):
+        known = ", ".join(LOOKS)
+        raise UsageError(f"--look {unknown}: neither {known} nor a picture's path, as look.png")
+    if len(named) > 1 or len(pictures) > 1:
+        raise UsageError(
+            f"--look {' and '.join(values)}: give one of {', '.join(LOOKS)}, one picture's path, "
+            "or one of each"
+        )
+    return (named or ["auto"])[0], Path(pictures[0]) if pictures else None
 
 
 def _check_questions(questions: list[str], images: list[str]) -> None:

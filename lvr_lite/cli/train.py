@@ -40,6 +40,15 @@ def finetune(
     out: Out = None,
     config: Recipe = None,
     set_: Overrides = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            metavar="N",
+            help="Shrink pictures to this area in pixels, as --set max_pixels=N; by default the "
+            "recipe's, or some 512 visual tokens.",
+        ),
+    ] = None,
     resume: Resume = False,
     plan: PlanOnly = False,
     vram: Vram = None,
@@ -53,7 +62,10 @@ def finetune(
     from lvr_lite.commands import train
 
     _check_plan(plan, vram, resume)
-    options = train.TrainOptions(config, tuple(set_ or ()), resume)
+    overrides = tuple(set_ or ())
+    if max_pixels is not None:
+        overrides += (f"max_pixels={max_pixels}",)
+    options = train.TrainOptions(config, overrides, resume)
     if plan:
         _show_plan(train.plan_finetune(model, options, vram), json_)
         return

@@ -20,8 +20,10 @@ from lvr_lite.bench.plan import Plan, Request, Setting, System
 from lvr_lite.bench.record import Accuracy, Benchmark
 from lvr_lite.commands import model as models
 from lvr_lite.errors import LvrError
-from lvr_lite.eval.suite import evaluate, load_suite
+from lvr_lite.eval.plan import MAX_TOKENS, load_suite
+from lvr_lite.eval.suite import evaluate
 from lvr_lite.generate.decode import Options
+from lvr_lite.generate.records import Look
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.images import open_picture
 from lvr_lite.system import usable_cores
@@ -47,6 +49,8 @@ class BenchOptions:
     image_tokens: visual tokens that pictures are scaled to; None leaves them as they are.
     batch: requests decoded together.
     image, question: what is asked; drawn scenes by default.
+    look: whether answers look; None is "always" wherever latent steps are measured.
+    max_pixels: area that pictures are shrunk to; None for each model's own.
     limit: held-out scenes that are scored beside the speed.
     provider: what runs the graphs of bundles.
     threads: of ONNX Runtime; all usable cores by default.
@@ -61,6 +65,8 @@ class BenchOptions:
     batch: tuple[int, ...] = (1,)
     image: Path | None = None
     question: str = "describe"
+    look: Look | None = None
+    max_pixels: int | None = None
     limit: int = 0
     provider: str = "cpu"
     threads: int | None = None
@@ -80,6 +86,7 @@ class BenchOptions:
             tokens=self.tokens,
             settings=settings,
             threads=self.threads or usable_cores(),
+            look=self.look,
         )
 
     def provider_of(self, model: str) -> str:
@@ -137,7 +144,8 @@ def _requests(options: BenchOptions) -> list[Request]:
 
 def _system(name: str, names: Sequence[str], options: BenchOptions) -> System:
     """One of the models `names`, open, with what is measured of it apart."""
-    runtime = models.open_runtime(name, options.threads, options.provider_of(name))
+    provider = options.provider_of(name)
+    runtime = models.open_runtime(name, options.threads, provider, max_pixels=options.max_pixels)
     precision = "fp32"
     sizes = {}
     if is_bundle(Path(name)):
@@ -146,8 +154,10 @@ def _system(name: str, names: Sequence[str], options: BenchOptions) -> System:
         sizes = {graph: written.bytes for graph, written in manifest.graphs.items()}
     accuracy = None
     if options.limit:
-        scores = evaluate(runtime, load_suite("scenes", options.limit), Options(max_tokens=16))
-        accuracy = Accuracy("scenes", scores["n"], scores["accuracy"], scores["interval"])
+        how = Options(max_tokens=MAX_TOKENS, look=options.look or "auto")
+        scores = evaluate(runtime, load_suite("scenes", options.limit), how)
+        names = ("n", "accuracy", "interval", "looked")
+        accuracy = Accuracy("scenes", *(scores[field] for field in names))
     folders = [Path(other).name for other in names]
     unique = folders.count(Path(name).name) == 1
     return System(
@@ -155,20 +165,23 @@ def _system(name: str, names: Sequence[str], options: BenchOptions) -> System:
         precision=precision,
         runtime=runtime,
         bytes=sizes,
-        peak_rss_mb=_rss_of_run(name, options),
+        peak_rss_mb=_rss_of_run(name, options, bool(runtime.latent.steps)),
         accuracy=accuracy,
     )
 
 
-def _rss_of_run(model: str, options: BenchOptions) -> float | None:
+def _rss_of_run(model: str, options: BenchOptions, can_look: bool) -> float | None:
     """Peak memory in MiB of `lvr-lite run` with this model, in a process of its own."""
+    look = options.look or ("always" if can_look else "auto")
     sample, pictures = next(load_suite("scenes", 1))
     with tempfile.TemporaryDirectory() as folder:
         picture = f"{folder}/picture.png"
         result = f"{folder}/run.json"
         pictures[0].save(picture)
         command = [sys.executable, "-m", "lvr_lite", "run", model, picture, sample.question]
-        command += ["--json", result, "--provider", options.provider_of(model)]
+        command += ["--look", look, "--json", result, "--provider", options.provider_of(model)]
+        if options.max_pixels:
+            command += ["--max-pixels", str(options.max_pixels)]
         if options.threads:
             command += ["--threads", str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

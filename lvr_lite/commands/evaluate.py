@@ -12,8 +12,9 @@ from lvr_lite.commands import model as models
 from lvr_lite.eval import probe as probing
 from lvr_lite.eval.comparing import compare
 from lvr_lite.eval.interventions import chosen
-from lvr_lite.eval.suite import Plan
+from lvr_lite.eval.plan import Plan
 from lvr_lite.files import JsonObject
+from lvr_lite.generate.records import Look
 from lvr_lite.terminal import progress
 
 # What `evaluate` asks.
@@ -48,6 +49,8 @@ class ProbeOptions:
     seed: of the scenes, noise, orders, donors and intervals.
     only: some interventions alone, such as "noise,donor_same_question"; all by default.
     batch: questions decoded together.
+    look: "auto" lets the model choose whether it looks, "always" opens the loop in every answer.
+    max_pixels: area that pictures are shrunk to; None for the model's own.
     """
 
     data: str = "scenes"
@@ -55,6 +58,8 @@ class ProbeOptions:
     seed: int = 0
     only: str | None = None
     batch: int = 16
+    look: Look = "auto"
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def probe(
     options = options or ProbeOptions()
     interventions = chosen(options.only)
     items = probing.load_items(options.data, options.limit, options.seed)
-    runtime = models.open_runtime(model, threads)
+    runtime = models.open_runtime(model, threads, max_pixels=options.max_pixels)
     with progress("answering") as bar:
         report = probing.probe(
             runtime,
@@ -127,6 +132,7 @@ def probe(
             options.seed,
             options.batch,
             lambda completed, total: bar(completed=completed, total=total),
+            options.look,
         )
     report["data"] = options.data
     if options.data == "scenes":

@@ -7,14 +7,14 @@ inside functions.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lvr_lite.errors import UsageError
 from lvr_lite.files import JsonObject, check_free_space, fresh_folder
 from lvr_lite.model.bundle import MANIFEST, Bundle
-from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.checkpoint import Checkpoint, check_max_pixels, read_checkpoint
 from lvr_lite.terminal import quiet_libraries, say
 
 PRECISIONS = ("exact", "fp32", "int8", "int4", "mixed", "fp16")
@@ -86,12 +86,17 @@ class Written:
 
 
 def export_model(
-    checkpoint: str | Path, bundle: str | Path, rounding: Rounding | None = None
+    checkpoint: str | Path,
+    bundle: str | Path,
+    rounding: Rounding | None = None,
+    max_pixels: int | None = None,
 ) -> Written:
     """Write a checkpoint as ONNX graphs cut at the latent loop, checked against torch.
 
     checkpoint: a folder, `tiny`, or a hub id.
     bundle: the folder to write; an earlier bundle there is replaced.
+    max_pixels: area that the bundle shrinks pictures to; by default as the model was tuned, and of
+        a base model what is usual for its family.
 
     Raises LvrError where a graph is not torch's equal, OutputError where `bundle` cannot be
     written; then nothing is left of it, and an earlier bundle stays as it was.
@@ -103,7 +108,7 @@ def export_model(
     from lvr_lite.train import load
     from lvr_lite.train.trained_weights import TrainedWeights
 
-    read = read_checkpoint(checkpoint)
+    read = _with_picture_size(read_checkpoint(checkpoint), max_pixels)
     target = Path(bundle)
     if precision == "exact":
         return Written("export", target, precision, {"parity": _write_exact(read, target)})
@@ -127,8 +132,22 @@ def export_model(
     return Written("export", target, precision, report)
 
 
+def _with_picture_size(checkpoint: Checkpoint, max_pixels: int | None) -> Checkpoint:
+    """The checkpoint with the size of pictures that its bundle will have, which is said."""
+    check_max_pixels(str(checkpoint.folder), max_pixels)
+    processor = checkpoint.processor
+    usual = processor.image.max_pixels if checkpoint.adapter else processor.default_max_pixels
+    processor = processor.with_max_pixels(max_pixels or usual)
+    say(processor.size_in_words + " (--max-pixels)")
+    return replace(checkpoint, processor=processor)
+
+
 def export_hf(
-    checkpoint: str | Path, folder: str | Path, precision: str = "bf16", text_only: bool = False
+    checkpoint: str | Path,
+    folder: str | Path,
+    precision: str = "bf16",
+    text_only: bool = False,
+    max_pixels: int | None = None,
 ) -> Written:
     """Write a checkpoint as merged weights with tokenizer, template and processor files, which
     transformers loads without this project and other tools convert from (docs/export.md).
@@ -137,6 +156,7 @@ def export_hf(
     folder: to write; an earlier one of this function there is replaced.
     precision: bf16, fp32 or fp16.
     text_only: accept that a model tuned with a bottleneck answers without its latents there.
+    max_pixels: area to which readers of the folder shrink pictures.
 
     Raises UsageError for another precision, and unless `text_only` is given for a model with a
     bottleneck and for no other;
@@ -158,6 +178,7 @@ def export_hf(
             "runtime of such folders computes; --text-only writes it as a model that answers "
             "from the picture, in text alone"
         )
+    read = _with_picture_size(read, max_pixels)
     quiet_libraries()
     from lvr_lite.export.hf import lost, write_hf
     from lvr_lite.train import load
@@ -168,7 +189,12 @@ def export_hf(
     return Written("export", Path(folder), precision, record)
 
 
-def export_synthetic(shape: str, bundle: str | Path, rounding: Rounding | None = None) -> Written:
+def export_synthetic(
+    shape: str,
+    bundle: str | Path,
+    rounding: Rounding | None = None,
+    max_pixels: int | None = None,
+) -> Written:
     """Write random weights of a known model's shape, such as qwen2-vl-2b, as a bundle: for size and
     speed. Nothing is compared with torch.
     """
@@ -190,6 +216,9 @@ def export_synthetic(shape: str, bundle: str | Path, rounding: Rounding | None =
     from lvr_lite.quant.schemes import plan_of
 
     checkpoint = shape_of(shape)
+    # Its own size is the one that published figures were measured at.
+    own = checkpoint.processor.image.max_pixels
+    checkpoint = _with_picture_size(checkpoint, max_pixels or own)
     if precision not in SYNTHETIC:
         raise UsageError(
             f"--synthetic writes {', '.join(SYNTHETIC[:-1])} or {SYNTHETIC[-1]}, not {precision}: "

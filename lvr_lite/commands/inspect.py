@@ -1,15 +1,13 @@
 """What is in a bundle or a checkpoint: graphs, precision, sizes, hashes, parity, parameters. May
 import: the standard library, lvr_lite.model.
 
-Weights are not loaded: a safetensors header is JSON behind eight bytes of length
-(huggingface.co/docs/safetensors), and is read by hand.
+Weights are not loaded, only the headers of their files.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +17,8 @@ from lvr_lite.errors import BundleError
 from lvr_lite.files import JsonObject, sha256
 from lvr_lite.model import bundle, checkpoint
 from lvr_lite.model.bundle import Bundle, Manifest
+from lvr_lite.model.weight_files import read_header
 
-# bytes; the format's own limit
-HEADER_LIMIT = 100 << 20
 # What bitsandbytes stores beside a packed weight: statistics, not parameters.
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -207,28 +204,6 @@ def read_weights(path: Path) -> WeightFile:
         dtype, count = ("4-bit", 2) if name in packed else (tensor["dtype"], 1)
         dtypes[dtype] = dtypes.get(dtype, 0) + count * math.prod(tensor["shape"])
     return WeightFile(len(header), dtypes, path.stat().st_size)
-
-
-def read_header(path: Path) -> JsonObject:
-    """The header of a safetensors file: {tensor: {"dtype", "shape", "data_offsets"}}. Raises
-    BundleError where it is not one.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(HEADER_LIMIT, path.stat().st_size):
-                raise BundleError(
-                    f"{path}: truncated, or not a safetensors file "
-                    f"(its header would take {length} bytes)"
-                )
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    if not isinstance(header, dict):
-        raise BundleError(f"{path}: not a safetensors file (its header is not an object)")
-    return header
 
 
 def _json(path: Path) -> JsonObject | None:

@@ -12,12 +12,12 @@ from PIL import Image
 
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import PictureCache
+from lvr_lite.generate.ask import PictureCache, median_and_most, visual_tokens
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import Bundle, is_bundle
-from lvr_lite.model.checkpoint import is_checkpoint, read_checkpoint
+from lvr_lite.model.checkpoint import check_max_pixels, is_checkpoint, read_checkpoint
 from lvr_lite.model.images import open_picture
 from lvr_lite.terminal import quiet_libraries
 
@@ -43,6 +43,8 @@ class Answer:
     text: without markers and end of turn.
     tokens: the ids of `text`.
     latent_steps: how many latent steps came before or within it.
+    look_forced: whether it looked because `AskOptions.look` was "always".
+    visual_tokens: of each picture.
     reason: why it ended, "stop" or "length".
     ttft_ms: milliseconds from the pictures' arrival to the first token of text; None without one.
     question, pictures, prompt, result: what `Model.look` draws.
@@ -53,6 +55,8 @@ class Answer:
     latent_steps: int
     reason: str
     ttft_ms: float | None
+    look_forced: bool
+    visual_tokens: list[int]
     question: str = field(repr=False)
     pictures: list[Image.Image] = field(repr=False)
     prompt: Prompt = field(repr=False)
@@ -63,8 +67,16 @@ class Answer:
             "answer": self.text,
             "tokens": self.tokens,
             "latent_steps": self.latent_steps,
+            "looked": self.looked,
+            "look_forced": self.look_forced,
+            "visual_tokens": median_and_most(self.visual_tokens),
             "ttft_ms": self.ttft_ms,
         }
+
+    @property
+    def looked(self) -> bool:
+        """Whether latent steps were taken."""
+        return self.latent_steps > 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,8 @@ class Model:
                 latent_steps=len(result.latents),
                 reason=result.reason,
                 ttft_ms=None if result.ttft is None else (before + result.ttft) * 1e3,
+                look_forced=result.look_forced,
+                visual_tokens=visual_tokens(self.runtime, images),
                 question=question,
                 pictures=images,
                 prompt=prompt,
@@ -146,6 +160,7 @@ def open_model(
     threads: int | None = None,
     provider: str = "cpu",
     trained: bool = False,
+    max_pixels: int | None = None,
 ) -> Model:
     """Open a bundle (under ONNX Runtime) or a checkpoint (under torch) by its folder, by the name
     `tiny`, or by a hub id.
@@ -154,17 +169,30 @@ def open_model(
         default.
     provider: what runs a bundle's graphs.
     trained: leave a checkpoint as it was trained, in 4 bits, instead of merged in float32.
+    max_pixels: shrink pictures to this area (pixels); the model's own by default.
 
     Raises BundleError for a folder that is neither, or damaged; UsageError where `provider` does
-    not fit.
+    not fit, and for pictures that are larger than a bundle was exported for.
     """
-    return Model(open_runtime(model, threads, provider, trained))
+    return Model(open_runtime(model, threads, provider, trained, max_pixels))
 
 
 def open_runtime(
-    model: str | Path, threads: int | None = None, provider: str = "cpu", trained: bool = False
+    model: str | Path,
+    threads: int | None = None,
+    provider: str = "cpu",
+    trained: bool = False,
+    max_pixels: int | None = None,
 ) -> Runtime:
     """The runtime under `open_model`, for commands that decode themselves."""
+    runtime = _open_runtime(model, threads, provider, trained)
+    if max_pixels is not None:
+        check_max_pixels(str(model), max_pixels)
+        runtime.processor = runtime.processor.with_max_pixels(max_pixels)
+    return runtime
+
+
+def _open_runtime(model: str | Path, threads: int | None, provider: str, trained: bool) -> Runtime:
     folder = Path(model)
     if is_bundle(folder):
         return OnnxRuntime(Bundle.open(folder), threads, provider)

@@ -101,7 +101,7 @@ def plan_finetune(
 
     vram: a card's memory in GiB; 8, 12, 16 and 24 by default.
     """
-    _, settings, checkpoint = _begin_finetune(model, options or TrainOptions())
+    _, settings, checkpoint = _begin_finetune(model, options or TrainOptions(), weights=False)
     return _plan(model, checkpoint, settings, vram)
 
 
@@ -109,16 +109,19 @@ def plan_grpo(
     checkpoint: str | Path, options: TrainOptions | None = None, vram: float | None = None
 ) -> JsonObject:
     """As `plan_finetune`, of `grpo`."""
-    _, settings, tuned = _begin_grpo(checkpoint, options or TrainOptions())
+    _, settings, tuned = _begin_grpo(checkpoint, options or TrainOptions(), weights=False)
     from lvr_lite.train.memory import stage2
 
     return _plan(checkpoint, tuned, stage2(settings, tuned.latent), vram)
 
 
-def _begin_finetune(model: str | Path, options: TrainOptions) -> tuple[Path, Settings, Checkpoint]:
-    recipe = options.config or _recipe_of(resolve(str(model)), "recipe.yaml")
+def _begin_finetune(
+    model: str | Path, options: TrainOptions, weights: bool = True
+) -> tuple[Path, Settings, Checkpoint]:
+    """weights: whether they are needed, and fetched where they are on the hub."""
+    recipe = options.config or _recipe_of(resolve(str(model), weights=False), "recipe.yaml")
     settings = load_settings(recipe, list(options.overrides))
-    checkpoint = read_checkpoint(model)
+    checkpoint = read_checkpoint(model, weights)
     if checkpoint.adapter:
         raise UsageError(
             f"--model {model}: is a tuned checkpoint; give its base ({checkpoint.base}), "
@@ -127,8 +130,10 @@ def _begin_finetune(model: str | Path, options: TrainOptions) -> tuple[Path, Set
     return recipe, settings, checkpoint
 
 
-def _begin_grpo(checkpoint: str | Path, options: TrainOptions) -> tuple[Path, Settings, Checkpoint]:
-    tuned = read_checkpoint(checkpoint)
+def _begin_grpo(
+    checkpoint: str | Path, options: TrainOptions, weights: bool = True
+) -> tuple[Path, Settings, Checkpoint]:
+    tuned = read_checkpoint(checkpoint, weights)
     recipe = options.config or _recipe_of(tuned.base, "grpo.yaml")
     return recipe, load_settings(recipe, list(options.overrides)), tuned
 
@@ -151,5 +156,8 @@ def _plan(
         raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
     from lvr_lite.train import memory_plan
 
-    max_pixels = checkpoint.processor.image.max_pixels
+    processor = checkpoint.processor
+    usual = processor.image.max_pixels if checkpoint.adapter else processor.default_max_pixels
+    max_pixels = settings.max_pixels or usual
+    say(processor.with_max_pixels(max_pixels).size_in_words + " (--max-pixels)")
     return memory_plan.plan(str(model), checkpoint.config, max_pixels, settings, vram)

@@ -22,7 +22,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,6 +61,11 @@ class Question:
     sample: Sample
     where: str
     pictures: Callable[[], Pictures]
+
+    def plain(self) -> Question:
+        """The same without INSTRUCTION, which some models answer without a look."""
+        question = self.sample.question.replace(INSTRUCTION, "").strip()
+        return replace(self, sample=replace(self.sample, question=question))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ HOLDS = {
     "hrbench": "hr_bench_4k.tsv or hr_bench_8k.tsv, or both (or the same as .parquet)",
 }
 BENCHMARKS = tuple(HOLDS)
-# tokens of an answer at most: a letter in a sentence
-MAX_TOKENS = 64
+# How options are asked for: "direct" with the paper's sentence (`INSTRUCTION`), "plain" without it.
+PROMPTS = ("direct", "plain")
+# Tokens of an answer at most: a letter in a sentence, or at the end of a few.
+MAX_TOKENS = {"direct": 64, "plain": 256}
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ def read(
     name: str,
     folder: Path | str,
     limit: int | None = None,
+    prompt: str = "direct",
 ) -> Benchmark:
-    """A benchmark's first `limit` rows, or all. Raises DataError, one line, where the folder lacks
-    a file or no row can be asked.
+    """A benchmark's first `limit` rows, or all; prompt: one of PROMPTS.
+
+    Raises DataError, one line, where the folder lacks a file or no row can be asked.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,7 +89,7 @@ def read(
                 )
             )
         else:
-            questions[key] = row
+            questions[key] = row if prompt == "direct" else row.plain()
     benchmark = Benchmark(name, folder, list(questions.values()), broken)
     if not questions:
         raise none_readable(benchmark, broken)

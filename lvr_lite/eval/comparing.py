@@ -15,19 +15,14 @@ import numpy as np
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks
 from lvr_lite.eval.journal import Journal
+from lvr_lite.eval.plan import SUITES, Plan, expected_answers, load_suite
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped, mcnemar
-from lvr_lite.eval.suite import (
-    SUITES,
-    Plan,
-    Progress,
-    expected_answers,
-    load_suite,
-    score_model,
-)
+from lvr_lite.eval.suite import Progress, score_model
 from lvr_lite.files import JsonObject, sha256
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import MANIFEST, Bundle, is_bundle
-from lvr_lite.model.checkpoint import read_checkpoint, resolve
+from lvr_lite.model.checkpoint import check_max_pixels, processor_of, read_checkpoint, resolve
+from lvr_lite.model.processor_files import read_json
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,16 @@ class Points:
 
 @dataclass(frozen=True)
 class Result:
-    """A model's points on a suite, and on the skills where they were asked beside it."""
+    """A model's points on a suite, and on the skills where they were asked beside it.
+
+    looked, visual_tokens: as in the `eval` JSON; None in files of older releases.
+    """
 
     model: str
     answers: list[Points]
     skills: list[Points] | None
+    looked: float | None = None
+    visual_tokens: JsonObject | None = None
 
     @classmethod
     def from_json(cls, report: JsonObject) -> Result:
@@ -71,7 +71,8 @@ class Result:
         if "skills" in report:
             skills = [Points.from_json(answer) for answer in report["skills"]["answers"]]
         answers = [Points.from_json(answer) for answer in report["answers"]]
-        return cls(str(report["model"]), answers, skills)
+        looked = report.get("looked")
+        return cls(str(report["model"]), answers, skills, looked, report.get("visual_tokens"))
 
 
 def compare(
@@ -83,7 +84,7 @@ def compare(
     begin: Progress | None = None,
 ) -> JsonObject:
     """The `eval` JSON (docs/evaluation.md) of a model, with its difference to each of `against` on
-    the same items.
+    the same items, with pictures of the same size.
 
     against: models, which are asked as well, with their own number of latent steps; or files that
         `lvr-lite eval --json` wrote. All are checked before the first question is asked.
@@ -102,29 +103,80 @@ def compare(
     if against or plan.journal:
         for name in (model, *models):
             _check_model(name)
+    check_max_pixels(model, plan.max_pixels)
+    for name in models:
+        check_max_pixels(name, plan.against_max_pixels)
+    if models and plan.max_pixels is None and plan.against_max_pixels is None:
+        plan = replace(plan, max_pixels=_smallest(model, *models))
     journal = None
     if plan.journal:
-        journal = Journal.open(plan.journal, {"model": _identity(model), **plan.settings})
+        settings = plan.settings(processor_of(model))
+        journal = Journal.open(plan.journal, {"model": _identity(model), **settings})
     if begin is not None:
         begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
 
     usual = replace(plan, steps=(), journal=None)
     for name in models:
-        scores = score_model(open_model(name), usual, benchmark, progress)[0]
+        runtime = _sized(open_model(name), _size_beside(name, plan))
+        # A model that cannot look is compared as it is.
+        look = plan.look if runtime.latent.steps else "auto"
+        scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
         references[name] = Result.from_json(scores.to_json())
-    all_scores = score_model(open_model(model), plan, benchmark, progress, journal)
+    runtime = _sized(open_model(model), plan.max_pixels)
+    all_scores = score_model(runtime, plan, benchmark, progress, journal)
     reports = [scores.to_json() for scores in all_scores]
+    for report in reports:
+        report["not_applied"] = not_applied(model)
     if against:
         for report in reports:
             ours = Result.from_json(report)
             report["against"] = [
-                {"source": name, "model": references[name].model}
+                {
+                    "source": name,
+                    "model": references[name].model,
+                    "looked": references[name].looked,
+                    "visual_tokens": references[name].visual_tokens,
+                }
                 | _result_difference(ours, references[name])
                 for name in against
             ]
     if len(reports) == 1:
         return reports[0]
     return reports[0] | {"by_steps": reports}
+
+
+def _smallest(*models: str) -> int:
+    """The smallest area that one of these models shrinks pictures to: the tuned model's, beside
+    the base that it was made of.
+    """
+    return min(processor_of(model).image.max_pixels for model in models)
+
+
+def _size_beside(model: str, plan: Plan) -> int | None:
+    """The area that a model in `against` shrinks pictures to; None for its own."""
+    if plan.against_max_pixels is not None or plan.max_pixels is None:
+        return plan.against_max_pixels
+    if is_bundle(Path(model)):
+        # It takes no larger ones.
+        return min(plan.max_pixels, processor_of(model).image.max_pixels)
+    return plan.max_pixels
+
+
+def _sized(runtime: Runtime, max_pixels: int | None) -> Runtime:
+    if max_pixels is not None:
+        runtime.processor = runtime.processor.with_max_pixels(max_pixels)
+    return runtime
+
+
+def not_applied(model: str) -> JsonObject:
+    """What a base model's generation_config.json asks of greedy decoding and is not done here, by
+    its name there: a repetition penalty. {} for a bundle, which does not tell.
+    """
+    if is_bundle(Path(model)):
+        return {}
+    path = read_checkpoint(model).base / "generation_config.json"
+    penalty = read_json(path).get("repetition_penalty") if path.is_file() else None
+    return {} if penalty in (None, 1, 1.0) else {"repetition_penalty": penalty}
 
 
 def reference_hint(model: str) -> str:
@@ -152,7 +204,7 @@ def _check_plan(plan: Plan) -> benchmarks.Benchmark | None:
     elif plan.limit is not None and plan.limit < 1:
         raise UsageError(f"--limit must be 1 or more, not {plan.limit}")
     else:
-        benchmark = benchmarks.read(plan.suite, plan.path, plan.limit)
+        benchmark = benchmarks.read(plan.suite, plan.path, plan.limit, plan.asked or "direct")
     if plan.skills and plan.suite == "skills":
         reason = "--suite skills asks them already; use --limit"
         raise UsageError(f"--skills {plan.skills}: {reason}")
@@ -204,6 +256,11 @@ def _read_result(path: Path, plan: Plan, benchmark: benchmarks.Benchmark | None)
             raise KeyError("schema")
         suite = report["suite"]
         seed = report.get("seed", plan.seed)
+        if (asked := report.get("prompt")) not in (None, plan.asked):
+            raise UsageError(
+                f"--against {path}: was asked with --prompt {asked}, not {plan.asked}: use the "
+                "same, or score both again"
+            )
         if not plan.beside:
             report.pop("skills", None)
         result = Result.from_json(report)

@@ -53,12 +53,14 @@ class Subject:
     prompt: with its visual tokens.
     boxes: the visual tokens of each of the sample's boxes.
     picture: names the picture by its contents.
+    visual_tokens: of each of its pictures.
     """
 
     sample: Sample
     prompt: Prompt
     boxes: list[np.ndarray]
     picture: str
+    visual_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ from lvr_lite.errors import UsageError
 from lvr_lite.eval import score
 from lvr_lite.eval.interventions import INTERVENTIONS, Feed, Subject, intervene
 from lvr_lite.eval.measures import Answer, geometry, measure, retrieval
+from lvr_lite.eval.plan import load_suite, tokens_for
 from lvr_lite.eval.statistics import RESAMPLES
-from lvr_lite.eval.suite import MAX_TOKENS, load_suite
 from lvr_lite.eval.verdict import COSTLY, FLIPPED, LIFTED, verdict
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import prepare_prompt
+from lvr_lite.generate.ask import median_and_most, prepare_prompt, visual_tokens
 from lvr_lite.generate.decode import Options, Result, decode
+from lvr_lite.generate.records import Look
 from lvr_lite.generate.runtime import Runtime
 
 # Called with the number of answers that are there, and of all that there will be.
@@ -53,6 +54,7 @@ def probe(
     seed: int = 0,
     batch: int = 16,
     progress: Progress | None = None,
+    look: Look = "auto",
 ) -> JsonObject:
     """Answer all items under each of the interventions `names`; the `probe` JSON
     (docs/evaluation.md) without "data".
@@ -62,23 +64,28 @@ def probe(
 
     seed: of noise, orders, donors and the bootstrap.
     batch: questions decoded together.
+    look: "auto", or "always" to open the loop in every answer.
 
-    Raises UsageError for a model without latents, for no items, and where the loop was never
-    opened.
+    Raises UsageError for a model without latents, for no items, for look "never", and where the
+    loop was never opened.
     """
     if not runtime.latent.steps:
         reason = "so there is nothing to probe; give a model tuned with latents"
         raise UsageError(f"{runtime.name}: has no latent steps, {reason}")
+    if look == "never":
+        raise UsageError("look never leaves nothing to probe; use look auto or always")
     everyone = [_subject(runtime, sample, pictures) for sample, pictures in items]
     if not everyone:
         raise UsageError("no items to probe: give a file with samples")
-    rounds = Rounds(runtime, everyone, batch, progress, len({"none", *names}))
+    tokens = tokens_for(runtime.processor, (s.sample.answer for s in everyone))
+    options = Options(max_tokens=tokens, look=look)
+    rounds = Rounds(runtime, everyone, batch, options, progress, len({"none", *names}))
     own, results = rounds.ask()
     rows = [i for i, result in enumerate(results) if result.latents]
     if not rows:
         reason = "so there is nothing to probe"
         none = f"opened the latent loop in none of {len(everyone)} answers"
-        raise UsageError(f"{runtime.name}: {none}, {reason}")
+        raise UsageError(f"{runtime.name}: {none}, {reason}; --look always opens it")
     latents = np.stack([np.stack(results[i].latents) for i in rows])
     subjects = [everyone[i] for i in rows]
     feeds = {"none": Feed(list(latents))}
@@ -100,6 +107,10 @@ def probe(
         "latent": runtime.latent.to_json(),
         "n": len(everyone),
         "opened": len(rows),
+        "look": look,
+        "looked": len(rows) / len(everyone),
+        "visual_tokens": median_and_most([n for s in everyone for n in s.visual_tokens]),
+        "max_pixels": runtime.processor.image.max_pixels,
         "seeds": {"interventions": seed, "bootstrap": seed},
         "criteria": {
             "noise_costs": COSTLY,
@@ -128,7 +139,8 @@ def _subject(runtime: Runtime, sample: Sample, pictures: Pictures) -> Subject:
     if sample.boxes and pictures:
         grid = runtime.processor.grid_of(pictures[0].height, pictures[0].width)
         boxes = visual_tokens_in_boxes(sample.boxes, grid, runtime.processor)
-    return Subject(sample, prompt, boxes, hashlib.sha256(prompt.features.tobytes()).hexdigest())
+    digest = hashlib.sha256(prompt.features.tobytes()).hexdigest()
+    return Subject(sample, prompt, boxes, digest, visual_tokens(runtime, pictures))
 
 
 @dataclass
@@ -136,6 +148,7 @@ class Rounds:
     """Asks all subjects once a round, in fixed batches, so that under every intervention a row has
     the same companions.
 
+    options: how to decode.
     count: of all rounds, for `progress`.
     completed: answers so far.
     """
@@ -143,6 +156,7 @@ class Rounds:
     runtime: Runtime
     subjects: list[Subject]
     batch: int
+    options: Options
     progress: Progress | None
     count: int
     completed: int = 0
@@ -153,7 +167,7 @@ class Rounds:
         """Answers and decodings of all subjects. Each is fed its entry of `latents`, or its own
         latents where that is None.
         """
-        options = options or Options(max_tokens=MAX_TOKENS)
+        options = options or self.options
         answers: list[Answer] = []
         results: list[Result] = []
         for start in range(0, len(self.subjects), self.batch):
@@ -175,7 +189,7 @@ class Rounds:
         latents are forbidden.
         """
         if forbidden:
-            answers, _ = self.ask(options=Options(max_tokens=MAX_TOKENS, steps=0))
+            answers, _ = self.ask(options=replace(self.options, look="never"))
         else:
             latents = dict(zip(rows, feed.latents, strict=True))
             answers, _ = self.ask([latents.get(i) for i in range(len(self.subjects))])

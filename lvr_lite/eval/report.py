@@ -20,6 +20,8 @@ from lvr_lite.views.page import render_page
 
 # Rows that could not be asked.
 SHOWN_BROKEN = 20
+# A share of looks below which benchmarks say why that may be.
+SELDOM = 0.5
 # A skill that falls by more than this is said to fall in words.
 LOSS_IN_WORDS = 0.02
 BOTTLENECK = (
@@ -55,6 +57,11 @@ def show(result: JsonObject, console: Console | None = None) -> None:
         console.print(_columns(runs))
     else:
         console.print(_score(result))
+    for run in runs:
+        title = f"{run['steps']} latent steps: " if len(runs) > 1 else ""
+        console.print(title + looks_and_sizes(run), highlight=False, soft_wrap=True)
+    for note in _warnings(result):
+        console.print(f"[bold]{escape(note)}[/]", highlight=False, soft_wrap=True)
     if published := PUBLISHED.get(result["suite"]) if "scores" in result else None:
         console.print(_beside_published(runs, published))
     for run in runs:
@@ -74,6 +81,48 @@ def show(result: JsonObject, console: Console | None = None) -> None:
             console.print(
                 f"  … and {len(broken) - SHOWN_BROKEN} more; --json lists all", highlight=False
             )
+
+
+def looks_and_sizes(result: JsonObject) -> str:
+    """What share of the answers looked, and how large pictures were; files of older releases do
+    not tell.
+    """
+    parts = []
+    if result.get("looked") is not None:
+        parts.append(f"{result['looked']:.0%} of the answers looked")
+    if result.get("look", "auto") != "auto":
+        parts.append(f"--look {result['look']}")
+    if sizes := visual_tokens(result):
+        parts.append(f"visual tokens a picture: {sizes}")
+    if result.get("prompt"):
+        parts.append(f"prompt {result['prompt']}")
+    return "; ".join(parts)
+
+
+def visual_tokens(result: JsonObject) -> str:
+    """ "512, at most 640"; "" where nothing is known."""
+    sizes = result.get("visual_tokens") or {}
+    if sizes.get("max") is None:
+        return ""
+    return f"{sizes['p50']:g}, at most {sizes['max']}"
+
+
+def _warnings(result: JsonObject) -> list[str]:
+    """What must be known before these numbers are compared with others."""
+    lines = []
+    if penalty := (result.get("not_applied") or {}).get("repetition_penalty"):
+        lines.append(
+            f"generation_config.json of the base asks for a repetition penalty of {penalty}, which "
+            "is not applied here: greedy figures elsewhere may differ by that"
+        )
+    looked = result.get("looked")
+    direct = result.get("prompt") == "direct" and result.get("look") == "auto"
+    if direct and result["steps"] and looked is not None and looked < SELDOM:
+        lines.append(
+            "most answers came without a look, which the sentence \"answer with the option's "
+            'letter directly" can do: try --prompt plain, or --look always'
+        )
+    return lines
 
 
 def _score(result: JsonObject) -> Table:
@@ -174,6 +223,8 @@ def _differences(against: list[JsonObject], what: str = "") -> Table:
     )
     for title in ("n", "all", "p"):
         table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("looked", justify="right")
+    table.add_column("visual tokens", justify="right")
     table.add_column("by type")
     for other in against:
         kinds = ", ".join(
@@ -185,6 +236,8 @@ def _differences(against: list[JsonObject], what: str = "") -> Table:
             str(other["n"]),
             f"[bold]{difference}[/]",
             _p(other["p"]),
+            percent(other.get("looked")),
+            visual_tokens(other) or NONE,
             escape(kinds),
         )
     return table
@@ -264,6 +317,8 @@ def notes(data: JsonObject) -> list[str]:
         f"the loop was opened in {data['opened']} of {data['n']} answers, and the interventions "
         f"concern these. Seed {data['seeds']['interventions']}."
     ]
+    if sizes := visual_tokens(data):
+        lines.append(f"Visual tokens a picture: {sizes}.")
     lines += [_flips_note(name, effect) for name, effect in donors(data).items()]
     if latent["mode"] == "bottleneck":
         lines.append(BOTTLENECK)

@@ -8,16 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 from lvr_lite.data.samples import Sample
-from lvr_lite.data.sources import Item, Pictures, open_source
+from lvr_lite.data.sources import Item, Pictures
 from lvr_lite.errors import LvrError, UsageError
 from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.benchmark_files import Broken
 from lvr_lite.eval.journal import Journal
+from lvr_lite.eval.plan import (
+    SKILLS_TOKENS,
+    SUITES,
+    Plan,
+    load_suite,
+    tokens_for,
+)
 from lvr_lite.files import JsonObject
-from lvr_lite.generate.ask import prepare_prompt
+from lvr_lite.generate.ask import median_and_most, prepare_prompt, visual_tokens
 from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.runtime import Runtime
 
@@ -27,38 +33,6 @@ UnopenedItem = tuple[Sample, Pictures | Callable[[], Pictures]]
 Grade = Callable[[Sample, str], float]
 # Called with the number of questions that were answered since the last call.
 Progress = Callable[[int], None]
-
-# The suites that are drawn.
-SUITES = ("scenes", "skills")
-# Questions of the suite `skills` that are asked beside the scenes.
-SKILLS_BESIDE = 150
-MAX_TOKENS = 16
-# A caption of eight things takes 55 tokens.
-SKILLS_TOKENS = 64
-TEST_SEED = 0
-
-
-def load_suite(suite: str, limit: int | None, seed: int = TEST_SEED) -> Iterator[Item]:
-    """The items of a suite.
-
-    suite: `scenes` (held-out scenes), `skills` (question types that the scenes do not contain), or
-        a file of samples.
-    limit: items at most; of a drawn suite 300 by default.
-
-    Raises DataError, UsageError.
-    """
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be 1 or more, not {limit}")
-    if suite not in SUITES and not Path(suite).is_file():
-        names = ", ".join((*SUITES, *benchmarks.BENCHMARKS))
-        raise UsageError(f"--suite {suite}: neither a suite ({names}) nor a file of samples")
-    return open_source(suite, "test", seed, limit, SUITES).items()
-
-
-def expected_answers(suite: str, limit: int | None, seed: int = TEST_SEED) -> dict[str, str]:
-    """The right answer to each item of a suite by its id, without opening or drawing a picture."""
-    return open_source(suite, "test", seed, limit, SUITES).answers()
-
 
 # ----------------------------------------------------------------------------------------------
 # grades
@@ -108,6 +82,10 @@ class ScoredAnswer:
     score: from 0 to 1, with four decimals.
     tokens: of the answer.
     pair: which items belong together, or None.
+    looks: how often it looked before it answered.
+    visual_tokens: of each of its pictures.
+
+    A journal of an older release has the last two as None.
     """
 
     id: str
@@ -118,6 +96,8 @@ class ScoredAnswer:
     score: float
     tokens: list[int]
     pair: str | None
+    looks: int | None = None
+    visual_tokens: list[int] | None = None
 
     def to_json(self) -> JsonObject:
         """As the `eval` JSON and a journal have it, without "pair"."""
@@ -161,8 +141,21 @@ class Scores:
             "interval": [round(bound, 4) for bound in interval],
             "by_type": by_type,
             "pair_accuracy": self.pair_accuracy,
+            "looked": self.looked,
+            "visual_tokens": self.visual_tokens,
             "answers": [answer.to_json() for answer in self.answers],
         }
+
+    @property
+    def looked(self) -> float | None:
+        """The share of answers that looked; None where none tells."""
+        looks = [answer.looks for answer in self.answers if answer.looks is not None]
+        return round(sum(n > 0 for n in looks) / len(looks), 4) if looks else None
+
+    @property
+    def visual_tokens(self) -> JsonObject:
+        """A picture's, median and most."""
+        return median_and_most([n for a in self.answers for n in a.visual_tokens or ()])
 
 
 def _mean_score(answers: Sequence[ScoredAnswer]) -> JsonObject:
@@ -171,9 +164,17 @@ def _mean_score(answers: Sequence[ScoredAnswer]) -> JsonObject:
     return {"n": n, "accuracy": round(mean, 4)}
 
 
-def accuracy_on(runtime: Runtime, items: Iterable[Item]) -> float:
-    """Free-running accuracy on items, for evaluation during training."""
-    return float(evaluate(runtime, items, Options(max_tokens=MAX_TOKENS))["accuracy"])
+def accuracy_on(
+    runtime: Runtime, items: Iterable[Item], expected: Iterable[str]
+) -> tuple[float, float]:
+    """Free-running accuracy on items, for evaluation during training, and the share of answers that
+    looked.
+
+    expected: the right answers, which say how long one may be.
+    """
+    tokens = tokens_for(runtime.processor, expected)
+    report = evaluate(runtime, items, Options(max_tokens=tokens))
+    return float(report["accuracy"]), float(report["looked"] or 0)
 
 
 def evaluate(
@@ -192,6 +193,18 @@ def evaluate(
     questioning = Questioning(runtime, (options.steps,), batch, progress)
     (answers,) = questioning.answers(items, options, grade)
     return Scores(runtime.name, answers).to_json()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that needs an answer.
+
+    visual_tokens: of each of its pictures.
+    """
+
+    sample: Sample
+    prompt: Prompt
+    visual_tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -240,7 +253,7 @@ class Questioning:
         items: Iterable[UnopenedItem],
         samples: list[Sample],
         unopened: list[tuple[str, str]] | None,
-    ) -> Iterator[tuple[Sample, Prompt]]:
+    ) -> Iterator[Asked]:
         """The prompts that still need an answer. samples: receives all that have an answer in the
         end.
         """
@@ -259,16 +272,15 @@ class Questioning:
                 self._advance(1)
                 continue
             samples.append(sample)
-            yield sample, prompt
+            yield Asked(sample, prompt, visual_tokens(self.runtime, opened))
 
-    def _decode(
-        self, group: list[tuple[Sample, Prompt]], options: Options, count: int, grade: Grade
-    ) -> None:
-        group = [pair for pair in group if not self.journal.knows(pair[0], count)]
+    def _decode(self, group: list[Asked], options: Options, count: int, grade: Grade) -> None:
+        group = [asked for asked in group if not self.journal.knows(asked.sample, count)]
         if not group:
             return
-        results = decode(self.runtime, [prompt for _, prompt in group], options)
-        for (sample, _), result in zip(group, results, strict=True):
+        results = decode(self.runtime, [asked.prompt for asked in group], options)
+        for asked, result in zip(group, results, strict=True):
+            sample = asked.sample
             text = self.runtime.processor.text(result.tokens)
             points = grade(sample, text)
             answer = ScoredAnswer(
@@ -280,6 +292,8 @@ class Questioning:
                 score=round(points, 4),
                 tokens=result.tokens,
                 pair=sample.pair,
+                looks=int(result.looked),
+                visual_tokens=asked.visual_tokens,
             )
             self.journal.add(sample, count, answer.to_json())
 
@@ -296,78 +310,12 @@ class Questioning:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a model is asked and how: the options of `lvr-lite eval`.
-
-    suite, limit, seed: as in `load_suite`; the suite may also be a benchmark.
-    steps: latent steps of the model, one number or several; () for its own.
-    batch: questions decoded together.
-    max_tokens: of an answer; None for the suite's usual.
-    skills: questions outside the suite, asked beside it; None for 150, or `limit` if that is fewer,
-        beside the scenes and none beside another suite.
-    path: the folder of the benchmark.
-    journal: a file of the model's answers, to go on from.
-
-    Raises UsageError for options that contradict each other.
-    """
-
-    suite: str = "scenes"
-    limit: int | None = None
-    seed: int = TEST_SEED
-    steps: tuple[int, ...] = ()
-    batch: int = 16
-    max_tokens: int | None = None
-    skills: int | None = None
-    path: str | None = None
-    journal: Path | None = None
-
-    def __post_init__(self) -> None:
-        names = benchmarks.BENCHMARKS
-        if wrong := [k for k in self.steps if k < 0]:
-            raise UsageError(f"--steps {wrong[0]}: latent steps must be 0 or more")
-        if self.suite in names and self.path is None:
-            holds = benchmarks.HOLDS[self.suite]
-            raise UsageError(f"--suite {self.suite} needs --path DIR, a folder that holds {holds}")
-        if self.suite not in names and self.path is not None:
-            reason = f"is for --suite {', '.join(names)}; leave it out"
-            raise UsageError(f"--path {self.path}: {reason}")
-
-    @property
-    def beside(self) -> int:
-        """How many of the skills are asked beside the suite."""
-        if self.skills is not None:
-            return self.skills
-        if self.suite != "scenes":
-            return 0
-        return min(SKILLS_BESIDE, self.limit or SKILLS_BESIDE)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an answer at most."""
-        if self.max_tokens:
-            return self.max_tokens
-        if self.suite == "skills":
-            return SKILLS_TOKENS
-        return MAX_TOKENS if self.path is None else benchmarks.MAX_TOKENS
-
-    @property
-    def settings(self) -> JsonObject:
-        """What all answers in a journal must have been given under, beside the model."""
-        drawn = self.suite in SUITES
-        place = Path(self.path or self.suite)
-        return {
-            "suite": self.suite if drawn or self.path is not None else "file",
-            "data": None if drawn else str(place.resolve()),
-            "seed": self.seed if drawn else None,
-            "max_tokens": self.tokens,
-        }
-
-
-@dataclass(frozen=True)
 class SuiteScores:
     """How a model did under a plan with one number of latent steps.
 
     steps: latent steps.
+    max_pixels: area that pictures were shrunk to.
+    max_tokens: of an answer.
     skills: what was asked beside the suite, if anything was.
     benchmark: where the suite is one.
     broken: rows of the benchmark that could not be asked.
@@ -376,6 +324,8 @@ class SuiteScores:
     plan: Plan
     steps: int
     scores: Scores
+    max_pixels: int
+    max_tokens: int
     skills: Scores | None = None
     benchmark: benchmarks.Benchmark | None = None
     broken: Sequence[Broken] = ()
@@ -388,9 +338,13 @@ class SuiteScores:
         report["suite"] = self.plan.suite
         report["seed"] = self.plan.seed if self.plan.suite in SUITES else None
         report["steps"] = self.steps
+        report["look"] = self.plan.look
+        report["prompt"] = self.plan.asked
+        report["max_pixels"] = self.max_pixels
+        report["max_tokens"] = self.max_tokens
         if self.skills is not None:
             skills = self.skills.to_json()
-            names = ("n", "accuracy", "interval", "by_type", "answers")
+            names = ("n", "accuracy", "interval", "by_type", "looked", "visual_tokens", "answers")
             report["skills"] = {name: skills[name] for name in names}
         return report
 
@@ -418,8 +372,8 @@ def score_model(
 ) -> list[SuiteScores]:
     """How a model does under a plan, for each number of latent steps.
 
-    Raises UsageError for latent steps of a model without them, DataError where no row of a
-    benchmark can be asked.
+    Raises UsageError for latent steps, or a forced look, of a model without them, DataError where
+    no row of a benchmark can be asked.
     """
     most = max(plan.steps, default=0)
     if most and not runtime.latent.steps:
@@ -427,7 +381,8 @@ def score_model(
         raise UsageError(f"--steps {most}: {reason}")
     steps = plan.steps or (None,)
     questioning = Questioning(runtime, steps, plan.batch, progress, journal or Journal())
-    options = Options(max_tokens=plan.tokens)
+    options = Options(max_tokens=plan.tokens(runtime.processor), look=plan.look)
+    options.steps_of(runtime)
     broken: list[Broken] = []
     if benchmark is None:
         grade = {"scenes": exact, "skills": skill}.get(plan.suite, lettered)
@@ -444,9 +399,13 @@ def score_model(
     skills: list[Scores | None] = [None] * len(scores)
     if plan.beside:
         items = load_suite("skills", plan.beside, plan.seed)
-        beside = questioning.answers(items, Options(max_tokens=SKILLS_TOKENS), skill)
+        longer = replace(options, max_tokens=SKILLS_TOKENS)
+        beside = questioning.answers(items, longer, skill)
         skills = [Scores(runtime.name, of_steps) for of_steps in beside]
+    max_pixels = runtime.processor.image.max_pixels
     return [
-        SuiteScores(plan, count, score, of_skills, benchmark, broken)
+        SuiteScores(
+            plan, count, score, max_pixels, options.max_tokens, of_skills, benchmark, broken
+        )
         for count, score, of_skills in zip(questioning.counts, scores, skills, strict=True)
     ]

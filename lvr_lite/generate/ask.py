@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from lvr_lite.files import JsonObject
 from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.prefix import PrefixCache
 from lvr_lite.generate.runtime import Runtime
@@ -60,6 +61,20 @@ def encode_pictures(runtime: Runtime, pictures: Sequence[Image.Image]) -> Encode
     features = runtime.encode(pixels.patches, pixels.grids)
     seconds = Seconds(prepared - began, time.perf_counter() - prepared)
     return EncodedPictures(pixels.grids, features, seconds)
+
+
+def visual_tokens(runtime: Runtime, pictures: Sequence[Image.Image]) -> list[int]:
+    """How many visual tokens each picture takes."""
+    processor = runtime.processor
+    grids = [processor.grid_of(picture.height, picture.width) for picture in pictures]
+    return [processor.visual_tokens(grid) for grid in grids]
+
+
+def median_and_most(counts: Sequence[int]) -> JsonObject:
+    """{"p50", "max"} of whole numbers, such as the visual tokens of pictures; None of none."""
+    if not counts:
+        return {"p50": None, "max": None}
+    return {"p50": float(np.median(counts)), "max": max(counts)}
 
 
 def prompt_of(runtime: Runtime, encoded: EncodedPictures, question: str) -> Prompt:

@@ -11,7 +11,8 @@ The loop knows ids and arrays, neither torch nor ONNX Runtime nor strings. Every
 state, so rows may be in text and in latent steps at the same time:
 
     state     input of its next step                    leaves the state when
-    text      embedding of the chosen token             <|lvr_start|> is chosen -> latent;
+    text      embedding of the chosen token             <|lvr_start|> is chosen, or forced as the
+                                                        first choice (`look`) -> latent;
                                                         an end id, or the limit -> done
     latent    feedback(hidden), K times                 open: K were fed -> closing
                                                         bottleneck: K are known -> text
@@ -19,8 +20,9 @@ state, so rows may be in text and in latent steps at the same time:
     done      embedding of the end token, ignored       never
 
 In a bottleneck a row is handed over from latent to text: its K/V is dropped, and its prompt is read
-again in one call, with the K latents in place of its visual tokens (lvr_lite/model/latents.py). The
-last latent is never fed to the pass that sees the picture, and no <|lvr_end|> is needed.
+again in one call, with the K latents in place of its visual tokens, and with the words that came
+before <|lvr_start|> after it (lvr_lite/model/latents.py). The last latent is never fed to the pass
+that sees the picture, and no <|lvr_end|> is needed.
 
 Shapes in comments: B rows, S columns, T visual tokens, K latent steps, H hidden size, V vocabulary.
 """
@@ -31,142 +33,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 
-from lvr_lite.errors import UsageError
 from lvr_lite.generate import sampling
-from lvr_lite.generate.prefix import PrefixCache
+from lvr_lite.generate.records import Clock, Event, EventKind, Options, Prompt, Result
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.latents import second_reading
 from lvr_lite.model.padding import PaddedBatch
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked.
-
-    ids: (S,) int64, the image token in the place of each visual token.
-    features: (T, H), the visual tokens. They may be wider than H: what lies beyond is added in
-        later layers by the runtime (lvr_lite/model/families/qwen3_vl.py).
-    positions: (3, S) int64.
-    prefix: a cache shared with other prompts that begin with the same ids and features.
-    """
-
-    ids: np.ndarray
-    features: np.ndarray
-    positions: np.ndarray
-    prefix: PrefixCache | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to decode.
-
-    max_tokens: text tokens at most; markers and latents are not counted.
-    min_tokens: no end of turn before so many text tokens (benchmarks).
-    steps: latent steps K; None takes the model's own number, 0 forbids latents.
-    temperature: of sampling; 0 is greedy.
-    top_p: in (0, 1], sample from the smallest set of tokens of this probability.
-    seed: of sampling.
-    keep_hidden: keep the hidden state of every step (evaluation, parity).
-    keep_scores: keep the log-probability of every choice (reinforcement learning).
-
-    Raises UsageError for a value out of range.
-    """
-
-    max_tokens: int = 32
-    min_tokens: int = 0
-    steps: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    keep_hidden: bool = False
-    keep_scores: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UsageError(f"max_tokens must be 1 or more, not {self.max_tokens}")
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            raise UsageError(
-                f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), "
-                f"not {self.min_tokens}"
-            )
-        if self.steps is not None and self.steps < 0:
-            raise UsageError(f"steps must be 0 or more, not {self.steps}")
-        if not self.temperature >= 0:
-            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if self.seed < 0:
-            raise UsageError(f"seed must be 0 or more, not {self.seed}")
-
-
-EventKind = Literal["token", "start", "latent", "end", "done"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What one row did in one step.
-
-    row: its place in the batch.
-    kind: "token" (a text token), "start", "latent", "end" (the markers and the latents between
-        them) or "done".
-    id: of a text token.
-    reason: of "done": "stop" (an end id was chosen) or "length" (the limit was reached).
-    at: seconds from the start of decoding until the event was known.
-    """
-
-    row: int
-    kind: EventKind
-    id: int = -1
-    reason: str = ""
-    at: float = 0.0
-
-
-@dataclass
-class Result:
-    """The outcome of one row.
-
-    tokens: text ids, without markers and end.
-    choices: all ids that the head chose, <|lvr_start|> and the end among them.
-    scores: log-probabilities of the choices, where `Options.keep_scores`.
-    latents: K arrays (H,), what was fed back.
-    hidden: the states (H,) after the prompt and after every step, where `Options.keep_hidden`.
-    reason: "stop" or "length".
-    ttft: seconds from the start of decoding to the first text token; None without one.
-    ttfa: the same to the first token of the answer, which comes after the latents.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    choices: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    latents: list[np.ndarray] = field(default_factory=list)
-    hidden: list[np.ndarray] = field(default_factory=list)
-    reason: str = ""
-    ttft: float | None = None
-    ttfa: float | None = None
-
-
-@dataclass
-class Clock:
-    """Seconds spent by stage over one batch; a list has one entry a step.
-
-    prefill: reading the prompts. hand_over: reading them again with the latents (bottleneck).
-    embed: looking up embeddings, first those of the prompts.
-    latent_step: steps in which every row that is not done is fed a latent.
-    text_step: all other steps.
-    lm_head: hidden states to logits. sampling: choosing tokens from logits.
-    """
-
-    prefill: float = 0.0
-    hand_over: float = 0.0
-    embed: list[float] = field(default_factory=list)
-    latent_step: list[float] = field(default_factory=list)
-    text_step: list[float] = field(default_factory=list)
-    lm_head: list[float] = field(default_factory=list)
-    sampling: list[float] = field(default_factory=list)
+# What is decoded, how, and what comes of it, is imported from here together with the loop.
+__all__ = [
+    "Clock",
+    "Decoding",
+    "Event",
+    "Options",
+    "Prompt",
+    "Result",
+    "Row",
+    "State",
+    "decode",
+    "embedded",
+]
 
 
 class State(str, Enum):
@@ -187,6 +75,7 @@ class Row:
     position: of the row's next input.
     steps: latent steps that it takes, should it choose <|lvr_start|>.
     may_start: whether it may still choose <|lvr_start|>, which it does at most once.
+    must_start: whether its first choice is <|lvr_start|>, whatever the head says.
     forced: latents (K, H) that are fed instead of its own states, or None.
     random: its own random numbers, so that its draws do not depend on the rest of the batch.
     steps_left: latent steps that are still to take.
@@ -198,6 +87,7 @@ class Row:
     position: int
     steps: int
     may_start: bool
+    must_start: bool
     forced: np.ndarray | None
     random: np.random.Generator
     state: State = State.TEXT
@@ -214,7 +104,7 @@ class Decoding:
         (K_i, H) float32; K_i = 0 leaves the markers alone (lvr_lite/eval/interventions.py).
     draws: the number of each row's stream of random numbers; its place in the batch by default.
 
-    Raises UsageError for latent steps that the model was not tuned for.
+    Raises UsageError for latent steps, or a forced look, that the model was not tuned for.
     """
 
     def __init__(
@@ -237,9 +127,7 @@ class Decoding:
         self._never = np.array([self.tokens.lvr, self.tokens.lvr_end, self.tokens.image])
         self._placeholder: np.ndarray | None = None
 
-        steps = runtime.latent.steps if options.steps is None else options.steps
-        if steps and not runtime.latent.steps:
-            raise UsageError(f"this model was not tuned for latent steps: use steps 0, not {steps}")
+        steps = options.steps_of(runtime)
         latents = [None] * len(prompts) if latents is None else latents
         draws = draws or range(len(prompts))
         for prompt, forced, draw in zip(prompts, latents, draws, strict=True):
@@ -249,6 +137,7 @@ class Decoding:
                 position=int(prompt.positions.max()) + 1,
                 steps=steps if forced is None else len(forced),
                 may_start=steps > 0 or forced is not None,
+                must_start=options.look == "always",
                 forced=forced,
                 random=np.random.default_rng([options.seed, draw]),
             )
@@ -329,7 +218,8 @@ class Decoding:
         readings = []
         vectors = []
         for row in rows:
-            prompt = row.prompt
+            # All words so far came before the latents.
+            prompt = row.prompt.followed_by(row.result.tokens)
             latents = self._latents_of(row)
             reading = second_reading(
                 prompt.ids,
@@ -441,11 +331,23 @@ class Decoding:
             logits[list(self.tokens.end)] = -np.inf
         if not row.may_start:
             logits[self.tokens.lvr_start] = -np.inf
+        if row.must_start:
+            return self._force_start(row, logits)
         token = sampling.sample(logits, options.temperature, options.top_p, row.random)
         if options.keep_scores:
             temperature = options.temperature or 1.0
             p = sampling.probabilities(logits, temperature, options.top_p)
             row.result.scores.append(float(np.log(p[token])))
+        return token
+
+    def _force_start(self, row: Row, logits: np.ndarray) -> int:
+        """<|lvr_start|> as a row's first choice, with the score that its logits (V,) give it."""
+        row.must_start = False
+        row.result.look_forced = True
+        token = self.tokens.lvr_start
+        if self.options.keep_scores:
+            temperature = self.options.temperature or 1.0
+            row.result.scores.append(sampling.log_probability(logits, temperature, token))
         return token
 
     def _take(self, row: Row, token: int) -> None:

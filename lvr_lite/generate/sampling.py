@@ -27,6 +27,14 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
     return np.asarray(p)
 
 
+def log_probability(logits: np.ndarray, temperature: float, token: int) -> float:
+    """Of an id at `temperature` > 0, among all ids."""
+    scaled = logits.astype(np.float64) / temperature
+    most = scaled.max()
+    total = np.log(np.exp(scaled - most).sum())
+    return float(scaled[token] - most - total)
+
+
 def sample(
     logits: np.ndarray,
     temperature: float,

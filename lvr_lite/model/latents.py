@@ -10,6 +10,9 @@ takes the place of the visual token that it is nearest to; latents in one place 
     second reading    is  the  [mean(z0, z2) z1 z3]  star  red
     positions         as before; those of the latents are those of v4, v1, v0
 
+The ids that are read are the prompt's and, where the model said some words before it looked, those
+after it; without a picture the latents come last.
+
 Decoding, training, scoring (GRPO), `--look` and `probe` all call this module. `likeness`, `near`,
 `means` take arrays of numpy or torch.
 """
@@ -120,7 +123,7 @@ def second_reading(
 
     Without a picture the latents come last, all K of them.
 
-    ids, positions: of the prompt, (S,) and (3, S).
+    ids, positions: of the prompt and the words before the look, (S,) and (3, S).
     features: (T, H), or wider, its visual tokens.
     latents: (K, H).
     """

@@ -9,6 +9,7 @@ May import: numpy, Pillow, tokenizers and this folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -135,6 +136,21 @@ class Processor:
     def vision_inputs(self, grids: Sequence[Grid]) -> dict[str, np.ndarray]:
         """What the vision graph needs beside patches."""
         return self.family.vision_inputs(grids, self.image)
+
+    @property
+    def default_max_pixels(self) -> int:
+        """Area in pixels that recipes shrink pictures to: the family's, and never above the
+        model's own.
+        """
+        return min(self.image.max_pixels, self.family.default_max_pixels(self.image))
+
+    @property
+    def size_in_words(self) -> str:
+        """How large pictures are at most, by the visual tokens of a square one."""
+        area = self.image.max_pixels
+        side = math.isqrt(area)
+        tokens = self.visual_tokens(self.grid_of(side, side))
+        return f"pictures are shrunk to {area:,} pixels, about {tokens:,} visual tokens"
 
     def with_max_pixels(self, max_pixels: int) -> Processor:
         """The same with pictures shrunk to this area (pixels)."""

@@ -3,7 +3,8 @@ what the text sees afterwards. May import: the standard library.
 
     open         prompt with pictures -> <|lvr_start|> -> K latent steps -> <|lvr_end|> -> text
     bottleneck   prompt with pictures -> <|lvr_start|> -> K latent steps; then all K/V is dropped,
-                 and the prompt is read again with the latents for its pictures -> text
+                 and the prompt, with the words said so far, is read again with the latents for
+                 its pictures -> text
 
 In a latent step the final hidden state (after the last norm), through `feedback`, is the next input
 embedding: no head, no embedding look-up, no sampling. Position ids go on one by one (arXiv

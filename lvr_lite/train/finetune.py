@@ -15,6 +15,7 @@ import torch
 
 from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
+from lvr_lite.export.weights import check_names
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.batches import Collator, LengthGrouped, check_samples
@@ -24,6 +25,8 @@ from lvr_lite.train.sft import LatentSFT
 from lvr_lite.train.trainer import (
     LatentTrainer,
     Run,
+    check_resumed,
+    origin_of,
     resume_point,
     training_device,
     training_dtype,
@@ -48,16 +51,20 @@ def finetune(
     resume: go on from the last whole checkpoint-N in `out`.
     say: is told what is trained, a line at a time.
 
-    Raises UsageError where `out` holds another run, DataError for samples that cannot be trained
-    on, LvrError where the loss is no longer finite.
+    Raises UsageError where `out` holds another run, or one that began otherwise; DataError for
+    samples that cannot be trained on, LvrError where the loss is no longer finite.
     """
     began = time.time()
     device = training_device()
     dtype = training_dtype(settings, device)
     resume_from = resume_point(out, resume, checkpoint)
-    if settings.max_pixels is not None:
-        processor = checkpoint.processor.with_max_pixels(settings.max_pixels)
-        checkpoint = replace(checkpoint, processor=processor)
+    checkpoint, settings = with_picture_size(checkpoint, settings)
+    origin = origin_of(data, settings)
+    if resume_from is not None:
+        check_resumed(resume_from, settings, origin)
+    # Minutes before they are loaded, where there are many samples to check.
+    check_names(checkpoint)
+    say(checkpoint.processor.size_in_words + " (--max-pixels)")
     train, held_out = load_examples(data, settings)
     check_samples(train, checkpoint)
     check_samples(held_out, checkpoint)
@@ -69,8 +76,8 @@ def finetune(
         norm = norm_of_visual_tokens(model.get_base_model(), collator, train)
     sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent, norm)
     checkpoint = replace(checkpoint, latent=sft.spec)
-    write_side_files(out, checkpoint, settings)
-    run = Run(checkpoint, out, settings, device, dtype, resume_from, began)
+    write_side_files(out, checkpoint, settings, origin)
+    run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
     runtime = TorchRuntime(model, checkpoint)
     # Scenes are all of about one length, and come as they are drawn.
     grouped = settings.data.group_by_length and data != "scenes"
@@ -88,6 +95,18 @@ def finetune(
         f"{len(held_out):,} held out; {dtype} on {device}"
     )
     return trainer.to_end(say)
+
+
+def with_picture_size(checkpoint: Checkpoint, settings: Settings) -> tuple[Checkpoint, Settings]:
+    """A model and settings that agree on the size of pictures: that of the settings, or what is
+    usual for the family where these name none.
+    """
+    processor = checkpoint.processor
+    size = settings.max_pixels or processor.default_max_pixels
+    if size == processor.image.max_pixels:
+        return checkpoint, settings
+    checkpoint = replace(checkpoint, processor=processor.with_max_pixels(size))
+    return checkpoint, replace(settings, max_pixels=size)
 
 
 @torch.no_grad()

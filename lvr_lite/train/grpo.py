@@ -27,6 +27,7 @@ from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Source
 from lvr_lite.errors import DataError, UsageError
+from lvr_lite.export.weights import check_names
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
@@ -40,6 +41,8 @@ from lvr_lite.train.rewards import Answer, Scoring, read_rewards
 from lvr_lite.train.trainer import (
     LatentTrainer,
     Run,
+    check_resumed,
+    origin_of,
     resume_point,
     training_device,
     training_dtype,
@@ -336,6 +339,10 @@ def grpo(
     # Pictures stay as large as the checkpoint was tuned on, unless the settings say otherwise.
     max_pixels = settings.max_pixels or checkpoint.processor.image.max_pixels
     settings = replace(settings, max_pixels=max_pixels)
+    origin = origin_of(data, settings, checkpoint)
+    if resume_from is not None:
+        check_resumed(resume_from, settings, origin)
+    check_names(checkpoint)
     checkpoint = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(max_pixels))
     all_look = replace(settings, latent=replace(settings.latent, samples="all"))
     train, held_out = load_examples(data, all_look)
@@ -352,8 +359,8 @@ def grpo(
         options.latents,
         keep_start=options.beta > 0,
     )
-    write_side_files(out, checkpoint, settings)
-    run = Run(checkpoint, out, settings, device, dtype, resume_from, began)
+    write_side_files(out, checkpoint, settings, origin)
+    run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
     roller = Roller(TorchRuntime(model, checkpoint), settings, scoring, donors)
     trainer = GrpoTrainer(run, roller, policy, train=train, held_out=held_out)
     block = settings.train.batch * settings.train.accumulation * trainer.args.world_size

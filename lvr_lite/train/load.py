@@ -10,15 +10,21 @@ name in the skip list is silently ignored (docs/decisions.md).
 from __future__ import annotations
 
 import re
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
-from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint
+from lvr_lite.export.weights import PREFIXES, check_names
+from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
+from lvr_lite.model.processor_files import read_json
 from lvr_lite.model.prompt import prompt_ids
+from lvr_lite.model.weight_files import first_weights, tensors_of
 
 # Parameters of a base that a CPU may hold without 4-bit storage.
 SMALL = 10**9
@@ -31,15 +37,36 @@ ADAPTED_MODULE = re.compile(
 
 
 def _load(checkpoint: Checkpoint, **how: Any) -> Any:
+    """The base model, every tensor of which is one of its files'. how: to `from_pretrained`.
+
+    Raises BundleError for weights that are missing, foreign, of another shape, or damaged.
+    """
+    check_names(checkpoint)
     architecture = getattr(transformers, checkpoint.processor.family.architecture)
+    base = checkpoint.base
     try:
-        model = architecture.from_pretrained(
-            checkpoint.base, use_safetensors=True, trust_remote_code=False, **how
+        config = architecture.config_class.from_pretrained(base)
+        # transformers prefers model.safetensors to an index, and follows a name in config.json.
+        config.transformers_weights = first_weights(base).name
+        model, loaded = architecture.from_pretrained(
+            base,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            key_mapping=PREFIXES,
+            output_loading_info=True,
+            **how,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BundleError(
-            f"{checkpoint.base}: the weights cannot be loaded ({str(error).splitlines()[0]})"
+            f"{base}: the weights cannot be loaded ({str(error).splitlines()[0]})"
         ) from error
+    for fault, names in loaded.items():
+        if names:
+            raise BundleError(
+                f"{base}: transformers loads it with {fault.replace('_', ' ')}, "
+                f"first {min(map(str, names))}; copy the checkpoint again"
+            )
     return model.eval()
 
 
@@ -239,33 +266,37 @@ def load_merged(checkpoint: Checkpoint) -> Any:
 def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     """A base model with the adapter of a tuned checkpoint, unmerged. Raises BundleError where they
     do not fit."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    _check_adapter(model, checkpoint)
+    stored = _check_adapter(model, checkpoint)
     try:
-        return PeftModel.from_pretrained(model, checkpoint.folder)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        with warnings.catch_warnings():
+            # An error below.
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            tuned = PeftModel.from_pretrained(model, checkpoint.folder)
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise BundleError(
             f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})"
         ) from error
-
-
-def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
-    """What an adapter holds for layers that the base lacks, PEFT would pass over with a warning at
-    most; over another base of the same shapes it computes nonsense.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = checkpoint.folder / "adapter_model.safetensors"
-    modules = {name for name, _ in model.named_modules()}
-    try:
-        with safe_open(str(file), "pt") as opened:
-            paths = {ADAPTED_MODULE.sub("", key) for key in list(opened.keys())}
-    except (SafetensorError, OSError) as error:
+    # PEFT starts what its file lacks at random, with a warning at most.
+    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    if missing := sorted(wanted - stored):
         raise BundleError(
-            f"{file}: truncated, or not a safetensors file ({str(error).splitlines()[0]})"
-        ) from error
+            f"{checkpoint.folder / ADAPTER}: {len(missing)} weights of the adapter are missing "
+            f"(first {missing[0]}); copy the checkpoint again"
+        )
+    return tuned
+
+
+def _check_adapter(model: Any, checkpoint: Checkpoint) -> set[str]:
+    """The names in an adapter's file. What it holds for layers that the base lacks, PEFT would pass
+    over with a warning at most; over another base of the same shapes it computes nonsense.
+    """
+    stored = set(tensors_of(checkpoint.folder / ADAPTER))
+    _refuse_other_kinds(checkpoint.folder, stored)
+    modules = {name for name, _ in model.named_modules()}
+    paths = {ADAPTED_MODULE.sub("", key) for key in stored}
     if foreign := sorted(path for path in paths if path not in modules):
         raise BundleError(
             f"{checkpoint.folder}: the adapter is of another base than {checkpoint.base}, "
@@ -277,3 +308,33 @@ def _check_adapter(model: Any, checkpoint: Checkpoint) -> None:
             "whose weights have another sha256; "
             f"name the one that it was trained over as `base` in {LVR_CONFIG}"
         )
+    return stored
+
+
+def _refuse_other_kinds(folder: Path, stored: set[str]) -> None:
+    """Raises BundleError for an adapter that holds more than LoRA on linear layers and marker rows:
+    such weights would be passed over, or could not be merged layer by layer.
+    """
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        _refuse_kind(folder, f"is {kind}, not LoRA")
+    if config.get("modules_to_save"):
+        names = ", ".join(map(str, config["modules_to_save"]))
+        _refuse_kind(folder, f"holds {names} trained whole (modules_to_save)")
+    if config.get("bias", "none") != "none":
+        _refuse_kind(folder, f"holds trained biases (bias: {config['bias']})")
+    for key in sorted(stored):
+        path = ADAPTED_MODULE.sub("", key)
+        if "lora_embedding_" in key or path.endswith((".embed_tokens", "lm_head")):
+            if "trainable_tokens" not in key:
+                _refuse_kind(folder, f"adapts the embedding or the head ({key})")
+        elif path.endswith((".weight", ".bias")):
+            _refuse_kind(folder, f"holds {path} itself, trained whole")
+
+
+def _refuse_kind(folder: Path, what: str) -> None:
+    raise BundleError(
+        f"{folder}: its adapter {what}; here adapters are LoRA on linear layers of the language "
+        "model: merge it into its base (peft: merge_and_unload) and give the result as a base"
+    )

@@ -124,15 +124,17 @@ def readings(
     choices = result.choices
     if tokens.lvr_start not in choices or mode == "open":
         return [_reading(prompt, latents, choices, tokens)]
+    start = choices.index(tokens.lvr_start) + 1
+    # The words before the latents are read again with the prompt.
+    asked = prompt.followed_by(choices[: start - 1])
     again = second_reading(
-        prompt.ids,
-        prompt.positions,
-        prompt.features,
+        asked.ids,
+        asked.positions,
+        asked.features,
         latents,
         tokens,
     )
     answered = Prompt(again.ids, prompt.features[:0], again.positions)
-    start = choices.index(tokens.lvr_start) + 1
     first = _reading(prompt, latents[:-1], choices[:start], tokens)
     second = _reading(
         answered,

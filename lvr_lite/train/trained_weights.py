@@ -122,6 +122,14 @@ class TrainedWeights(Mapping[str, Tensor]):
         other.unmerged = False
         return other
 
+    def base(self) -> TrainedWeights:
+        """The base's own weights: neither in 4 bits nor tuned."""
+        other = self.merged()
+        other.in_nf4 = set()
+        other._layers = {}
+        other._rows = {}
+        return other
+
     def nf4(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A linear's NF4 as bitsandbytes packs it, rows (out, in) one after another.
 

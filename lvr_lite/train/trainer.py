@@ -31,12 +31,22 @@ from lvr_lite.config import Settings
 from lvr_lite.data.sources import Source
 from lvr_lite.errors import LvrError, OutputError, UsageError
 from lvr_lite.eval.suite import accuracy_on
-from lvr_lite.files import write_atomically
+from lvr_lite.files import JsonObject, kept_sha256, write_atomically
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint, resolve, trained_over
+from lvr_lite.model.checkpoint import LVR_CONFIG, VERSION, Checkpoint, base_fields, trained_over
+from lvr_lite.model.processor_files import read_json
 from lvr_lite.system import peak_rss_mb
 
 COMPLETE = "complete"
+SETTINGS = "settings.yaml"
+# What a run that goes on may have otherwise: how long it is, how it reports, and how the same
+# numbers are computed.
+MAY_CHANGE = (
+    *("train.steps", "train.eval_every", "train.save_every", "train.log_every", "train.keep"),
+    *("train.workers", "train.gradient_checkpointing", "train.dequantize"),
+)
+# The name of a checkpoint within a run.
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 # What a log line leaves out: the progress bar shows it, or nobody reads it.
 QUIET = re.compile(
     r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)"
@@ -121,11 +131,98 @@ def resume_point(out: Path, resume: bool, checkpoint: Checkpoint) -> Path | None
     return None
 
 
-def write_side_files(out: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+def origin_of(data: str, settings: Settings, start: Checkpoint | None = None) -> JsonObject:
+    """What tells a run's samples from others', and what it began from: fields of lvr_config.json.
+
+    start: the tuned checkpoint that stage 2 goes on with.
+    """
+    own = settings.data
+    named = {"data": data, "data.replay": own.replay, "data.eval_file": own.eval_file}
+    files = {key: Path(name) for key, name in named.items() if name and Path(name).is_file()}
+    origin: JsonObject = {"samples": {key: kept_sha256(path) for key, path in files.items()}}
+    if "data" not in files:
+        origin["samples"]["data"] = data
+    if start is not None:
+        origin["begun_from"] = start.adapter_sha256
+    return origin
+
+
+def check_resumed(last: Path, settings: Settings, origin: JsonObject) -> None:
+    """Raises UsageError where a run would go on as another one than it was: with other settings
+    than MAY_CHANGE, other samples, or from another checkpoint.
+
+    last: the checkpoint-N to go on from.
+    origin: as `origin_of` gives it now.
+    """
+    out = last.parent
+    before = _read_settings(last / SETTINGS)
+    now = _flat(settings.to_json())
+    # Settings that one of the two versions of lvr-lite does not know are no choice of the user's.
+    changed = [k for k in now if k in before and k not in MAY_CHANGE and before[k] != now[k]]
+    if changed:
+        said = "; ".join(
+            f"{key}: {_yaml(now[key])}, and {_yaml(before[key])} then" for key in changed
+        )
+        again = " ".join(f"--set {key}={_yaml(before[key])}" for key in changed)
+        raise UsageError(
+            f"{out}: was begun with other settings ({said}); go on with {again}, or choose "
+            "another --out"
+        )
+    recorded = read_json(last / LVR_CONFIG).get("origin", {})
+    for name, then in recorded.get("samples", {}).items():
+        if then != (given := origin["samples"].get(name)):
+            raise UsageError(
+                f"{out}: was begun on other samples ({name}: {_short(given)}, and {_short(then)} "
+                "then); give those, or choose another --out"
+            )
+    if recorded.get("begun_from", origin.get("begun_from")) != origin.get("begun_from"):
+        raise UsageError(
+            f"{out}: was begun from another checkpoint (--checkpoint: an adapter of sha256 "
+            f"{_short(origin['begun_from'])}, and {_short(recorded['begun_from'])} then); give "
+            "that one, or choose another --out"
+        )
+
+
+def _short(digest: object) -> str:
+    """A sha256, or the name of a source, as a message shows it."""
+    return str(digest)[:12]
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
+
+
+def _flat(data: JsonObject, prefix: str = "") -> JsonObject:
+    """{"section.key": value} of nested settings."""
+    flat: JsonObject = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _read_settings(path: Path) -> JsonObject:
+    """The settings of a run by "section.key"; {} where none were written."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); it says what the run was "
+            "begun with"
+        ) from error
+    return _flat(data) if isinstance(data, dict) else {}
+
+
+def write_side_files(
+    out: Path, checkpoint: Checkpoint, settings: Settings, origin: JsonObject | None = None
+) -> None:
     """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the
     adapter.
 
     checkpoint: the base, with the latent loop and the picture size that are trained.
+    origin: as `origin_of` gives it; None where nothing is recorded.
     """
     processor = checkpoint.processor
     try:
@@ -139,17 +236,18 @@ def write_side_files(out: Path, checkpoint: Checkpoint, settings: Settings) -> N
             f"{out}: cannot be written ({error.strerror or error}); "
             "free some space or choose another --out"
         ) from error
-    embedded = checkpoint.base == resolve("tiny")
+    run = out.parent if CHECKPOINT.fullmatch(out.name) else out
     content = {
-        "version": 1,
-        "base": "tiny" if embedded else str(checkpoint.base.resolve()),
+        "version": VERSION,
+        **base_fields(checkpoint.base, out, run.resolve().parent),
         "base_sha256": checkpoint.base_sha256,
         "base_precision": "nf4",
         "latent": checkpoint.latent.to_json(),
         "image": {} if settings.max_pixels is None else {"max_pixels": settings.max_pixels},
+        "origin": origin or {},
     }
     write_atomically(out / LVR_CONFIG, json.dumps(content, indent=1))
-    write_atomically(out / "settings.yaml", yaml.safe_dump(settings.to_json(), sort_keys=False))
+    write_atomically(out / SETTINGS, yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
 # ------------------------------------------------------------------------------------- trainer
@@ -205,6 +303,7 @@ class Run:
     device, dtype: what it computes on and in.
     resume_from: the checkpoint-N that it goes on from; None for a new run.
     began: `time.time()` when it was asked for.
+    origin: as `origin_of` gives it.
     """
 
     checkpoint: Checkpoint
@@ -214,6 +313,7 @@ class Run:
     dtype: torch.dtype
     resume_from: Path | None
     began: float
+    origin: JsonObject
 
 
 class LatentTrainer(transformers.Trainer):
@@ -289,12 +389,16 @@ class LatentTrainer(transformers.Trainer):
         return metrics | self.free_running_accuracy()
 
     def free_running_accuracy(self) -> dict[str, float]:
-        """{"eval_accuracy"} of held-out samples, which is logged; {} in all processes but the
-        first."""
+        """{"eval_accuracy", "eval_looked"} of held-out samples, which are logged; {} in all
+        processes but the first.
+        """
         if not self.is_world_process_zero():
             return {}
         self.model.eval()
-        metrics = {"eval_accuracy": accuracy_on(self.runtime, self.eval_dataset.items())}
+        held_out = self.eval_dataset
+        expected = held_out.answers().values()
+        accuracy, looked = accuracy_on(self.runtime, held_out.items(), expected)
+        metrics = {"eval_accuracy": accuracy, "eval_looked": looked}
         self.log(dict(metrics))
         self.model.train()
         return metrics
@@ -372,5 +476,5 @@ class WholeCheckpoints(transformers.TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             folder = self.run.out / f"checkpoint-{state.global_step}"
-            write_side_files(folder, self.run.checkpoint, self.run.settings)
+            write_side_files(folder, self.run.checkpoint, self.run.settings, self.run.origin)
             (folder / COMPLETE).touch()

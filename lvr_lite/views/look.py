@@ -96,7 +96,9 @@ def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | No
             "see `lvr-lite finetune`"
         )
     if steps == 0:
-        raise UsageError("--look: nothing to look at with --steps 0; leave one of them out")
+        raise UsageError(
+            "--look: nothing to look at with --steps 0 or --look never; leave one of them out"
+        )
     if latent.feedback == "token":
         raise UsageError(
             "--look: this model feeds a fixed token in place of latents, so there is nothing to "

@@ -21,11 +21,12 @@ from rich.console import Console
 from lvr_lite.bench import machine, measure, quality, report
 from lvr_lite.bench.plan import Plan, Request, Setting, System
 from lvr_lite.bench.record import LATENCIES, STAGES, Benchmark, Summary, percentile
+from lvr_lite.bench.timing import Timing, between_tokens, time_round
 from lvr_lite.errors import UsageError
 from lvr_lite.generate.decode import Event, Result
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.spec import LatentSpec
-from tests.fakes import OneWord
+from tests.fakes import NeverLooks, OneWord
 
 WORD = 300
 
@@ -84,11 +85,8 @@ def test_rounds_are_interleaved_and_ask_every_system_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     turns: list[tuple[str, str]] = []
-    time_round = measure.time_round
 
-    def spy(
-        runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting
-    ) -> measure.Timing:
+    def spy(runtime: Runtime, requests: list[Request], plan: Plan, setting: Setting) -> Timing:
         turns.append((runtime.name, requests[0].question))
         return time_round(runtime, requests, plan, setting)
 
@@ -147,7 +145,7 @@ def test_a_one_word_answer_is_made_to_go_on_while_it_is_timed() -> None:
 def test_latents_between_two_tokens_are_no_time_per_token() -> None:
     events = [Event(0, "token", at=1), Event(0, "start", at=2), Event(0, "latent", at=3)]
     events += [Event(0, "end", at=4), Event(0, "token", at=5), Event(0, "token", at=7)]
-    assert measure._between_tokens([*events, Event(0, "done", at=7)]) == [2]
+    assert between_tokens([*events, Event(0, "done", at=7)]) == [2]
 
 
 def test_a_model_without_latents_is_measured_by_its_text_steps() -> None:
@@ -161,7 +159,7 @@ def test_a_model_without_latents_is_measured_by_its_text_steps() -> None:
 
 def test_the_share_of_the_bandwidth_is_the_decoders_bytes_over_a_latent_step() -> None:
     measured = measure.Measured(system())
-    measured.timings = [measure.Timing({"latent_step": [1.0, 2.0, 9.0]}, {}, {}, [])]
+    measured.timings = [Timing({"latent_step": [1.0, 2.0, 9.0]}, {}, {}, [])]
     assert measured.bandwidth_fraction(40.0) == pytest.approx(4e6 / 2e-3 / 40e9)
 
 
@@ -225,13 +223,13 @@ def test_a_batch_decodes_its_requests_together_and_counts_the_tokens_of_all() ->
     assert together.name == "s0, batch 2"
     assert len(together.timings[0].tokens) == 2 * len(alone.timings[0].tokens)
     assert (len(alone.latency("ttft_again")), together.latency("ttft_again")) == (4, [])
-    together.timings = [measure.Timing({}, {"tpot": [20.0, 20.0, 10.0]}, {}, [])]
+    together.timings = [Timing({}, {"tpot": [20.0, 20.0, 10.0]}, {}, [])]
     assert together.throughput() == pytest.approx(100.0)
 
 
 def test_only_the_first_row_of_a_batch_tells_the_time_between_tokens() -> None:
     events = [Event(row, "token", at=second) for second in (1.0, 3.0) for row in (0, 1)]
-    assert measure._between_tokens(events) == [2.0]
+    assert between_tokens(events) == [2.0]
 
 
 def test_energy_is_that_of_the_packages_and_absent_where_it_is_not_told(tmp_path: Path) -> None:
@@ -244,7 +242,7 @@ def test_energy_is_that_of_the_packages_and_absent_where_it_is_not_told(tmp_path
     measured = measure.Measured(system())
     # One without, one whose counter started again.
     samples = (None, -4.0, 1.0, 3.0)
-    measured.timings = [measure.Timing({}, {}, {}, [], value) for value in samples]
+    measured.timings = [Timing({}, {}, {}, [], value) for value in samples]
     assert measured.joules() == 2.0
 
 
@@ -293,6 +291,57 @@ def test_a_run_goes_on_until_its_seconds_have_passed() -> None:
     (short,) = measure.measure([system("a")], REQUESTS, PLAN).systems
     assert measured.output_md5(PLAN.rounds) == short.output_md5()
     assert outcome.result({}).rounds == rounds
+
+
+def of_steps(steps: int | None, look: Any = None, latent: LatentSpec | None = None) -> Any:
+    """The only system of a run of a model that never looks by itself, as the JSON has it."""
+    model = System("s", "fp32", NeverLooks("s", latent), {"decoder": 4_000_000})
+    plan = replace(PLAN, settings=(Setting(steps),), look=look)
+    (outcome,) = measure.measure([model], REQUESTS, plan).result({}).systems
+    return outcome
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(None, 3), (2, 2), (0, 0)])
+def test_latent_steps_that_are_measured_are_taken(steps: int | None, taken: int) -> None:
+    outcome = of_steps(steps)
+    assert (outcome.latent_steps, outcome.looked) == (taken, float(taken > 0))
+    assert bool(outcome.latencies["tpls"].samples_ms) == (taken > 0)
+    assert outcome.look == ("always" if taken else "auto")
+
+
+def test_a_run_that_leaves_the_look_to_the_model_says_what_it_did() -> None:
+    assert (of_steps(None, "auto").latent_steps, of_steps(None, "auto").looked) == (0, 0)
+    assert of_steps(None, "never").latent_steps == 0
+    (free,) = measure.measure([system()], REQUESTS, replace(PLAN, look="auto")).result({}).systems
+    assert (free.latent_steps, free.looked) == (3, 1)
+
+
+def test_latent_steps_that_were_asked_for_and_not_taken_are_an_error() -> None:
+    with pytest.raises(UsageError, match="s: 2 latent steps were asked for, and an answer took 0"):
+        of_steps(2, "auto")
+
+
+@pytest.mark.parametrize(
+    ("steps", "look", "latent", "words"),
+    [
+        (None, "always", LatentSpec(), "s was not tuned for latent steps and cannot look"),
+        (0, "always", None, "look always needs latent steps"),
+        (2, "never", None, "look never forbids latent steps"),
+    ],
+)
+def test_a_look_that_cannot_be_is_refused(
+    steps: int | None, look: Any, latent: LatentSpec | None, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        of_steps(steps, look, latent)
+
+
+def test_sizes_of_pictures_are_told() -> None:
+    pictures = [Image.new("RGB", (56, 28 * n)) for n in (2, 2, 5)]
+    requests = [Request(picture, "a") for picture in pictures]
+    (measured,) = measure.measure([system()], requests, PLAN).result({}).systems
+    assert measured.visual_tokens == {"p50": 4.0, "max": 10}
+    assert measured.setting.visual_tokens == 10
 
 
 def test_progress_is_told_up_to_the_end() -> None:

@@ -22,6 +22,11 @@ from tests.command_line import Call, Refused
         ("eval INT8 --suite mmvp --path EMPTY", 1, "is not mmvp as it is published"),
         ("eval INT8 --suite vstar --path nosuch", 1, "--path nosuch: no such folder"),
         ("eval INT8 --steps four", 2, "--steps four: give whole numbers"),
+        ("eval INT8 --look sometimes", 2, "--look sometimes: must be auto, always or never"),
+        ("eval INT8 --limit 1 --max-pixels 99999999", 2, "was exported for pictures of at most"),
+        ("eval INT8 --limit 1 --max-pixels 3", 2, "max_pixels must lie between 784 and"),
+        ("eval tiny --limit 1 --look always", 2, "was not tuned for latent steps and cannot look"),
+        ("probe INT8 --look never", 2, "look never leaves nothing to probe"),
         ("eval INT8 --limit 1 --answers TEXT", 1, "text.png: exists and holds something else"),
     ],
 )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lvr_lite.model.bundle import Bundle
 from tests.command_line import Call, Refused, files
 
 SYNTHETIC = "export --synthetic smolvlm-256m"
@@ -129,8 +130,11 @@ def test_an_export_is_a_bundle_that_answers(
     call: Call, small_checkpoint: Path, picture: Path, tmp_path: Path
 ) -> None:
     result, out = tmp_path / "export.json", tmp_path / "out"
-    done = call("export", small_checkpoint, out, "--precision", "int4", *SHORT, "--json", result)
+    options = ("--precision", "int4", *SHORT, "--max-pixels", 28 * 28 * 3)
+    done = call("export", small_checkpoint, out, *options, "--json", result)
     assert done.code == 0, done.err
+    assert "pictures are shrunk to 2,352 pixels, about 1 visual tokens" in done.err
+    assert Bundle.open(out).manifest.image.max_pixels == 28 * 28 * 3
     assert json.loads(result.read_text())["precision"] == "int4"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export.json", "out", "picture.png"]
     assert call("run", out, picture, *QUESTION).code == 0

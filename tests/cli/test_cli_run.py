@@ -24,6 +24,12 @@ from tests.command_line import Call, Refused, files
         ("run PICTURE PICTURE question", 1, "picture.png: no such folder"),
         ("run INT8 PICTURE question --top-p 2", 2, "top_p must lie in (0, 1], not 2"),
         ("run INT8 PICTURE 'what <|image_pad|> is'", 1, "the question contains <|image_pad|>"),
+        ("run INT8 PICTURE question --look alway", 2, "--look alway: neither auto, always, never"),
+        ("run INT8 PICTURE question --look always --look never", 2, "give one of auto, always"),
+        ("run INT8 PICTURE question --look always --steps 0", 2, "look always needs latent steps"),
+        ("run INT8 PICTURE question --look never --look l.png", 2, "nothing to look at with"),
+        ("run tiny PICTURE question --look always", 2, "cannot look"),
+        ("run INT8 PICTURE question --max-pixels 99999999", 2, "was exported for pictures of at"),
         ("run INT8 PICTURE question --seed -1", 2, "seed must be 0 or more, not -1"),
         ("run INT8 PICTURE question --json EMPTY", 1, "cannot be written"),
         ("run INT8 PICTURE question --provider cuda", 2, "provider cuda: the onnxruntime"),
@@ -47,6 +53,40 @@ def test_a_full_disk_leaves_no_half_written_json(
     assert done.code == 1
     assert "No space left on device" in done.error
     assert files(tmp_path) == {"run.json": b"earlier", "picture.png": picture.read_bytes()}
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["at once", "streaming"])
+def test_a_look_can_be_forced_forbidden_and_drawn(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path, stream: tuple[str, ...]
+) -> None:
+    """The small bundle has random weights, so it never looks by itself."""
+    told = {}
+    for look in ("auto", "always", "never"):
+        out = tmp_path / f"{look}.json"
+        options = ("--look", look, "--max-tokens", 3, "--json", out, *stream)
+        done = call("run", small_int8, picture, "what is here", *options)
+        assert done.code == 0, done.err
+        told[look] = json.loads(out.read_text())
+    assert [told[look]["looked"] for look in told] == [False, True, False]
+    assert [told[look]["look_forced"] for look in told] == [False, True, False]
+    assert told["always"]["latent_steps"] > 0
+    drawing = tmp_path / "look.png"
+    options = ("--look", "always", "--look", drawing, "--max-tokens", 3)
+    done = call("run", small_int8, picture, "what is here", *options)
+    assert done.code == 0, done.err
+    assert drawing.stat().st_size > 500
+
+
+def test_pictures_are_shrunk_to_max_pixels(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path
+) -> None:
+    tokens = []
+    for size in ((), ("--max-pixels", 28 * 28)):
+        out = tmp_path / "run.json"
+        done = call("run", small_int8, picture, "what", "--json", out, "--max-tokens", 1, *size)
+        assert done.code == 0, done.err
+        tokens.append(json.loads(out.read_text())["visual_tokens"]["max"])
+    assert tokens == [4, 1]
 
 
 def test_an_answer_streams_the_text_that_it_prints_at_once(

@@ -24,9 +24,10 @@ from lvr_lite.errors import DataError, UsageError
 from lvr_lite.eval import benchmarks, score
 from lvr_lite.eval.benchmark_files import Question
 from lvr_lite.eval.comparing import compare
+from lvr_lite.eval.plan import Plan
 from lvr_lite.eval.report import show
 from lvr_lite.eval.statistics import bootstrap_mean, bootstrap_ratio, grouped
-from lvr_lite.eval.suite import Plan, exact, lettered
+from lvr_lite.eval.suite import exact, lettered
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.families import Grid
 from tests.command_line import Call
@@ -615,6 +616,13 @@ def test_where_no_picture_opens_there_is_no_score(tmp_path: Path) -> None:
     [
         ({"suite": "mmvp"}, "--suite mmvp needs --path DIR, a folder that holds Questions.csv"),
         ({"suite": "scenes", "path": "x"}, "--path x: is for --suite mmvp, vstar, blink, hrbench"),
+        ({"prompt": "plain"}, "--prompt plain: is for --suite mmvp, vstar, blink, hrbench"),
+        (
+            {"suite": "mmvp", "path": "x", "prompt": "kind"},
+            "--prompt kind: must be direct or plain",
+        ),
+        ({"look": "sometimes"}, "look must be auto, always or never"),
+        ({"look": "never", "steps": (0, 4)}, "look never forbids latent steps"),
         ({"steps": (0, -1)}, "--steps -1: latent steps must be 0 or more"),
     ],
 )
@@ -622,6 +630,35 @@ def test_a_plan_that_cannot_be_followed_is_refused(plan: dict[str, Any], message
     with pytest.raises(UsageError) as raised:
         Plan(**plan)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["mmvp", "vstar", "blink", "hrbench"])
+def test_the_plain_prompt_is_the_direct_one_without_its_sentence(name: str, tmp_path: Path) -> None:
+    folder = WRITERS[name](tmp_path / "set")
+    direct = [row.sample for row in benchmarks.read(name, folder).rows]
+    plain = [row.sample for row in benchmarks.read(name, folder, prompt="plain").rows]
+    for one, other in zip(direct, plain, strict=True):
+        assert INSTRUCTION in one.question
+        assert other.question == one.question.replace(INSTRUCTION, "").strip()
+        assert replace(other, question=one.question) == one
+
+
+def test_the_prompt_is_told_and_others_are_not_compared(tmp_path: Path) -> None:
+    folder = write_mmvp(tmp_path / "m")
+    asked = {p: benchmarks.read("mmvp", folder, prompt=p) for p in ("direct", "plain")}
+    results = {}
+    for prompt, benchmark in asked.items():
+        plan = Plan("mmvp", path=str(folder), prompt=prompt)
+        model = table(benchmark, ["A"] * 6)
+        results[prompt] = compare("tiny", [], plan, lambda _, model=model: model)  # type: ignore[misc]
+        told = results[prompt]
+        assert (told["prompt"], told["max_tokens"]) == (
+            prompt,
+            {"direct": 64, "plain": 256}[prompt],
+        )
+    (tmp_path / "plain.json").write_text(json.dumps(results["plain"]))
+    with pytest.raises(UsageError, match="was asked with --prompt plain, not direct"):
+        compare("tiny", [str(tmp_path / "plain.json")], Plan("mmvp", path=str(folder)), never)
 
 
 def test_a_limit_is_of_rows(tmp_path: Path) -> None:

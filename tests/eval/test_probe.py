@@ -814,7 +814,9 @@ def through_latents(monkeypatch: pytest.MonkeyPatch) -> Callable[[LatentSpec], N
     opened = models.open_runtime
 
     def force(spec: LatentSpec) -> None:
-        monkeypatch.setattr(models, "open_runtime", lambda *a: AlwaysLatents(opened(*a), spec))
+        monkeypatch.setattr(
+            models, "open_runtime", lambda *a, **k: AlwaysLatents(opened(*a, **k), spec)
+        )
 
     return force
 

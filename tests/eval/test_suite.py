@@ -18,23 +18,19 @@ from rich.console import Console
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.sources import Item
 from lvr_lite.errors import BundleError, DataError, UsageError
+from lvr_lite.eval import comparing
 from lvr_lite.eval.comparing import compare, reference_hint
+from lvr_lite.eval.plan import SKILLS_TOKENS, Plan, expected_answers, load_suite
 from lvr_lite.eval.report import show
-from lvr_lite.eval.suite import (
-    SKILLS_TOKENS,
-    Plan,
-    accuracy_on,
-    evaluate,
-    expected_answers,
-    load_suite,
-    skill,
-)
+from lvr_lite.eval.suite import accuracy_on, evaluate, skill
 from lvr_lite.generate.decode import Options
 from lvr_lite.model.checkpoint import read_checkpoint, resolve
+from lvr_lite.model.spec import LatentSpec
 from lvr_lite.toy import questions, scenes
 from lvr_lite.toy.make import skill_samples, write_scenes
-from tests.fakes import Table, never
+from tests.fakes import NeverLooks, OneWord, Table, never
 
+TINY_PROCESSOR = read_checkpoint("tiny").processor
 QUESTIONS = [
     "what colour is the star",
     "what colour is the heart",
@@ -105,6 +101,8 @@ def test_the_result_has_the_fields_that_the_design_promises(runtime: Table) -> N
         "correct",
         "score",
         "tokens",
+        "looks",
+        "visual_tokens",
     }
     assert runtime.processor.tokenizer.decode(result["answers"][3]["tokens"]).strip() == "Top left."
 
@@ -123,7 +121,7 @@ def test_no_items_give_no_accuracy_and_no_pairs(runtime: Table) -> None:
 
 
 def test_accuracy_during_training_is_that_of_the_evaluation(runtime: Table) -> None:
-    assert accuracy_on(runtime, items()) == 0.6
+    assert accuracy_on(runtime, items(), EXPECTED) == (0.6, 0.0)
 
 
 def test_the_table_tells_types_interval_and_pairs(runtime: Table) -> None:
@@ -682,3 +680,105 @@ def test_without_skills_or_models_beside_there_is_one_table(runtime: Table) -> N
     text = shown(evaluate(runtime, items()) | {"suite": "mine"})
     assert "outside the suite" not in text
     assert "difference" not in text
+
+
+# --------------------------------------------------------------------------------------------------
+# looks, sizes of pictures, room for answers
+
+
+@pytest.mark.parametrize(("look", "looked"), [("auto", 0.0), ("always", 1.0), ("never", 0.0)])
+def test_the_share_of_answers_that_looked_is_told(look: Any, looked: float) -> None:
+    result = evaluate(NeverLooks("n"), items(), Options(look=look))
+    assert result["looked"] == looked
+    assert [answer["looks"] for answer in result["answers"]] == [int(looked)] * 5
+    free = evaluate(OneWord("w"), items(), Options(look=look))
+    assert free["looked"] == (look != "never")
+
+
+def test_visual_tokens_are_told_by_picture() -> None:
+    """Pictures of 56 pixels by 56, 84 … 168: two rows of 2 to 6 tokens."""
+    two = ((sample, pictures * (1 + (sample.id == "s4"))) for sample, pictures in items())
+    result = evaluate(OneWord("w"), two)
+    tokens = [answer["visual_tokens"] for answer in result["answers"]]
+    assert tokens == [[4], [6], [8], [10], [12, 12]]
+    assert result["visual_tokens"] == {"p50": 9.0, "max": 12}
+
+
+def test_a_plan_forces_the_look_of_suite_and_skills(mine: str) -> None:
+    plan = Plan(mine, skills=3, look="always")
+    result = compare(TINY, [], plan, lambda name: NeverLooks(name))
+    assert (result["look"], result["looked"], result["skills"]["looked"]) == ("always", 1.0, 1.0)
+    shown = Console(file=io.StringIO(), width=200)
+    show(result, shown)
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "100% of the answers looked; --look always; visual tokens a picture: 8, at most" in text
+
+
+def test_a_look_is_refused_of_a_model_that_cannot(mine: str) -> None:
+    with pytest.raises(UsageError, match="look always: table was not tuned for latent steps"):
+        compare(TINY, [], Plan(mine, look="always"), opener(tiny=SAID))
+    # Beside one that can, it is compared as it is.
+    models = {TINY: NeverLooks("n"), OTHER: OneWord("w", LatentSpec())}
+    result = compare(TINY, [OTHER], Plan(mine, look="always"), models.__getitem__)
+    assert (result["looked"], result["against"][0]["looked"]) == (1.0, 0.0)
+
+
+def test_models_are_compared_on_pictures_of_the_smallest_size(
+    mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {TINY: 28 * 28 * 4, OTHER: 28 * 28 * 256}
+    monkeypatch.setattr(
+        comparing, "processor_of", lambda m: TINY_PROCESSOR.with_max_pixels(sizes[m])
+    )
+
+    def most(**plan: Any) -> tuple[int, int]:
+        """The largest picture in visual tokens that TINY and OTHER see."""
+
+        def opened(name: str) -> OneWord:
+            runtime = OneWord(name)
+            runtime.processor = runtime.processor.with_max_pixels(sizes[name])
+            return runtime
+
+        result = compare(TINY, [OTHER], Plan(mine, **plan), opened)
+        return result["visual_tokens"]["max"], result["against"][0]["visual_tokens"]["max"]
+
+    assert most() == (4, 4)
+    assert most(max_pixels=28 * 28 * 8) == (8, 8)
+    assert most(max_pixels=28 * 28 * 8, against_max_pixels=28 * 28 * 6) == (8, 6)
+    assert most(against_max_pixels=28 * 28 * 256) == (4, 12)
+    sizes[TINY], sizes[OTHER] = sizes[OTHER], sizes[TINY]
+    assert most() == (4, 4)
+
+
+def test_an_answer_to_a_file_has_room_for_the_longest_right_one(tmp_path: Path) -> None:
+    answer = "the red star is above the blue heart " * 6
+    file = tmp_path / "long.jsonl"
+    Image.new("RGB", (56, 56)).save(tmp_path / "p.png")
+    rows = [
+        {"id": str(i), "image": "p.png", "question": "q", "answer": a}
+        for i, a in enumerate(["red", answer])
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    tokens = len(TINY_PROCESSOR.tokenizer.encode(answer).ids)
+    assert tokens > 40
+    assert Plan(str(file)).tokens(TINY_PROCESSOR) >= tokens + tokens // 2 - 1
+    assert Plan(str(file), max_tokens=7).tokens(TINY_PROCESSOR) == 7
+    assert Plan().tokens(TINY_PROCESSOR) == 16
+    result = compare(TINY, [], Plan(str(file)), lambda _: Table({"q": answer}))
+    assert [a["correct"] for a in result["answers"]] == [False, True]
+
+
+def test_a_repetition_penalty_that_is_not_applied_is_told(
+    small_checkpoint: Path, tmp_path: Path, mine: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_checkpoint, base)
+    assert comparing.not_applied(str(base)) == {}
+    path = base / "generation_config.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | {"repetition_penalty": 1.05}))
+    result = compare(str(base), [], Plan(mine), opener(other=SAID))
+    assert result["not_applied"] == {"repetition_penalty": 1.05}
+    shown = Console(file=io.StringIO(), width=300)
+    show(result, shown)
+    assert "repetition penalty of 1.05" in shown.file.getvalue()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from lvr_lite.export import apart, graphs, onnxfile, parity, weights, write
 from lvr_lite.export.graphs.spec import GraphSpec
 from lvr_lite.export.graphs.structure import Origin, structure
 from lvr_lite.export.onnxfile import describe
+from lvr_lite.export.weights import StoredWeights
 from lvr_lite.export.write import write_bundle
 from lvr_lite.files import JsonObject
 from lvr_lite.generate.onnx import OnnxRuntime
@@ -260,6 +261,18 @@ def test_a_weight_that_differs_on_disk_is_noticed_without_torchs_whole_model(
     onnxfile.overwrite(tensor, path.parent, values * np.float32(1.05))
     with pytest.raises(LvrError, match=rf"{message} from torch"):
         check()
+
+
+def test_a_large_model_whose_weights_are_misread_is_not_written(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs and what they are compared with are then wrong alike."""
+    monkeypatch.setattr(write, "SMALL", 0)
+    read = StoredWeights.__getitem__
+    monkeypatch.setattr(StoredWeights, "__getitem__", lambda self, name: read(self, name) * 2)
+    with pytest.raises(LvrError, match=r"^parity: \S+ is read as something else than transformers"):
+        write_bundle(small, TrainedWeights(small), tmp_path / "out", print, lambda: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_models_bundle_says_that_decoding_was_not_compared(

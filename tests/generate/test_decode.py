@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,54 @@ def test_the_number_of_latent_steps_can_be_chosen(steps: int) -> None:
 def test_steps_0_forbids_lvr_start() -> None:
     (result,) = decode(Scripted(START, A, END, spec=OPEN), [prompt()], Options(steps=0))
     assert (result.tokens, result.latents) == ([D, A], [])
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+def test_look_always_makes_lvr_start_the_first_choice_and_nothing_else(mode: str) -> None:
+    runtime = Scripted(A, B, C, START, END, spec=LatentSpec(K, mode=mode))
+    (result,) = decode(runtime, [prompt()], Options(look="always"))
+    # The head's A was not taken; a second <|lvr_start|> cannot be chosen.
+    assert result.choices == [START, B, C, D, END]
+    assert (result.tokens, len(result.latents)) == ([B, C, D], K)
+    assert (result.looked, result.look_forced) == (True, True)
+
+
+def test_look_never_forbids_lvr_start() -> None:
+    (result,) = decode(Scripted(START, A, END, spec=OPEN), [prompt()], Options(look="never"))
+    assert (result.tokens, result.looked, result.look_forced) == ([D, A], False, False)
+
+
+def test_a_look_of_the_models_own_is_not_called_forced() -> None:
+    (result,) = decode(Scripted(START, A, END, spec=OPEN), [prompt()])
+    assert (result.looked, result.look_forced) == (True, False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_forced_look_has_the_score_that_the_head_gives_it(temperature: float) -> None:
+    """Sampled and greedy, in a batch whose rows would go other ways; with top_p too, under which
+    <|lvr_start|> may be out of reach."""
+    prompts = [prompt(seed) for seed in range(6)]
+    options = Options(temperature=temperature, top_p=0.5, look="always", keep_scores=True)
+    runtime = Recurrent(OPEN)
+    results = decode(runtime, prompts, options)
+    assert [(r.choices[0], r.look_forced) for r in results] == [(START, True)] * 6
+    logits = (runtime.states[0] @ runtime.out).astype(np.float64) / (temperature or 1.0)
+    logits[:, [IMAGE, LVR, CLOSE]] = -np.inf
+    wanted = logits[:, START] - np.log(np.exp(logits).sum(1))
+    np.testing.assert_allclose([r.scores[0] for r in results], wanted, atol=1e-5, rtol=0)
+    free = decode(Recurrent(OPEN), prompts, Options())
+    assert len({r.choices[0] == START for r in free}) == 2, "all rows look by themselves, or none"
+
+
+def test_look_always_is_refused_where_the_model_cannot_look() -> None:
+    with pytest.raises(UsageError, match="recurrent was not tuned for latent steps"):
+        Decoding(Recurrent(LatentSpec()), [prompt()], Options(look="always"))
+
+
+@pytest.mark.parametrize(("look", "steps"), [("always", 0), ("never", 2), ("sometimes", None)])
+def test_a_look_that_contradicts_the_steps_is_refused(look: Any, steps: int | None) -> None:
+    with pytest.raises(UsageError, match="look"):
+        Options(look=look, steps=steps)
 
 
 def test_latents_come_once() -> None:
@@ -440,6 +489,13 @@ def second_reading(
     return np.stack(inputs), np.stack(places, 1)
 
 
+def then(p: Prompt, *words: int) -> Prompt:
+    """A prompt with words of its answer after it, one position each."""
+    following = p.positions.max() + 1 + np.tile(np.arange(len(words)), (3, 1))
+    ids = np.append(p.ids, np.array(words, np.int64))
+    return Prompt(ids, p.features, np.append(p.positions, following, 1))
+
+
 def assert_read(read: Read, i: int, p: Prompt, latents: np.ndarray, table: np.ndarray) -> None:
     inputs, places = second_reading(p, latents, table)
     assert read.lengths[i] == len(inputs)
@@ -487,7 +543,7 @@ def test_the_second_reading_is_the_prompt_with_the_latents_in_place_of_its_pictu
         runtime.states[i][0] for i in range(2, 2 + K)
     ]  # after <|lvr_start|>, and after each latent but the last
     assert np.array_equal(np.stack(result.latents), np.stack(latents))
-    assert_read(second, 0, p, np.stack(latents), runtime.table)
+    assert_read(second, 0, then(p, A), np.stack(latents), runtime.table)
     assert result.tokens == [A, B]
 
 
@@ -508,7 +564,8 @@ def test_positions_after_the_second_reading_follow_it(p: Prompt) -> None:
     prompt_end, read_end = int(p.positions.max()) + 1, int(runtime.reads[1].positions.max()) + 1
     before = list(range(prompt_end, prompt_end + 1 + K))  # A, <|lvr_start|>, K - 1 latents
     assert [int(x[0]) for x in runtime.positions] == [*before, read_end, read_end + 1]
-    assert read_end == prompt_end + (0 if len(p.features) else K)
+    # A is read again, and without a picture the latents come after it.
+    assert read_end == prompt_end + 1 + (0 if len(p.features) else K)
 
 
 def test_the_head_speaks_from_the_second_reading() -> None:
@@ -535,12 +592,13 @@ def test_events_of_the_bottleneck_are_those_of_the_open_loop() -> None:
     assert opened.clock.hand_over == 0
 
 
-def test_what_was_said_before_the_latents_is_said_once_and_not_read_again() -> None:
+@KINDS
+def test_what_was_said_before_the_latents_is_said_once_and_read_again(p: Prompt) -> None:
     runtime = Scripted(A, B, START, C, START, END, spec=BOTTLENECK)
-    (result,) = decode(runtime, [picture_prompt(4)])
+    (result,) = decode(runtime, [p])
     assert result.tokens == [A, B, C, D]  # a second <|lvr_start|> cannot be chosen
     assert len(runtime.reads) == 2
-    assert_read(runtime.reads[1], 0, picture_prompt(4), np.stack(result.latents), runtime.table)
+    assert_read(runtime.reads[1], 0, then(p, A, B), np.stack(result.latents), runtime.table)
 
 
 def test_without_latents_the_prompt_is_read_once() -> None:
@@ -612,11 +670,15 @@ def test_rows_handed_over_at_different_times_are_read_apart_and_leave_the_others
             ended[-1].append(event.row)
     assert [read.rows for read in runtime.reads[1:]] == ended
     assert len({len(rows) for rows in ended}) > 1
+    before = 0
     for read, rows in zip(runtime.reads[1:], ended, strict=True):
         for i, row in enumerate(rows):
-            assert_read(
-                read, i, PICTURES[row], np.stack(decoding.results[row].latents), runtime.table
-            )
+            result = decoding.results[row]
+            words = result.choices[: result.choices.index(START)]
+            before += len(words)
+            asked = then(PICTURES[row], *words)
+            assert_read(read, i, asked, np.stack(result.latents), runtime.table)
+    assert before, "no row says anything before it looks"
     rows_in_latents = [row for rows in ended for row in rows]
     assert len(rows_in_latents) == len(set(rows_in_latents)) < len(PICTURES), (
         "a row twice, or none that never thinks"

@@ -326,6 +326,27 @@ def test_a_batch_through_other_latents_decodes_as_under_torch_and_as_each_row_al
         assert_same_latents(mine, [run_spec(onnx, [p], spec)[0][0] for p in asked])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("spec", [LatentSpec(LONG), SPECS["bottleneck"]], ids=lambda s: s.mode)
+def test_a_forced_look_decodes_as_under_torch(
+    onnx: OnnxRuntime,
+    reference: TorchRuntime,
+    asked: list[Prompt],
+    spec: LatentSpec,
+    temperature: float,
+) -> None:
+    options = replace(TEXT, look="always", temperature=temperature, seed=5)
+    both = []
+    for runtime in (onnx, reference):
+        decoding = Decoding(StartsLatents(runtime, 0, spec=spec), asked, options)
+        list(decoding)
+        both.append(decoding.results)
+    mine, theirs = both
+    assert all(result.look_forced and len(result.latents) == LONG for result in mine)
+    assert_same_latents(mine, theirs)
+    assert [result.choices for result in mine] == [result.choices for result in theirs]
+
+
 @pytest.mark.parametrize(
     "spec", [LatentSpec(LONG), SPECS["bottleneck"]], ids=["open", "bottleneck"]
 )

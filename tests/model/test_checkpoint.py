@@ -5,15 +5,23 @@ line that names it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lvr_lite.commands.train import plan_finetune
 from lvr_lite.errors import BundleError
 from lvr_lite.model import spec as latent
-from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint, resolve
+from lvr_lite.model.checkpoint import (
+    LVR_CONFIG,
+    base_fields,
+    processor_of,
+    read_checkpoint,
+    resolve,
+)
 from lvr_lite.model.spec import LatentSpec
 
 Copy = Callable[[Path], Path]
@@ -111,9 +119,13 @@ def test_the_digest_changes_with_the_adapter_and_with_the_base(
     digests = [read_checkpoint(base).digest(), read_checkpoint(folder).digest()]
     (folder / "adapter_model.safetensors").write_bytes(b"other weights")
     digests.append(read_checkpoint(folder).digest())
-    (base / "more.safetensors").write_bytes(b"more")
+    (base / "model.safetensors").write_bytes(b"other weights of the base")
     digests.append(read_checkpoint(folder).digest())
     assert len(set(digests)) == 4
+    # A stale shard, an EMA copy: no part of the model.
+    (base / "model_ema.safetensors").write_bytes(b"more")
+    (folder / "old.safetensors").write_bytes(b"more")
+    assert read_checkpoint(folder).digest() == digests[-1]
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./a/b", "/nowhere/at/all", "a/b/c", "~/model"])
@@ -245,3 +257,173 @@ def test_a_loop_of_a_later_version_is_refused(
     small_checkpoint: Path, tmp_path: Path, loop: dict[str, Any]
 ) -> None:
     assert "update lvr-lite" in refusal(tuned(tmp_path / "tuned", small_checkpoint, latent=loop))
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tuned(tmp_path / "tuned", small_checkpoint, version=2)
+    assert refusal(folder) == f"{folder / LVR_CONFIG}: is of version 2, not 1: update lvr-lite"
+
+
+# --------------------------------------------------------------------------------------------------
+# the base is found again
+
+REVISION = "a" * 40
+
+
+def snapshot(cache: Path, base: Path, weights: bool = True) -> Path:
+    """A model in a hub's cache, as huggingface_hub lays it out."""
+    model = cache / "models--me--tiny-vl"
+    folder = model / "snapshots" / REVISION
+    leave_out = None if weights else shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(base, folder, ignore=leave_out)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(REVISION)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from huggingface_hub import constants
+
+    folder = tmp_path / "this-machine" / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def portable(folder: Path, base: Path, **fields: Any) -> Path:
+    """A tuned checkpoint that names `base` in every way that holds."""
+    own = base_fields(base, folder, folder.parent)
+    assert own.pop("base") == str(base)
+    return tuned(folder, base, **own, base_sha256=read_checkpoint(base).base_sha256, **fields)
+
+
+def test_a_base_from_the_hub_is_named_by_id_and_revision(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = snapshot(tmp_path / "cache", small_checkpoint)
+    assert base_fields(base, tmp_path / "runs" / "tuned", tmp_path / "runs") == {
+        "base": str(base),
+        "base_id": "me/tiny-vl",
+        "base_revision": REVISION,
+    }
+
+
+def test_a_base_beside_the_run_has_a_relative_path_too(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    fields = base_fields(tmp_path / "base", tmp_path / "tuned" / "checkpoint-2", tmp_path)
+    assert fields == {"base": str(tmp_path / "base"), "base_relative": "../../base"}
+    assert base_fields(resolve("tiny"), tmp_path / "tuned", tmp_path) == {"base": "tiny"}
+
+
+def test_base_and_run_are_moved_together(small_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    base = Path(shutil.copytree(small_checkpoint, tmp_path / "here" / "base"))
+    portable(tmp_path / "here" / "tuned", base)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert read_checkpoint(tmp_path / "there" / "tuned").base == tmp_path / "there" / "base"
+
+
+def test_a_run_alone_is_moved(small_checkpoint: Path, copied: Copy, tmp_path: Path) -> None:
+    base = copied(small_checkpoint)
+    portable(tmp_path / "tuned", base)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tuned").rename(tmp_path / "elsewhere" / "tuned")
+    assert read_checkpoint(tmp_path / "elsewhere" / "tuned").base == base
+
+
+def test_another_model_in_the_relative_place_is_not_the_base(
+    small_checkpoint: Path, copied: Copy, tmp_path: Path
+) -> None:
+    base = copied(small_checkpoint)
+    portable(tmp_path / "tuned", base)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tuned").rename(tmp_path / "elsewhere" / "tuned")
+    other = Path(shutil.copytree(base, tmp_path / "elsewhere" / base.name))
+    (other / "model.safetensors").write_bytes(b"other weights")
+    assert read_checkpoint(tmp_path / "elsewhere" / "tuned").base == base
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_base_from_the_hub_is_found_in_another_cache(
+    small_checkpoint: Path, tmp_path: Path, cache: Path, older: bool
+) -> None:
+    folder = portable(tmp_path / "tuned", snapshot(tmp_path / "trained-on", small_checkpoint))
+    if older:
+        # Runs of earlier versions recorded the place in the cache alone.
+        edit(folder / LVR_CONFIG, lambda data: [data.pop(k) for k in ("base_id", "base_revision")])
+    shutil.rmtree(tmp_path / "trained-on")
+    there = snapshot(cache, small_checkpoint)
+    assert read_checkpoint(folder).base == there
+
+
+def test_a_base_that_is_nowhere_is_named_by_file_field_id_and_revision(
+    small_checkpoint: Path, tmp_path: Path, cache: Path
+) -> None:
+    folder = portable(tmp_path / "tuned", snapshot(tmp_path / "trained-on", small_checkpoint))
+    shutil.rmtree(tmp_path / "trained-on")
+    said = refusal(folder)
+    assert said.startswith(f"{folder / LVR_CONFIG}: base ")
+    assert f"me/tiny-vl at revision {REVISION} is not to be had from the hub" in said
+    assert said.endswith("and write its folder into the field `base`")
+
+
+def test_another_revision_in_the_bases_place_is_passed_over(
+    small_checkpoint: Path, tmp_path: Path, cache: Path
+) -> None:
+    base = snapshot(tmp_path / "trained-on", small_checkpoint)
+    folder = portable(tmp_path / "tuned", base)
+    (base / "model.safetensors").write_bytes(b"other weights")
+    there = snapshot(cache, small_checkpoint)
+    assert read_checkpoint(folder).base == there
+
+
+def test_without_weights_none_are_needed_nor_fetched(
+    small_checkpoint: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    there = snapshot(cache, small_checkpoint, weights=False)
+    asked: list[list[str]] = []
+    download = huggingface_hub.snapshot_download
+
+    def watched(*model: Any, **how: Any) -> str:
+        asked.append(how["allow_patterns"])
+        return str(download(*model, **how))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
+    monkeypatch.chdir(tmp_path)
+    assert read_checkpoint("me/tiny-vl", weights=False).base == there
+    assert processor_of("me/tiny-vl").tokens == read_checkpoint(small_checkpoint).processor.tokens
+    assert plan_finetune("me/tiny-vl")["schema"] == "lvr-lite/plan"
+    assert asked
+    assert not [patterns for patterns in asked if "*.safetensors" in patterns]
+    assert "no *.safetensors weights" in refusal("me/tiny-vl")
+    assert asked.pop()[-1] == "*.safetensors"
+
+
+@pytest.mark.parametrize("part", ["text_config", None])
+def test_a_base_that_is_quantized_already_is_refused(
+    small_checkpoint: Path, copied: Copy, part: str | None
+) -> None:
+    folder = copied(small_checkpoint)
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    edit(folder / "config.json", lambda data: (data[part] if part else data).update(settings))
+    assert refusal(folder) == (
+        f"{folder / 'config.json'}: quantization_config says bitsandbytes: the weights are "
+        "quantized already; give the model in 16 or 32 bits"
+    )
+
+
+def test_an_adapter_over_the_given_model_is_refused(small_checkpoint: Path, copied: Copy) -> None:
+    folder = copied(small_checkpoint)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert refusal(folder).startswith(f"{folder / 'adapter_config.json'}: an adapter lies over")
+
+
+def test_an_adapter_that_git_holds_elsewhere_is_refused(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tuned(tmp_path / "tuned", small_checkpoint)
+    path = folder / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert refusal(folder).startswith(f"{path}: is a Git LFS pointer")

@@ -267,7 +267,7 @@ def inputs_of_transformers(case: Case, groups: Sequence[Sequence[Image.Image]]) 
     from transformers.models.smolvlm import image_processing_pil_smolvlm as smolvlm
 
     settings = json.loads((case.checkpoint.base / "preprocessor_config.json").read_text())
-    if case.checkpoint.processor.family.model_type == "smolvlm":
+    if case.checkpoint.processor.family.tiled:
         names = ("size", "max_image_size", "do_image_splitting", "image_mean", "image_std")
         processor = smolvlm.SmolVLMImageProcessorPil(**{n: settings[n] for n in names})
         inputs = processor([list(group) for group in groups], return_tensors="pt")
@@ -532,3 +532,26 @@ def test_learned_places_are_rounded_as_in_transformers(side: int) -> None:
     )
     places = families.get("smolvlm").learned_places(side, 1)
     assert places.tolist() == found.flatten().long().tolist()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "patch", "merge", "own", "pixels", "tokens"),
+    [
+        ("qwen2_vl", 14, 2, {}, 401_408, 494),
+        ("qwen2_5_vl", 14, 2, {}, 401_408, 494),
+        ("qwen3_vl", 16, 2, {}, 524_288, 494),
+        ("smolvlm", 16, 4, {"tile": 512, "longest": 2048, "split": 1}, 786_432, 320),
+        ("smolvlm", 14, 3, {"tile": 384, "longest": 1536, "split": 1}, 442_368, 405),
+    ],
+)
+def test_recipes_shrink_a_photo_to_some_512_visual_tokens(
+    model_type: str, patch: int, merge: int, own: dict[str, int], pixels: int, tokens: int
+) -> None:
+    """A photo of 4 : 3; the processor's own limit holds where it is lower."""
+    family = families.get(model_type)
+    image = ImageSpec(patch, merge, 2, (0.5,) * 3, (0.5,) * 3, 3136, 12_845_056, "bicubic", own)
+    processor = replace(read_checkpoint("tiny").processor, family=family, image=image)
+    assert processor.default_max_pixels == pixels
+    small = processor.with_max_pixels(pixels)
+    assert small.visual_tokens(small.grid_of(3000, 4000)) == tokens
+    assert processor.with_max_pixels(50_176).default_max_pixels == 50_176

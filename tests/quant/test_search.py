@@ -17,9 +17,10 @@ from lvr_lite.errors import DataError, UsageError
 from lvr_lite.export import onnxfile
 from lvr_lite.export.parity import StartsWithLatents
 from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Options, decode
+from lvr_lite.generate.decode import Options, Prompt, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.spec import LatentSpec
 from lvr_lite.quant import answers, calibration, integers, search
 from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.blocks import gptq
@@ -29,6 +30,7 @@ from lvr_lite.quant.products import Products
 from lvr_lite.quant.prompts import load_prompts
 from lvr_lite.quant.quantize import quantize_bundle
 from lvr_lite.toy.make import write_scenes
+from tests.fakes import END, IMAGE, START, A, B, C, Scripted
 
 BUDGET = 5.5
 
@@ -273,3 +275,43 @@ def test_the_loss_follows_the_latents_step_by_step(
     assert [loss.total for loss in losses] == [loss.kl + loss.drift for loss in losses]
     assert abs(losses[0].drift) < 1e-6 < losses[1].drift < losses[2].drift
     assert abs(losses[0].kl) < 1e-6 < losses[1].kl < losses[2].kl
+
+
+@pytest.mark.parametrize("mode", ["open", "bottleneck"])
+@pytest.mark.parametrize("words", [(), (A, B)], ids=["at once", "after two words"])
+def test_drift_compares_the_states_that_became_latents_wherever_the_loop_opens(
+    mode: str, words: tuple[int, ...]
+) -> None:
+    """Scripts are for one row, so prompts are decoded one by one."""
+    runtime = Scripted(*words, START, C, END, spec=LatentSpec(3, mode=mode))
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 6)).astype(np.float32)
+    prompt = Prompt(np.array([A, IMAGE, IMAGE, B]), features, np.tile(np.arange(4), (3, 1)))
+    (reference,) = reference_answers(runtime, [prompt])
+    assert reference.choices == [*words, START, C, END]
+    again = Scripted(*words, START, C, END, spec=LatentSpec(3, mode=mode))
+    (result,) = decode(again, [prompt])
+    states = reference.hidden[reference.latents]
+    np.testing.assert_allclose(np.stack(states), np.stack(result.latents), atol=1e-6)
+
+
+def test_an_answer_without_a_look_has_no_drift() -> None:
+    runtime = Scripted(A, END, spec=LatentSpec(3))
+    prompt = Prompt(np.array([A]), np.zeros((0, 6), np.float32), np.zeros((3, 1), np.int64))
+    (reference,) = reference_answers(runtime, [prompt])
+    assert reference.hidden[reference.latents] == []
+
+
+@pytest.mark.usefixtures("quickly")
+def test_drawn_scenes_are_no_silent_calibration_of_another_model(
+    source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    Calibration.load(source, "scenes", tmp_path, lines.append)
+    assert [line for line in lines if "give --calibration FILE" in line] == lines[:1]
+    file = write_scenes(tmp_path / "scenes", 3, 1, "train")
+    own: list[str] = []
+    Calibration.load(source, str(file), tmp_path, own.append)
+    monkeypatch.setattr(calibration, "_knows_scenes", lambda _: True)
+    Calibration.load(source, "scenes", tmp_path, own.append)
+    assert not any("warning" in line for line in own)

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ import yaml
 
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import LvrError, OutputError, UsageError
-from lvr_lite.model.checkpoint import read_checkpoint
+from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import finetune
-from lvr_lite.train.trainer import COMPLETE, last_whole_checkpoint, resume_point
+from lvr_lite.train.trainer import (
+    COMPLETE,
+    check_resumed,
+    last_whole_checkpoint,
+    origin_of,
+    resume_point,
+)
 from tests.command_line import two_processes
 from tests.short_run import SHORT_RUN
 
@@ -108,6 +115,7 @@ def test_metrics_tell_every_step_and_the_evaluation(run: Run) -> None:
     assert [h["step"] for h in evaluated] == [4]
     assert {"eval_ce", "eval_latent", "eval_right", "eval_found"} <= set(evaluated[0])
     assert [h["step"] for h in metrics["history"] if "eval_accuracy" in h] == [4]
+    assert [h["step"] for h in metrics["history"] if "eval_looked" in h] == [4]
     assert any("16 samples, 2 held out" in line for line in lines)
     assert metrics["trainable_parameters"] < 10**6
 
@@ -246,6 +254,86 @@ def test_a_run_is_not_resumed_over_another_base(
     assert (out / "lvr_config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("latent.method=lvr-free", "latent.method: lvr-free, and lvr then"),
+        ("latent.steps=8", "latent.steps: 8, and 4 then"),
+        ("lora.alpha=64", "lora.alpha: 64, and 32 then"),
+        ("lora.rank=8", "lora.rank: 8, and 4 then"),
+        ("train.optimizer=adamw_torch", "train.optimizer: adamw_torch, and paged_adamw_8bit then"),
+        ("train.lr=1e-2", "train.lr: 0.01, and 0.001 then"),
+        ("max_pixels=50176", "max_pixels: 50176, and null then"),
+        ("data.seed=3", "data.seed: 3, and 0 then"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(
+    run: Run, small_checkpoint: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    out = killed(run, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="was begun with other settings") as caught:
+        tune(small_checkpoint, out, override, resume=True)
+    key, then = said.split(":")[0], said.split(", and ")[1].removesuffix(" then")
+    assert f"({said}); go on with --set {key}={then}, or choose" in str(caught.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_may_go_on_longer_and_report_otherwise(
+    run: Run, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = killed(run, tmp_path / "out")
+    longer = ("train.steps=5", "train.save_every=1", "train.log_every=2", "train.keep=1")
+    metrics, _ = tune(small_checkpoint, out, *longer, "train.eval_every=5", resume=True)
+    assert metrics["steps"] == 5
+
+
+@pytest.mark.parametrize("which", ["data", "data.replay", "data.eval_file"])
+def test_a_run_is_not_resumed_on_other_samples(
+    scenes_file: Path, tmp_path: Path, which: str
+) -> None:
+    samples = Path(shutil.copyfile(scenes_file, tmp_path / "samples.jsonl"))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(scenes_file.read_text().splitlines(keepends=True)[1:]))
+    own = settings(f"data.replay={samples}", f"data.eval_file={samples}")
+    last = tmp_path / "checkpoint-2"
+    last.mkdir()
+    (last / LVR_CONFIG).write_text(json.dumps({"origin": origin_of(str(samples), own)}))
+    moved = samples.rename(tmp_path / "renamed.jsonl")
+    same = settings(f"data.replay={moved}", f"data.eval_file={moved}")
+    check_resumed(last, same, origin_of(str(moved), same))
+    name = str(moved)
+    if which == "data":
+        name = str(other)
+    else:
+        same = settings(
+            *(f"{k}={other if k == which else moved}" for k in ("data.replay", "data.eval_file"))
+        )
+    with pytest.raises(UsageError, match=rf"was begun on other samples \({which}: \w+, and \w+ "):
+        check_resumed(last, same, origin_of(name, same))
+
+
+def test_drawn_samples_are_other_samples_than_a_files(scenes_file: Path, tmp_path: Path) -> None:
+    (tmp_path / LVR_CONFIG).write_text(json.dumps({"origin": origin_of("scenes", settings())}))
+    with pytest.raises(UsageError, match=r"\(data: \w{12}, and scenes then\)"):
+        check_resumed(tmp_path, settings(), origin_of(str(scenes_file), settings()))
+
+
+def test_a_run_of_an_earlier_version_is_resumed(
+    run: Run, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """It recorded neither samples nor all settings."""
+    out = killed(run, tmp_path / "out")
+    last = out / "checkpoint-2"
+    recorded = json.loads((last / LVR_CONFIG).read_text())
+    del recorded["origin"]
+    (last / LVR_CONFIG).write_text(json.dumps(recorded))
+    older = yaml.safe_load((last / "settings.yaml").read_text())
+    del older["grpo"], older["latent"]["samples"]
+    (last / "settings.yaml").write_text(yaml.safe_dump(older))
+    check_resumed(last, settings(), origin_of("scenes", settings()))
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
     small_checkpoint: Path, tmp_path: Path, there: bool
@@ -291,13 +379,24 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     assert images[0].max_pixels == 6272
 
 
+def test_pictures_have_the_usual_size_where_a_recipe_names_none(small_checkpoint: Path) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    large = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(12_845_056))
+    sized, settings = module.with_picture_size(large, Settings())
+    assert settings.max_pixels == sized.processor.image.max_pixels == 401_408
+    # A model's own smaller limit is kept, and not written down.
+    assert module.with_picture_size(checkpoint, Settings()) == (checkpoint, Settings())
+    chosen, settings = module.with_picture_size(large, Settings(max_pixels=6272))
+    assert settings.max_pixels == chosen.processor.image.max_pixels == 6272
+
+
 class _Stopped(Exception):
     pass
 
 
 def read_checkpoint_spec(out: Path) -> ImageSpec:
     """The picture sizes with which a run that was stopped early would be read."""
-    (out / "adapter_model.safetensors").touch()
+    (out / "adapter_model.safetensors").write_bytes(b"weights")
     return read_checkpoint(out).processor.image
 
 

@@ -196,6 +196,11 @@ def test_a_run_goes_on_where_it_was_stopped(
         0
     ].keys()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    with pytest.raises(UsageError, match=r"\(grpo\.group: 8, and 4 then\); go on with"):
+        reinforce(small_tuned, tmp_path / "cut", *common, "grpo.group=8", resume=True)
+    # The run's own result is tuned further, and is another start.
+    with pytest.raises(UsageError, match="was begun from another checkpoint"):
+        reinforce(tmp_path / "whole", tmp_path / "cut", *common, resume=True)
     metrics, _ = reinforce(small_tuned, tmp_path / "cut", *common, resume=True)
     assert metrics["steps"] == 4
     assert moved(tmp_path / "whole", tmp_path / "cut") < 1e-6

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from lvr_lite.errors import BundleError
-from lvr_lite.export import onnxfile
+from lvr_lite.errors import BundleError, LvrError
+from lvr_lite.export import apart, onnxfile
+from lvr_lite.export import weights as weights_module
 from lvr_lite.export.parity import StartsWithLatents, compare
+from lvr_lite.export.weights import StoredWeights
 from lvr_lite.export.write import write_bundle
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.bundle import Bundle, Manifest
-from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
+from lvr_lite.model.checkpoint import LVR_CONFIG, Checkpoint, read_checkpoint
+from lvr_lite.model.weight_files import INDEX
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.toy import build
 from lvr_lite.train import load as nf4
@@ -125,8 +129,6 @@ def test_an_adapter_of_another_base_is_refused_by_name(
 @pytest.fixture
 def same_shapes(small_tuned: Path, copied: Callable[[Path], Path], tmp_path: Path) -> Path:
     """The tuned checkpoint over a base that differs from its own in one weight's last value."""
-    from safetensors.torch import load_file, save_file
-
     folder, base = copied(small_tuned), tmp_path / "base"
     settings = json.loads((folder / LVR_CONFIG).read_text())
     shutil.copytree(settings["base"], base)
@@ -172,6 +174,275 @@ def test_a_truncated_adapter_is_one_line_with_its_name(
         BundleError, match=r"adapter_model\.safetensors: truncated, or not a safetensors file"
     ):
         TrainedWeights(read_checkpoint(file.parent))
+
+
+# --------------------------------------------------------------------------------------------------
+# names and shapes to the last tensor, by torch's loading and by export's reading
+
+Tensors = dict[str, torch.Tensor]
+Read = Callable[[Any], Mapping[str, torch.Tensor]]
+
+
+def by_torch(checkpoint: Checkpoint) -> Tensors:
+    return dict(nf4.load_plain(checkpoint).state_dict())
+
+
+READS: list[Read] = [by_torch, TrainedWeights]
+
+
+@pytest.fixture
+def stored(
+    small_checkpoint: Path, copied: Callable[[Path], Path]
+) -> Callable[[Callable[[Tensors], Tensors]], Path]:
+    """A copy of the small checkpoint whose file holds other tensors."""
+
+    def change(how: Callable[[Tensors], Tensors]) -> Path:
+        folder = copied(small_checkpoint)
+        file = folder / "model.safetensors"
+        save_file(how(load_file(file)), file, {"format": "pt"})
+        return folder
+
+    return change
+
+
+def old_name(name: str) -> str:
+    """As releases of transformers before 4.52 named it."""
+    return name.replace("model.visual", "visual").replace("model.language_model", "model")
+
+
+def new_name(name: str) -> str:
+    """As transformers names it now."""
+    if name.startswith("visual"):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1)
+
+
+LAYOUTS: dict[str, Callable[[str], str]] = {
+    "older": old_name,
+    "newer": new_name,
+    "ddp": lambda name: f"module.{name}",
+    "ddp, newer": lambda name: f"module.{new_name(name)}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "peft": lambda name: f"base_model.model.{name}".replace("_proj.", "_proj.base_layer."),
+    "ddp and peft": lambda name: f"module.base_model.model.{name}",
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_known_layouts_are_read(
+    stored: Any, small_checkpoint: Path, layout: str, read: Read
+) -> None:
+    rename = LAYOUTS[layout]
+    folder = stored(lambda tensors: {rename(old_name(n)): t for n, t in tensors.items()})
+    got = read(read_checkpoint(folder))
+    for name, value in by_torch(read_checkpoint(small_checkpoint)).items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("read", READS)
+def test_shards_are_read_and_strays_are_not(
+    small_checkpoint: Path, copied: Callable[[Path], Path], read: Read
+) -> None:
+    folder = copied(small_checkpoint)
+    tensors = load_file(folder / "model.safetensors")
+    half = len(tensors) // 2
+    places = {}
+    for number, names in enumerate((list(tensors)[:half], list(tensors)[half:])):
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in names}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    # As large as the model: what is left of before it was sharded, and an EMA copy.
+    stale = {name: tensor + 1 for name, tensor in tensors.items()}
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        save_file(stale, folder / name, {"format": "pt"})
+    got = read(read_checkpoint(folder))
+    for name, value in by_torch(read_checkpoint(small_checkpoint)).items():
+        assert torch.equal(got[name], value), name
+
+
+UP_PROJ = "layers.1.mlp.up_proj.weight"
+
+
+def key_of(tensors: Tensors, end: str) -> str:
+    return next(name for name in tensors if name.endswith(end))
+
+
+def without(tensors: Tensors) -> Tensors:
+    del tensors[key_of(tensors, UP_PROJ)]
+    return tensors
+
+
+def with_scale(tensors: Tensors) -> Tensors:
+    key = key_of(tensors, UP_PROJ)
+    return tensors | {f"{key}_scale_inv": torch.ones(6, 2)}
+
+
+def packed(tensors: Tensors) -> Tensors:
+    key = key_of(tensors, UP_PROJ)
+    path = key.removesuffix("weight")
+    codes = torch.zeros(32, 768, dtype=torch.int32)
+    return without(tensors) | {f"{path}qweight": codes, f"{path}scales": torch.ones(2, 768)}
+
+
+def in_fp8(tensors: Tensors) -> Tensors:
+    key = key_of(tensors, UP_PROJ)
+    return tensors | {key: tensors[key].to(torch.float8_e4m3fn)}
+
+
+def of_another_shape(tensors: Tensors) -> Tensors:
+    key = key_of(tensors, UP_PROJ)
+    return tensors | {key: tensors[key][:5].clone()}
+
+
+def twice(tensors: Tensors) -> Tensors:
+    key = key_of(tensors, UP_PROJ)
+    return tensors | {f"module.{key}": tensors[key].clone()}
+
+
+def with_another_head(tensors: Tensors) -> Tensors:
+    return tensors | {"lm_head.weight": tensors[key_of(tensors, "embed_tokens.weight")] + 1}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without, rf"1 weights are missing \(first: model\.language_model\.{UP_PROJ}\); give"),
+        (with_scale, r"nothing takes 1 that are there \(first: \S+up_proj\.weight_scale_inv\)"),
+        (
+            packed,
+            r"are missing .*, and nothing takes 2 \S.*first: \S+up_proj\.(scales|qweight)",
+        ),
+        (in_fp8, r"up_proj\.weight is stored as F8_E4M3; the weights are quantized already"),
+        (of_another_shape, r"up_proj\.weight is \[5, 256\], config\.json asks for \[768, 256\]"),
+        (twice, r"up_proj\.weight and \S+up_proj\.weight are both model\.language_model\."),
+        (with_another_head, r"differs from \S+, and config\.json ties them"),
+        (lambda tensors: {f"x.{n}": t for n, t in tensors.items()}, r"nothing takes \d+ .* x\."),
+    ],
+)
+def test_names_and_shapes_that_do_not_fit_are_refused_alike(
+    stored: Any, change: Callable[[Tensors], Tensors], said: str, read: Read
+) -> None:
+    with pytest.raises(BundleError, match=said) as caught:
+        read(read_checkpoint(stored(change)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_head_that_is_not_tied_must_be_there(stored: Any, read: Read) -> None:
+    folder = stored(dict)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=r"1 weights are missing \(first: lm_head\.weight\)"):
+        read(read_checkpoint(folder))
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_transformers_passes_over_may_be_there(stored: Any, read: Read) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    read(read_checkpoint(stored(lambda tensors: tensors | {name: torch.ones(4)})))
+
+
+# --------------------------------------------------------------------------------------------------
+# adapters of other kinds
+
+
+@pytest.mark.parametrize("load", [TrainedWeights, nf4.load_merged])
+@pytest.mark.parametrize(
+    ("settings", "tensor", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, None, r"holds lm_head trained whole \(modules_to_save"),
+        ({"bias": "lora_only"}, None, r"holds trained biases \(bias: lora_only\)"),
+        ({"peft_type": "IA3"}, None, "is IA3, not LoRA"),
+        ({}, "lm_head.lora_A.weight", "adapts the embedding or the head"),
+        ({}, "model.language_model.embed_tokens.lora_embedding_A", "adapts the embedding or"),
+        ({}, "model.language_model.layers.0.self_attn.q_proj.bias", "itself, trained whole"),
+        ({}, "lm_head.weight", "lm_head.weight itself, trained whole"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_said_as_what_it_is(
+    small_tuned: Path,
+    copied: Callable[[Path], Path],
+    settings: dict[str, Any],
+    tensor: str | None,
+    said: str,
+    load: Callable[[Any], Any],
+) -> None:
+    folder = copied(small_tuned)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    if tensor is not None:
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file) | {f"base_model.model.{tensor}": torch.ones(4, 4)}, file)
+    with pytest.raises(BundleError, match=said) as caught:
+        load(read_checkpoint(folder))
+    assert str(caught.value).endswith("and give the result as a base")
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(
+    small_tuned: Path, copied: Callable[[Path], Path]
+) -> None:
+    """PEFT would start it at random."""
+    folder = copied(small_tuned)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "1.self_attn.q_proj.lora_A" in name)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(
+        BundleError, match=r"1 weights of the adapter are missing \(first \S+q_proj"
+    ):
+        nf4.load_merged(read_checkpoint(folder))
+
+
+# --------------------------------------------------------------------------------------------------
+# the gate's independent side
+
+
+def test_all_weights_are_what_transformers_reads(small_tuned: Path) -> None:
+    checkpoint = read_checkpoint(small_tuned)
+    weights = TrainedWeights(checkpoint)
+    assert apart.check_reading(checkpoint, weights.base()) == len(weights)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{Q_PROJ}.weight", "lm_head.weight", "model.visual.merger.mlp.0.bias"]
+)
+def test_a_weight_that_is_misread_fails_the_gate(
+    small_checkpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    read = StoredWeights.__getitem__
+
+    def misread(self: StoredWeights, asked: str) -> torch.Tensor:
+        weight = read(self, asked)
+        return weight * 1.001 if asked == name else weight
+
+    monkeypatch.setattr(StoredWeights, "__getitem__", misread)
+    with pytest.raises(LvrError, match=rf"^parity: {name} is .*read"):
+        apart.check_reading(checkpoint, TrainedWeights(checkpoint).base())
+
+
+def test_weights_that_change_places_fail_the_gate(
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = read_checkpoint(small_checkpoint)
+    right = weights_module.parameter_names
+
+    def swapped(keys: Sequence[str], model: Any) -> dict[str, str]:
+        names = right(keys, model)
+        one, other = (
+            key_of(dict.fromkeys(names), f"0.mlp.{n}_proj.weight") for n in ("up", "gate")
+        )
+        return names | {one: names[other], other: names[one]}
+
+    monkeypatch.setattr(weights_module, "parameter_names", swapped)
+    with pytest.raises(LvrError, match="is read as something else than transformers reads"):
+        apart.check_reading(checkpoint, TrainedWeights(checkpoint).base())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -98,6 +98,9 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     assert len({len(p.ids) for p, _ in found}) > 2, "the prompts are equally long"
     reasoned = [bool(r.latents) for _, r in found]
     assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
+    start = checkpoint.processor.tokens.lvr_start
+    words_first = [r for _, r in found if start in r.choices[1:]]
+    assert words_first, "no answer says a word before it looks"
     made = [readings(p, r, checkpoint.processor.tokens, spec.mode) for p, r in found]
     with torch.no_grad():
         again = policy_of(model, checkpoint, spec, temperature, latents)(batches_of(made)).numpy()

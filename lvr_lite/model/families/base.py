@@ -106,6 +106,11 @@ class Family(Protocol):
         """From config.json and preprocessor_config.json. Raises KeyError for a missing field."""
         ...
 
+    def default_max_pixels(self, image: ImageSpec) -> int:
+        """Area in pixels that a recipe shrinks pictures to where it names none: of some 512 visual
+        tokens."""
+        ...
+
     def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:
         """Blocks of the tower whose features are added after the first decoder layers, one each."""
         ...

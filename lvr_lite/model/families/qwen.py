@@ -50,6 +50,9 @@ class QwenVL:
         """What `ImageSpec.own` holds, from config.json's `vision_config`."""
         return {}
 
+    def default_max_pixels(self, image: ImageSpec) -> int:
+        return 512 * image.token_side**2
+
     def deepstack(self, vision_config: Mapping[str, Any]) -> Sequence[int]:  # noqa: ARG002
         return ()
 
