@@ -38,7 +38,8 @@ from lvr_lite.bench.experiments.runner import (
     write_json,
     write_results,
 )
-from lvr_lite.eval.suite import evaluate, load_suite
+from lvr_lite.eval.plan import load_suite
+from lvr_lite.eval.suite import evaluate
 from lvr_lite.generate.decode import Options
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
