@@ -34,7 +34,7 @@ from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import ImageSpec
-from lvr_lite.model.processor_files import read_json
+from lvr_lite.model.processor_files import read_json, read_preprocessor
 from lvr_lite.model.prompt import prompt_ids, render
 from lvr_lite.model.spec import END, LATENT, START, LatentSpec
 
@@ -277,7 +277,7 @@ def _declaration(marker: str) -> JsonObject:
 def _preprocessor(checkpoint: Checkpoint) -> JsonObject:
     """The base's, with the size of pictures that the checkpoint reads."""
     processor = checkpoint.processor
-    settings = _own_json(checkpoint, "preprocessor_config.json")
+    settings = read_preprocessor(checkpoint.folder)
     if not settings:
         combined = _own_json(checkpoint, "processor_config.json")
         settings = dict(combined.get("image_processor") or {})

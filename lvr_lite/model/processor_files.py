@@ -58,7 +58,7 @@ def read_processor(
     try:
         rows = int(config.get("text_config", config).get("vocab_size", config.get("vocab_size")))
         overridden = (tuned or {}).get("image", {})
-        image = family.image_spec(config, _preprocessor(folder) | overridden)
+        image = family.image_spec(config, read_preprocessor(folder) | overridden)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{folder}: {error} is missing or wrong in config.json or preprocessor_config.json; "
@@ -75,6 +75,12 @@ def read_processor(
         lvr=_id(tokenizer, spec.LATENT, path),
         lvr_end=_id(tokenizer, spec.END, path),
     )
+    of_config = config.get("image_token_id", tokens.image)
+    if of_config != tokens.image:
+        raise BundleError(
+            f"{path}: {family.image_token} is token {tokens.image}, but {of_config} in "
+            f"{base / 'config.json'}; this is not the tokenizer of such a model"
+        )
     if max(tokens.image, tokens.lvr_start, tokens.lvr, tokens.lvr_end) >= rows:
         raise BundleError(
             f"{base}: its embedding has {rows} rows, none spare and none reserved for the three "
@@ -257,9 +263,11 @@ def _check_template(folder: Path, template: str, tokenizer: Tokenizer, image_tok
         raise BundleError(f"{folder}: {error}") from error
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json; or its place in processor_config.json, all that transformers 5
-    saves.
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """What preprocessor_config.json holds; or its place in processor_config.json, all that
+    transformers 5 saves.
+
+    Raises BundleError, naming the file, where there is neither.
     """
     path = folder / "preprocessor_config.json"
     of_processor = _json_if_there(folder / "processor_config.json").get("image_processor")

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.files import JsonObject, kept_sha256, write_atomically
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.checkpoint import LVR_CONFIG, VERSION, Checkpoint, base_fields, trained_over
-from lvr_lite.model.processor_files import read_json
+from lvr_lite.model.processor_files import read_json, read_preprocessor
 from lvr_lite.system import peak_rss_mb
 
 COMPLETE = "complete"
@@ -229,8 +228,8 @@ def write_side_files(
         out.mkdir(parents=True, exist_ok=True)
         processor.tokenizer.save(str(out / "tokenizer.json"))
         (out / "chat_template.jinja").write_text(processor.template)
-        preprocessor = "preprocessor_config.json"
-        shutil.copyfile(checkpoint.base / preprocessor, out / preprocessor)
+        preprocessor = json.dumps(read_preprocessor(checkpoint.base), indent=1)
+        (out / "preprocessor_config.json").write_text(preprocessor)
     except OSError as error:
         raise OutputError(
             f"{out}: cannot be written ({error.strerror or error}); "

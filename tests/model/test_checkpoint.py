@@ -222,7 +222,9 @@ def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path, copied:
     folder = copied(small_checkpoint)
     text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other_pad|>")
     (folder / "tokenizer.json").write_text(text)
-    assert "its vocabulary has no <|image_pad|>" in refusal(folder)
+    # tokenizer_config.json names the token still, so that it is added at the end.
+    assert "<|image_pad|> is token" in refusal(folder)
+    assert "this is not the tokenizer of such a model" in refusal(folder)
 
 
 def test_a_tuned_checkpoint_without_its_adapter_is_refused(
