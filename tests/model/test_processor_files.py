@@ -45,7 +45,7 @@ def drop_token(folder: Path, content: str) -> int:
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    dropped = ids[content]
+    dropped = int(ids[content])
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] < dropped]
     words = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {w: i for w, i in words.items() if i < dropped}
@@ -60,12 +60,12 @@ def drop_token(folder: Path, content: str) -> int:
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
 def test_tokens_declared_outside_of_tokenizer_json_keep_their_ids(folder: Path, file: str) -> None:
     whole = read_tokenizer(folder)
-    first = max(i for i, t in whole.get_added_tokens_decoder().items() if "lvr" not in t.content)
-    content = whole.id_to_token(first)
+    added = whole.get_added_tokens_decoder().items()
+    first, content = max((i, t.content) for i, t in added if "lvr" not in t.content)
     ids = {first: content, first + 1: "<|newer|>"}
     drop_token(folder, content)
     if file == "added_tokens.json":
-        edit(folder / file, **{name: i for i, name in ids.items()})
+        (folder / file).write_text(json.dumps({name: i for i, name in ids.items()}))
     else:
         decoder = {str(i): {"content": name, "special": True} for i, name in ids.items()}
         edit(folder / file, added_tokens_decoder=decoder)
@@ -96,8 +96,7 @@ def test_a_full_vocabulary_gives_markers_the_last_of_its_reserved_tokens() -> No
     reserved = [f"<|reserved_special_token_{n}|>" for n in range(5)]
     tokenizer.add_special_tokens([*reserved, "<|behind|>"])
     ids = [tokenizer.token_to_id(name) for name in reserved]
-    rows = tokenizer.token_to_id("<|behind|>") + 1
-    marked = with_markers(tokenizer, rows)
+    marked = with_markers(tokenizer, rows=tokenizer.get_vocab_size())
     names = ("<|lvr_start|>", "<|lvr|>", "<|lvr_end|>")
     assert [marked.token_to_id(name) for name in names] == ids[2:]
     assert marked.token_to_id(reserved[4]) is None
