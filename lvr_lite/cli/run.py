@@ -59,14 +59,14 @@ def run(
     Example: lvr-lite run bundle picture.png "what colour is the star"
     """
     from lvr_lite.commands.model import AskOptions, open_model
-    from lvr_lite.model.images import open_picture
+    from lvr_lite.model.images import open_for_model
     from lvr_lite.system import peak_rss_mb
     from lvr_lite.terminal import say
 
     *images, question = words
     questions = [question, *(also or [])]
     _check_questions(questions, images)
-    pictures = [open_picture(Path(image)) for image in images]
+    pictures = [open_for_model(Path(image)) for image in images]
     when, drawing = _looks(look or [])
     options = AskOptions(
         max_tokens=max_tokens,
@@ -121,10 +121,12 @@ def _check_questions(questions: list[str], images: list[str]) -> None:
 
     if not all(question.strip() for question in questions):
         raise UsageError("the question is empty; write it after the pictures, in quotes")
-    place = "the question" if images else "the question, after the pictures"
+    place = "" if images else ", after the pictures"
     for question in questions:
         if _names_picture(question):
-            raise UsageError(f"{question} is a picture and stands where {place} belongs, in quotes")
+            raise UsageError(
+                f"{question} is a picture and stands where the question belongs{place}, in quotes"
+            )
 
 
 def _names_picture(question: str) -> bool:

@@ -25,7 +25,7 @@ from lvr_lite.eval.suite import evaluate
 from lvr_lite.generate.decode import Options
 from lvr_lite.generate.records import Look
 from lvr_lite.model.bundle import Bundle, is_bundle
-from lvr_lite.model.images import open_picture
+from lvr_lite.model.images import open_for_model
 from lvr_lite.system import usable_cores
 from lvr_lite.terminal import progress
 
@@ -136,7 +136,7 @@ def table_of_benchmarks(files: Sequence[str | Path]) -> str:
 
 def _requests(options: BenchOptions) -> list[Request]:
     if options.image is not None:
-        return [Request(open_picture(options.image), options.question)]
+        return [Request(open_for_model(options.image), options.question)]
     # Those without boxes are answered without latents.
     items = (item for item in load_suite("scenes", DRAWN) if item[0].boxes)
     return [Request(pictures[0], sample.question) for sample, pictures in islice(items, ASKED)]

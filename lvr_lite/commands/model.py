@@ -18,7 +18,7 @@ from lvr_lite.generate.onnx import OnnxRuntime
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.checkpoint import check_max_pixels, is_checkpoint, read_checkpoint
-from lvr_lite.model.images import open_picture
+from lvr_lite.model.images import open_for_model
 from lvr_lite.terminal import quiet_libraries
 
 Picture = str | Path | Image.Image
@@ -116,7 +116,7 @@ class Model:
         self, pictures: Sequence[Picture], question: str, options: AskOptions | None = None
     ) -> Iterator[AnswerEvent]:
         """As `ask`, event by event while the answer is made."""
-        images = [p if isinstance(p, Image.Image) else open_picture(Path(p)) for p in pictures]
+        images = [p if isinstance(p, Image.Image) else open_for_model(Path(p)) for p in pictures]
         prompt, seconds = self._pictures.prepare_prompt(images, question)
         decoding = Decoding(self.runtime, [prompt], options or AskOptions())
         (result,) = decoding.results

@@ -25,8 +25,13 @@ _BLANK = b"\xef\xbb\xbf \t\r\n\v\f"
 # The image token, the markers of latents and those of the chat: as text, a model would read them
 # as what they stand for.
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-# What LLaVA's and Qwen-VL's trainers put in the place of a picture, and LVR's in that of latents.
-_MARK = re.compile(r"<(?:image|video|lvr)>")
+# What other trainers put in the place of a picture (LLaVA, Qwen-VL, InternVL, MiniCPM-V, ms-swift)
+# and LVR's in that of latents.
+_MARK = re.compile(
+    r"<(?:(?:image|video)(?:[-_ ]?\d+|[-_ ]?(?:placeholder|token|pad|here))?|lvr"
+    r"|ref-object|bbox)>|\[IMG\]",
+    re.IGNORECASE,
+)
 _KINDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -167,7 +172,8 @@ def plain_text(value: object) -> str:
     if mark := _MARK.search(checked):
         raise FieldError(
             f"contains {mark.group()}, which would be read as letters",
-            "leave it out: the pictures of `image` stand before the question by themselves",
+            "leave it out: pictures stand before the question, and latent steps before the "
+            "answer, by themselves",
         )
     if token := _CONTROL_TOKEN.search(checked):
         raise FieldError(

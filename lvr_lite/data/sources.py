@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lvr_lite.data.samples import LazySamples, Sample, SampleFile
 from lvr_lite.errors import DataError
-from lvr_lite.model.images import MAX_ASPECT, open_picture, picture_size
+from lvr_lite.model.images import open_for_model, picture_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,26 +93,13 @@ class FileSource(Source):
         self.samples = samples
 
     def pictures(self, index: int) -> Pictures:
-        pictures = []
-        for path in self.samples[index].images:
-            try:
-                picture = open_picture(path)
-            except DataError as error:
-                raise DataError(f"{self.place(index)}: image: {error}") from error
-            self._refuse_extreme(index, path, picture.size)
-            pictures.append(picture)
-        return tuple(pictures)
+        try:
+            return tuple(open_for_model(path) for path in self.samples[index].images)
+        except DataError as error:
+            raise DataError(f"{self.place(index)}: image: {error}") from error
 
     def sizes(self, index: int) -> Sizes:
         return tuple(picture_size(path) for path in self.samples[index].images)
-
-    def _refuse_extreme(self, index: int, path: Path, size: tuple[int, int]) -> None:
-        """As `Processor.see`, which knows neither file nor sample."""
-        if max(size) > MAX_ASPECT * min(size):
-            raise DataError(
-                f"{self.place(index)}: image: {path}: {size[0]} x {size[1]} pixels, one side more "
-                f"than {MAX_ASPECT} times the other; crop it, or remove the sample"
-            )
 
 
 class JoinedSource(Source):

@@ -34,7 +34,7 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
 from lvr_lite.eval import score
 from lvr_lite.eval.tables import Delimited, JsonLines, Parquet, Place, Table
-from lvr_lite.model.images import open_picture, read_picture
+from lvr_lite.model.images import open_for_model, read_picture
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 MMVP_COLUMNS = ("Index", "Question", "Options", "Correct Answer")
@@ -351,7 +351,7 @@ def _beside(file: Path, picture: str) -> Path:
 
 def _open_files(paths: Sequence[Path]) -> Pictures:
     try:
-        return tuple(open_picture(path) for path in paths)
+        return tuple(open_for_model(path) for path in paths)
     except DataError as error:
         raise DataError(f"image: {error}") from error
 

@@ -155,12 +155,21 @@ def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def refuse_extreme(picture: Image.Image, number: int) -> None:
+def open_for_model(path: Path) -> Image.Image:
+    """`open_picture` of a picture that a model is shown. Raises DataError, which names the file,
+    also for one of extreme proportions.
+    """
+    picture = open_picture(path)
+    refuse_extreme(picture, str(path))
+    return picture
+
+
+def refuse_extreme(picture: Image.Image, name: str) -> None:
     """Raises DataError where one side is more than MAX_ASPECT times the other, as transformers."""
     w, h = picture.size
     if max(w, h) > MAX_ASPECT * min(w, h):
         raise DataError(
-            f"picture {number}: {w} x {h} pixels, one side more than {MAX_ASPECT} times the other; "
+            f"{name}: {w} x {h} pixels, one side more than {MAX_ASPECT} times the other; "
             "crop it first"
         )
 

@@ -82,7 +82,7 @@ class Processor:
         patches: list[np.ndarray] = []
         grids = []
         for number, picture in enumerate(pictures, 1):
-            images.refuse_extreme(picture, number)
+            images.refuse_extreme(picture, f"picture {number}")
             frames, grid = self.family.frames(picture, self.image)
             patches += [
                 self.family.patches(np.asarray(frame), values, self.image) for frame in frames

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lvr_lite.data.boxes import Box, tokens_in_box
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
-from lvr_lite.model.images import open_picture
+from lvr_lite.model.images import open_for_model
 from lvr_lite.model.processor import Processor
 from lvr_lite.views.drawing import (
     INK,
@@ -77,7 +77,7 @@ def preview(samples: list[Sample], count: int, out: Path, processor: Processor) 
 
 
 def _view(sample: Sample, processor: Processor) -> _View:
-    picture = open_picture(sample.images[0])
+    picture = open_for_model(sample.images[0])
     rows, columns = processor.token_grid_of(picture)
     cell = processor.image.token_side
     resized = picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.command_line import Call, Refused, files
 
@@ -18,7 +19,7 @@ from tests.command_line import Call, Refused, files
     [
         ("run INT8 nosuch.png question", 1, "nosuch.png: no such picture"),
         ("run INT8 PICTURE ''", 2, "the question is empty"),
-        ("run INT8 PICTURE", 2, "is a picture and stands where the question, after"),
+        ("run INT8 PICTURE", 2, "is a picture and stands where the question belongs, after"),
         ("run INT8 PICTURE PICTURE", 2, "picture.png is a picture and stands where the question"),
         ("run INT8 PICTURE nosuch.png", 2, "nosuch.png is a picture and stands where the"),
         ("run INT8 PICTURE question --also PICTURE", 2, "picture.png is a picture and stands"),
@@ -42,6 +43,16 @@ from tests.command_line import Call, Refused, files
 )
 def test_a_wrong_input_is_one_line(refused: Refused, arguments: str, code: int, words: str) -> None:
     refused(arguments, code, words)
+
+
+def test_a_thin_picture_among_others_is_named_by_its_file(
+    call: Call, small_int8: Path, picture: Path, tmp_path: Path
+) -> None:
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 300)).save(thin)
+    done = call("run", small_int8, picture, thin, "what is here")
+    assert done.code == 1
+    assert f"{thin}: 1 x 300 pixels, one side more than 200 times" in done.error
 
 
 def test_a_full_disk_leaves_no_half_written_json(

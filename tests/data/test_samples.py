@@ -443,6 +443,14 @@ def test_a_file_that_is_there_twice_over_is_read_once_more_and_not_once_for_each
         ({"Boxes": []}, "Boxes: is not a field here; 'boxes' is meant"),
         ({"question": None, "problem": "q"}, "problem: is not a field here; 'question' is meant"),
         ({"question": None, "conversations": []}, "conversations: is not a field here; write `qu"),
+        ({"question": "what is <image_1>"}, "question: contains <image_1>, which would be read"),
+        ({"question": "<IMAGE> what is red"}, "question: contains <IMAGE>, which would be read"),
+        ({"question": "what is <ref-object>"}, "question: contains <ref-object>, which would be"),
+        ({"boundingBox": [[1, 2, 3, 4]]}, "boundingBox: is not a field here; 'boxes' is meant"),
+        ({"boxes": ..., "gt_bbox": [[1, 2, 3, 4]]}, "gt_bbox: is not a field here; write its"),
+        ({"boxes": ..., "objects": {"bbox": [[1, 2, 3, 4]]}}, "objects.bbox: is not a field here"),
+        ({"boxes": [], "system": "be brief"}, "system: is read by other trainers and has no"),
+        ({"boxes": ..., "annotations": [{"bbox": [1, 2]}]}, "annotations[0].bbox: is not a field"),
         ({"boxes": [[10, 20, 900, 990]]}, "looks like pixels, or like the scale 0 to 1000"),
     ],
 )
@@ -453,7 +461,8 @@ def test_names_and_marks_of_other_formats_are_told(
 
 
 def test_other_data_beside_the_fields_is_left_alone(folder: Path) -> None:
-    assert read_samples(jsonl(folder, changed(prompt="x", output="y", file_name="z")))
+    other = {"gt_bbox": [[1, 2, 3, 4]], "objects": {"bbox": [[1, 2, 3, 4]]}, "system": None}
+    assert read_samples(jsonl(folder, changed(prompt="x", output="y", file_name="z", **other)))
 
 
 def test_a_picture_may_be_named_in_the_other_form_of_its_letters(folder: Path) -> None:
