@@ -213,11 +213,25 @@ def as_on_disk(path: Path) -> Path:
 
 
 def numbers(value: object, count: int) -> list[float]:
-    """Exactly `count` numbers. A whole number that no float can hold becomes infinity."""
+    """Exactly `count` numbers, which may be written as text. A whole number that no float can hold
+    becomes infinity.
+    """
+    if isinstance(value, list):
+        value = [_number_in(v) for v in value]
     if not _are_numbers(value, count):
         raise FieldError(f"must be {count} numbers, not {json.dumps(value)[:60]}")
     assert isinstance(value, list)
     return [float(v) if isinstance(v, float) or abs(v) < 1e300 else math.inf for v in value]
+
+
+def _number_in(value: object) -> object:
+    """The number that a text is; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def normalized_box(value: object) -> Box:

@@ -485,11 +485,11 @@ def test_an_lvis_file_says_itself_which_classes_are_absent(tmp_path: Path) -> No
     [
         (
             lambda d: d["annotations"][1].update(bbox=[1, 2, 3]),
-            "annotations[1] (id 12): must be 4 numbers, not [1, 2, 3]",
+            "annotations[1] (id 12): bbox: must be 4 numbers, not [1, 2, 3]",
         ),
         (
             lambda d: d["annotations"][1].update(bbox=None),
-            "annotations[1] (id 12): must be 4 numbers, not null",
+            "annotations[1] (id 12): bbox: must be 4 numbers, not null",
         ),
         (
             lambda d: d["annotations"][1].update(bbox=[1, 2, 0, 3]),
@@ -1320,6 +1320,50 @@ def test_an_unknown_kind_with_a_place_may_hide_an_object(tmp_path: Path) -> None
     source = studio(tmp_path, task(1, "a.png", rectangle(BOX, "red"), other))
     with pytest.raises(DataError, match=r"left out: 1 results of type blob\)"):
         convert(source, tmp_path / "out.jsonl", "labelstudio", Options(absent=False, per_image=1))
+
+
+def test_one_to_name_that_names_no_picture_is_told(tmp_path: Path) -> None:
+    source = two_pictures(tmp_path, "img")
+    tasks = json.loads(source.read_text())
+    for result in tasks[0]["annotations"][0]["result"]:
+        result["to_name"] = "img"
+    written, _ = convert(studio(tmp_path, *tasks), tmp_path / "o.jsonl", "labelstudio", Options())
+    assert "1 tasks of several pictures of which none is named as to_name is (img)" in str(written)
+
+
+def test_label_studio_boxes_that_are_not_in_percent_are_told(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    pixels = rectangle(BOX, "red")
+    pixels["value"] |= {"x": 120, "y": 30, "width": 60, "height": 40}
+    (line,) = broken(studio(tmp_path, task(1, "a.png", pixels)), "labelstudio")
+    assert "x 120, y 30, width 60, height 40 are not percent of the picture" in line
+    fractions = rectangle(BOX, "red")
+    fractions["value"] |= {"x": 0.1, "y": 0.2, "width": 0.4, "height": 0.5}
+    source = studio(tmp_path, task(1, "a.png", fractions))
+    written, _ = convert(source, tmp_path / "o.jsonl", "labelstudio", Options())
+    assert "1 boxes within one percent of the upper left corner" in str(written)
+
+
+def test_a_picture_given_as_an_object_and_predictions_are_told_as_they_are(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    as_object = task(1, "a.png", rectangle(BOX, "red")) | {"data": {"image": {"url": "a.png"}}}
+    (line,) = broken(studio(tmp_path, as_object), "labelstudio")
+    assert line.startswith("item 1: data.image is an object")
+    guessed = task(1, "a.png") | {"annotations": [], "predictions": [{"result": []}]}
+    source = studio(tmp_path, guessed)
+    with pytest.raises(DataError, match="1 tasks without an annotation but with predictions"):
+        convert(source, tmp_path / "o.jsonl", "labelstudio", Options())
+
+
+def test_coco_numbers_may_be_text(tmp_path: Path) -> None:
+    turned(tmp_path / "a.png", 1, {"red": BOX})
+    as_text = [str(v) for v in as_xywh(BOX)]
+    shown = image(1, "a.png")
+    shown |= {key: str(shown[key]) for key in ("width", "height") if key in shown}
+    (line,) = broken(coco(tmp_path, [shown | {"width": "wide", "height": 1}], []), "coco")
+    assert line.startswith("images[0]: width and height must be 2 numbers, not [")
+    samples = run(coco(tmp_path, [shown], [annotation(1, 1, 1, as_text)]), "coco")
+    assert_on(samples[0], "red")
 
 
 def test_labels_beside_a_rectangle_name_it(tmp_path: Path) -> None:

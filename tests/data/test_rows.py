@@ -60,6 +60,7 @@ def test_a_line_that_is_no_value_says_why(line: bytes, reason: str) -> None:
 
 def test_numbers_are_exactly_so_many_and_a_boolean_is_none() -> None:
     assert numbers([1, 2.5, 10**400], 3) == [1.0, 2.5, math.inf]
-    for wrong in ([1, 2], [1, 2, True], [1, 2, "3"], None):
+    assert numbers(["1", "2.5"], 2) == [1.0, 2.5]
+    for wrong in ([1, 2], [1, 2, True], [1, 2, "three"], "123", None):
         with pytest.raises(FieldError, match="must be 3 numbers"):
             numbers(wrong, 3)

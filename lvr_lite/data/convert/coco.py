@@ -88,11 +88,7 @@ def _boxes(
             number = identifier(annotation["id"]) if "id" in annotation else f"a{i}"
             if number in boxes[image]:
                 raise FieldError(f"id {number} is there twice", "give every annotation its own")
-            boxes[image][number] = _Annotation(
-                label,
-                name,
-                numbers(annotation.get("bbox"), 4),
-            )
+            boxes[image][number] = _Annotation(label, name, _bbox(annotation))
         except FieldError as error:
             imported.report(error, label)
             unsure[_id_or_none({"id": annotation.get("image_id")}) or ""] |= set(names.values())
@@ -139,6 +135,13 @@ def _identifier(annotation: JsonObject, field: str) -> str:
         return identifier(annotation.get(field))
     except FieldError as error:
         raise FieldError(f"{field}: {error.reason}", error.remedy) from error
+
+
+def _bbox(annotation: JsonObject) -> list[float]:
+    try:
+        return numbers(annotation.get("bbox"), 4)
+    except FieldError as error:
+        raise FieldError(f"bbox: {error.reason}", error.remedy) from error
 
 
 def _flag(annotation: JsonObject, field: str) -> bool:

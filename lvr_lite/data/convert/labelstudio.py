@@ -123,7 +123,8 @@ def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
     valid = [a for a in whole if not flag(a.get("was_cancelled"))]
     imported.omissions["cancelled annotations"] += len(whole) - len(valid)
     if not valid:
-        imported.omissions["tasks without an annotation"] += 1
+        guessed = " but with predictions, which are not read" if value.get("predictions") else ""
+        imported.omissions[f"tasks without an annotation{guessed}"] += 1
         return []
     valid.sort(key=lambda a: not flag(a.get("ground_truth")))
     imported.omissions["other annotations of a task"] += len(valid) - 1
@@ -161,6 +162,12 @@ def _by_picture(
     keys = [key for key, value in data.items() if _is_picture(value)]
     to_names = {str(r.get("to_name")) for r in results if _marks_region(r) and r.get("to_name")}
     matched = to_names & set(keys)
+    if len(keys) > 1 and len(to_names) == 1 and not matched:
+        (name,) = to_names
+        imported.remarks[
+            f"tasks of several pictures of which none is named as to_name is ({name}); its "
+            "results were taken for those of data.image"
+        ] += 1
     if len(keys) < 2 or (len(to_names) < 2 and not matched):
         return [("", _of_one_picture(imported, results, to_names, keys))]
     for result in results:
@@ -232,6 +239,8 @@ def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
             f"data.image is a list of {len(value)} pages, and boxes are of one picture",
             "make each page a task of its own",
         )
+    if isinstance(value, dict):
+        raise FieldError("data.image is an object", "it must be text that names the picture")
     if not isinstance(value, str):
         texts = [text for text in data.values() if isinstance(text, str)]
         names = [text for text in texts if urlsplit(text).path.lower().endswith(SUFFIXES)]
@@ -345,6 +354,7 @@ def _box(imported: Import, frame: Frame, value: JsonObject) -> Box:
     """The upright rectangle around a rotated one. Raises FieldError."""
     percent = numbers([value.get(key) for key in ("x", "y", "width", "height")], 4)
     (degrees,) = numbers([value.get("rotation") or 0], 1)
+    _tell_other_units(imported, percent)
     x = percent[0] * frame.width / 100
     y = percent[1] * frame.height / 100
     w = percent[2] * frame.width / 100
@@ -357,6 +367,22 @@ def _box(imported: Import, frame: Frame, value: JsonObject) -> Box:
     ys = (0, w * s, h * c, w * s + h * c)
     corners = (x + min(xs), y + min(ys), x + max(xs), y + max(ys))
     return imported.box(frame, corners, cut=True)
+
+
+def _tell_other_units(imported: Import, percent: list[float]) -> None:
+    """Tells of a rectangle that is hardly in percent. Raises FieldError where it cannot be."""
+    x, y, width, height = percent
+    # Above a rounding error: rotated rectangles may begin outside the picture.
+    if max(x, y) >= 101 or max(width, height) > 150:
+        raise FieldError(
+            f"x {x:g}, y {y:g}, width {width:g}, height {height:g} are not percent of the picture",
+            "pixels are 100 / width (or height) of it each, and the scale 0 to 1000 is 10 times it",
+        )
+    if min(x, y) >= 0 and 0 < x + width <= 1 and 0 < y + height <= 1:
+        imported.remarks[
+            "boxes within one percent of the upper left corner: if they are fractions of the "
+            "picture, multiply them by 100"
+        ] += 1
 
 
 # ----------------------------------------------------------------------------------------------

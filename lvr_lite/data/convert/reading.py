@@ -460,7 +460,10 @@ def size_of(data: JsonObject, width: str, height: str) -> Size | None:
     """
     if data.get(width) is None or data.get(height) is None:
         return None
-    w, h = numbers([data[width], data[height]], 2)
+    try:
+        w, h = numbers([data[width], data[height]], 2)
+    except FieldError as error:
+        raise FieldError(f"{width} and {height} {error.reason}") from error
     if not (0 < w < math.inf and 0 < h < math.inf):
         raise FieldError(f"{width} and {height} must be more than 0, not {w:g} and {h:g}")
     return w, h
