@@ -750,6 +750,13 @@ def test_a_broken_yolo_line_is_named_with_its_file_and_line(
     assert message in str(problem)
 
 
+def test_a_yolo_class_may_be_written_as_a_float(tmp_path: Path) -> None:
+    number, rest = yolo_line(0, BOX, (WIDTH, HEIGHT)).split(maxsplit=1)
+    yolo(tmp_path, {"a.png": f"{number}.0 {rest}"})
+    for sample in run(tmp_path, "yolo"):
+        assert_on(sample, "red")
+
+
 def test_labels_without_a_picture_and_sets_without_names_labels_or_pictures_are_told(
     tmp_path: Path,
 ) -> None:

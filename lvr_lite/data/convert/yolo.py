@@ -4,6 +4,7 @@ an object. May import: PyYAML in a function, the standard library and what stand
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def _detections(
 
 
 def _class_of(word: str, names: dict[int, str]) -> str:
+    # NumPy and pandas write 0.0 for 0.
+    word = re.sub(r"\.0+$", "", word)
     if not word.isdecimal() or int(word) not in names:
         raise FieldError(
             f"class {word[:20]} is not one of the {len(names)} that have a name",
