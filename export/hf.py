@@ -104,6 +104,7 @@ def write_hf(
     folder or answers otherwise than the decode loop here, OutputError where `target` cannot be
     written; then nothing is left of it, and an earlier folder stays as it was.
     """
+    checkpoint = _with_longest_side(checkpoint)
     dtype = DTYPES[precision]
     bytes_needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     files.check_free_space(target, int(bytes_needed * 1.05))
@@ -278,9 +279,6 @@ def _preprocessor(checkpoint: Checkpoint) -> JsonObject:
     """The base's, with the size of pictures that the checkpoint reads."""
     processor = checkpoint.processor
     settings = read_preprocessor(checkpoint.folder)
-    if not settings:
-        combined = _own_json(checkpoint, "processor_config.json")
-        settings = dict(combined.get("image_processor") or {})
     family = processor.family
     name = family.architecture.replace("ForConditionalGeneration", "Processor")
     settings.setdefault("processor_class", name)
@@ -294,6 +292,19 @@ def _preprocessor(checkpoint: Checkpoint) -> JsonObject:
     if "min_pixels" in settings or "max_pixels" in settings:
         settings |= {"min_pixels": least, "max_pixels": most}
     return settings
+
+
+def _with_longest_side(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint reading pictures as the folder will: a tiled family's files limit the longer
+    side alone, not the area.
+    """
+    processor = checkpoint.processor
+    if not processor.family.tiled:
+        return checkpoint
+    longest = _longest(processor.image)
+    own = {**processor.image.own, "longest": longest}
+    image = replace(processor.image, own=own, max_pixels=longest**2)
+    return replace(checkpoint, processor=replace(processor, image=image))
 
 
 def _longest(image: ImageSpec) -> int:

@@ -71,7 +71,7 @@ def main(
             )
             source = ("--model", base, "--data", "scenes", "--config", RECIPE)
             log = out / "log.txt"
-            once(tuned / "complete", "finetune", *source, "--out", tuned, *settings, log=log)
+            once(tuned / "metrics.json", "finetune", *source, "--out", tuned, *settings, log=log)
             file = out / f"{tuned.name}.json"
             once(file, "eval", tuned, "--limit", limit, "--skills", 0, "--json", file, log=log)
             score = read_json(file)

@@ -40,7 +40,7 @@ def test_a_tuned_checkpoint_is_not_tuned_again(
     folder = Path(shutil.copytree(small_checkpoint, tmp_path / "tuned"))
     tuned = {"base": str(small_checkpoint), "latent": {"steps": 2}}
     (folder / "lvr_config.json").write_text(json.dumps(tuned))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
     done = call("finetune", "--model", folder, "--data", "scenes", "--out", tmp_path / "out")
     assert done.code == 2
     assert f"give its base ({small_checkpoint})" in done.error

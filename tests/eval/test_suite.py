@@ -594,7 +594,7 @@ def test_a_tuned_checkpoint_names_its_base_to_compare_with(
     small_checkpoint: Path, tmp_path: Path
 ) -> None:
     tuned = Path(shutil.copytree(small_checkpoint, tmp_path / "tuned"))
-    (tuned / "adapter_model.safetensors").write_bytes(b"")
+    (tuned / "adapter_model.safetensors").write_bytes(b"weights")
     for base, name in ((OTHER, "tiny"), (str(small_checkpoint), str(small_checkpoint))):
         (tuned / "lvr_config.json").write_text(json.dumps({"base": base, "latent": {"steps": 2}}))
         assert reference_hint(str(tuned)) == f"what tuning cost: --against {name}"

@@ -406,7 +406,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(
         OutputError, match=r"cannot be written \(No space left on device\); free some space"
     ):
