@@ -122,8 +122,11 @@ def probe(
     """
     options = options or ProbeOptions()
     interventions = chosen(options.only)
-    items = probing.load_items(options.data, options.limit, options.seed)
+    # Wrong data is told before the model is opened.
+    probing.load_items(options.data, options.limit, options.seed)
     runtime = models.open_runtime(model, threads, max_pixels=options.max_pixels)
+    special = runtime.processor.special_tokens
+    items = probing.load_items(options.data, options.limit, options.seed, special)
     with progress("answering") as bar:
         report = probing.probe(
             runtime,

@@ -22,6 +22,7 @@ from pathlib import Path
 from lvr_lite.data.boxes import COVERED, Box
 from lvr_lite.data.rows import Problem
 from lvr_lite.data.samples import PlacedSample, Sample, placed_samples
+from lvr_lite.data.sources import Source
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import MAX_ASPECT, open_picture
 from lvr_lite.model.processor import Processor
@@ -116,6 +117,20 @@ class SpecialTokens:
                 yield field, match.group()
 
 
+def check_samples(source: Source, tokens: Iterable[str]) -> None:
+    """Raises DataError, naming file, line and field, for a sample whose question or answer holds
+    one of the tokens.
+    """
+    special = SpecialTokens(tokens)
+    for index, sample in enumerate(source.samples):
+        for field, token in special.in_sample(sample):
+            raise DataError(f"{source.place(index)}: {field}: {_control_token(token)}")
+
+
+def _control_token(token: str) -> str:
+    return f"contains {token}, which the model reads as a control token; leave it out"
+
+
 class _CheckedFile:
     """One file: its samples with their places, its pictures, and the problems of both."""
 
@@ -157,11 +172,7 @@ class _CheckedFile:
         """What only shows in the pictures, and beside other questions about them."""
         sample = placed.sample
         for field, token in self._tokens.in_sample(sample):
-            yield Problem(
-                self.path,
-                field,
-                f"contains {token}, which the model reads as a control token; leave it out",
-            )
+            yield Problem(self.path, field, _control_token(token))
         facts: list[PictureFacts] = []
         for path in sample.images:
             fact = self.facts[path]

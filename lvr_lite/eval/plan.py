@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lvr_lite.data.sources import Item, open_source
+from lvr_lite.data.validate import check_samples
 from lvr_lite.errors import UsageError
 from lvr_lite.eval import benchmarks
 from lvr_lite.files import JsonObject
@@ -27,12 +28,18 @@ SKILLS_TOKENS = 64
 TEST_SEED = 0
 
 
-def load_suite(suite: str, limit: int | None, seed: int = TEST_SEED) -> Iterator[Item]:
+def load_suite(
+    suite: str,
+    limit: int | None,
+    seed: int = TEST_SEED,
+    special_tokens: Iterable[str] = (),
+) -> Iterator[Item]:
     """The items of a suite.
 
     suite: `scenes` (held-out scenes), `skills` (question types that the scenes do not contain), or
         a file of samples.
     limit: items at most; of a drawn suite 300 by default.
+    special_tokens: what no sample of a file may hold.
 
     Raises DataError, UsageError.
     """
@@ -41,7 +48,10 @@ def load_suite(suite: str, limit: int | None, seed: int = TEST_SEED) -> Iterator
     if suite not in SUITES and not Path(suite).is_file():
         names = ", ".join((*SUITES, *benchmarks.BENCHMARKS))
         raise UsageError(f"--suite {suite}: neither a suite ({names}) nor a file of samples")
-    return open_source(suite, "test", seed, limit, SUITES).items()
+    source = open_source(suite, "test", seed, limit, SUITES)
+    if suite not in SUITES:
+        check_samples(source, special_tokens)
+    return source.items()
 
 
 def expected_answers(suite: str, limit: int | None, seed: int = TEST_SEED) -> dict[str, str]:

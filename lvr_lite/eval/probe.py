@@ -38,13 +38,21 @@ from lvr_lite.generate.runtime import Runtime
 Progress = Callable[[int, int], None]
 
 
-def load_items(data: str, limit: int, seed: int) -> Iterator[Item]:
-    """Held-out scenes (data "scenes") or the first `limit` items of a file. Raises DataError,
-    UsageError.
+def load_items(
+    data: str,
+    limit: int,
+    seed: int,
+    special_tokens: Iterable[str] = (),
+) -> Iterator[Item]:
+    """Held-out scenes (data "scenes") or the first `limit` items of a file.
+
+    special_tokens: what no sample of a file may hold.
+
+    Raises DataError, UsageError.
     """
     if data != "scenes" and not Path(data).is_file():
         raise UsageError(f"--data {data}: neither scenes nor a file of samples")
-    return load_suite(data, limit, seed)
+    return load_suite(data, limit, seed, special_tokens)
 
 
 def probe(

@@ -386,7 +386,8 @@ def score_model(
     broken: list[Broken] = []
     if benchmark is None:
         grade = {"scenes": exact, "skills": skill}.get(plan.suite, lettered)
-        items = load_suite(plan.suite, plan.limit, plan.seed)
+        special = runtime.processor.special_tokens
+        items = load_suite(plan.suite, plan.limit, plan.seed, special)
         answers = questioning.answers(items, options, grade)
     else:
         unopened: list[tuple[str, str]] = []

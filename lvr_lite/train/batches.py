@@ -14,9 +14,7 @@ import torch
 from lvr_lite.config import LatentSettings
 from lvr_lite.data import boxes as box_rule
 from lvr_lite.data.samples import Sample
-from lvr_lite.data.sources import Item, Sizes, Source
-from lvr_lite.data.validate import SpecialTokens, special_tokens
-from lvr_lite.errors import DataError
+from lvr_lite.data.sources import Item, Sizes
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
@@ -317,16 +315,3 @@ def looks(sample: Sample, settings: LatentSettings) -> bool:
     if not METHODS[settings.method].latents:
         return False
     return settings.samples == "all" or bool(sample.boxes)
-
-
-def check_samples(examples: Source, checkpoint: Checkpoint) -> None:
-    """Raises DataError, naming file, line and field, for a sample whose question or answer holds a
-    control token of the model.
-    """
-    tokens = SpecialTokens(special_tokens(checkpoint.processor))
-    for index, sample in enumerate(examples.samples):
-        for field, token in tokens.in_sample(sample):
-            raise DataError(
-                f"{examples.place(index)}: {field}: contains {token}, which the model reads as a "
-                "control token; leave it out"
-            )

@@ -15,10 +15,11 @@ import torch
 
 from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
+from lvr_lite.data.validate import check_samples, special_tokens
 from lvr_lite.export.weights import check_names
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.train.batches import Collator, LengthGrouped, check_samples
+from lvr_lite.train.batches import Collator, LengthGrouped
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import adapted, load_base
 from lvr_lite.train.sft import LatentSFT
@@ -66,8 +67,9 @@ def finetune(
     check_names(checkpoint)
     say(checkpoint.processor.size_in_words + " (--max-pixels)")
     train, held_out = load_examples(data, settings)
-    check_samples(train, checkpoint)
-    check_samples(held_out, checkpoint)
+    tokens = special_tokens(checkpoint.processor)
+    check_samples(train, tokens)
+    check_samples(held_out, tokens)
     base = load_base(checkpoint, dtype, device, settings)
     model = adapted(base, checkpoint, settings)
     collator = Collator(checkpoint, settings.latent)

@@ -26,6 +26,7 @@ import torch
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Source
+from lvr_lite.data.validate import check_samples, special_tokens
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.export.weights import check_names
 from lvr_lite.generate.ask import prepare_prompt
@@ -33,7 +34,6 @@ from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
-from lvr_lite.train.batches import check_samples
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import load_to_reinforce
 from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
@@ -346,8 +346,9 @@ def grpo(
     checkpoint = replace(checkpoint, processor=checkpoint.processor.with_max_pixels(max_pixels))
     all_look = replace(settings, latent=replace(settings.latent, samples="all"))
     train, held_out = load_examples(data, all_look)
-    check_samples(train, checkpoint)
-    check_samples(held_out, checkpoint)
+    tokens = special_tokens(checkpoint.processor)
+    check_samples(train, tokens)
+    check_samples(held_out, tokens)
     donors = Donors(train) if scoring.needs_donor else None
     model = load_to_reinforce(checkpoint, dtype, device, settings)
     options = settings.grpo

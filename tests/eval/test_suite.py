@@ -21,6 +21,7 @@ from lvr_lite.errors import BundleError, DataError, UsageError
 from lvr_lite.eval import comparing
 from lvr_lite.eval.comparing import compare, reference_hint
 from lvr_lite.eval.plan import SKILLS_TOKENS, Plan, expected_answers, load_suite
+from lvr_lite.eval.probe import load_items
 from lvr_lite.eval.report import show
 from lvr_lite.eval.suite import accuracy_on, evaluate, skill
 from lvr_lite.generate.decode import Options
@@ -184,6 +185,22 @@ def test_a_broken_line_is_named_before_anything_is_answered(tmp_path: Path) -> N
     (tmp_path / "s.jsonl").write_text('{"id": \n')
     with pytest.raises(DataError, match=r"s\.jsonl:1: not valid JSON"):
         load_suite(str(tmp_path / "s.jsonl"), None)
+
+
+def test_a_control_token_of_the_model_is_named_with_file_line_and_field(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    path = tmp_path / "s.jsonl"
+    questions = ("what is red", "what is <row_1_col_1>")
+    lines = [
+        {"id": question, "image": "a.png", "question": question, "answer": "a"}
+        for question in questions
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert load_suite(str(path), None)
+    with pytest.raises(DataError, match=rf"{path}:2: question: contains <row_1_col_1>"):
+        load_suite(str(path), None, special_tokens=["<row_1_col_1>"])
+    with pytest.raises(DataError, match=rf"{path}:2: question: contains <row_1_col_1>"):
+        load_items(str(path), 5, 0, ["<row_1_col_1>"])
 
 
 @pytest.mark.parametrize("suite", ["scenes", "skills", "FILE"])

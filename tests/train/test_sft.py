@@ -22,6 +22,7 @@ from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.boxes import tokens_in_box
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import FileSource, Item, open_source
+from lvr_lite.data.validate import check_samples, special_tokens
 from lvr_lite.errors import BundleError, DataError
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
@@ -30,7 +31,7 @@ from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.train import load as nf4
 from lvr_lite.train import sft as module
-from lvr_lite.train.batches import Collator, check_samples, in_order
+from lvr_lite.train.batches import Collator, in_order
 from lvr_lite.train.finetune import norm_of_visual_tokens
 from lvr_lite.train.load import adapted
 from lvr_lite.train.methods import METHODS, Batch, Bottleneck, Columns
@@ -393,7 +394,9 @@ def test_a_sample_with_a_token_of_the_loop_is_refused_by_its_name(
     words = {"question": "q", "answer": "a"} | {part: f"a {token}"}
     bad = Sample("bad", (), words["question"], words["answer"])
     with pytest.raises(DataError, match=f"sample bad: {part}: contains {re.escape(token)}"):
-        check_samples(FileSource([Sample("good", (), "q", "a"), bad]), checkpoint)
+        check_samples(
+            FileSource([Sample("good", (), "q", "a"), bad]), special_tokens(checkpoint.processor)
+        )
 
 
 # --------------------------------------------------------------------------------------------------

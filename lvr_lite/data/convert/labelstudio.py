@@ -163,9 +163,9 @@ def _by_picture(
     to_names = {str(r.get("to_name")) for r in results if _marks_region(r) and r.get("to_name")}
     matched = to_names & set(keys)
     if len(keys) > 1 and len(to_names) == 1 and not matched:
-        (name,) = to_names
+        (only,) = to_names
         imported.remarks[
-            f"tasks of several pictures of which none is named as to_name is ({name}); its "
+            f"tasks of several pictures of which none is named as to_name is ({only}); its "
             "results were taken for those of data.image"
         ] += 1
     if len(keys) < 2 or (len(to_names) < 2 and not matched):
