@@ -245,11 +245,13 @@ def normalized_box(value: object) -> Box:
     if any(v != v for v in value):
         raise FieldError(f"{shown} holds NaN", "write the box again")
     if max(value) > 1.5:
-        kinds = "pixels" if max(value) > 1000 else "pixels, or like the scale 0 to 1000"
-        flags = "pixels" if max(value) > 1000 else "pixels or thousandths"
+        pixels = max(value) > 1000
+        kinds = "pixels" if pixels else "pixels, or like the scale 0 to 1000"
+        divisor = "" if pixels else ", or both by 1000"
+        flags = "pixels" if pixels else "pixels or thousandths"
         raise FieldError(
             f"{shown} looks like {kinds}",
-            "divide x by the picture's width and y by its height (as shown upright), or by 1000; "
+            f"divide x by the picture's width and y by its height (as shown upright){divisor}; "
             f"`lvr-lite data convert --from lvr` does it, with --boxes {flags}",
         )
     if min(value) < 0 or max(value) > 1:
@@ -410,4 +412,8 @@ def _answers(value: object) -> list[object]:
 def _boxes(value: object) -> list[object]:
     if not isinstance(value, list):
         raise FieldError(f"must be a list of [x0, y0, x1, y1], not {kind_of(value)}")
+    if _are_numbers(value, 4):
+        raise FieldError(
+            "is one box, and must be a list of boxes", "write it as [[x0, y0, x1, y1]]"
+        )
     return value
