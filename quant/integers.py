@@ -159,8 +159,12 @@ class IntegerGraph:
 
     def _keep(self, tensor: onnx.TensorProto) -> None:
         size = int(np.prod(tensor.dims))
+        readers = {n.op_type for n in self.model.graph.node if tensor.name in n.input}
+        if readers == {"Add"}:
+            # The learned positions of a tile: no product reads them, and no integer kernel adds.
+            self._kept[tensor.name] = f"{size} values, added and not multiplied"
+            return
         if size >= SMALL:
-            readers = {n.op_type for n in self.model.graph.node if tensor.name in n.input}
             raise BundleError(
                 f"weight {tensor.name} {list(tensor.dims)} of {', '.join(sorted(readers))} "
                 "cannot be quantized; nothing written"

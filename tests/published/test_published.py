@@ -108,9 +108,13 @@ def base(
         path.chmod(0o644)
     config = few_layers(json.loads((folder / "config.json").read_text()))
     (folder / "config.json").write_text(json.dumps(config))
-    architecture = getattr(transformers, families.get(config["model_type"]).architecture)
+    family = families.get(config["model_type"])
+    architecture = getattr(transformers, family.architecture)
     torch.manual_seed(1)
-    model = noticeable(architecture(transformers.AutoConfig.from_pretrained(folder)).float())
+    model = architecture(transformers.AutoConfig.from_pretrained(folder)).float()
+    # SmolVLM's are initialized large: three times that, and rounding grows from step to step.
+    if not family.tiled:
+        model = noticeable(model)
     saved = folder.parent / "saved"
     model.save_pretrained(saved, max_shard_size="80MB")
     for path in saved.glob("model*"):
@@ -171,7 +175,9 @@ def test_pictures_and_prompts_are_those_of_transformers(
                 ),
             )
             tiles = ours.family.image_inputs(pixels.patches, None, config)["pixel_values"]
-            assert np.array_equal(tiles, want)
+            # The tower drops what lies beyond the last whole patch.
+            side = tiles.shape[-1]
+            assert np.array_equal(tiles, want[..., :side, :side])
         else:
             assert np.array_equal(pixels.patches, want)
     assert ours.prompt(QUESTION, grids).ids.tolist() == inputs["input_ids"][0].tolist()
