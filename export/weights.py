@@ -30,6 +30,7 @@ from lvr_lite.errors import BundleError
 from lvr_lite.files import JsonObject
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Family
+from lvr_lite.model.processor_files import MARKERS
 from lvr_lite.model.weight_files import (
     StoredTensor,
     refuse_quantized_tensor,
@@ -163,8 +164,23 @@ class StoredWeights(Mapping[str, Tensor]):
                 f"{place.file}: weight {place.key} cannot be read ({_first_line(error)}); "
                 "copy the checkpoint again"
             ) from error
+        new = self.shapes[name][0] - len(tensor) if is_table(name) else 0
+        if new > 0:
+            return torch.cat([tensor.float(), torch.zeros(new, tensor.shape[1])])
         # A copy either way, which may be written to.
         return torch.as_tensor(tensor.float() if tensor.dtype != torch.float32 else tensor.clone())
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter has a row a token: embedding and head."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def grown_rows(place: StoredTensor, shape: Sequence[int]) -> bool:
+    """Whether a table of this shape is the stored one and rows for the markers that a full
+    vocabulary lacks; they are 0 until they are trained.
+    """
+    return 0 < shape[0] - place.shape[0] <= len(MARKERS)
 
 
 def check_names(checkpoint: Checkpoint) -> None:
@@ -203,6 +219,8 @@ def account(folder: Path, model: TransformersModule) -> dict[str, StoredTensor]:
     for name, place in places.items():
         refuse_quantized_tensor(place)
         shape = tuple(wanted[name].shape)
+        if is_table(name) and place.shape[1:] == shape[1:] and grown_rows(place, shape):
+            continue
         if place.shape != shape:
             raise BundleError(
                 f"{place.file}: weight {place.key} is {list(place.shape)}, "

@@ -48,7 +48,7 @@ def read_processor(
 
     folder: of its tokenizer, template and preprocessing files.
     base: the folder of the base model, whose generation settings hold.
-    config: config.json of the base.
+    config: config.json of the base; its vocabulary grows where there is no row for a marker.
     tuned: lvr_config.json of a tuned checkpoint; None for a base model.
 
     Raises BundleError naming the file that is missing or wrong.
@@ -81,11 +81,7 @@ def read_processor(
             f"{path}: {family.image_token} is token {tokens.image}, but {of_config} in "
             f"{base / 'config.json'}; this is not the tokenizer of such a model"
         )
-    if max(tokens.image, tokens.lvr_start, tokens.lvr, tokens.lvr_end) >= rows:
-        raise BundleError(
-            f"{base}: its embedding has {rows} rows, none spare and none reserved for the three "
-            "latent tokens: resize it first (transformers' resize_token_embeddings)"
-        )
+    _grow(config, max(tokens.lvr_start, tokens.lvr, tokens.lvr_end) + 1)
     template = read_template(folder)
     _check_template(folder, template, tokenizer, family.image_token)
     return Processor(family, image, template, tokenizer, tokens)
@@ -169,7 +165,8 @@ def with_markers(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     rows: of the model's embedding.
 
     Markers take spare rows (Qwen2.5-VL has 271). A vocabulary without three gives them the last
-    tokens that it keeps in reserve: others who use some begin with the first.
+    tokens that it keeps in reserve: others who use some begin with the first. One without these
+    grows.
     """
     missing = [marker for marker in MARKERS if tokenizer.token_to_id(marker) is None]
     used = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -190,6 +187,15 @@ def with_markers(tokenizer: Tokenizer, rows: int) -> Tokenizer:
                 words[names[token["id"]]] = words.pop(token["content"])
             token["content"] = names[token["id"]]
     return Tokenizer.from_str(json.dumps(content))
+
+
+def _grow(config: dict[str, Any], rows: int) -> None:
+    """Let a config.json have that many rows of embedding and head at least: the new ones are the
+    markers', which the base's files lack.
+    """
+    for part in (config, config.get("text_config", {})):
+        if "vocab_size" in part:
+            part["vocab_size"] = max(rows, int(part["vocab_size"]))
 
 
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:

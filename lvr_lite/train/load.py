@@ -67,7 +67,21 @@ def _load(checkpoint: Checkpoint, **how: Any) -> Any:
                 f"{base}: transformers loads it with {fault.replace('_', ' ')}, "
                 f"first {min(map(str, names))}; copy the checkpoint again"
             )
+    _grow_tables(model, checkpoint)
     return model.eval()
+
+
+@torch.no_grad()
+def _grow_tables(model: Any, checkpoint: Checkpoint) -> None:
+    """Rows of 0 for markers that a full vocabulary has none for."""
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    rows = int(text.get("vocab_size", checkpoint.config.get("vocab_size")))
+    before = len(model.get_input_embeddings().weight)
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.get_input_embeddings().weight[before:] = 0
+    model.get_output_embeddings().weight[before:] = 0
 
 
 def load_plain(

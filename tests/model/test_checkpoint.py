@@ -208,16 +208,6 @@ def test_a_preprocessor_without_its_numbers_is_refused(
     assert str(folder) in refusal(folder)
 
 
-def test_a_vocabulary_without_spare_rows_is_refused(small_checkpoint: Path, copied: Copy) -> None:
-    folder = copied(small_checkpoint)
-    rows = read_checkpoint(folder).processor.tokens.lvr_end  # one too few for the last marker
-    edit(folder / "config.json", lambda data: data["text_config"].update(vocab_size=rows))
-    assert refusal(folder) == (
-        f"{folder}: its embedding has {rows} rows, none spare and none reserved for the three "
-        "latent tokens: resize it first (transformers' resize_token_embeddings)"
-    )
-
-
 def test_a_tokenizer_of_another_model_is_refused(small_checkpoint: Path, copied: Copy) -> None:
     folder = copied(small_checkpoint)
     text = (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other_pad|>")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lvr_lite.config import load_settings
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export import apart, onnxfile
 from lvr_lite.export import weights as weights_module
@@ -33,7 +34,9 @@ from lvr_lite.model.weight_files import INDEX
 from lvr_lite.quant.exact import ExactConvert
 from lvr_lite.toy import build
 from lvr_lite.train import load as nf4
+from lvr_lite.train.finetune import finetune
 from lvr_lite.train.trained_weights import TrainedWeights
+from tests.short_run import SHORT_RUN
 
 Q_PROJ = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -562,3 +565,41 @@ def test_exact_bytes_are_those_of_bitsandbytes(
     np.testing.assert_array_equal(stored[f"{name}_scales"], scales)
     assert packed.dtype == np.uint8
     assert (packed.size, scales.size) == (256 * 256 // 2, 256 * 256 // 64)
+
+
+# --------------------------------------------------------------------------------------------------
+# a vocabulary without spare rows
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_full_vocabulary_grows_by_the_markers(
+    small_checkpoint: Path,
+    copied: Callable[[Path], Path],
+    tmp_path: Path,
+    export: Callable[[Any, Path], Any],
+    tied: bool,
+) -> None:
+    """Tuned, merged and exported; the gate compares graphs with torch."""
+    folder = copied(small_checkpoint)
+    rows = read_checkpoint(folder).processor.tokens.lvr_start
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    config["text_config"]["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    table = key_of(tensors, "embed_tokens.weight")
+    tensors[table] = tensors[table][:rows].clone()
+    if not tied:
+        tensors["lm_head.weight"] = tensors[table].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    base = read_checkpoint(folder)
+    assert apart.check_reading(base, TrainedWeights(base).base()) > 0
+    out = tmp_path / "tuned"
+    overrides = ["train.lr=1e-2", "latent.steps=2", "latent.method=lvr-free"]
+    finetune(base, "scenes", out, load_settings(None, [*SHORT_RUN, *overrides]), say=print)
+    tuned = read_checkpoint(out)
+    merged = nf4.load_merged(tuned)
+    markers = merged.get_output_embeddings().weight[rows:]
+    assert markers.shape[0] == 3
+    assert markers.abs().max() > 0
+    export(tuned, tmp_path / "bundle")
