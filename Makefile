@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/lvr-lite demo --out demo-out
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
