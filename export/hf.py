@@ -75,7 +75,7 @@ def lost(checkpoint: Checkpoint) -> list[str]:
     if latent.steps:
         sentences.append(
             f"the {latent.steps} latent steps of an answer: other runtimes answer in text alone, "
-            "which can be far worse (score it with `lvr-lite eval --steps 0`); "
+            "which can be far worse (score it with `lvr-lite eval --look never`); "
             "generation_config.json forbids the markers"
         )
     image = checkpoint.processor.image
@@ -327,7 +327,7 @@ def _prompts() -> Iterator[list[Image.Image]]:
 def _our_answers(model: TransformersModule, checkpoint: Checkpoint) -> list[list[int]]:
     """Greedy text tokens of the decode loop without latents."""
     runtime = TorchRuntime(model, replace(checkpoint, latent=LatentSpec()))
-    options = Options(max_tokens=TOKENS, min_tokens=TOKENS, steps=0)
+    options = Options(max_tokens=TOKENS, min_tokens=TOKENS, look="never")
     answers = []
     for pictures in _prompts():
         prompt, _ = prepare_prompt(runtime, pictures, QUESTION)

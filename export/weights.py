@@ -176,7 +176,7 @@ def is_table(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
-def grown_rows(place: StoredTensor, shape: Sequence[int]) -> bool:
+def is_grown(place: StoredTensor, shape: Sequence[int]) -> bool:
     """Whether a table of this shape is the stored one and rows for the markers that a full
     vocabulary lacks; they are 0 until they are trained.
     """
@@ -219,7 +219,7 @@ def account(folder: Path, model: TransformersModule) -> dict[str, StoredTensor]:
     for name, place in places.items():
         refuse_quantized_tensor(place)
         shape = tuple(wanted[name].shape)
-        if is_table(name) and place.shape[1:] == shape[1:] and grown_rows(place, shape):
+        if is_table(name) and place.shape[1:] == shape[1:] and is_grown(place, shape):
             continue
         if place.shape != shape:
             raise BundleError(

@@ -30,7 +30,7 @@ from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.files import JsonObject, kept_sha256
 from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.processor import Processor
-from lvr_lite.model.processor_files import read_json, read_processor
+from lvr_lite.model.processor_files import read_json, read_processor, with_rows_for_markers
 from lvr_lite.model.spec import LatentSpec
 from lvr_lite.model.weight_files import refuse_quantized, refuse_stand_in, weight_files
 
@@ -66,7 +66,7 @@ class Checkpoint:
     folder: of its files.
     base: the folder of the base model's weights.
     adapter: whether `folder` holds an adapter.
-    config: config.json of the base.
+    config: config.json of the base, with a row for each marker.
     trained_over: the `base_sha256` that the adapter was trained over; None where not recorded.
     """
 
@@ -180,12 +180,13 @@ def read_checkpoint(model: str | Path, weights: bool = True) -> Checkpoint:
     refuse_quantized(base / "config.json", config)
     if weights:
         _check_base_files(base)
+    processor = read_processor(folder, base, config, tuned)
     return Checkpoint(
         folder=folder,
         base=base,
         adapter=tuned is not None,
-        config=config,
-        processor=read_processor(folder, base, config, tuned),
+        config=with_rows_for_markers(config, processor.tokens),
+        processor=processor,
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
         trained_over=None if tuned is None else tuned.get("base_sha256"),
     )

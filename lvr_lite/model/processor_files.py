@@ -23,7 +23,7 @@ from lvr_lite.model.spec import TokenIds
 
 MARKERS = (spec.START, spec.LATENT, spec.END)
 # Tokens that a vocabulary keeps for uses to come: SmolVLM fills all of its rows and has 88 of them.
-RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>|<\|reserved_(\d+)\|>|<unused_?(\d+)>")
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
 # Fields of tokenizer_config.json that name a special token; templates may call them by these names.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -48,7 +48,7 @@ def read_processor(
 
     folder: of its tokenizer, template and preprocessing files.
     base: the folder of the base model, whose generation settings hold.
-    config: config.json of the base; its vocabulary grows where there is no row for a marker.
+    config: config.json of the base.
     tuned: lvr_config.json of a tuned checkpoint; None for a base model.
 
     Raises BundleError naming the file that is missing or wrong.
@@ -56,7 +56,7 @@ def read_processor(
     family = families.get(str(config.get("model_type")))
     tokenizer = read_tokenizer(folder)
     try:
-        rows = int(config.get("text_config", config).get("vocab_size", config.get("vocab_size")))
+        rows = rows_of_tables(config)
         overridden = (tuned or {}).get("image", {})
         image = family.image_spec(config, read_preprocessor(folder) | overridden)
     except (KeyError, TypeError, ValueError) as error:
@@ -81,7 +81,6 @@ def read_processor(
             f"{path}: {family.image_token} is token {tokens.image}, but {of_config} in "
             f"{base / 'config.json'}; this is not the tokenizer of such a model"
         )
-    _grow(config, max(tokens.lvr_start, tokens.lvr, tokens.lvr_end) + 1)
     template = read_template(folder)
     _check_template(folder, template, tokenizer, family.image_token)
     return Processor(family, image, template, tokenizer, tokens)
@@ -189,13 +188,23 @@ def with_markers(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _grow(config: dict[str, Any], rows: int) -> None:
-    """Let a config.json have that many rows of embedding and head at least: the new ones are the
-    markers', which the base's files lack.
+def rows_of_tables(config: Mapping[str, Any]) -> int:
+    """Rows of embedding and head, by config.json. Raises KeyError where it does not say."""
+    text = config.get("text_config", config)
+    return int(text["vocab_size"] if "vocab_size" in text else config["vocab_size"])
+
+
+def with_rows_for_markers(config: dict[str, Any], tokens: TokenIds) -> dict[str, Any]:
+    """config.json with a row for each marker in embedding and head: where the vocabulary is full,
+    more than the base's files hold.
     """
-    for part in (config, config.get("text_config", {})):
-        if "vocab_size" in part:
-            part["vocab_size"] = max(rows, int(part["vocab_size"]))
+    rows = max(rows_of_tables(config), tokens.lvr_start + 1, tokens.lvr + 1, tokens.lvr_end + 1)
+    grown = dict(config)
+    if "vocab_size" in grown:
+        grown["vocab_size"] = rows
+    if "text_config" in grown:
+        grown["text_config"] = grown["text_config"] | {"vocab_size": rows}
+    return grown
 
 
 def _id(tokenizer: Tokenizer, token: str, path: Path) -> int:

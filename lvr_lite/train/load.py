@@ -22,7 +22,7 @@ from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export.weights import PREFIXES, check_names
 from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
-from lvr_lite.model.processor_files import read_json
+from lvr_lite.model.processor_files import read_json, rows_of_tables
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.weight_files import first_weights, tensors_of
 
@@ -74,8 +74,7 @@ def _load(checkpoint: Checkpoint, **how: Any) -> Any:
 @torch.no_grad()
 def _grow_tables(model: Any, checkpoint: Checkpoint) -> None:
     """Rows of 0 for markers that a full vocabulary has none for."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    rows = int(text.get("vocab_size", checkpoint.config.get("vocab_size")))
+    rows = rows_of_tables(checkpoint.config)
     before = len(model.get_input_embeddings().weight)
     if rows <= before:
         return

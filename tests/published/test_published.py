@@ -271,7 +271,7 @@ def test_a_tuned_model_is_exported_quantized_and_run(
 ) -> None:
     """Export's own gate compares every graph, and decodings, with the merged model."""
     checkpoint = read_checkpoint(tuned)
-    assert checkpoint.latent == replace(LatentSpec(2, mode="bottleneck"), **vars_of(checkpoint))
+    assert checkpoint.latent == replace(LatentSpec(2, mode="bottleneck"), **feedback_of(checkpoint))
     fp32 = tmp_path / "fp32"
     export(checkpoint, fp32)
     quantize_bundle(Bundle.open(fp32), tmp_path / "int8", "int8", print)
@@ -282,6 +282,6 @@ def test_a_tuned_model_is_exported_quantized_and_run(
     assert done.code == 0, done.err
 
 
-def vars_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def feedback_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """How the latents of a tuned checkpoint are fed back."""
     return {"feedback": checkpoint.latent.feedback, "norm": checkpoint.latent.norm}

@@ -100,7 +100,7 @@ def ask(checkpoint: Checkpoint, folder: Path, scenes: int, tokens: int) -> Asked
     runtime = TorchRuntime(load_merged(checkpoint), checkpoint)
     processor = runtime.processor
     items = list(islice(load_suite("scenes", scenes), scenes))
-    report = evaluate(runtime, items, Options(max_tokens=tokens, steps=0))
+    report = evaluate(runtime, items, Options(max_tokens=tokens, look="never"))
     special = processor.tokens
     never = [special.image, special.lvr_start, special.lvr, special.lvr_end]
     questions: list[dict[str, object]] = []

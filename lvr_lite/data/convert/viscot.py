@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.reading import Import, Size, size_of
+from lvr_lite.data.foreign_names import reject_other_boxes
 from lvr_lite.data.rows import (
     FieldError,
     JsonObject,
@@ -19,7 +20,7 @@ from lvr_lite.data.rows import (
     parse_json,
     plain_text,
 )
-from lvr_lite.data.samples import Sample, placed_samples, reject_other_boxes
+from lvr_lite.data.samples import Sample, placed_samples
 from lvr_lite.errors import UsageError
 
 
