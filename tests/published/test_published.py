@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ def base(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     noticeable: Callable[[Any], Any],
-) -> Path:
+) -> Iterator[Path]:
     """The published folder, its configuration with few layers, its weights random and in shards."""
     import transformers
 
@@ -119,7 +119,9 @@ def base(
     model.save_pretrained(saved, max_shard_size="80MB")
     for path in saved.glob("model*"):
         path.rename(folder / path.name)
-    return folder
+    yield folder
+    # All models together would fill the disk of a small machine.
+    shutil.rmtree(folder.parent)
 
 
 def of_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
