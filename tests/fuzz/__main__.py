@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from tests.fuzz import originals, watch
-from tests.fuzz.actions import act, import_all
+from tests.fuzz.actions import act, import_all, warm_up
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.watch import Case, Verdict, World
 
@@ -110,6 +110,7 @@ def main() -> int:
     originals.make_models(models)
     made = originals.make(out / "bases", models, world.root)
     world.bases.update(made.bases)
+    warm_up(made.bases, out)
     kinds = options.kinds or list(KINDS)
     print(
         f"seed {options.seed}, {options.seconds:g} s or {options.inputs} inputs, {len(kinds)} kinds"

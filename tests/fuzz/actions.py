@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ REFUSED_OPTIONS = (
 # Beside the project's own modules, what commands import while they work.
 LIBRARIES = (
     "bitsandbytes", "peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "safetensors.torch",
-    "onnxscript", "pyarrow.parquet", "yaml", "jinja2.sandbox", "jinja2.ext", "rich.progress",
+    "typer._adapters", "matplotlib.pyplot", "onnxscript", "pyarrow.parquet", "yaml", "jinja2.sandbox", "jinja2.ext", "rich.progress",
     "rich.table", "sympy", "onnxruntime", "PIL.features",
 )  # fmt: skip
 
@@ -51,6 +53,23 @@ def _import_if_there(name: str) -> None:
         importlib.import_module(name)
     except ImportError:
         print(f"{name}: not there")
+
+
+def warm_up(bases: Mapping[str, Path], out: Path) -> None:
+    """Run what starts no threads once on sound files, so that a forked process finds what is made
+    on first use.
+    """
+    samples = str(bases["scenes"] / "test.jsonl")
+    for command in (
+        ("data", "preview", samples, "--out", str(out / "preview.png")),
+        ("inspect", str(bases["fp32"] / "model")),
+        ("finetune", "--model", str(bases["checkpoint"] / "model"), "--plan"),
+    ):
+        with (out / "warm-up.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            act(command)
+    gc.collect()
+    # What is there now is not looked at again: each forked process would copy it.
+    gc.freeze()
 
 
 @cache
