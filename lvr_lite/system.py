@@ -83,6 +83,23 @@ def peak_rss_mb() -> float | None:
     return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
 
 
+# What libraries say when memory is used up: PyTorch on a CPU and on a card, CUDA itself and cuBLAS,
+# bitsandbytes, ONNX Runtime.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever library, says that memory is used up."""
+    if isinstance(error, MemoryError):
+        return True
+    # Libraries raise their own types over RuntimeError, or over Exception alone (ONNX Runtime).
+    is_of_library = isinstance(error, RuntimeError) or "onnxruntime" in type(error).__module__
+    return is_of_library and OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def version(package: str) -> str | None:
     """The installed version of a distribution; None where it is not installed."""
     try:
