@@ -6,6 +6,7 @@ What cannot be learned on a system (no /proc, no governor) is None, never a gues
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -93,7 +94,7 @@ OUT_OF_MEMORY = re.compile(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of whatever library, says that memory is used up."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     # Libraries raise their own types over RuntimeError, or over Exception alone (ONNX Runtime).
     is_of_library = isinstance(error, RuntimeError) or "onnxruntime" in type(error).__module__
