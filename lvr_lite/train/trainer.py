@@ -260,8 +260,8 @@ class LatentTrainer(transformers.Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient that is not finite anywhere is not finite in all processes; a loss need not be.
-        wrong = bool(self.step.not_finite) or not math.isfinite(float(norm))
-        wrong, self.agreed_signal = self.agreed(int(wrong), self.request.signal)
+        mine = bool(self.step.not_finite) or not math.isfinite(float(norm))
+        wrong, self.agreed_signal = self.agreed(int(mine), self.request.signal)
         self.steps_to_log += 1
         if wrong:
             self._leave_out(model)
