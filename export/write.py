@@ -123,7 +123,8 @@ def write_bundle(
             manifest = replace(manifest, parity=measured.to_json())
             write_manifest(folder, manifest)
         report = {"precision": precision, "graphs": reports, "parity": manifest.parity}
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        text = json.dumps(report, indent=1)
+        (folder / "report.json").write_text(text, encoding="utf-8")
     return Bundle(target, manifest)
 
 

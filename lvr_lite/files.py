@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -389,6 +388,9 @@ def _sync(path: Path) -> None:
     if not path.is_dir():
         _sync_one(path)
         return
+    # It is slow to import.
+    from concurrent.futures import ThreadPoolExecutor
+
     # A folder comes after those in it.
     folders = {Path(place): names for place, _, names in os.walk(path, topdown=False)}
     files = [folder / name for folder, names in folders.items() for name in names]
@@ -510,7 +512,6 @@ def fresh_folder(target: Path, replaceable: str) -> Iterator[Path]:
         _put_back(target, replaceable)
         yield staged
         staged.chmod(_mode_of(target, staged))
-        _sync(staged)
         # Minutes may have passed.
         _refuse_foreign(target, replaceable)
         take_place(staged, target)
@@ -591,10 +592,19 @@ def _mode_of(target: Path, staged: Path) -> int:
 
 
 def take_place(staged: Path, target: Path) -> None:
-    """Give the folder `staged` the name `target`, and remove what had it. The caller holds `target`
-    and has synced `staged`, which lies on the same disk. At every moment either is whole at
-    `target`, or `earlier_result` finds the one that was. Raises OSError, with `target` as before.
+    """Give the folder `staged`, on the same disk, the name `target`, and remove what had it. At
+    every moment either is whole at `target`, or `earlier_result` finds the one that was.
+
+    Raises OutputError where another process holds `target`, OSError where it cannot be renamed; it
+    is as before then.
     """
+    target = behind_links(target)
+    with locked(target, "folder"):
+        _sync(staged)
+        _change_names(staged, target)
+
+
+def _change_names(staged: Path, target: Path) -> None:
     if not target.exists():
         staged.rename(target)
         _sync_one(target.parent)
@@ -610,6 +620,13 @@ def take_place(staged: Path, target: Path) -> None:
             raise
     _sync_one(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def move_up(folder: Path) -> None:
+    """Move what is in a folder into the one around it, and remove the folder."""
+    for path in folder.iterdir():
+        path.rename(folder.parent / path.name)
+    folder.rmdir()
 
 
 def _exchange(one: Path, other: Path) -> bool:

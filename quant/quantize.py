@@ -167,7 +167,8 @@ def check_source(source: Bundle, target: Path, precision: str) -> None:
 
 
 def write_report(folder: Path, report: QuantizationReport) -> None:
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1))
+    text = json.dumps(report.to_json(), indent=1)
+    (folder / "report.json").write_text(text, encoding="utf-8")
 
 
 def _write_graph(

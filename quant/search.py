@@ -23,8 +23,10 @@ import onnx
 from lvr_lite import terminal
 from lvr_lite.errors import UsageError
 from lvr_lite.export import onnxfile
+from lvr_lite.files import fresh_folder, move_up
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import open_session
+from lvr_lite.model.bundle import MANIFEST
 from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.products import Products
@@ -64,15 +66,18 @@ def write_mixed(
     plan = search.plan(chosen.eight)
     progress = search.calibration.progress
     source = search.calibration.source
-    written = quantize_bundle(source, target, "mixed", progress, plan=plan, tuner=tuner)
-    assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
-    progress(
-        f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.loss.kl:.2e}, "
-        f"drift {chosen.loss.drift:.2e}"
-    )
-    report = replace(written, search=result)
-    write_report(target, report)
-    draw(result, target / "pareto.png")
+    with fresh_folder(target, MANIFEST) as staged:
+        bundle = staged / "mixed"
+        written = quantize_bundle(source, bundle, "mixed", progress, plan=plan, tuner=tuner)
+        assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
+        progress(
+            f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.loss.kl:.2e}, "
+            f"drift {chosen.loss.drift:.2e}"
+        )
+        report = replace(written, search=result)
+        write_report(bundle, report)
+        draw(result, bundle / "pareto.png")
+        move_up(bundle)
     return report
 
 
