@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lvr_lite.errors import BundleError
-from lvr_lite.files import sha256
+from lvr_lite.files import earlier_result, sha256
 from lvr_lite.model import families
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.model.processor import Processor
@@ -219,6 +219,11 @@ def hashes_and_bytes(folder: Path, paths: Sequence[str]) -> tuple[dict[str, str]
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
+    if not folder.is_dir() and (earlier := earlier_result(folder)):
+        raise BundleError(
+            f"{folder}: no such folder, since its replacing was interrupted; the earlier bundle is "
+            f"{earlier}: rename it to {folder.name}"
+        )
     if not folder.is_dir():
         raise BundleError(
             f"{folder}: no such folder; `lvr-lite export CHECKPOINT BUNDLE` makes a bundle"
