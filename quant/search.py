@@ -23,10 +23,8 @@ import onnx
 from lvr_lite import terminal
 from lvr_lite.errors import UsageError
 from lvr_lite.export import onnxfile
-from lvr_lite.files import fresh_folder, move_up
 from lvr_lite.generate.decode import Prompt
 from lvr_lite.generate.onnx import open_session
-from lvr_lite.model.bundle import MANIFEST
 from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.products import Products

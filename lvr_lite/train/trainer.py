@@ -25,7 +25,7 @@ from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
 from lvr_lite.errors import NotFiniteError, StoppedError
 from lvr_lite.eval.suite import accuracy_on
-from lvr_lite.files import JsonObject
+from lvr_lite.files import JsonObject, saving
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.checkpoint import ADAPTER, Checkpoint
 from lvr_lite.system import peak_rss_mb
@@ -34,7 +34,6 @@ from lvr_lite.train.run_folder import (
     last_whole_checkpoint,
     loading,
     mark_whole,
-    saving,
     steps_of,
     whole_or_not,
     write_result,
