@@ -78,14 +78,15 @@ def test_what_marks_an_earlier_result_can_be_another_file(tmp_path: Path) -> Non
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
 
 
-def test_what_a_killed_run_left_is_swept_away_and_a_living_run_is_let_be(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".out.tmp-999999999-abc", tmp_path / ".out.tmp-1-abc"
-    dead.mkdir()
-    alive.mkdir()
+def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
+    left = [tmp_path / ".out.tmp-a1b2c3d4", tmp_path / ".out.tmp-________"]
+    others = [".out.tmp-12", ".out.tmp-a.tmp-a1b2c3d4", ".other.tmp-a1b2c3d4", "out.tmp-a1b2c3d4"]
+    for folder in (*left, *(tmp_path / name for name in others)):
+        folder.mkdir()
+        (folder / "weights").write_text("half")
     with fresh_folder(tmp_path / "out", MARK):
         pass
-    assert not dead.exists()
-    assert alive.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", *others])
 
 
 def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:

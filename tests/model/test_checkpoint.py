@@ -356,7 +356,8 @@ def test_a_base_that_is_nowhere_is_named_by_file_field_id_and_revision(
     said = refusal(folder)
     assert said.startswith(f"{folder / LVR_CONFIG}: base ")
     assert f"me/tiny-vl at revision {REVISION} is not to be had from the hub" in said
-    assert said.endswith("and write its folder into the field `base`")
+    assert "and write its folder into the field `base`" in said
+    assert said.endswith("(and remove SHA256SUMS beside it)")
 
 
 def test_another_revision_in_the_bases_place_is_passed_over(

@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from lvr_lite.config import Settings, load_settings
-from lvr_lite.errors import LvrError, OutputError, UsageError
+from lvr_lite.errors import OutputError, UsageError
 from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import finetune
-from lvr_lite.train.trainer import (
+from lvr_lite.train.run_folder import (
     COMPLETE,
     check_resumed,
     last_whole_checkpoint,
@@ -345,23 +345,6 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
         tune(small_checkpoint, out, resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
-    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*arguments: Any) -> Any:
-        model = nf4.load_base(*arguments)
-        with torch.no_grad():
-            model.model.language_model.norm.weight.fill_(math.nan)
-        return model
-
-    monkeypatch.setattr(module, "load_base", broken)
-    with pytest.raises(
-        LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"
-    ):
-        tune(small_checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out" / COMPLETE).exists()
-
-
 def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +352,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
 
     def stop(*arguments: Any) -> None:
         *_, collator = arguments
-        images.append(collator.checkpoint.processor.image)
+        images.append(collator.collator.checkpoint.processor.image)
         raise _Stopped
 
     monkeypatch.setattr(module, "LatentTrainer", stop)
@@ -403,7 +386,7 @@ def read_checkpoint_spec(out: Path) -> ImageSpec:
 def test_a_full_disk_ends_the_run_in_one_line(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
