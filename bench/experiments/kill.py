@@ -2,10 +2,10 @@
 
 python -m lvr_lite.bench.experiments.kill --out build/kill --kills 200
 
-Three kills in four come after a random part of what the command usually takes; one in four is aimed
-at the moment of saving: a random part of the time from the first sign of it (a checkpoint that is
-not whole yet, the manifest of the bundle to come, the first answers) to the end of it. Two processes
-with --only finetune,grpo and --only export,quantize,eval share two cores.
+Three kills in four come after a random part of what the command usually takes. One in four is
+aimed at saving: it waits for the first sign of it (a checkpoint that is not whole yet, the manifest
+of the bundle to come, the first answers) and a random moment more. Two processes, with --only
+finetune,grpo and --only export,quantize,eval, share two cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lvr_lite.bench.experiments import victims
 from lvr_lite.bench.experiments.runner import Out, Page, launch, publish, table, write_results
@@ -28,8 +27,10 @@ TITLES = (
     "command", "kills", "aimed at saving", "in the last 5 %", "nothing written yet", "half written",
     "done", "lost at most", "broken or missing", "run after failed",
 )  # fmt: skip
-# Of a command's usual time: what one process in four is given after the first sign of saving.
-AIMED = 0.25
+# What one process in four is given after the first sign of saving: seconds of a training, of the
+# others a part of their usual time.
+AIMED_SECONDS = 0.05
+AIMED_SHARE = 0.25
 
 
 @dataclass
@@ -119,13 +120,11 @@ def _killed(job: Job, line: list[str], usual: float, tally: Tally) -> bool:
     child = victims.start(line, job.log)
     if aimed:
         over = _await_saving(job, child, usual * 3)
-        moment = (
-            random.uniform(0, 0.05) if job.name in TRAININGS else random.uniform(0, AIMED * usual)
-        )
+        longest = AIMED_SECONDS if job.name in TRAININGS else AIMED_SHARE * usual
     else:
         over = False
-        moment = random.uniform(0, usual)
-    if over or victims.wait(child, moment) is not None:
+        longest = usual
+    if over or victims.wait(child, random.uniform(0, longest)) is not None:
         return False
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -1,5 +1,5 @@
-"""Commands that are to be disturbed: small jobs, each in a process forked from one that has imported
-everything, so that a thousand of them take an hour and not a day.
+"""Commands that are to be disturbed: small jobs, each in a process forked from one that has
+imported everything, so that a thousand of them take an hour and not a day.
 
 What a command does is what a user's would do: its own main is called. Models are small, steps few,
 and torch runs on one thread. May import: all that stands above `bench.experiments`.
@@ -37,11 +37,11 @@ STEPS = 10
 SAVE_EVERY = 2
 ANSWERS = 60
 TRAINING = (
-    f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.eval_every=1000", "train.batch=1",
-    "train.log_every=1", "train.precision=fp32", "data.eval_count=1", "lora.rank=4", "latent.steps=2",
-    "train.accumulation=1", "train.gradient_checkpointing=false", "train.workers=0",
+    f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.eval_every=1000",
+    "train.batch=1", "train.log_every=1", "train.precision=fp32", "train.accumulation=1",
+    "train.gradient_checkpointing=false", "data.eval_count=1", "lora.rank=4",
 )  # fmt: skip
-OF_FINETUNE = (*TRAINING, "data.replay=null")
+OF_FINETUNE = (*TRAINING, "latent.steps=2", "data.replay=null")
 OF_GRPO = (*TRAINING, "grpo.group=4")
 # Pictures of two sizes: what an earlier bundle has, and what the next one has.
 SIZES = (200_704, 100_352)
@@ -52,7 +52,12 @@ BAR = re.compile(rf"(\d+)/{STEPS} \[")
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left: its exit code (negative: the signal that ended it), its words, seconds."""
+    """What a command left.
+
+    code: its exit code; negative: the signal that ended it.
+    text: what it said.
+    seconds: that it took.
+    """
 
     code: int
     text: str

@@ -122,7 +122,7 @@ def main() -> int:
         for kind in kinds:
             if fuzzing.over:
                 break
-            _batch(fuzzing, kind, KINDS[kind](made), f"{options.seed} {turn} {kind}")
+            _batch(fuzzing, kind, KINDS[kind](made), f"{options.seed} {turn} {kind}", options.batch)
         turn += 1
     seconds = time.monotonic() - began
     _report(fuzzing, out / "fuzz.json", options.seed, seconds)
@@ -136,6 +136,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--inputs", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=BATCH, help="inputs of a kind in a row")
     parser.add_argument("--kinds", type=lambda text: text.split(","), help=", ".join(KINDS))
     parser.add_argument("--limit", type=float, default=watch.SECONDS, help="seconds of a command")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
@@ -147,12 +148,12 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _batch(fuzzing: Fuzzing, kind: str, strategy: object, name: str) -> None:
-    """BATCH inputs of a kind, the same for the same name."""
+def _batch(fuzzing: Fuzzing, kind: str, strategy: object, name: str, count: int) -> None:
+    """So many inputs of a kind, the same for the same name."""
 
     @seeded(zlib.crc32(name.encode()))
     @settings(
-        max_examples=BATCH,
+        max_examples=count,
         database=None,
         deadline=None,
         phases=[Phase.generate],
@@ -177,14 +178,12 @@ def _report(fuzzing: Fuzzing, path: Path, seed: int, seconds: float) -> None:
     rows = ["| kind | inputs | refused in one line | finds | slowest, s | peak, MiB |"]
     rows.append("|---|---|---|---|---|---|")
     for kind, count in fuzzing.counts.items():
-        figures = (count.inputs, count.refused, count.finds)
-        rows.append(
-            f"| {kind} | {' | '.join(map(str, figures))} | {count.slowest:.1f} | {count.peak_mb:.0f} |"
-        )
+        counts = f"{count.inputs} | {count.refused} | {count.finds}"
+        rows.append(f"| {kind} | {counts} | {count.slowest:.1f} | {count.peak_mb:.0f} |")
     print("\n".join(rows))
     print(
-        f"{fuzzing.total} inputs in {seconds / 60:.1f} min, {sum(fuzzing.places.values())} finds at "
-        f"{len(fuzzing.places)} places; seed {seed}"
+        f"{fuzzing.total} inputs in {seconds / 60:.1f} min, {sum(fuzzing.places.values())} finds "
+        f"at {len(fuzzing.places)} places; seed {seed}"
     )
     report = {
         "seed": seed,

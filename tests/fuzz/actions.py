@@ -26,9 +26,9 @@ REFUSED_OPTIONS = (
 )
 # Beside the project's own modules, what commands import while they work.
 LIBRARIES = (
-    "bitsandbytes", "peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "safetensors.torch",
-    "typer._adapters", "matplotlib.pyplot", "onnxscript", "pyarrow.parquet", "yaml", "jinja2.sandbox", "jinja2.ext", "rich.progress",
-    "rich.table", "sympy", "onnxruntime", "PIL.features",
+    "bitsandbytes", "peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "onnxscript",
+    "safetensors.torch", "typer._adapters", "matplotlib.pyplot", "pyarrow.parquet", "yaml",
+    "jinja2.sandbox", "jinja2.ext", "rich.progress", "rich.table", "onnxruntime", "PIL.features",
 )  # fmt: skip
 
 

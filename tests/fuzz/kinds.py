@@ -112,7 +112,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 def foreign_pictures(draw: Draw, originals: Originals) -> Case:
     """A sound picture of a format that is not read, called as one that is; PostScript above all."""
     scripts = (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\nshowpage\n%%EOF\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
         b"\xc5\xd0\xd3\xc6" + bytes(60) + b"%!PS-Adobe\n%%BoundingBox: 0 0 9 9\n",
         b"%PDF-1.4\n1 0 obj<<>>endobj\ntrailer<<>>\n%%EOF",
         b"\xd7\xcd\xc6\x9a" + bytes(100),
@@ -431,7 +431,7 @@ RECIPE = {
 
 
 @st.composite
-def recipes(draw: Draw, originals: Originals) -> Case:  # noqa: ARG001
+def recipes(draw: Draw, originals: Originals) -> Case:
     """A recipe changed as a value (JSON is YAML) or as text. Rewards of modules are code that is
     meant to run, so none is named.
     """
@@ -443,7 +443,8 @@ def recipes(draw: Draw, originals: Originals) -> Case:  # noqa: ARG001
     )
     files = {"in/recipe.yaml": changed}
     value = draw(st.one_of(st.sampled_from(TEXTS), values.map(str)))
-    setting = f"{draw(st.sampled_from(('train.lr', 'lora.rank', 'latent.steps', 'max_pixels', 'x')))}={value}"
+    names = ("train.lr", "lora.rank", "latent.steps", "max_pixels", "grpo.rewards", "x")
+    setting = f"{draw(st.sampled_from(names))}={value}"
     plan = ("finetune", "--model", "tiny", "--plan")
     commands = ((*plan, "--config", "IN/recipe.yaml"), (*plan, "--set", setting[:300]))
     return Case("recipes", None, files, commands)
@@ -478,7 +479,7 @@ ATTACKS = (
 
 
 @st.composite
-def rewards(draw: Draw, originals: Originals) -> Case:  # noqa: ARG001
+def rewards(draw: Draw, originals: Originals) -> Case:
     """A model's answer and a sample's, as every named reward sees them."""
     texts = st.one_of(EXPRESSION, st.sampled_from(ATTACKS), st.text(max_size=60))
     expected = draw(texts)

@@ -147,10 +147,8 @@ def _model_files(models: Path) -> dict[str, bytes]:
 def _results(folder: Path, bundle: Path, scenes: Path, world: Path) -> dict[str, bytes]:
     """What `eval` writes: its answers, as if the samples lay where cases do, and its report."""
     names = ("answers.jsonl", "eval.json")
-    wanted = [
-        part for flag, n in zip(("--answers", "--json"), names) for part in (flag, folder / n)
-    ]
-    _run("eval", bundle, "--suite", scenes, "--limit", 2, *wanted)
+    files = ("--answers", folder / names[0], "--json", folder / names[1])
+    _run("eval", bundle, "--suite", scenes, "--limit", 2, *files)
     place = str(world.resolve() / "in" / "scenes" / scenes.name).encode()
     there = str(scenes.resolve()).encode()
     return {name: (folder / name).read_bytes().replace(there, place) for name in names}

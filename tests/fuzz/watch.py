@@ -193,7 +193,9 @@ def read_kept(folder: Path) -> Case:
             if not path.is_symlink()
         },
         links={
-            str(path.relative_to(folder)): os.readlink(path) for path in paths if path.is_symlink()
+            str(path.relative_to(folder)): str(path.readlink())
+            for path in paths
+            if path.is_symlink()
         },
         commands=tuple(tuple(command) for command in kept["commands"]),
     )
@@ -364,7 +366,7 @@ class Guard:
         if place.startswith((self._out, *self._readable)) or not os.path.lexists(place):
             return True
         # A folder above is listed to find what is in it.
-        return os.path.isdir(place)
+        return Path(place).is_dir()
 
     def _note_change(self, event: str, path: Any) -> None:
         place = _real(path)
