@@ -18,8 +18,8 @@ from tests.fuzz import watch
 from tests.fuzz.watch import SECRET, Case, World
 
 # Of what hangs and of what takes memory.
-SECONDS = 1.0
-MEMORY_MB = 300.0
+SECONDS = 3.0
+MEMORY_MB = 150.0
 
 
 def act(words: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def act(words: Sequence[str]) -> None:
         while True:
             pass
     if what == "memory":
-        assert b"x" * (400 << 20)
+        assert b"x" * (200 << 20)
     if what == "write outside":
         (world / "stray").write_text("planted")
     if what == "write inside":
