@@ -285,8 +285,10 @@ def _lock_file(file: Path) -> int | None:
             # Its last holder may have removed it after it was opened here.
             if holds and _is_at(fd, file):
                 words = json.dumps(Holder.this(kernel is not None).to_json())
-                os.ftruncate(fd, 0)
-                os.write(fd, words.encode())
+                # A lock on a full disk is one without words.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)
+                    os.write(fd, words.encode())
                 return fd
         except BaseException:
             os.close(fd)
@@ -350,11 +352,13 @@ def behind_links(path: Path) -> Path:
     """The absolute path that `path` leads to through links: what is written there, and the link
     stays.
 
-    Raises OutputError for a link that another user made in a folder where everybody may make one.
+    Raises OutputError for a link that another user made in a folder where everybody may make one,
+    and for links that lead round.
     """
+    given = path
     for _ in range(MOST_LINKS):
         if not path.is_symlink():
-            break
+            return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
         link, folder = path.lstat(), path.parent.stat()
         anybody = folder.st_mode & stat.S_IWOTH
         if anybody and hasattr(os, "geteuid") and link.st_uid not in (os.geteuid(), folder.st_uid):
@@ -363,7 +367,7 @@ def behind_links(path: Path) -> Path:
                 "choose another place"
             )
         path = path.parent / path.readlink()
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    raise OutputError(f"{given}: cannot be written (links that lead nowhere); choose another place")
 
 
 # Links one after the other, as Linux follows at most.
