@@ -283,9 +283,9 @@ import os, sys, time
 from pathlib import Path
 from lvr_lite import files
 with files.locked(Path(sys.argv[1]), "folder", inside=len(sys.argv) > 2):
-    process = os.fork() if hasattr(os, "fork") else 1
-    if process:
-        print(process, flush=True)
+    # The forked one says so itself: it has let go of the lock then.
+    if not hasattr(os, "fork") or os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -315,7 +315,7 @@ def test_the_second_writer_is_told_who_the_first_is_and_a_kill_ends_the_lock(
         holder.wait()
         with files.locked(tmp_path / "out", "folder", inside=bool(inside)):
             pass
-        if forked > 1:
+        if forked != holder.pid:
             os.kill(forked, signal.SIGKILL)
     # The folder had been made for the lock by the process that was killed.
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if inside else [])
@@ -364,6 +364,23 @@ def test_a_prepared_lock_is_refused_and_what_it_leads_to_is_as_before(
     with pytest.raises(OutputError, match="out: cannot be"), files.locked(tmp_path / "out", "f"):
         pytest.fail("the body must not run")
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may all")
+def test_the_lock_of_another_user_who_still_runs_is_told_from_one_that_was_left(
+    tmp_path: Path,
+) -> None:
+    lock = tmp_path / f".out{files.LOCK}"
+    with files.locked(tmp_path / "out", "folder"):
+        lock.chmod(0o444)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(OutputError, match="is writing this"):
+            pool.submit(files.locked(tmp_path / "out", "folder").__enter__).result()
+    lock.touch(0o444)
+    with (
+        pytest.raises(OutputError, match="Permission denied"),
+        files.locked(tmp_path / "out", "folder"),
+    ):
+        pytest.fail("the body must not run")
 
 
 @pytest.mark.parametrize("words", ["", "{", "[" * 1000, '{"host": 1}', '{"since": NaN}', "\0" * 9])
