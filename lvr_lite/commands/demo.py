@@ -114,7 +114,7 @@ def demo(out: str | Path = "demo-out", quick: bool = False) -> Demo:
     _refuse_foreign(out)
     with locked(out, "folder", inside=True):
         _refuse_foreign(out)
-        with scratch_folder(out / "demo") as scratch:
+        with scratch_folder(out / "demo", RESULTS) as scratch:
             stages = _Stages(out, scratch, quick)
             result, answers = stages.run_all()
             for name in ("checkpoint", *BUNDLES):
@@ -214,7 +214,7 @@ class _Stages:
             raise LvrError(
                 f"the demo stopped: `{line}` ended with exit code {code} (its message stands above)"
             )
-        return dict(json.loads(result.read_text()))
+        return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
