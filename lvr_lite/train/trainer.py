@@ -227,9 +227,9 @@ def write_side_files(
     try:
         out.mkdir(parents=True, exist_ok=True)
         processor.tokenizer.save(str(out / "tokenizer.json"))
-        (out / "chat_template.jinja").write_text(processor.template)
+        (out / "chat_template.jinja").write_text(processor.template, encoding="utf-8")
         preprocessor = json.dumps(read_preprocessor(checkpoint.base), indent=1)
-        (out / "preprocessor_config.json").write_text(preprocessor)
+        (out / "preprocessor_config.json").write_text(preprocessor, encoding="utf-8")
     except OSError as error:
         raise OutputError(
             f"{out}: cannot be written ({error.strerror or error}); "
