@@ -17,6 +17,9 @@ from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.model.images import SUFFIXES
 
+# Bytes of a data.yaml, and digits of a class's number.
+LARGEST_YAML = 4 << 20
+DIGITS = 9
 SPLITS = ("train", "val", "valid", "test")
 
 
@@ -137,7 +140,7 @@ def _detections(
 def _class_of(word: str, names: dict[int, str]) -> str:
     # NumPy and pandas write 0.0 for 0.
     word = re.sub(r"\.0+$", "", word)
-    if not word.isdecimal() or int(word) not in names:
+    if not (word.isdecimal() and len(word) <= DIGITS and int(word) in names):
         raise FieldError(
             f"class {word[:20]} is not one of the {len(names)} that have a name",
             "correct the number, or name it",
@@ -222,9 +225,16 @@ def _yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        if path.stat().st_size > LARGEST_YAML:
+            raise DataError(f"{path}: more than {LARGEST_YAML >> 20} MiB; this is no data.yaml")
+        text = path.read_text(encoding="utf-8-sig")
+        # A few lines of aliases of aliases are a list of any length, and none is needed here.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise DataError(f"{path}: holds aliases (*name); write the values out")
+        data = yaml.safe_load(text)
+    # PyYAML itself raises ValueError for a date or a number that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or "nested too deeply"
         raise DataError(f"{path}: not valid YAML ({reason})") from error
     if not isinstance(data, dict):
         raise DataError(
@@ -249,7 +259,7 @@ def _names(
                 f"{source}: its classes have no names; add data.yaml with names, or classes.txt "
                 "with one a line"
             )
-        names = _lines(file)
+        names = _lines(file, errors="replace")
         while names and not names[-1].strip():
             names.pop()
     try:
@@ -278,6 +288,11 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
                 place = root / name[3:]
             if place.is_dir():
                 pictures |= dict.fromkeys(_pictures_among(files_below(place)), split)
+            elif place.is_file() and place.suffix != ".txt":
+                raise DataError(
+                    f"{imported.source}: {split}: {name} is neither a folder nor a .txt that lists "
+                    "pictures"
+                )
             elif place.is_file():
                 pictures |= dict.fromkeys(_paths_in(place, root), split)
             else:
@@ -287,7 +302,7 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
 
 def _paths_in(file: Path, root: Path) -> list[Path]:
     """The paths that a text file lists, one a line."""
-    lines = [line for line in _lines(file) if line.strip()]
+    lines = [line for line in _lines(file, errors="replace") if line.strip()]
     return [
         as_on_disk((file.parent if line.startswith("./") else root) / line.strip())
         for line in lines
