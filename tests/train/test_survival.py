@@ -4,11 +4,16 @@ a second run on its folder, and files that were damaged or prepared.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +30,12 @@ from lvr_lite.files import locked
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.sums import SUMS, check_sums, read_sums
 from lvr_lite.train import run_folder
-from lvr_lite.train.out_of_memory import first_to_lower
+from lvr_lite.train.out_of_memory import first_to_lower, told_in_one_line
 from lvr_lite.train.run_folder import COMPLETE, last_whole_checkpoint, whole_checkpoints
 from lvr_lite.train.sft import LatentSFT
 from lvr_lite.train.stopping import StopRequest
 from lvr_lite.train.trainer import LatentTrainer
-from tests.command_line import two_processes
+from tests.command_line import Call, two_processes
 from tests.tuning import TINY_RUN, losses, tune
 
 Run = tuple[Path, dict[str, Any]]
@@ -75,6 +80,10 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def same_weights(one: Path, other: Path) -> bool:
     mine, theirs = adapter(one), adapter(other)
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def rates(metrics: dict[str, Any]) -> list[float]:
+    return [h["learning_rate"] for h in metrics["history"] if "learning_rate" in h]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,6 +179,66 @@ def test_a_thread_leaves_signals_alone() -> None:
     assert handlers == [signal.getsignal(signal.SIGINT)]
 
 
+def begun(*arguments: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own, its signals as a terminal gives them."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lvr_lite", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have switched Ctrl-C off.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_ctrl_c_names_the_command_that_goes_on(small_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    overrides = [f"--set={o}" for o in (*TINY_RUN, "train.steps=500", "train.eval_every=500")]
+    overrides += ["--set=train.save_every=500", "--set=train.workers=1"]
+    call = ["finetune", "--model", small_checkpoint, "--data", "scenes", "--out", out, *overrides]
+    process = begun(*call)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("step 2:"):
+        assert line, process.communicate()
+    # As a terminal does: to all processes, those that prepare batches among them.
+    for pid in (process.pid, *children(process.pid)):
+        os.kill(pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    last = err.splitlines()[-1]
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    step = int(re.findall(r"stopped at step (\d+): Ctrl-C", last)[0])
+    command = shlex.join(["lvr-lite", *map(str, call), "--resume"])
+    assert last.endswith(f"saved in {out / f'checkpoint-{step}'}; go on with {command}")
+    assert last_whole_checkpoint(out) == out / f"checkpoint-{step}"
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one has started, where the system tells."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for file in tasks.glob("*/children") for child in file.read_text().split()]
+
+
+@pytest.mark.parametrize("place", ["load_examples", "load_base", "LatentTrainer"])
+def test_a_signal_while_a_run_is_loaded_is_one_line_and_leaves_nothing(
+    call: Call,
+    small_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    def signalled(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(f"lvr_lite.train.finetune.{place}", signalled)
+    out = tmp_path / "out"
+    done = call("finetune", "--model", small_checkpoint, "--data", "scenes", "--out", out)
+    assert done.code == 143
+    assert done.err.splitlines()[-1] == "stopped by SIGTERM"
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------------------
 # numbers that are not finite
 
@@ -197,6 +266,7 @@ def spoil(
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_batch_whose_loss_is_not_finite_is_skipped_counted_and_named(
+    run: Run,
     small_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,8 +286,7 @@ def test_a_batch_whose_loss_is_not_finite_is_skipped_counted_and_named(
     assert written == metrics
     assert same_weights(out / "checkpoint-1", out / "checkpoint-2")
     assert not same_weights(out / "checkpoint-2", out / "checkpoint-3")
-    rates = [h["learning_rate"] for h in metrics["history"] if "learning_rate" in h]
-    assert rates == sorted(rates, reverse=True)
+    assert rates(metrics) == rates(run[1])
 
 
 def test_of_several_batches_a_step_the_one_is_named_whose_loss_it_was(
@@ -303,28 +372,38 @@ def test_answers_from_logits_that_are_not_finite_do_not_end_the_run(
 # memory
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-        MemoryError(),
-    ],
-)
-def test_memory_that_is_used_up_is_one_line_with_the_peak_and_the_first_setting_to_lower(
-    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_memory_that_is_used_up_is_one_line_whatever_library_says_it(
+    tmp_path: Path, error: Exception
+) -> None:
+    with (
+        pytest.raises(LvrError, match=r"out of memory: .* GiB were taken of .*; lower it with --s"),
+        told_in_one_line(tmp_path, load_settings(None, []), 401408, "cpu", stage=1),
+    ):
+        raise error
+
+
+def test_a_run_that_used_up_its_memory_goes_on_with_the_setting_that_its_line_names(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
 
     def fail(_: LatentTrainer) -> None:
-        raise error
+        raise OUT_OF_MEMORY[0]
 
     before_step(monkeypatch, 3, fail)
     with pytest.raises(LvrError) as end:
         tune(small_checkpoint, out)
     message = str(end.value)
-    assert message.startswith("out of memory: ")
-    assert "GiB were taken of this machine's " in message
     assert "go on with --resume --set train.batch=1 --set train.accumulation=2" in message
     assert message.endswith(f"{out / 'checkpoint-2'} is whole")
     monkeypatch.undo()
@@ -353,8 +432,8 @@ LOW = ("train.batch=1", "train.gradient_checkpointing=true", "grpo.rows=1")
         (1, ["train.batch=4"], "--set train.batch=2 --set train.accumulation=32"),
         (1, ["train.batch=1", "train.gradient_checkpointing=false"], "gradient_checkpointing=true"),
         (1, LOW, "--set max_pixels=200704"),
-        (1, [*LOW, "max_pixels=50176"], "--set lora.rank=32"),
-        (1, [*LOW, "max_pixels=50176", "lora.rank=4"], "--set latent.steps=4"),
+        (1, [*LOW, "max_pixels=50176"], "--set lora.rank=8"),
+        (1, [*LOW, "max_pixels=50176", "lora.rank=4"], "--set latent.steps=2"),
         (1, [*LOW, "max_pixels=50176", "lora.rank=4", "latent.steps=1"], None),
         (2, ["grpo.rows=16"], "--set grpo.rows=8"),
         (2, [*LOW, "grpo.group=8"], "--set grpo.group=4"),
@@ -407,8 +486,7 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_the_earlier_checkpoint
         tune(small_checkpoint, out, "train.keep=1")
     monkeypatch.undo()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    metrics, _ = tune(small_checkpoint, out, resume=True)
-    assert metrics["steps"] == 4
+    check_sums(out / "checkpoint-2")
 
 
 def test_an_older_checkpoint_goes_only_when_the_newer_one_is_on_the_disk_and_marked(
