@@ -162,7 +162,7 @@ class Holder:
     @classmethod
     def this(cls, kernel: bool) -> Holder:
         """This process."""
-        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        words = [Path(word).name for word in sys.argv[:1]] + sys.argv[1:]
         command = " ".join(words)[:80]
         return cls(platform.node(), os.getpid(), time.time(), command, kernel)
 
@@ -198,7 +198,7 @@ def _plain(text: str) -> str:
 def _read_small(file: Path) -> bytes:
     fd = os.open(file, os.O_RDONLY | NO_LINK)
     try:
-        return os.read(fd, 1000)
+        return os.read(fd, 4000)
     finally:
         os.close(fd)
 
@@ -243,10 +243,10 @@ def locked(path: Path, what: str, inside: bool = False) -> Iterator[bool]:
             del _ours[file]
             _descriptors.discard(fd)
             _release(fd, file)
-        if made:
-            # Only where nothing was written into it.
-            with contextlib.suppress(OSError):
-                place.rmdir()
+            if made:
+                # Only where nothing was written into it.
+                with contextlib.suppress(OSError):
+                    place.rmdir()
 
 
 # The files of locks that this process holds, with process and thread; and their descriptors.
@@ -275,6 +275,11 @@ def _lock_file(file: Path) -> int | None:
                 fd = os.open(file, os.O_RDWR | NO_LINK)
             except FileNotFoundError:
                 continue
+            except PermissionError:
+                # Another user's, who may hold it, or have been killed.
+                if _is_held(file):
+                    return None
+                raise
             made = False
         try:
             state = os.fstat(fd)
@@ -285,8 +290,10 @@ def _lock_file(file: Path) -> int | None:
             # Its last holder may have removed it after it was opened here.
             if holds and _is_at(fd, file):
                 words = json.dumps(Holder.this(kernel is not None).to_json())
-                os.ftruncate(fd, 0)
-                os.write(fd, words.encode())
+                # A lock on a full disk is one without words.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)
+                    os.write(fd, words.encode())
                 return fd
         except BaseException:
             os.close(fd)
@@ -312,6 +319,18 @@ def _lock(fd: int) -> bool | None:
             return None
         raise
     return True
+
+
+def _is_held(file: Path) -> bool:
+    """Whether another process holds a lock, as far as who may only read its file can tell."""
+    try:
+        fd = os.open(file, os.O_RDONLY | NO_LINK)
+    except OSError:
+        return False
+    try:
+        return _lock(fd) is False
+    finally:
+        os.close(fd)
 
 
 def _is_at(fd: int, file: Path) -> bool:
@@ -350,11 +369,13 @@ def behind_links(path: Path) -> Path:
     """The absolute path that `path` leads to through links: what is written there, and the link
     stays.
 
-    Raises OutputError for a link that another user made in a folder where everybody may make one.
+    Raises OutputError for a link that another user made in a folder where everybody may make one,
+    and for links that lead round.
     """
+    given = path
     for _ in range(MOST_LINKS):
         if not path.is_symlink():
-            break
+            return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
         link, folder = path.lstat(), path.parent.stat()
         anybody = folder.st_mode & stat.S_IWOTH
         if anybody and hasattr(os, "geteuid") and link.st_uid not in (os.geteuid(), folder.st_uid):
@@ -363,7 +384,7 @@ def behind_links(path: Path) -> Path:
                 "choose another place"
             )
         path = path.parent / path.readlink()
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    raise OutputError(f"{given}: cannot be written (links that lead nowhere); choose another place")
 
 
 # Links one after the other, as Linux follows at most.
@@ -693,7 +714,8 @@ def write_all(contents: Mapping[Path, str | bytes]) -> None:
     """Write several files, each as `write_atomically`, all or none: none takes its name before all
     are on the disk.
     """
-    staged: dict[Path, Path] = {}
+    # {path: (what it leads to, its new content)}
+    staged: dict[Path, tuple[Path, Path]] = {}
     try:
         for path, content in contents.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
@@ -703,15 +725,16 @@ def write_all(contents: Mapping[Path, str | bytes]) -> None:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _sweep_files(target)
-                staged[target] = _staged_file(target, data)
-        for target, new in staged.items():
+                staged[path] = target, _staged_file(target, data)
+        for path in staged:
+            target, new = staged[path]
             new.replace(target)
-        for folder in {target.parent for target in staged}:
+        for folder in {target.parent for target, _ in staged.values()}:
             _sync_one(folder)
     except OSError as error:
         raise _unwritable(path, error, "place") from error
     finally:
-        for new in staged.values():
+        for _, new in staged.values():
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
 

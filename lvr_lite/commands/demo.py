@@ -214,7 +214,7 @@ class _Stages:
             raise LvrError(
                 f"the demo stopped: `{line}` ended with exit code {code} (its message stands above)"
             )
-        return dict(json.loads(result.read_text()))
+        return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
