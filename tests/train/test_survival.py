@@ -376,6 +376,7 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed. "),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError(),
 ]
