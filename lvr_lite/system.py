@@ -88,7 +88,9 @@ def peak_rss_mb() -> float | None:
 # bitsandbytes, ONNX Runtime.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
-    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation",
+    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation"
+    # The kernel took it back from a process that prepares batches.
+    r"|DataLoader worker .* is killed by signal: (Killed|Bus error)",
 )
 
 

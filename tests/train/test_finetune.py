@@ -16,13 +16,12 @@ import pytest
 import torch
 import yaml
 
-from lvr_lite.config import Settings, load_settings
+from lvr_lite.config import Settings
 from lvr_lite.errors import OutputError, UsageError
 from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
-from lvr_lite.train.finetune import finetune
 from lvr_lite.train.run_folder import (
     COMPLETE,
     check_resumed,
@@ -31,31 +30,7 @@ from lvr_lite.train.run_folder import (
     resume_point,
 )
 from tests.command_line import two_processes
-from tests.short_run import SHORT_RUN
-
-TINY_RUN = [
-    *SHORT_RUN,
-    "train.steps=4",
-    "train.eval_every=4",
-    "train.lr=1e-3",
-    "data.count=16",
-]
-
-
-def settings(*more: str) -> Settings:
-    return load_settings(None, [*TINY_RUN, *more])
-
-
-def tune(
-    base: Path, out: Path, *more: str, data: str = "scenes", **options: Any
-) -> tuple[dict[str, Any], list[str]]:
-    lines: list[str] = []
-    checkpoint = read_checkpoint(base)
-    return finetune(checkpoint, data, out, settings(*more), say=lines.append, **options), lines
-
-
-def losses(metrics: dict[str, Any]) -> dict[int, float]:
-    return {h["step"]: h["loss"] for h in metrics["history"] if "loss" in h}
+from tests.tuning import TINY_RUN, losses, settings, tune
 
 
 @pytest.fixture(scope="module")
