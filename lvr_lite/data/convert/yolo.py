@@ -249,8 +249,10 @@ def _refuse_bombs(path: Path, tokens: Iterable[object]) -> None:
     """
     import yaml
 
-    starts = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
-    starts += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+    starts = (
+        *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+        *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    )
     ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
     depth = 0
     for token in tokens:
