@@ -17,8 +17,10 @@ from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.model.images import SUFFIXES
 
-# Bytes of a data.yaml, and digits of a class's number.
-LARGEST_YAML = 4 << 20
+# Bytes of a data.yaml, of which 1,200 classes take 20,000; values within each other; digits of a
+# class's number.
+LARGEST_YAML = 256 << 10
+DEEPEST_YAML = 20
 DIGITS = 9
 SPLITS = ("train", "val", "valid", "test")
 
@@ -226,11 +228,9 @@ def _yaml(path: Path) -> JsonObject:
 
     try:
         if path.stat().st_size > LARGEST_YAML:
-            raise DataError(f"{path}: more than {LARGEST_YAML >> 20} MiB; this is no data.yaml")
+            raise DataError(f"{path}: more than {LARGEST_YAML >> 10} KiB; this is no data.yaml")
         text = path.read_text(encoding="utf-8-sig")
-        # A few lines of aliases of aliases are a list of any length, and none is needed here.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise DataError(f"{path}: holds aliases (*name); write the values out")
+        _refuse_bombs(path, yaml.scan(text))
         data = yaml.safe_load(text)
     # PyYAML itself raises ValueError for a date or a number that is none.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -241,6 +241,26 @@ def _yaml(path: Path) -> JsonObject:
             f"{path}: must hold names and the folders of pictures, not {type(data).__name__}"
         )
     return data
+
+
+def _refuse_bombs(path: Path, tokens: Iterable[object]) -> None:
+    """Raises DataError for what takes PyYAML minutes or memory: aliases of aliases, of which a few
+    lines are a list of any length, and values within values. Neither is needed here.
+    """
+    import yaml
+
+    starts = (
+        *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+        *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    )
+    ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in tokens:
+        depth += isinstance(token, starts) - isinstance(token, ends)
+        if isinstance(token, yaml.AliasToken):
+            raise DataError(f"{path}: holds aliases (*name); write the values out")
+        if depth > DEEPEST_YAML:
+            raise DataError(f"{path}: not valid YAML (values within {DEEPEST_YAML} others)")
 
 
 def _names(
