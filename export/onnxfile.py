@@ -18,7 +18,6 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import external_data_helper, helper, numpy_helper
 
 from lvr_lite.errors import BundleError
@@ -83,7 +82,8 @@ def load(path: Path) -> onnx.ModelProto:
     check_graph(path)
     try:
         return onnx.load(str(path), load_external_data=False)
-    except DecodeError as error:
+    # protobuf, which onnx brings, has a class of its own for it.
+    except Exception as error:
         raise BundleError(f"{path}: not an ONNX graph ({error}); export again") from error
 
 
@@ -132,7 +132,7 @@ def overwrite(tensor: onnx.TensorProto, folder: Path, array: np.ndarray) -> None
 def _count(tensor: onnx.TensorProto) -> int:
     """Raises BundleError for a shape that no array has."""
     # Python's own product, since numpy's would overflow to anything.
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if any(side < 0 for side in tensor.dims) or count >= 1 << 48:
         raise BundleError(f"weight {tensor.name} has the shape {list(tensor.dims)}; export again")
     return count

@@ -85,8 +85,8 @@ def read_sums(path: Path) -> dict[str, str]:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        line = 1 + content[: error.start].count(b"\n")
-        raise BundleError(f"{path}: line {line}: not UTF-8; {_remedy(folder)}") from error
+        place = 1 + content[: error.start].count(b"\n")
+        raise BundleError(f"{path}: line {place}: not UTF-8; {_remedy(folder)}") from error
     if len(content) > LARGEST:
         raise BundleError(f"{path}: longer than {LARGEST} bytes; {_remedy(folder)}")
     # The last line ends too: what stands after its end is nothing.

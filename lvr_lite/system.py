@@ -122,6 +122,6 @@ def providers() -> list[str] | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip("\0\n ")
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
         return None

@@ -35,6 +35,16 @@ from lvr_lite.sums import check_sums, files_below, is_plain, write_sums
 MANIFEST = "lvr.json"
 VERSION = 1
 TOKENIZER = "tokenizer.json"
+# The largest values of numbers in a manifest: some 30 times what any published model has.
+LARGEST_SIZES = {
+    "layers": 1 << 10,
+    "kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_size": 1 << 18,
+    "vocab_size": 1 << 24,
+}
+LARGEST_PICTURE = 10**9
+LARGEST_STEPS = 1 << 12
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder", "lm_head")
 
 
@@ -281,18 +291,6 @@ def _read_manifest(folder: Path) -> Manifest:
     for name in _digests(manifest):
         _inside(folder, name)
     return manifest
-
-
-# The largest values of numbers in a manifest: some 30 times what any published model has.
-LARGEST_SIZES = {
-    "layers": 1 << 10,
-    "kv_heads": 1 << 12,
-    "head_dim": 1 << 12,
-    "hidden_size": 1 << 18,
-    "vocab_size": 1 << 24,
-}
-LARGEST_PICTURE = 10**9
-LARGEST_STEPS = 1 << 12
 
 
 def _check_values(manifest: Manifest) -> None:

@@ -217,7 +217,8 @@ def _problem(entry: object) -> str | None:
         return "no dtype"
     shape = entry.get("shape")
     offsets = entry.get("data_offsets")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    two = isinstance(offsets, list) and len(offsets) == 2
+    if not _are_counts(shape) or not _are_counts(offsets) or not two:
         return "shape or data_offsets are no counts"
     return None
 
