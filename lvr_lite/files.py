@@ -170,7 +170,7 @@ class Holder:
     def read(cls, file: Path) -> Holder | None:
         """None where the file is gone or says something else."""
         try:
-            fields = json.loads(_read_small(file))
+            fields = json.loads(_read_small(file).decode("utf-8"))
             time.gmtime(float(fields["since"]))
             return cls(
                 _plain(str(fields["host"])),
@@ -539,11 +539,12 @@ def fresh_folder(target: Path, replaceable: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
+def scratch_folder(target: Path, replaceable: str) -> Iterator[Path]:
     """A temporary folder beside `target`, for what is needed until that is written; no other
-    process gets `target` meanwhile. Raises OutputError as `fresh_folder`.
+    process gets `target` meanwhile. Raises OutputError as `fresh_folder`, before the work.
     """
     target = behind_links(target)
+    _refuse_foreign(target, replaceable)
     with _owned(target), _temporary(target) as folder, saving(target):
         yield folder
 

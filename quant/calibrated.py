@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lvr_lite.errors import UsageError
 from lvr_lite.files import scratch_folder
-from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.bundle import MANIFEST, Bundle
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.quantize import check_source, quantize_bundle
 from lvr_lite.quant.reports import QuantizationReport
@@ -56,7 +56,7 @@ def quantize_calibrated(
         raise UsageError(
             f"--calibration {data}: no such file; give scenes, a file of samples{none}"
         )
-    with scratch_folder(target) as scratch:
+    with scratch_folder(target, MANIFEST) as scratch:
         calibration = Calibration.load(source, data, scratch, progress)
         if precision == "int4":
             return _write_int4(calibration, target, plan, steps)

@@ -430,13 +430,18 @@ def test_on_a_disk_without_locks_the_file_is_the_lock(
 
 def test_what_is_needed_on_the_way_lies_beside_the_target_and_goes(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp-a1b2c3d4").mkdir()
-    with files.scratch_folder(tmp_path / "out") as scratch:
+    with files.scratch_folder(tmp_path / "out", MARK) as scratch:
         assert scratch.parent == tmp_path
         with fresh_folder(tmp_path / "out", MARK) as staged:
             (staged / MARK).write_text("")
         # The inner one has not taken it for a killed run's.
         assert scratch.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with (
+        pytest.raises(OutputError, match="not an earlier result"),
+        files.scratch_folder(tmp_path / "out", "another"),
+    ):
+        pytest.fail("the body must not run")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def demo(out: str | Path = "demo-out", quick: bool = False) -> Demo:
     _refuse_foreign(out)
     with locked(out, "folder", inside=True):
         _refuse_foreign(out)
-        with scratch_folder(out / "demo") as scratch:
+        with scratch_folder(out / "demo", RESULTS) as scratch:
             stages = _Stages(out, scratch, quick)
             result, answers = stages.run_all()
             for name in ("checkpoint", *BUNDLES):
