@@ -15,7 +15,6 @@ import random
 import signal
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 from lvr_lite.bench.experiments import victims
@@ -23,6 +22,7 @@ from lvr_lite.bench.experiments.runner import Out, Page, launch, publish, table,
 from lvr_lite.bench.experiments.victims import SAVE_EVERY, STEPS, Job
 
 TRAININGS = ("finetune", "grpo")
+PHASES = ("nothing written", "half written", "done")
 TITLES = (
     "command", "kills", "aimed at saving", "in the last 5 %", "nothing written yet", "half written",
     "done", "lost at most", "broken or missing", "run after failed",
@@ -48,13 +48,13 @@ class Tally:
     aimed: int = 0
     late: int = 0
     lost: int = 0
-    phases: Counter[str] = field(default_factory=Counter)
+    phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     broken: int = 0
     failed: int = 0
     faults: list[str] = field(default_factory=list)
 
     def row(self) -> list[object]:
-        phases = [self.phases[name] for name in ("nothing written", "half written", "done")]
+        phases = [self.phases[name] for name in PHASES]
         unit = {"eval": " answers", "finetune": " steps", "grpo": " steps"}.get(self.command)
         lost = f"{self.lost}{unit}" if unit else "–"
         own = [self.command, self.kills, self.aimed, self.late, *phases, lost]
