@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -144,11 +145,10 @@ def start(arguments: Sequence[object], log: Path) -> int:
 
 
 def _main(arguments: Sequence[object]) -> int:
-    from lvr_lite.cli.app import main
-
+    """What `python -m lvr_lite` does."""
     sys.argv = ["lvr-lite", *map(str, arguments)]
     try:
-        main()
+        runpy.run_module("lvr_lite", run_name="__main__")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:  # noqa: BLE001
