@@ -145,7 +145,7 @@ def _share(system: SystemResult, stage: str) -> float:
     """What a stage takes of a request; 1 where that is not known."""
     spent = system.request_ms.get(stage)
     whole = system.latencies["end_to_end"].p50_ms
-    return 1.0 if spent is None or whole is None else float(spent / whole)
+    return 1.0 if spent is None or not whole else float(spent / whole)
 
 
 def _by_round(samples: list[float], rounds: int) -> np.ndarray:
