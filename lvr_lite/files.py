@@ -9,29 +9,29 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
 import stat
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lvr_lite import locks
 from lvr_lite.errors import LvrError, OutputError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+if sys.platform == "darwin":
     import fcntl
 
 # What JSON calls an object, as it is read or about to be written.
 JsonObject = dict[str, Any]
+
+# Of what is written in place: the lock on it, and its file in a folder.
+locked = locks.locked
+LOCK = locks.LOCK
 
 # What a system call fails with where a user can mend it: space, quota, permissions, another file
 # or name, a broken disk.
@@ -48,11 +48,11 @@ UNWRITABLE = (
     errno.EFBIG,
     errno.EIO,
     errno.ENAMETOOLONG,
+    errno.EBUSY,
+    errno.EXDEV,
 )
 # Of these, what only a disk says, whatever a library makes of it.
 OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-# Refuses a link in a file's place, and does not wait for a pipe's other end; 0 on Windows.
-NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def sha256(path: Path) -> str:
@@ -133,265 +133,6 @@ def _keep_hash(place: str, entry: JsonObject) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# one writer at a time
-
-# The file of a lock: ".NAME.lvr-lite.lock" beside what it is for, or ".lvr-lite.lock" in it.
-LOCK = ".lvr-lite.lock"
-# What a file system without locks answers.
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-# Windows locks bytes, which nobody else can read then: one that lies behind the holder's words.
-LOCKED_BYTE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock, as its file says.
-
-    since: seconds since 1970.
-    command: its first words.
-    kernel: whether the lock ends with the process. On a disk without locks the file alone is the
-        lock, and stays when its process is killed.
-    """
-
-    host: str
-    pid: int
-    since: float
-    command: str
-    kernel: bool = True
-
-    @classmethod
-    def this(cls, kernel: bool) -> Holder:
-        """This process."""
-        words = [Path(word).name for word in sys.argv[:1]] + sys.argv[1:]
-        command = " ".join(words)[:80]
-        return cls(platform.node(), os.getpid(), time.time(), command, kernel)
-
-    @classmethod
-    def read(cls, file: Path) -> Holder | None:
-        """None where the file is gone or says something else."""
-        try:
-            fields = json.loads(_read_small(file).decode("utf-8"))
-            time.gmtime(float(fields["since"]))
-            return cls(
-                _plain(str(fields["host"])),
-                int(fields["pid"]),
-                float(fields["since"]),
-                _plain(str(fields["command"])),
-                bool(fields["kernel"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return None
-
-    def to_json(self) -> JsonObject:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
-        return f"process {self.pid} on {self.host} since {began} ({self.command})"
-
-
-def _plain(text: str) -> str:
-    """Without characters that would do something to a terminal: another may have written them."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:100]
-
-
-def _read_small(file: Path) -> bytes:
-    fd = os.open(file, os.O_RDONLY | NO_LINK)
-    try:
-        return os.read(fd, 4000)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str, inside: bool = False) -> Iterator[bool]:
-    """Hold `path` for this process: whoever else asks for it is refused until the block ends.
-
-    The kernel keeps the lock, on a file of its own beside `path`, and takes it back however the
-    process ends; so it counts between containers and on shared disks, where a process number says
-    nothing. Forked processes do not share it. On a disk without locks the file itself is the lock.
-    The thread that holds it may ask again; gives whether it was taken now.
-
-    what: what `path` is, in the error's words, such as "folder" or "--answers file".
-    inside: the lock's file lies in the folder `path`, which is made where it is missing: for a
-        folder that is written in place, which may be a mount whose parent is another one in each
-        container. Its name is `LOCK`.
-
-    Raises OutputError where another holds it, which is named, and where the lock's file cannot be
-    made.
-    """
-    place = behind_links(path)
-    file = place / LOCK if inside else place.parent / f".{place.name}{LOCK}"
-    if _ours.get(file) == (owner := (os.getpid(), threading.get_ident())):
-        yield False
-        return
-    made = inside and not place.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fd = _lock_file(file)
-    except OSError as error:
-        raise _unwritable(path, error, what) from error
-    if fd is None:
-        raise OutputError(_held(path, what, file))
-    _descriptors.add(fd)
-    _ours[file] = owner
-    try:
-        yield True
-    finally:
-        # A forked process that comes here must not release what its parent holds.
-        if os.getpid() == owner[0]:
-            del _ours[file]
-            _descriptors.discard(fd)
-            _release(fd, file)
-            if made:
-                # Only where nothing was written into it.
-                with contextlib.suppress(OSError):
-                    place.rmdir()
-
-
-# The files of locks that this process holds, with process and thread; and their descriptors.
-_ours: dict[Path, tuple[int, int]] = {}
-_descriptors: set[int] = set()
-
-
-def _held(path: Path, what: str, file: Path) -> str:
-    holder = Holder.read(file)
-    if holder is None:
-        return f"{path}: another process is writing this {what}; wait for it, or name another"
-    ends = "" if holder.kernel else f", or remove {file} where that process is gone"
-    return f"{path}: {holder} is writing this {what}; wait for it, or name another{ends}"
-
-
-def _lock_file(file: Path) -> int | None:
-    """The descriptor of a lock's file, which says that this process holds it; None where another
-    process does. Raises OSError where it cannot be made, or is something else.
-    """
-    while True:
-        try:
-            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
-            made = True
-        except FileExistsError:
-            try:
-                fd = os.open(file, os.O_RDWR | NO_LINK)
-            except FileNotFoundError:
-                continue
-            except PermissionError:
-                # Another user's, who may hold it, or have been killed.
-                if _is_held(file):
-                    return None
-                raise
-            made = False
-        try:
-            state = os.fstat(fd)
-            if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-                raise FileExistsError(errno.EEXIST, f"{file} is something else; remove it")
-            kernel = _lock(fd)
-            holds = made if kernel is None else kernel
-            # Its last holder may have removed it after it was opened here.
-            if holds and _is_at(fd, file):
-                words = json.dumps(Holder.this(kernel is not None).to_json())
-                # A lock on a full disk is one without words.
-                with contextlib.suppress(OSError):
-                    os.ftruncate(fd, 0)
-                    os.write(fd, words.encode())
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        if not holds:
-            return None
-
-
-def _lock(fd: int) -> bool | None:
-    """Whether this process now holds the lock on a file; None where its disk has no locks."""
-    try:
-        if sys.platform == "win32":
-            os.lseek(fd, LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        else:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            return False
-        if error.errno in WITHOUT_LOCKS:
-            return None
-        raise
-    return True
-
-
-def _is_held(file: Path) -> bool:
-    """Whether another process holds a lock, as far as who may only read its file can tell."""
-    try:
-        fd = os.open(file, os.O_RDONLY | NO_LINK)
-    except OSError:
-        return False
-    try:
-        return _lock(fd) is False
-    finally:
-        os.close(fd)
-
-
-def _is_at(fd: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), file.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _release(fd: int, file: Path) -> None:
-    if sys.platform == "win32":
-        # An open file cannot be removed there; nor can one that another process opened since.
-        os.close(fd)
-    # While it is held: whoever opened it before sees that it is gone, and makes a new one.
-    with contextlib.suppress(OSError):
-        file.unlink()
-    if sys.platform != "win32":
-        os.close(fd)
-
-
-def _let_go() -> None:
-    """In a forked process: a lock ends with the process that took it, whose copies of the
-    descriptor would outlive it.
-    """
-    for fd in _descriptors:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-    _descriptors.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
-def behind_links(path: Path) -> Path:
-    """The absolute path that `path` leads to through links: what is written there, and the link
-    stays.
-
-    Raises OutputError for a link that another user made in a folder where everybody may make one,
-    and for links that lead round.
-    """
-    given = path
-    for _ in range(MOST_LINKS):
-        if not path.is_symlink():
-            return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
-        link, folder = path.lstat(), path.parent.stat()
-        anybody = folder.st_mode & stat.S_IWOTH
-        if anybody and hasattr(os, "geteuid") and link.st_uid not in (os.geteuid(), folder.st_uid):
-            raise OutputError(
-                f"{path}: is a link that another user made in a folder where everybody may; "
-                "choose another place"
-            )
-        path = path.parent / path.readlink()
-    raise OutputError(f"{given}: cannot be written (links that lead nowhere); choose another place")
-
-
-# Links one after the other, as Linux follows at most.
-MOST_LINKS = 40
-
-
-# --------------------------------------------------------------------------------------------------
 # on the disk
 
 
@@ -402,7 +143,7 @@ def sync(path: Path) -> None:
     try:
         _sync(path)
     except OSError as error:
-        raise _unwritable(path, error, "place") from error
+        raise locks.unwritable(path, error, "place") from error
 
 
 def _sync(path: Path) -> None:
@@ -442,13 +183,14 @@ def _sync_one(path: Path) -> None:
 def _fsync(fd: int) -> None:
     try:
         if sys.platform == "darwin":
-            # fsync leaves it in the disk's own memory there.
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(fd)
+            # fsync leaves it in the disk's own memory there; disks of other hosts know only that.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(fd)
     except OSError as error:
         # Some file systems have no such call.
-        if error.errno not in (errno.EINVAL, *WITHOUT_LOCKS):
+        if error.errno not in (errno.EINVAL, *locks.WITHOUT_LOCKS):
             raise
 
 
@@ -479,7 +221,7 @@ def saving(path: Path, what: str = "folder") -> Iterator[None]:
         reason = None if _is_elsewhere(path, error) else _refused_by_disk(path, error)
         if reason is None:
             raise
-        raise OutputError(_unwritable_line(path, reason, what)) from error
+        raise OutputError(locks.unwritable_line(path, reason, what)) from error
 
 
 def _refused_by_disk(path: Path, error: BaseException) -> str | None:
@@ -527,7 +269,7 @@ def fresh_folder(target: Path, replaceable: str) -> Iterator[Path]:
     be written (a full disk, no permission).
     """
     # A link stays a link to the new folder.
-    target = behind_links(target)
+    target = locks.behind_links(target)
     _refuse_foreign(target, replaceable)
     with _owned(target), _temporary(target) as staged, saving(target):
         _put_back(target, replaceable)
@@ -543,7 +285,7 @@ def scratch_folder(target: Path, replaceable: str) -> Iterator[Path]:
     """A temporary folder beside `target`, for what is needed until that is written; no other
     process gets `target` meanwhile. Raises OutputError as `fresh_folder`, before the work.
     """
-    target = behind_links(target)
+    target = locks.behind_links(target)
     _refuse_foreign(target, replaceable)
     with _owned(target), _temporary(target) as folder, saving(target):
         yield folder
@@ -566,7 +308,7 @@ def _temporary(target: Path) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     except OSError as error:
-        raise _unwritable(target, error, "folder") from error
+        raise locks.unwritable(target, error, "folder") from error
     try:
         yield folder
     finally:
@@ -620,7 +362,7 @@ def take_place(staged: Path, target: Path) -> None:
     Raises OutputError where another process holds `target`, OSError where it cannot be renamed; it
     is as before then.
     """
-    target = behind_links(target)
+    target = locks.behind_links(target)
     with locked(target, "folder"):
         _sync(staged)
         _change_names(staged, target)
@@ -720,7 +462,7 @@ def write_all(contents: Mapping[Path, str | bytes]) -> None:
     try:
         for path, content in contents.items():
             data = content.encode("utf-8") if isinstance(content, str) else content
-            target = behind_links(path)
+            target = locks.behind_links(path)
             if target.exists() and not target.is_file() and not target.is_dir():
                 target.write_bytes(data)
             else:
@@ -733,7 +475,7 @@ def write_all(contents: Mapping[Path, str | bytes]) -> None:
         for folder in {target.parent for target, _ in staged.values()}:
             _sync_one(folder)
     except OSError as error:
-        raise _unwritable(path, error, "place") from error
+        raise locks.unwritable(path, error, "place") from error
     finally:
         for _, new in staged.values():
             with contextlib.suppress(OSError):
@@ -744,10 +486,10 @@ def _staged_file(target: Path, data: bytes) -> Path:
     """A new file beside `target`, on the disk. It is locked until it is whole."""
     new = target.parent / f".{target.name}.tmp-{secrets.token_hex(8)}"
     binary = getattr(os, "O_BINARY", 0)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | binary, 0o666)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | locks.NO_LINK | binary, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
-            _lock(fd)
+            locks.try_lock(fd)
             if target.exists():
                 new.chmod(target.stat().st_mode & 0o777)
             file.write(data)
@@ -774,9 +516,9 @@ def _sweep_files(target: Path) -> None:
             age = time.time() - leftover.lstat().st_mtime
             if age < ABANDONED:
                 continue
-            fd = os.open(leftover, os.O_RDWR | NO_LINK)
+            fd = os.open(leftover, os.O_RDWR | locks.NO_LINK)
             try:
-                free = _lock(fd)
+                free = locks.try_lock(fd)
             finally:
                 os.close(fd)
             if free or (free is None and age > LONG_ABANDONED):
@@ -799,11 +541,3 @@ def _existing(path: Path) -> Path:
     """`path`, or the first folder around it that is there."""
     path = path.resolve()
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _unwritable(path: Path, error: OSError, what: str) -> OutputError:
-    return OutputError(_unwritable_line(path, error.strerror or str(error), what))
-
-
-def _unwritable_line(path: Path, reason: str, what: str) -> str:
-    return f"{path}: cannot be written ({reason}); free some space or choose another {what}"

@@ -25,7 +25,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from lvr_lite import files
+from lvr_lite import files, locks
 from lvr_lite.errors import BundleError, OutputError
 from lvr_lite.files import fresh_folder, write_atomically
 
@@ -395,9 +395,9 @@ def test_a_lock_whose_words_are_damaged_still_holds(tmp_path: Path, words: str) 
 
 
 def test_a_holder_cannot_write_to_the_terminal_of_another(tmp_path: Path) -> None:
-    holder = files.Holder("h\x1b[2J", 7, 0.0, "run\nfake")
+    holder = locks.Holder("h\x1b[2J", 7, 0.0, "run\nfake")
     (tmp_path / "lock").write_text(json.dumps(holder.to_json()))
-    said = str(files.Holder.read(tmp_path / "lock"))
+    said = str(locks.Holder.read(tmp_path / "lock"))
     assert said == "process 7 on h?[2J since 1970-01-01 00:00:00 UTC (run?fake)"
 
 
@@ -542,7 +542,7 @@ def test_temporary_files_of_killed_runs_are_swept_and_those_of_living_ones_are_n
     for path in (dead, alive, other):
         os.utime(path, (time.time() - 3600,) * 2)
     with alive.open("r+") as file:
-        assert files._lock(file.fileno())
+        assert locks.try_lock(file.fileno())
         write_atomically(tmp_path / "a", "whole")
     assert sorted(tmp_path.iterdir()) == sorted([new, alive, other, tmp_path / "a"])
 
