@@ -11,7 +11,7 @@ from pathlib import Path
 from lvr_lite.data import validate
 from lvr_lite.data.convert import convert
 from lvr_lite.data.rows import Problem
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sample_files import read_samples
 from lvr_lite.errors import UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.toy.make import write_scenes

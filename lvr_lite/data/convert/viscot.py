@@ -20,7 +20,8 @@ from lvr_lite.data.rows import (
     parse_json,
     plain_text,
 )
-from lvr_lite.data.samples import Sample, placed_samples
+from lvr_lite.data.sample_files import placed_samples
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import UsageError
 
 
@@ -133,7 +134,7 @@ def _sample(
 
 
 def lvr(imported: Import) -> None:
-    """The official list, as `lvr_lite.data.samples` reads it. Its boxes are of the upright picture
+    """The official list, as `lvr_lite.data.official` reads it. Its boxes are of the upright picture
     unless the user says otherwise.
     """
     placed, problems = placed_samples(
