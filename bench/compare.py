@@ -102,7 +102,17 @@ def compare(before: Benchmark, after: Benchmark, tolerance: float = TOLERANCE) -
         verdict = "same"
         if min(low, ratio / (1 + tolerance)) > most or max(high, ratio * (1 + tolerance)) < least:
             verdict = "slower" if ratio > 1 else "faster"
-        rows.append(Change(system, name, x.p50_ms, y.p50_ms, ratio, (low, high), verdict))
+        rows.append(
+            Change(
+                system=system,
+                measure=name,
+                before_ms=x.p50_ms,
+                after_ms=y.p50_ms,
+                ratio=ratio,
+                interval=(low, high),
+                verdict=verdict,
+            )
+        )
     asked_the_same = before.plan == after.plan
     return Comparison(
         rows=rows,
@@ -145,13 +155,18 @@ def _share(system: SystemResult, stage: str) -> float:
     """What a stage takes of a request; 1 where that is not known."""
     spent = system.request_ms.get(stage)
     whole = system.latencies["end_to_end"].p50_ms
-    return 1.0 if spent is None or whole is None else float(spent / whole)
+    if spent is None or whole is None:
+        return 1.0
+    return float(spent / whole)
 
 
 def _by_round(samples: list[float], rounds: int) -> np.ndarray:
     """The median of each round's samples, where rounds have equally many."""
     values = np.array(samples)
-    return np.median(values.reshape(rounds, -1), axis=1) if len(values) % rounds == 0 else values
+    if len(values) % rounds:
+        return values
+    by_round = values.reshape(rounds, -1)
+    return np.asarray(np.median(by_round, axis=1))
 
 
 def _interval(
@@ -175,7 +190,9 @@ def _core_ms(run: Benchmark) -> float | None:
     """Median ms of `machine.read_compute`; None in files of older releases, which took another
     computation.
     """
-    return float(np.median(run.core_ms)) if run.core_ms else None
+    if not run.core_ms:
+        return None
+    return float(np.median(run.core_ms))
 
 
 def _machine_notes(before: Benchmark, after: Benchmark) -> list[str]:

@@ -67,7 +67,9 @@ def check_graphs_apart(
     want = table[torch.from_numpy(ids)].numpy()
     embedding = compare("embed_tokens", got, want, tolerance)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    matrix = table if tied else weights["lm_head.weight"]
+    matrix = table
+    if not tied:
+        matrix = weights["lm_head.weight"]
     hidden = rng.standard_normal((3, 1, matrix.shape[1])).astype(np.float32)
     (got,) = open_session(bundle.path("lm_head")).run(None, {"last_hidden_state": hidden})
     want = (torch.from_numpy(hidden) @ matrix.T).numpy()
@@ -126,7 +128,9 @@ def check_layers(
     relative = []
     for index in bar(range(bundle.manifest.decoder.layers), "parity of layers"):
         shape = calls[0].hidden.shape
-        added = rng.standard_normal(shape).astype(np.float32) if index < deepstack else None
+        added = None
+        if index < deepstack:
+            added = rng.standard_normal(shape).astype(np.float32)
         calls[0] = replace(calls[0], added=added)
         own = {name: name.replace(f"{prefix}.0.", f"{prefix}.{index}.") for name in names}
         with filled(model, weights, own), torch.inference_mode():

@@ -71,7 +71,14 @@ def reference_answers(runtime: Runtime, prompts: list[Prompt]) -> list[Reference
     for part in _batches(len(prompts)):
         for result, scores in _decode(runtime, prompts[part], None):
             latents = _latent_states(result, runtime.processor.tokens.lvr_start)
-            answers.append(Reference(result.choices, scores, result.hidden, latents))
+            answers.append(
+                Reference(
+                    choices=result.choices,
+                    log_probabilities=scores,
+                    hidden=result.hidden,
+                    latents=latents,
+                )
+            )
     return answers
 
 

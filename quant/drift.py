@@ -67,7 +67,12 @@ def _layer_drift(source: Bundle, quantized: Bundle, runtime: Runtime) -> list[fl
     for index in range(source.manifest.decoder.layers):
         first = (index + 1) * width
         added = embeds[..., first : first + width]
-        call = LayerCall(states, positions, lengths, added if added.shape[-1] else None)
+        call = LayerCall(
+            hidden=states,
+            positions=positions,
+            totals=lengths,
+            added=added if added.shape[-1] else None,
+        )
         (wanted,) = reference.run(index, [call])
         (got,) = other.run(index, [call])
         drifts.append(_relative(wanted - states, got - states))
@@ -136,7 +141,11 @@ def _inputs(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.nda
         filler=tokens.end[0],
     )
     features = [prompt.features for prompt in prompts]
-    return embedded(runtime, batch, tokens.image, features), batch.positions, batch.lengths
+    return (
+        embedded(runtime=runtime, batch=batch, placeholder=tokens.image, vectors=features),
+        batch.positions,
+        batch.lengths,
+    )
 
 
 def _one_more(positions: np.ndarray) -> np.ndarray:

@@ -182,7 +182,12 @@ class IntegerGraph:
             # 8-bit activations: without them the CPU kernel is twenty times slower.
             "accuracy_level": 4,
         }
-        change_operator(node, "MatMulNBits", [node.input[0], *inputs], attributes)
+        change_operator(
+            node=node,
+            operator="MatMulNBits",
+            inputs=[node.input[0], *inputs],
+            attributes=attributes,
+        )
 
     def _replace_gather(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
         (table, *scales), scheme = self._integers(node, weight, transpose=False)
@@ -192,7 +197,12 @@ class IntegerGraph:
             "block_size": scheme.block,
             "bits": scheme.bits,
         }
-        change_operator(node, "GatherBlockQuantized", [table, node.input[1], *scales], attributes)
+        change_operator(
+            node=node,
+            operator="GatherBlockQuantized",
+            inputs=[table, node.input[1], *scales],
+            attributes=attributes,
+        )
 
     def _integers(
         self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool
@@ -225,7 +235,9 @@ class IntegerGraph:
                 f"weight {weight.name} has values beyond {LARGEST:g}, too large for integers "
                 "whose scales are float16"
             )
-        return np.ascontiguousarray(matrix.T) if transpose else matrix
+        if transpose:
+            return np.ascontiguousarray(matrix.T)
+        return matrix
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
         if scheme.bits == 8 or key not in self.plan.products:

@@ -64,7 +64,9 @@ def write_mixed(
     plan = search.plan(chosen.eight)
     progress = search.calibration.progress
     source = search.calibration.source
-    written = quantize_bundle(source, target, "mixed", progress, plan=plan, tuner=tuner)
+    written = quantize_bundle(
+        source=source, target=target, precision="mixed", progress=progress, plan=plan, tuner=tuner
+    )
     assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
     progress(
         f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.loss.kl:.2e}, "
@@ -182,7 +184,9 @@ class Search:
 
     def plan(self, eight: frozenset[str]) -> RoundingPlan:
         """How a bundle is rounded whose units `eight` have 8 bits."""
-        small = COMPACT if HEAD in eight else self._four_bits
+        small = COMPACT
+        if HEAD not in eight:
+            small = self._four_bits
         return RoundingPlan(
             by_graph={
                 "vision_encoder": COMPACT,
@@ -234,7 +238,9 @@ class Search:
         """
         nodes = self._variants[4].decoder.node
         weights = [_weight_read(node) for node in nodes if node.op_type == "MatMulNBits"]
-        most = UNITS_LARGE if self.calibration.large else UNITS
+        most = UNITS
+        if self.calibration.large:
+            most = UNITS_LARGE
         span = -(-len(weights) // most)
         units: dict[str, list[str]] = {}
         for weight in weights:

@@ -58,7 +58,9 @@ def weights_of(case: Case, i: int) -> dict[str, np.ndarray]:
 
 def sizes_of(i: int) -> tuple[int, int]:
     """Columns and rows of the i-th product."""
-    return (HIDDEN, INNER) if i % 2 == 0 else (INNER, HIDDEN)
+    if i % 2 == 0:
+        return (HIDDEN, INNER)
+    return (INNER, HIDDEN)
 
 
 def chain(case: Case) -> tuple[ort.InferenceSession, int]:

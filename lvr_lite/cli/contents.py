@@ -168,9 +168,13 @@ def _words(value: object) -> str:
         return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
     if isinstance(value, list):
         return " ".join(_words(v) for v in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def _size(count: int) -> str:
     """Bytes in MB (1e6), or kB where that reads better."""
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+    if count >= 1e6:
+        return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e3:,.1f} kB"

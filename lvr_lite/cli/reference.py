@@ -30,7 +30,9 @@ def commands_page() -> str:
 def _sections(command: Any, name: str) -> list[str]:
     """The section of a command, and those of its sub-commands; commands are click's."""
     children = getattr(command, "commands", {})
-    sections = [] if children else [_section(command, name)]
+    sections = []
+    if not children:
+        sections = [_section(command, name)]
     for child, sub in children.items():
         sections += _sections(sub, f"{name} {child}")
     return sections
@@ -52,7 +54,9 @@ def _argument(parameter: Any) -> str:
 
 def _row(parameter: Any) -> str:
     option = parameter.param_type_name == "option"
-    names = ", ".join((*parameter.opts, *parameter.secondary_opts)) if option else ""
+    names = ""
+    if option:
+        names = ", ".join((*parameter.opts, *parameter.secondary_opts))
     default = parameter.default
     empty = default is None or callable(default) or default in ((), [], False, "")
     needed = "needed" if parameter.required else ""

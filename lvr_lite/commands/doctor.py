@@ -197,7 +197,9 @@ def _torch_cuda() -> Check:
         return Check(name, True, f"yes, built for CUDA {built}")
     if shutil.which("nvidia-smi") is None:
         return Check(name, None, "no, and there is no GPU")
-    reason = ": this torch is a CPU build" if built == "None" else ""
+    reason = ""
+    if built == "None":
+        reason = ": this torch is a CPU build"
     # PyPI's torch is the CUDA build on Linux.
     mend = "pip install --force-reinstall torch"
     return Check(name, False, f"no, although there is a GPU{reason}", mend)
@@ -218,7 +220,9 @@ def _four_bits(flags: list[str] | None) -> Check:
         detail = "bitsandbytes is missing: fine-tuning needs it"
         return Check("4-bit loading", None, detail, 'pip install "lvr-lite[train]"')
     repacks = "avx512_bf16" in (flags or [])
-    note = "; AVX512_BF16 repacks weights, which training here turns off" if repacks else ""
+    note = ""
+    if repacks:
+        note = "; AVX512_BF16 repacks weights, which training here turns off"
     return Check("4-bit loading", True, f"bitsandbytes {version}{note}")
 
 
@@ -239,20 +243,26 @@ def _memory() -> Check:
     if total is None or available is None:
         return Check("memory", None, "unknown on this system")
     good = available >= LEAST_MEMORY
-    mend = "" if good else f"close other programs: the demo wants {LEAST_MEMORY:g} GiB"
+    mend = ""
+    if not good:
+        mend = f"close other programs: the demo wants {LEAST_MEMORY:g} GiB"
     return Check("memory", good, f"{available:g} of {total:g} GiB available", mend)
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / GiB
     good = free >= LEAST_DISK
-    mend = "" if good else f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB"
+    mend = ""
+    if not good:
+        mend = f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB"
     return Check("disk", good, f"{free:.1f} GiB free here", mend)
 
 
 def _embedded_model() -> Check:
     folder = resources.files("lvr_lite.toy") / "model"
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names = []
+    if folder.is_dir():
+        names = [entry.name for entry in folder.iterdir()]
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return Check("embedded model", True, "present: `lvr-lite demo` works offline")
     detail = "its files are missing from this install"

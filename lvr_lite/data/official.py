@@ -34,10 +34,20 @@ def from_official(
     human, gpt = _turns(row)
     question = _question(row, human, len(images))
     answer = _answer(row, gpt)
-    kind = str(data["dataset"]) if data.get("dataset") else None
+    kind = None
+    if data.get("dataset"):
+        kind = str(data["dataset"])
     if row.errors or question is None or answer is None:
         return row.errors
-    return Sample("-".join(names), images, question, answer, None, boxes, kind)
+    return Sample(
+        id="-".join(names),
+        images=images,
+        question=question,
+        answer=answer,
+        choices=None,
+        boxes=boxes,
+        type=kind,
+    )
 
 
 def _turns(row: Row) -> tuple[str | None, str | None]:

@@ -135,7 +135,9 @@ def scores(name: str, answers: Sequence[Answer]) -> list[JsonObject]:
 
 def by_type(name: str, answers: Sequence[Answer]) -> dict[str, JsonObject]:
     """Of each category or subtask {"n", "accuracy", "interval"}."""
-    share = _rotated_share if name == "hrbench" else _share
+    share = _share
+    if name == "hrbench":
+        share = _rotated_share
     return {kind: share(of_kind).to_json() for kind, of_kind in _of_types(answers).items()}
 
 

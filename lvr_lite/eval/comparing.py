@@ -120,10 +120,14 @@ def compare(
         runtime = _sized(open_model(name), _size_beside(name, plan))
         # A model that cannot look is compared as it is.
         look = plan.look if runtime.latent.steps else "auto"
-        scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
+        scores = score_model(
+            runtime=runtime, plan=replace(usual, look=look), benchmark=benchmark, progress=progress
+        )[0]
         references[name] = Result.from_json(scores.to_json())
     runtime = _sized(open_model(model), plan.max_pixels)
-    all_scores = score_model(runtime, plan, benchmark, progress, journal)
+    all_scores = score_model(
+        runtime=runtime, plan=plan, benchmark=benchmark, progress=progress, journal=journal
+    )
     reports = [scores.to_json() for scores in all_scores]
     for report in reports:
         report["not_applied"] = not_applied(model)
@@ -175,8 +179,12 @@ def not_applied(model: str) -> JsonObject:
     if is_bundle(Path(model)):
         return {}
     path = read_checkpoint(model).base / "generation_config.json"
-    penalty = read_json(path).get("repetition_penalty") if path.is_file() else None
-    return {} if penalty in (None, 1, 1.0) else {"repetition_penalty": penalty}
+    penalty = None
+    if path.is_file():
+        penalty = read_json(path).get("repetition_penalty")
+    if penalty in (None, 1, 1.0):
+        return {}
+    return {"repetition_penalty": penalty}
 
 
 def reference_hint(model: str) -> str:
@@ -191,7 +199,9 @@ def reference_hint(model: str) -> str:
         tuned = checkpoint.adapter
         is_tiny = checkpoint.base.resolve() == resolve("tiny").resolve()
         base = "tiny" if is_tiny else checkpoint.base
-    return f"what tuning cost: --against {base}" if tuned else ""
+    if not tuned:
+        return ""
+    return f"what tuning cost: --against {base}"
 
 
 def _check_plan(plan: Plan) -> benchmarks.Benchmark | None:

@@ -207,7 +207,9 @@ def _texts(answers: Sequence[Answer]) -> list[str]:
 
 
 def _share(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
+    if not len(values):
+        return None
+    return float(values.mean())
 
 
 def retrieval(
@@ -283,4 +285,6 @@ def geometry(latents: np.ndarray) -> Geometry:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    if not known:
+        return None
+    return sum(known) / len(known)

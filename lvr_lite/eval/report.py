@@ -58,14 +58,18 @@ def show(result: JsonObject, console: Console | None = None) -> None:
     else:
         console.print(_score(result))
     for run in runs:
-        title = f"{run['steps']} latent steps: " if len(runs) > 1 else ""
+        title = ""
+        if len(runs) > 1:
+            title = f"{run['steps']} latent steps: "
         console.print(title + looks_and_sizes(run), highlight=False, soft_wrap=True)
     for note in _warnings(result):
         console.print(f"[bold]{escape(note)}[/]", highlight=False, soft_wrap=True)
     if published := PUBLISHED.get(result["suite"]) if "scores" in result else None:
         console.print(_beside_published(runs, published))
     for run in runs:
-        title = f", {run['steps']} latent steps" if len(runs) > 1 else ""
+        title = ""
+        if len(runs) > 1:
+            title = f", {run['steps']} latent steps"
         if "against" in run:
             console.print(_differences(run["against"], title))
         if "skills" in run:
@@ -273,7 +277,11 @@ def _change(other: JsonObject | None) -> str:
 
 
 def _p(p: float | None) -> str:
-    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p is None:
+        return NONE
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -375,7 +383,9 @@ def _with_interval(share: float | None, interval: list[float] | None) -> str:
 
 def points(share: float | None) -> str:
     """A share or a difference of shares in percentage points; a dash for None."""
-    return NONE if share is None else f"{round(100 * share, 1) + 0:.1f}"
+    if share is None:
+        return NONE
+    return f"{round(100 * share, 1) + 0:.1f}"
 
 
 def write_probe_page(data: JsonObject, out: Path) -> None:

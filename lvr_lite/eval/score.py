@@ -47,7 +47,9 @@ def _is_same(text: str, expected: str) -> bool:
 
 def number_of(text: str) -> Decimal | None:
     """The number that the whole of a normalized text is; None where it is anything else."""
-    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    if not _NUMBER.fullmatch(text):
+        return None
+    return Decimal(text.replace(",", ""))
 
 
 def caption(answer: str, expected: str) -> float:
@@ -118,7 +120,9 @@ def together(outcomes: Iterable[Outcome], size: int) -> list[bool]:
 def pair_accuracy(outcomes: Iterable[Outcome]) -> float | None:
     """Share of whole pairs in which both items are right; None where there is no pair."""
     pairs = together(outcomes, 2)
-    return sum(pairs) / len(pairs) if pairs else None
+    if not pairs:
+        return None
+    return sum(pairs) / len(pairs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -201,7 +205,9 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
 
 def _only(candidates: Sequence[str], letters: str) -> str | None:
     """The one candidate, if it is one and one of the letters."""
-    return candidates[0] if len(candidates) == 1 and candidates[0] in letters else None
+    if not (len(candidates) == 1 and candidates[0] in letters):
+        return None
+    return candidates[0]
 
 
 def _answer_text(answer: str) -> str:

@@ -109,7 +109,9 @@ def _draw_figure(picture: Image.Image, figure: Figure) -> None:
     )
     glyph = _glyph(figure)
     # The body of a triangle lies low.
-    middle = 0.62 if figure.shape == "triangle" else 0.5
+    middle = 0.5
+    if figure.shape == "triangle":
+        middle = 0.62
     x = figure.x + (figure.size - glyph.width) // 2
     y = figure.y + round(figure.size * middle - glyph.height / 2)
     # A dark rim makes the letter readable on white as well.

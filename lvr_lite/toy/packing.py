@@ -255,4 +255,5 @@ def _mask(of_turn: np.ndarray) -> np.ndarray:
     same_turn = keys == queries
     of_prefix = keys == 0
     sees = np.tril(same_turn | of_prefix)
-    return np.where(sees[:, None], np.float32(0), np.float32(-1e9))
+    mask = np.where(sees, np.float32(0), np.float32(-1e9))
+    return np.asarray(mask[:, None])

@@ -119,16 +119,15 @@ def plan(
         colour = random_colour(rng, shape, split, palette)
         pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
         glyph = GLYPHS[int(rng.integers(len(GLYPHS)))]
-        figures.append(Figure(shape, colour, pattern, glyph, x, y, size))
+        figures.append(
+            Figure(shape=shape, colour=colour, pattern=pattern, glyph=glyph, x=x, y=y, size=size)
+        )
     # They are planned largest first, and the odd one may have any size.
     figures = [figures[i] for i in rng.permutation(count)]
     if odd:
         figures = _with_odd_one(rng, figures, split)
     return Scene(
-        width,
-        height,
-        tuple(figures),
-        int(rng.integers(2**31)),
+        width=width, height=height, figures=tuple(figures), clutter=int(rng.integers(2**31))
     )
 
 

@@ -32,7 +32,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; a dash for None."""
-    return NONE if share is None else f"{100 * share:.1f} %"
+    if share is None:
+        return NONE
+    return f"{100 * share:.1f} %"
 
 
 def words(value: object) -> str:
@@ -43,7 +45,9 @@ def words(value: object) -> str:
         return ", ".join(f"{key} {words(v)}" for key, v in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(words(v) for v in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
 
 
 # ----------------------------------------------------------------------------------------------

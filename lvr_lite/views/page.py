@@ -82,7 +82,9 @@ def write_page(results: JsonObject, out: Path) -> None:
 
 
 def _accuracy_bar(system: JsonObject) -> tuple[str, float | None, list[float] | None, str]:
-    note = f"n = {system['n']}" if system.get("n") else ""
+    note = ""
+    if system.get("n"):
+        note = f"n = {system['n']}"
     return system["name"], system.get("accuracy"), system.get("interval"), note
 
 

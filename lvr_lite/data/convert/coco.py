@@ -46,14 +46,26 @@ def coco(imported: Import) -> None:
         broken = {a.name for number, a in boxes[image].items() if number not in whole}
         partial = _names_of(data.get("not_exhaustive_category_ids"), names)
         lacking = data.get("neg_category_ids")
-        classes = used if lacking is None else _names_of(lacking, names)
+        classes = used
+        if lacking is not None:
+            classes = _names_of(lacking, names)
         unknown = unsure[image] | broken | partial
         place = f"images (id {image})"
-        imported.add_picture(image, path, detections, unknown, classes, place, broken=bool(broken))
+        imported.add_picture(
+            name=image,
+            path=path,
+            detections=detections,
+            unsure=unknown,
+            classes=classes,
+            place=place,
+            broken=bool(broken),
+        )
 
 
 def _names_of(categories: object, names: Names) -> set[str]:
-    listed = categories if isinstance(categories, list) else []
+    listed = []
+    if isinstance(categories, list):
+        listed = categories
     known = {_id_or_none({"id": category}) for category in listed}
     return {names[category] for category in known if category in names}
 
@@ -96,7 +108,9 @@ def _boxes(
 
 
 def _list(imported: Import, data: object, name: str) -> list[object]:
-    value = data.get(name) if isinstance(data, dict) else None
+    value = None
+    if isinstance(data, dict):
+        value = data.get(name)
     if not isinstance(value, list):
         raise DataError(
             f"{imported.source}: not a COCO instances file: it must hold the lists images, "

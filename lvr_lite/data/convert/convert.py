@@ -96,11 +96,19 @@ def convert(
     source that cannot be read at all or supports no question.
     """
     _refuse_senseless(source, target, form, options)
-    imported = Import(source, options.images, options.boxes_are, options.split, unit=options.boxes)
+    imported = Import(
+        source=source,
+        images=options.images,
+        boxes_are=options.boxes_are,
+        split=options.split,
+        unit=options.boxes,
+    )
     READERS[form](imported)
     imported.tell_rest()
     problems = imported.problems
-    sides = _sides(imported, options) if skip_broken or not problems else []
+    sides = []
+    if skip_broken or not problems:
+        sides = _sides(imported, options)
     # by file, in the order in which files were read, and by place within
     order = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in problems))}
     problems.sort(key=lambda p: (order[p.file], p.line or p.item or 0))
@@ -131,7 +139,9 @@ def convert(
 
 def _left_out(imported: Import) -> str:
     omissions = [f"{n} {what}" for what, n in sorted(imported.omissions.items()) if n]
-    return f" (left out: {', '.join(omissions)})" if omissions else ""
+    if not omissions:
+        return ""
+    return f" (left out: {', '.join(omissions)})"
 
 
 def parts(target: Path) -> tuple[Path, Path]:

@@ -93,7 +93,9 @@ def labelstudio(imported: Import) -> None:
             pictures.append((task, rectangles))
     used = {detection.name for _, rectangles in pictures for detection in rectangles.named}
     for task, rectangles in pictures:
-        unsure = used if rectangles.all_unsure else rectangles.unsure
+        unsure = used
+        if not rectangles.all_unsure:
+            unsure = rectangles.unsure
         imported.add_picture(
             task.id,
             task.path,
@@ -123,7 +125,9 @@ def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
     valid = [a for a in whole if not flag(a.get("was_cancelled"))]
     imported.omissions["cancelled annotations"] += len(whole) - len(valid)
     if not valid:
-        guessed = " but with predictions, which are not read" if value.get("predictions") else ""
+        guessed = ""
+        if value.get("predictions"):
+            guessed = " but with predictions, which are not read"
         imported.omissions[f"tasks without an annotation{guessed}"] += 1
         return []
     valid.sort(key=lambda a: not flag(a.get("ground_truth")))
@@ -139,7 +143,17 @@ def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
         path = _picture(imported, value["data"], key)
         imported.pixels_of(path, size)
         own_name = f"{name}-{key}" if key else name
-        tasks.append(_Task(item, own_name, value["data"], annotation, own, path, size))
+        tasks.append(
+            _Task(
+                item=item,
+                id=own_name,
+                data=value["data"],
+                annotation=annotation,
+                results=own,
+                path=path,
+                size=size,
+            )
+        )
     return tasks
 
 
@@ -169,7 +183,9 @@ def _by_picture(
             "results were taken for those of data.image"
         ] += 1
     if len(keys) < 2 or (len(to_names) < 2 and not matched):
-        return [("", _of_one_picture(imported, results, to_names, keys))]
+        return [
+            ("", _of_one_picture(imported=imported, results=results, to_names=to_names, keys=keys))
+        ]
     for result in results:
         name = result.get("to_name")
         if _marks_region(result) and name and str(name) not in keys:
@@ -450,7 +466,14 @@ def _add_samples(imported: Import, task: _Task, rectangles: list[Detection]) -> 
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             place = [region] if region else []
             name = "-".join([task.id, task.annotation, *place, f"q{i}"])
-            _add_sample(imported, task, name, question, answer, tuple(boxes))
+            _add_sample(
+                imported=imported,
+                task=task,
+                name=name,
+                question=question,
+                answer=answer,
+                boxes=tuple(boxes),
+            )
     return has_questions
 
 
@@ -470,12 +493,12 @@ def _add_sample(
     if checked_question is None or checked_answer is None:
         return
     sample = Sample(
-        name,
-        (task.path,),
-        checked_question.strip(),
-        checked_answer.strip(),
-        None,
-        boxes,
-        "question",
+        id=name,
+        images=(task.path,),
+        question=checked_question.strip(),
+        answer=checked_answer.strip(),
+        choices=None,
+        boxes=boxes,
+        type="question",
     )
     imported.samples.append(sample)

@@ -114,13 +114,7 @@ class Import:
         """
         name = error.field or field
         self.problems.append(
-            Problem(
-                file or self.source,
-                name,
-                str(error),
-                line,
-                item,
-            )
+            Problem(file=file or self.source, field=name, message=str(error), line=line, item=item)
         )
 
     @contextmanager
@@ -192,7 +186,9 @@ class Import:
         # Links may lead to one file on several ways.
         best = list({path.resolve(): path for path in reversed(best)}.values())[::-1]
         if not best:
-            other = f" ({same_name[0]} lies in another folder)" if same_name else ""
+            other = ""
+            if same_name:
+                other = f" ({same_name[0]} lies in another folder)"
             raise FieldError(
                 f"{name} is not in {self.folder}{other}",
                 "name the folder of the pictures with --images",
@@ -216,7 +212,9 @@ class Import:
             return len(wanted)
         inside = _parts(path.relative_to(self.folder))
         whole = wanted[-len(inside) :] == inside
-        return len(inside) if whole and (rooted or len(inside) > 1) else 0
+        if not (whole and (rooted or len(inside) > 1)):
+            return 0
+        return len(inside)
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises
@@ -251,7 +249,9 @@ class Import:
                 f"of {size[0]:g} x {size[1]:g}",
                 "find the right picture",
             )
-        return fitting[0] if len(fitting) == 1 else None
+        if len(fitting) != 1:
+            return None
+        return fitting[0]
 
     def learn_pixels(self, sizes: Iterable[tuple[Path, Size | None]]) -> None:
         """Take what the pictures with a telling size agree on as the default for the others."""
@@ -369,7 +369,12 @@ class Import:
         broken: whether a row of the record was reported, so that it cannot be compared.
         """
         real = path.resolve()
-        record = _Place(place or name, item, frozenset((d.name, d.box) for d in detections), broken)
+        record = _Place(
+            field=place or name,
+            item=item,
+            detections=frozenset((d.name, d.box) for d in detections),
+            broken=broken,
+        )
         first = self._places.setdefault(real, record)
         if first is not record:
             if first.broken or broken:
@@ -394,11 +399,11 @@ class Import:
         absent = absent_classes(sorted(set(classes) - present - unknown), present | unknown)
         self.pictures.append(
             Picture(
-                name,
-                path,
-                tuple(reversed(once.values())),
-                unknown,
-                absent,
+                id=name,
+                path=path,
+                detections=tuple(reversed(once.values())),
+                unsure=unknown,
+                absent=absent,
             )
         )
 

@@ -103,7 +103,9 @@ def _checked_item(
     if not isinstance(data.get("bboxs") or [], list):
         raise FieldError("must be a list of [x0, y0, x1, y1] in pixels", field="bboxs")
     dataset = data.get("dataset")
-    in_its_folder = f"{dataset}/{name}" if isinstance(dataset, str) and dataset else name
+    in_its_folder = name
+    if isinstance(dataset, str) and dataset:
+        in_its_folder = f"{dataset}/{name}"
     path = as_on_disk(imported.folder / name)
     if not path.is_file():
         path = imported.find(in_its_folder)
@@ -127,10 +129,20 @@ def _sample(
     answer: str,
     boxes: tuple[Box, ...],
 ) -> Sample:
-    kind = str(one.data["dataset"]) if one.data.get("dataset") else None
+    kind = None
+    if one.data.get("dataset"):
+        kind = str(one.data["dataset"])
     parts = (kind, one.data.get("split"), one.path.stem, one.line or one.item)
     name = "-".join(str(part) for part in parts if part)
-    return Sample(name, (one.path,), question, answer, None, boxes, kind)
+    return Sample(
+        id=name,
+        images=(one.path,),
+        question=question,
+        answer=answer,
+        choices=None,
+        boxes=boxes,
+        type=kind,
+    )
 
 
 def lvr(imported: Import) -> None:

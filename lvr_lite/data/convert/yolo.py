@@ -71,7 +71,9 @@ def yolo(imported: Import) -> None:
         inside = path.is_relative_to(data_set.root)
         name = (path.relative_to(data_set.root) if inside else path).as_posix()
         if imported.can_read(path):
-            imported.add_picture(name, path, detections, unsure, used, file=path)
+            imported.add_picture(
+                name=name, path=path, detections=detections, unsure=unsure, classes=used, file=path
+            )
 
 
 def _once(labels: dict[Path, Path]) -> dict[Path, Path]:
@@ -175,7 +177,9 @@ def _label_file(path: Path) -> Path:
     last = max(i for i, part in enumerate(parts[:-1]) if part == "images")
     parts[last] = "labels"
     mirrored = Path(*parts).with_suffix(".txt")
-    return beside if beside.is_file() and not mirrored.is_file() else mirrored
+    if beside.is_file() and not mirrored.is_file():
+        return beside
+    return mirrored
 
 
 # ----------------------------------------------------------------------------------------------
@@ -205,7 +209,12 @@ def _data_set(imported: Import) -> _DataSet:
     elif len(splits) > 1:
         together = f"splits written together ({', '.join(splits)}; --split takes one)"
         imported.remarks[together] = len(splits)
-    return _DataSet(root, _names(source, data, base, root), pictures, "kpt_shape" in data)
+    return _DataSet(
+        root=root,
+        names=_names(source, data, base, root),
+        pictures=pictures,
+        keypoints="kpt_shape" in data,
+    )
 
 
 def _description(source: Path) -> JsonObject:
