@@ -85,13 +85,14 @@ def labelstudio(imported: Import) -> None:
         with imported.row(item=item):
             tasks += _tasks(imported, value, item)
     imported.learn_pixels((task.path, task.size) for task in tasks)
+    used: set[str] = set()
     pictures = []
     for task in tasks:
         rectangles = _rectangles(imported, task)
         if not _add_samples(imported, task, rectangles.named + rectangles.unnamed):
             imported.omissions["rectangles without a class"] += len(rectangles.unnamed)
             pictures.append((task, rectangles))
-    used = {detection.name for _, rectangles in pictures for detection in rectangles.named}
+            used.update(detection.name for detection in rectangles.named)
     for task, rectangles in pictures:
         unsure = used
         if not rectangles.all_unsure:
@@ -115,56 +116,62 @@ def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
     """One for each picture that has results; none for a task without an annotation. Raises
     FieldError.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("data"), dict):
+    if not isinstance(value, dict):
         raise _not_a_task()
-    if not isinstance(value.get("annotations"), list):
+    data = value.get("data")
+    annotations = value.get("annotations")
+    if not isinstance(data, dict) or not isinstance(annotations, list):
         raise _not_a_task()
-    whole = [a for a in value["annotations"] if _has_results(a)]
-    if len(whole) < len(value["annotations"]):
+    if not all(map(_has_results, annotations)):
         raise FieldError("each must be an object with a list of results", field="annotations")
-    valid = [a for a in whole if not flag(a.get("was_cancelled"))]
-    imported.omissions["cancelled annotations"] += len(whole) - len(valid)
+    valid = [a for a in annotations if not flag(a.get("was_cancelled"))]
+    imported.omissions["cancelled annotations"] += len(annotations) - len(valid)
     if not valid:
         guessed = ""
         if value.get("predictions"):
             guessed = " but with predictions, which are not read"
         imported.omissions[f"tasks without an annotation{guessed}"] += 1
         return []
-    valid.sort(key=lambda a: not flag(a.get("ground_truth")))
     imported.omissions["other annotations of a task"] += len(valid) - 1
-    results = valid[0]["result"]
-    if not all(isinstance(r, dict) and isinstance(r.get("value") or {}, dict) for r in results):
+    # The first ground truth, or else the first.
+    annotation = min(valid, key=lambda a: not flag(a.get("ground_truth")))
+    results = annotation["result"]
+    if not all(map(_is_result, results)):
         raise FieldError("each must be an object with a value", field="result")
     name = str(value.get("id", f"task{item}"))
-    annotation = str(valid[0].get("id", "annotation"))
     tasks = []
-    for key, own in _by_picture(imported, value["data"], results):
+    for key, own in _by_picture(imported, data, results):
         size = _size(own)
-        path = _picture(imported, value["data"], key)
+        path = _picture(imported, data, key)
         imported.pixels_of(path, size)
-        own_name = f"{name}-{key}" if key else name
-        tasks.append(
-            _Task(
-                item=item,
-                id=own_name,
-                data=value["data"],
-                annotation=annotation,
-                results=own,
-                path=path,
-                size=size,
-            )
+        task = _Task(
+            item=item,
+            id=f"{name}-{key}" if key else name,
+            data=data,
+            annotation=str(annotation.get("id", "annotation")),
+            results=own,
+            path=path,
+            size=size,
         )
+        tasks.append(task)
     return tasks
 
 
 def _size(results: list[Result]) -> Size | None:
     """The picture's size, as the results state it. Raises FieldError where it was turned."""
-    if any(str(result.get("image_rotation") or 0) not in ("0", "0.0") for result in results):
-        raise FieldError(
-            "was turned in Label Studio", "turn it back there and export again", "image_rotation"
-        )
-    sizes = (size_of(result, "original_width", "original_height") for result in results)
-    return next((size for size in sizes if size), None)
+    for result in results:
+        rotation = str(result.get("image_rotation") or 0)
+        if rotation not in ("0", "0.0"):
+            raise FieldError(
+                "was turned in Label Studio",
+                "turn it back there and export again",
+                "image_rotation",
+            )
+    for result in results:
+        size = size_of(result, "original_width", "original_height")
+        if size:
+            return size
+    return None
 
 
 def _by_picture(
@@ -174,7 +181,8 @@ def _by_picture(
     export gives no other way to tell. One picture, named in the usual way, has the field "".
     """
     keys = [key for key, value in data.items() if _is_picture(value)]
-    to_names = {str(r.get("to_name")) for r in results if _marks_region(r) and r.get("to_name")}
+    regions = [result for result in results if _marks_region(result) and result.get("to_name")]
+    to_names = {str(region["to_name"]) for region in regions}
     matched = to_names & set(keys)
     if len(keys) > 1 and len(to_names) == 1 and not matched:
         (only,) = to_names
@@ -183,18 +191,18 @@ def _by_picture(
             "results were taken for those of data.image"
         ] += 1
     if len(keys) < 2 or (len(to_names) < 2 and not matched):
-        return [
-            ("", _of_one_picture(imported=imported, results=results, to_names=to_names, keys=keys))
-        ]
-    for result in results:
-        name = result.get("to_name")
-        if _marks_region(result) and name and str(name) not in keys:
+        return [("", _of_one_picture(imported, results, to_names, keys))]
+    for region in regions:
+        name = region["to_name"]
+        if str(name) not in keys:
             imported.omissions[f"results of a picture that no field of data names ({name})"] += 1
-    return [
-        (key if len(matched) > 1 or key != "image" else "", own)
-        for key in keys
-        if (own := [r for r in results if str(r.get("to_name")) == key])
-    ]
+    by_picture = []
+    for key in keys:
+        own = [result for result in results if str(result.get("to_name")) == key]
+        usual = key == "image" and len(matched) < 2
+        if own:
+            by_picture.append(("" if usual else key, own))
+    return by_picture
 
 
 def _of_one_picture(
@@ -204,9 +212,9 @@ def _of_one_picture(
     keys: list[str],
 ) -> list[Result]:
     """The results without those of another picture, which the task does not name."""
-    own = to_names & {*keys, "image"}
     if len(to_names) < 2:
         return results
+    own = to_names & {*keys, "image"}
     if len(own) != 1:
         names = ", ".join(sorted(to_names))
         raise FieldError(
@@ -214,16 +222,25 @@ def _of_one_picture(
             "name the fields of data as to_name does",
             "to_name",
         )
-    others = [r for r in results if _marks_region(r) and str(r.get("to_name")) not in own]
-    imported.omissions["results of another picture of the task"] += len(others)
-    return [r for r in results if r not in others]
+    kept = []
+    for result in results:
+        if _marks_region(result) and str(result.get("to_name")) not in own:
+            imported.omissions["results of another picture of the task"] += 1
+        else:
+            kept.append(result)
+    return kept
 
 
 def _is_picture(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    query = parse_qs(urlsplit(value).query).get("d", [""])[0]
-    return any(name.lower().endswith(SUFFIXES) for name in (urlsplit(value).path, query))
+    url = urlsplit(value)
+    (query, *_) = parse_qs(url.query).get("d", [""])
+    return _names_picture(url.path) or _names_picture(query)
+
+
+def _names_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def _marks_region(result: Result) -> bool:
@@ -231,7 +248,10 @@ def _marks_region(result: Result) -> bool:
     kind = str(result.get("type"))
     if kind in _NO_REGION:
         return False
-    return kind.endswith("labels") or bool(_GEOMETRY & set(result.get("value") or {}))
+    if kind.endswith("labels"):
+        return True
+    value = result.get("value") or {}
+    return not _GEOMETRY.isdisjoint(value)
 
 
 def _not_a_task() -> FieldError:
@@ -240,6 +260,10 @@ def _not_a_task() -> FieldError:
 
 def _has_results(annotation: object) -> bool:
     return isinstance(annotation, dict) and isinstance(annotation.get("result"), list)
+
+
+def _is_result(result: object) -> bool:
+    return isinstance(result, dict) and isinstance(result.get("value") or {}, dict)
 
 
 def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
@@ -259,7 +283,7 @@ def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
         raise FieldError("data.image is an object", "it must be text that names the picture")
     if not isinstance(value, str):
         texts = [text for text in data.values() if isinstance(text, str)]
-        names = [text for text in texts if urlsplit(text).path.lower().endswith(SUFFIXES)]
+        names = [text for text in texts if _names_picture(urlsplit(text).path)]
         if len(names) != 1:
             raise FieldError("data.image is missing", "it must name the picture")
         value = names[0]
@@ -321,9 +345,9 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
             continue
         if kind == "labels" and {"x", "y", "width", "height"} <= set(value):
             kind = "rectangle"
-        labels = value.get("labels" if kind == "rectangle" else kind) or value.get("labels") or []
-        labels = labels or labels_of.get(own, [])
-        labels = [labels] if isinstance(labels, str) else labels
+        labels = _labels(kind, value) or labels_of.get(own, [])
+        if isinstance(labels, str):
+            labels = [labels]
         if kind not in _RECTANGLES:
             imported.omissions[f"results of type {kind}"] += 1
             if isinstance(labels, list) and labels:
@@ -344,25 +368,32 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
             rectangles.broken = True
             continue
         for i, name in enumerate(names):
-            rectangles.named.append(
-                Detection(
-                    name,
-                    box,
-                    own if i == 0 else f"{own}.{i}",
-                )
-            )
+            identifier = f"{own}.{i}" if i else own
+            rectangles.named.append(Detection(name, box, identifier))
         if not names:
             rectangles.unnamed.append(Detection("", box, own))
     return rectangles
+
+
+def _labels(kind: Any, value: Result) -> Any:
+    """The classes in the value of a region."""
+    field = kind
+    if kind == "rectangle":
+        field = "labels"
+    return value.get(field) or value.get("labels")
 
 
 def _labels_by_region(results: list[Result]) -> dict[str, list[object]]:
     """The classes that <Labels> gives to regions, by the region's id."""
     labels: defaultdict[str, list[object]] = defaultdict(list)
     for result in results:
-        if result.get("type") == "labels":
-            own = (result.get("value") or {}).get("labels") or []
-            labels[str(result.get("id"))] += own if isinstance(own, list) else [own]
+        if result.get("type") != "labels":
+            continue
+        value = result.get("value") or {}
+        own = value.get("labels") or []
+        if not isinstance(own, list):
+            own = [own]
+        labels[str(result.get("id"))] += own
     return labels
 
 
@@ -371,17 +402,24 @@ def _box(imported: Import, frame: Frame, value: JsonObject) -> Box:
     percent = numbers([value.get(key) for key in ("x", "y", "width", "height")], 4)
     (degrees,) = numbers([value.get("rotation") or 0], 1)
     _tell_other_units(imported, percent)
-    x = percent[0] * frame.width / 100
-    y = percent[1] * frame.height / 100
-    w = percent[2] * frame.width / 100
-    h = percent[3] * frame.height / 100
+    left, top, width, height = percent
+    x = left * frame.width / 100
+    y = top * frame.height / 100
+    w = width * frame.width / 100
+    h = height * frame.height / 100
     if degrees == 0 or w <= 0 or h <= 0:
         return imported.box(frame, (x, y, x + w, y + h))
-    c = math.cos(math.radians(degrees))
-    s = math.sin(math.radians(degrees))
+    radians = math.radians(degrees)
+    c = math.cos(radians)
+    s = math.sin(radians)
     xs = (0, w * c, -h * s, w * c - h * s)
     ys = (0, w * s, h * c, w * s + h * c)
-    corners = (x + min(xs), y + min(ys), x + max(xs), y + max(ys))
+    corners = (
+        x + min(xs),
+        y + min(ys),
+        x + max(xs),
+        y + max(ys),
+    )
     return imported.box(frame, corners, cut=True)
 
 
