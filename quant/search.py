@@ -255,15 +255,22 @@ class Search:
     @cached_property
     def _costs(self) -> dict[str, int]:
         """{unit: bytes that it takes more with 8 bits}"""
-        four, eight = (self._variants[bits] for bits in (4, 8))
+        four = self._variants[4]
+        eight = self._variants[8]
         sizes = eight.decoder_bytes()
         sizes.subtract(four.decoder_bytes())
-        costs = {unit: sum(sizes[w] for w in weights) for unit, weights in self._units.items()}
-        return costs | {HEAD: eight.bytes(*SMALL_GRAPHS) - four.bytes(*SMALL_GRAPHS)}
+        costs = {}
+        for unit, weights in self._units.items():
+            costs[unit] = sum(sizes[weight] for weight in weights)
+        costs[HEAD] = eight.bytes(*SMALL_GRAPHS) - four.bytes(*SMALL_GRAPHS)
+        return costs
 
     def _weights(self, eight: frozenset[str]) -> set[str]:
         """The decoder's weights of these units."""
-        return {weight for unit in eight for weight in self._units.get(unit, ())}
+        weights: set[str] = set()
+        for unit in eight:
+            weights.update(self._units.get(unit, ()))
+        return weights
 
     def _bits(self, eight: frozenset[str]) -> float:
         """A weight, scales included."""
@@ -275,7 +282,8 @@ class Search:
         for candidate in self.measured:
             if candidate.eight == eight:
                 return candidate
-        small = self._variants[8 if HEAD in eight else 4].graphs
+        bits = 8 if HEAD in eight else 4
+        small = self._variants[bits].graphs
         scratch = self.calibration.scratch
         runtime = self.calibration.runtime.with_graphs(
             decoder=open_session(self._mixture(eight).SerializeToString(), scratch),
@@ -283,8 +291,9 @@ class Search:
             head=open_session(small["lm_head"].SerializeToString(), scratch),
         )
         loss = answer_loss(runtime, self._prompts, self._references)
-        self.measured.append(Candidate(eight, self._bits(eight), loss))
-        return self.measured[-1]
+        candidate = Candidate(eight, self._bits(eight), loss)
+        self.measured.append(candidate)
+        return candidate
 
     def _mixture(self, eight: frozenset[str]) -> onnx.ModelProto:
         """The decoder with the nodes of these units from the 8-bit graph and all others from the
@@ -295,14 +304,13 @@ class Search:
         eight_bits = self._variants[8].decoder
         model = onnx.ModelProto()
         model.CopyFrom(self._variants[4].graphs["decoder"])
-        for node, wide_node in zip(model.graph.node, eight_bits.node, strict=True):
+        graph = model.graph
+        for node, wide_node in zip(graph.node, eight_bits.node, strict=True):
             if _weight_read(node) in wide:
                 node.CopyFrom(wide_node)
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(
-            t for t in four_bits.initializer if _weight_of(t) not in wide
-        )
-        model.graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
+        del graph.initializer[:]
+        graph.initializer.extend(t for t in four_bits.initializer if _weight_of(t) not in wide)
+        graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
         return model
 
 

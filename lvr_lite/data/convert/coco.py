@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,13 @@ def coco(imported: Import) -> None:
     data = imported.json()
     images = _list(imported, data, "images")
     annotations = _list(imported, data, "annotations")
-    names = _names(imported, _list(imported, data, "categories"))
+    categories = _list(imported, data, "categories")
+    names = _names(imported, categories)
     known = {_id_or_none(image) for image in images if isinstance(image, dict)}
     boxes, unsure = _boxes(imported, annotations, known, names)
-    used = {box.name for of_one in boxes.values() for box in of_one.values()}
+    used: set[str] = set()
+    for of_one in boxes.values():
+        used.update(box.name for box in of_one.values())
     for image, path, frame, data in _whole_images(imported, images):
         detections = []
         for number, annotation in boxes[image].items():
@@ -145,22 +149,25 @@ def _image_and_class(
 
 
 def _identifier(annotation: JsonObject, field: str) -> str:
-    try:
+    with _named(field):
         return identifier(annotation.get(field))
-    except FieldError as error:
-        raise FieldError(f"{field}: {error.reason}", error.remedy) from error
 
 
 def _bbox(annotation: JsonObject) -> list[float]:
-    try:
+    with _named("bbox"):
         return numbers(annotation.get("bbox"), 4)
-    except FieldError as error:
-        raise FieldError(f"bbox: {error.reason}", error.remedy) from error
 
 
 def _flag(annotation: JsonObject, field: str) -> bool:
-    try:
+    with _named(field):
         return flag(annotation.get(field))
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Puts the field's name before the reason of a FieldError."""
+    try:
+        yield
     except FieldError as error:
         raise FieldError(f"{field}: {error.reason}", error.remedy) from error
 

@@ -132,9 +132,9 @@ def _tasks(imported: Import, value: object, item: int) -> list[_Task]:
             guessed = " but with predictions, which are not read"
         imported.omissions[f"tasks without an annotation{guessed}"] += 1
         return []
-    imported.omissions["other annotations of a task"] += len(valid) - 1
     # The first ground truth, or else the first.
     annotation = min(valid, key=lambda a: not flag(a.get("ground_truth")))
+    imported.omissions["other annotations of a task"] += len(valid) - 1
     results = annotation["result"]
     if not all(map(_is_result, results)):
         raise FieldError("each must be an object with a value", field="result")
