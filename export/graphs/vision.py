@@ -162,6 +162,7 @@ def vision_spec(
     channels = tower.patch_embed.proj.weight[0].numel()
     arrays = processor.vision_inputs(grids)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module = VisionEncoder(tower, list(inputs), deepstack)
     patches = torch.randn(6 * merge**2, channels)
     tokens = axis("tokens")
     first = {
@@ -171,7 +172,7 @@ def vision_spec(
     axes = processor.family.vision_axes
     varying = [first[axes[name]] for name in inputs]
     return GraphSpec(
-        module=VisionEncoder(tower, list(inputs), deepstack),
+        module=module,
         arguments=(patches, list(inputs.values())),
         inputs=["pixel_values", *inputs],
         outputs=["image_features"],

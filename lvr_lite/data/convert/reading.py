@@ -152,8 +152,12 @@ class Import:
         """The folder of the pictures: as given; the one above a folder of annotations; or the
         source's.
         """
+        if self.images is not None:
+            return self.images
         beside = self.source.absolute().parent
-        return self.images or (beside.parent if beside.name == "annotations" else beside)
+        if beside.name == "annotations":
+            return beside.parent
+        return beside
 
     # ------------------------------------------------------------------------------------------
     # pictures
@@ -179,12 +183,9 @@ class Import:
         if self._paths_by_name is None:
             self._paths_by_name = _paths_by_name(self.folder)
         wanted = _parts(Path(name))
-        same_name = self._paths_by_name.get(wanted[-1] if wanted else "", [])
-        ranked = [(self._agreement(path, wanted, rooted), path) for path in same_name]
-        most = max((agreement for agreement, _ in ranked), default=0)
-        best = sorted(path for agreement, path in ranked if agreement == most and most)
-        # Links may lead to one file on several ways.
-        best = list({path.resolve(): path for path in reversed(best)}.values())[::-1]
+        last = wanted[-1] if wanted else ""
+        same_name = self._paths_by_name.get(last, [])
+        best = self._best_of(same_name, wanted, rooted)
         if not best:
             other = ""
             if same_name:
@@ -201,6 +202,20 @@ class Import:
         self.found_by_end.setdefault(best[0], name)
         return best[0]
 
+    def _best_of(self, paths: list[Path], wanted: tuple[str, ...], rooted: bool) -> list[Path]:
+        """Those of the paths that agree most with a name, sorted; none where none agrees."""
+        by_agreement: defaultdict[int, list[Path]] = defaultdict(list)
+        for path in paths:
+            by_agreement[self._agreement(path, wanted, rooted)].append(path)
+        most = max(by_agreement, default=0)
+        if most == 0:
+            return []
+        # Links may lead to one file on several ways.
+        once: dict[Path, Path] = {}
+        for path in sorted(by_agreement[most], reverse=True):
+            once[path.resolve()] = path
+        return list(once.values())[::-1]
+
     def _agreement(self, path: Path, wanted: tuple[str, ...], rooted: bool) -> int:
         """How many parts of a picture's path and of a name agree, from the end on; 0 where they
         differ before one of them ends.
@@ -211,8 +226,9 @@ class Import:
         if parts[-len(wanted) :] == wanted:
             return len(wanted)
         inside = _parts(path.relative_to(self.folder))
-        whole = wanted[-len(inside) :] == inside
-        if not (whole and (rooted or len(inside) > 1)):
+        if wanted[-len(inside) :] != inside:
+            return 0
+        if len(inside) == 1 and not rooted:
             return 0
         return len(inside)
 
@@ -241,12 +257,14 @@ class Import:
         stored, orientation = self.shape(path)
         if size is None:
             return None
-        shapes = {"stored": stored, "upright": stored[::-1] if orientation >= 5 else stored}
+        shapes = {"stored": stored, "upright": _upright_shape(stored, orientation)}
         fitting = [pixels for pixels, shape in shapes.items() if _same_shape(shape, size)]
         if not fitting:
+            width, height = stored
+            stated_width, stated_height = size
             raise FieldError(
-                f"{path} has {stored[0]} x {stored[1]} pixels, and its boxes are of a picture "
-                f"of {size[0]:g} x {size[1]:g}",
+                f"{path} has {width} x {height} pixels, and its boxes are of a picture "
+                f"of {stated_width:g} x {stated_height:g}",
                 "find the right picture",
             )
         if len(fitting) != 1:
@@ -265,16 +283,22 @@ class Import:
         """
         stored, orientation = self.shape(path)
         shown = self.pixels_of(path, size)
-        pixels = self.boxes_are or shown or self.default_pixels
-        if orientation > 1 and not (self.boxes_are or shown):
+        known = self.boxes_are or shown
+        pixels = known or self.default_pixels
+        if orientation > 1 and not known:
             taken = f"turned pictures whose boxes are taken as {self.default_pixels}"
             self.remarks[f"{taken} (--boxes-are)"] += 1
-        sideways = pixels == "upright" and orientation >= 5
-        width, height = size or (stored[::-1] if sideways else stored)
+        still_to_turn = 1
+        shape = stored
+        if pixels == "stored":
+            still_to_turn = orientation
+        elif pixels == "upright":
+            shape = _upright_shape(stored, orientation)
+        width, height = size or shape
         if self.boxes_are and shown not in (None, pixels):
             # The user knows better than the stated size, which is of the other pixels.
             width, height = height, width
-        return Frame(width, height, orientation if pixels == "stored" else 1)
+        return Frame(width, height, still_to_turn)
 
     def measured(self, frame: Frame, own_unit: str) -> Frame:
         """The frame in the unit that boxes are measured in: the user's word, or the format's
@@ -295,8 +319,9 @@ class Import:
 
         Raises FieldError.
         """
-        shown = f"[{', '.join(f'{v:.6g}' for v in corners)}]"
-        if not all(math.isfinite(v) for v in corners):
+        numbers_shown = ", ".join(f"{value:.6g}" for value in corners)
+        shown = f"[{numbers_shown}]"
+        if not all(map(math.isfinite, corners)):
             raise FieldError(f"{shown} holds a value that is no number", "write the box again")
         x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
@@ -308,14 +333,18 @@ class Import:
                 f"{shown} looks like fractions of the picture, and pixels are meant",
                 "say what boxes are measured in with --boxes fractions (or pixels, if they are)",
             )
-        parts = (x0 / frame.width, y0 / frame.height, x1 / frame.width, y1 / frame.height)
+        left = x0 / frame.width
+        top = y0 / frame.height
+        right = x1 / frame.width
+        bottom = y1 / frame.height
+        # how far the box reaches over an edge
         over = max(
-            -parts[0],
-            -parts[1],
-            parts[2] - 1,
-            parts[3] - 1,
+            -left,
+            -top,
+            right - 1,
+            bottom - 1,
         )
-        left, top, right, bottom = (min(max(part, 0), 1) for part in parts)
+        left, top, right, bottom = (min(max(part, 0), 1) for part in (left, top, right, bottom))
         if (over > _SLACK and not cut) or left >= right or top >= bottom:
             raise FieldError(
                 f"{shown} lies outside the picture of {frame.width:g} x {frame.height:g}",
@@ -392,8 +421,9 @@ class Import:
             return
         # A box that is there twice would be counted twice.
         once = {(d.name, d.box): d for d in reversed(detections)}
-        if len(once) < len(detections):
-            self.omissions["boxes that are there twice"] += len(detections) - len(once)
+        twice = len(detections) - len(once)
+        if twice:
+            self.omissions["boxes that are there twice"] += twice
         unknown = frozenset(unsure)
         present = {detection.name for detection in detections}
         absent = absent_classes(sorted(set(classes) - present - unknown), present | unknown)
@@ -442,11 +472,22 @@ def _parts(path: Path) -> tuple[str, ...]:
     return Path(unicodedata.normalize("NFC", str(path))).parts
 
 
+def _upright_shape(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height of a picture after its EXIF orientation is applied."""
+    width, height = stored
+    if orientation >= 5:
+        return height, width
+    return width, height
+
+
 def _same_shape(shape: tuple[int, int], size: Size) -> bool:
     """Whether a picture has this size, or was scaled since, to within a pixel."""
     if shape == size:
         return True
-    return abs(shape[0] * size[1] - shape[1] * size[0]) <= max(*shape, *size)
+    width, height = shape
+    stated_width, stated_height = size
+    difference = abs(width * stated_height - height * stated_width)
+    return difference <= max(width, height, stated_width, stated_height)
 
 
 def _remedy_outside(frame: Frame, largest: float) -> str:
