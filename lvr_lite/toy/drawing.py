@@ -16,6 +16,8 @@ Colour = tuple[int, ...]
 
 RIM = (20, 20, 20)
 INK = (255, 255, 255)
+# The pixels beside one: left, right, above, below.
+_AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 # 5 x 7 bitmaps, row by row: drawn here so that no font or FreeType version can change a picture.
 _GLYPHS = {
@@ -105,10 +107,8 @@ def _draw_figure(picture: Image.Image, figure: Figure) -> None:
     x = figure.x + (figure.size - glyph.width) // 2
     y = figure.y + round(figure.size * middle - glyph.height / 2)
     # A dark rim makes the letter readable on white as well.
-    picture.paste(RIM, (x - 1, y), glyph)
-    picture.paste(RIM, (x + 1, y), glyph)
-    picture.paste(RIM, (x, y - 1), glyph)
-    picture.paste(RIM, (x, y + 1), glyph)
+    for dx, dy in _AROUND:
+        picture.paste(RIM, (x + dx, y + dy), glyph)
     picture.paste(INK, (x, y), glyph)
 
 
