@@ -224,6 +224,7 @@ class IntegerGraph:
         if weight.name not in self._parts:
             matrix = self._matrix(weight, transpose)
             self._values += matrix.size
+            self._schemes[node.name] = scheme
             if transpose and self.table is not None and self.table.is_tied_to(matrix, scheme):
                 self._parts[weight.name] = self._share(self.table)
             else:
@@ -233,8 +234,8 @@ class IntegerGraph:
                 self._errors[node.name] = self._error(blocks, matrix)
                 if not transpose and self.name == "embed_tokens":
                     self.table = EmbeddingTable(matrix, scheme, tensors)
-            self._schemes[node.name] = scheme
-        return self._widened(self._parts[weight.name]), scheme
+        names = self._widened(self._parts[weight.name])
+        return names, scheme
 
     def _matrix(self, weight: onnx.TensorProto, transpose: bool) -> np.ndarray:
         matrix = self.read(weight)

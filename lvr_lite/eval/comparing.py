@@ -121,9 +121,11 @@ def compare(
     journal = None
     if plan.journal:
         settings = plan.settings(processor_of(model))
-        journal = Journal.open(plan.journal, {"model": _identity(model), **settings})
+        settings = {"model": _identity(model), **settings}
+        journal = Journal.open(plan.journal, settings)
     if begin is not None:
-        begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
+        questions = _count(plan, benchmark) + plan.beside
+        begin(questions * (1 + len(models)))
 
     usual = replace(plan, steps=(), journal=None)
     for name in models:
