@@ -170,7 +170,7 @@ class Products(Mapping[str, np.ndarray]):
 def _squared(rows: np.ndarray) -> np.ndarray:
     """The sum of x xᵀ over rows x (N, K): (K, K) float64."""
     product = rows.T @ rows
-    return product.astype(np.float64)
+    return np.asarray(product, np.float64)
 
 
 class _Sequence:

@@ -193,7 +193,8 @@ def _named_scores(run: JsonObject) -> dict[str, JsonObject]:
         scores["all"] = run
         if run["pair_accuracy"] is not None:
             scores["pairs, both right"] = {"n": None, "accuracy": run["pair_accuracy"]}
-    return scores | run["by_type"]
+    scores.update(run["by_type"])
+    return scores
 
 
 def _beside_published(

@@ -92,7 +92,8 @@ def _background(width: int, height: int, seed: int) -> Image.Image:
 
 def _bytes(values: np.ndarray) -> np.ndarray:
     """Colour values as uint8."""
-    return np.clip(values, 0, 255).astype(np.uint8)
+    clipped = np.clip(values, 0, 255)
+    return np.asarray(clipped, np.uint8)
 
 
 def _draw_figure(picture: Image.Image, figure: Figure) -> None:
