@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.convert.detections import Detection, Picture, absent_classes
+from lvr_lite.data.convert.folders import parts_of, paths_by_name
 from lvr_lite.data.rows import (
     FieldError,
     JsonObject,
@@ -181,8 +181,8 @@ class Import:
             # A name that no file can have, such as a whole picture written as text.
             raise FieldError(f"{name[:40]}… names no picture ({error.strerror})") from error
         if self._paths_by_name is None:
-            self._paths_by_name = _paths_by_name(self.folder)
-        wanted = _parts(Path(name))
+            self._paths_by_name = paths_by_name(self.folder)
+        wanted = parts_of(Path(name))
         last = wanted[-1] if wanted else ""
         same_name = self._paths_by_name.get(last, [])
         best = self._best_of(same_name, wanted, rooted)
@@ -222,10 +222,10 @@ class Import:
 
         Beginning at the folder, one part is no agreement with a name that has folders of its own.
         """
-        parts = _parts(path.absolute())
+        parts = parts_of(path.absolute())
         if parts[-len(wanted) :] == wanted:
             return len(wanted)
-        inside = _parts(path.relative_to(self.folder))
+        inside = parts_of(path.relative_to(self.folder))
         if wanted[-len(inside) :] != inside:
             return 0
         if len(inside) == 1 and not rooted:
@@ -436,40 +436,6 @@ class Import:
                 absent=absent,
             )
         )
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, in links to folders too. Hidden ones (".…") are
-    none, and a link to a folder that it stands in is not followed.
-    """
-    waiting = [(folder, frozenset({folder.resolve()}))]
-    while waiting:
-        place, above = waiting.pop()
-        try:
-            paths = sorted(place.iterdir())
-        except OSError as error:
-            raise DataError(
-                f"{place}: cannot be read ({error.strerror or error}); check its permissions"
-            ) from error
-        for path in paths:
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                yield path
-            elif (real := path.resolve()) not in above:
-                waiting.append((path, above | {real}))
-
-
-def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their names in NFC."""
-    paths: defaultdict[str, list[Path]] = defaultdict(list)
-    for path in files_below(folder):
-        paths[unicodedata.normalize("NFC", path.name)].append(path)
-    return paths
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    return Path(unicodedata.normalize("NFC", str(path))).parts
 
 
 def _upright_shape(stored: tuple[int, int], orientation: int) -> tuple[int, int]:

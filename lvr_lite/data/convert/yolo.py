@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import Import, class_name, files_below
+from lvr_lite.data.convert.folders import files_below
+from lvr_lite.data.convert.reading import Import, class_name
 from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.model.images import SUFFIXES
