@@ -179,7 +179,7 @@ def _share(system: SystemResult, stage: str) -> float:
     """What a stage takes of a request; 1 where that is not known."""
     spent = system.request_ms.get(stage)
     whole = system.latencies["end_to_end"].p50_ms
-    if spent is None or whole is None:
+    if spent is None or not whole:
         return 1.0
     return float(spent / whole)
 
