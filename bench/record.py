@@ -79,7 +79,9 @@ class Summary:
         if not samples:
             return cls(None, None, None, None, [])
         p50, p90, p99 = (percentile(samples, q) for q in (50, 90, 99))
-        std = float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0
+        std = 0.0
+        if len(samples) > 1:
+            std = float(np.std(samples, ddof=1))
         return cls(p50, p90, p99, std, samples)
 
 
@@ -166,7 +168,9 @@ class SystemResult:
     @property
     def megabytes(self) -> float | None:
         """Of all graphs; None for what has none."""
-        return sum(self.bytes.values()) / 1e6 if self.bytes else None
+        if not self.bytes:
+            return None
+        return sum(self.bytes.values()) / 1e6
 
     def to_json(self) -> JsonObject:
         data = asdict(self)

@@ -109,7 +109,9 @@ class CheckpointContents:
 
     @property
     def kind(self) -> str:
-        return "checkpoint" if self.tuned is None else "tuned checkpoint"
+        if self.tuned is None:
+            return "checkpoint"
+        return "tuned checkpoint"
 
     @property
     def bytes(self) -> int:
@@ -190,7 +192,9 @@ def _state(folder: Path, digests: dict[str, str]) -> str:
 def _file_state(path: Path, digest: str | None) -> str:
     if not path.is_file():
         return "missing"
-    return OK if sha256(path) == digest else "changed"
+    if sha256(path) != digest:
+        return "changed"
+    return OK
 
 
 def read_weights(path: Path) -> WeightFile:
