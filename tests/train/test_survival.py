@@ -310,7 +310,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_with_all_samples_of_its_step(
 
     spoiled: list[Any] = []
     before_step(monkeypatch, 1, spoil_gradients)
-    before_step(monkeypatch, 2, lambda _: [hook.remove() for hook in spoiled])
+
+    def restore_gradients(_: LatentTrainer) -> None:
+        for hook in spoiled:
+            hook.remove()
+
+    before_step(monkeypatch, 2, restore_gradients)
     few = ("train.steps=2", "train.accumulation=2", "train.eval_every=2", *EVERY_STEP)
     metrics, _ = tune(small_checkpoint, tmp_path / "out", *few)
     (skipped,) = metrics["skipped"]
@@ -496,7 +501,7 @@ def test_an_older_checkpoint_goes_only_when_the_newer_one_is_on_the_disk_and_mar
     out = tmp_path / "out"
     seen = []
     synced: list[str] = []
-    sync, discard = run_folder.sync, run_folder.discard
+    sync, discard = files.sync, run_folder.discard
 
     def watched_sync(path: Path) -> None:
         synced.append(path.name)
