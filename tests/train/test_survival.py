@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import BundleError, LvrError, NotFiniteError, OutputError, StoppedError
-from lvr_lite.files import locked
+from lvr_lite.files import locked, sync
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.sums import SUMS, check_sums, read_sums
 from lvr_lite.train import run_folder
@@ -501,7 +501,7 @@ def test_an_older_checkpoint_goes_only_when_the_newer_one_is_on_the_disk_and_mar
     out = tmp_path / "out"
     seen = []
     synced: list[str] = []
-    sync, discard = files.sync, run_folder.discard
+    discard = run_folder.discard
 
     def watched_sync(path: Path) -> None:
         synced.append(path.name)
