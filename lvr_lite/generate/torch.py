@@ -244,7 +244,8 @@ def read(
         position_ids=positions,
         attention_mask=mask,
         past_key_values=cache,
-        use_cache=cache is not None,
+        # It would make a cache where none is given; the one that is given is used either way.
+        use_cache=False,
         **deepstack,
     )
     return torch.as_tensor(output.last_hidden_state)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export.weights import PREFIXES, check_names
+from lvr_lite.generate.torch import language_model
 from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
 from lvr_lite.model.processor_files import read_json, rows_of_tables
 from lvr_lite.model.prompt import prompt_ids
@@ -166,9 +167,9 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     # The adapters' random start.
     torch.manual_seed(settings.train.seed)
     tuned = get_peft_model(model, config)
-    language_model = f".{family.language_model}."
+    within = f".{family.language_model}."
     for name, parameter in tuned.named_parameters():
-        of_adapter = "lora_" in name and language_model in name
+        of_adapter = "lora_" in name and within in name
         if parameter.requires_grad and not (of_adapter or "trainable_tokens" in name):
             raise LvrError(
                 f"{name} would be trained, but only adapters and the three token rows may be"
@@ -179,8 +180,10 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Gradient checkpointing for a model with adapters: layers are read again instead of kept."""
-    model.get_base_model().gradient_checkpointing_enable(
+    """Gradient checkpointing for a model with adapters: the layers of its language model are
+    computed again instead of kept. The vision tower is frozen, and keeps nothing.
+    """
+    language_model(model.get_base_model()).gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
 

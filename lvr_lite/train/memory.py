@@ -306,15 +306,10 @@ def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
         return [Pass(whole, whole, padded)]
     first = prompt + 1
     bottleneck = settings.latent.method == "lvr-bottleneck"
-    if settings.train.gradient_checkpointing:
-        # No cache: every step reads all columns so far again; the last step is part of the rest.
-        runs = [Pass(n, n, padded) for n in range(first, first + k)]
-        runs += [] if bottleneck else [Pass(whole, whole, padded)]
-    else:
-        steps = k - 1 if bottleneck else k
-        runs = [Pass(first, first, padded)]
-        runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
-        runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
+    steps = k - 1 if bottleneck else k
+    runs = [Pass(first, first, padded)]
+    runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
+    runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
     # Where two latents are alike, one is masked out.
     return runs + ([Pass(reader, reader, True)] if bottleneck else [])
 
@@ -369,7 +364,9 @@ def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     checkpointing = settings.train.gradient_checkpointing
     copies = 0
     if checkpointing:
-        layers = s.layers * sum(w * one.columns * s.hidden for one in runs)
+        # Of latents that run freely the keys and values, too (lvr_lite/train/recompute.py).
+        kept = s.hidden + (2 * s.keys if settings.latent.runs_freely else 0)
+        layers = s.layers * sum(w * one.columns * kept for one in runs)
     else:
         layers = s.layers * sum(layer_bytes(s, settings, one) for one in runs)
         # Autocast's copies of the adapters.
