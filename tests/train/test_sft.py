@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lvr_lite.config import LatentSettings, load_settings
 from lvr_lite.data.boxes import tokens_in_box
@@ -1300,6 +1301,40 @@ def test_gradient_checkpointing_keeps_nothing_within_a_layer(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         sft(**batch_of(checkpoint, items[:1], method="lvr-free"))
     assert (checkpoint.config["text_config"]["intermediate_size"] in widths) is not on
+
+
+def multiply_adds(
+    checkpoint: Checkpoint, item: Item, method: str, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Of one step of the language model with gradient checkpointing."""
+    settings = replace(SETTINGS, train=replace(SETTINGS.train, gradient_checkpointing=True))
+    model = adapted(nf4.load_nf4(checkpoint, torch.float32).dequantize(), checkpoint, settings)
+    # The counter knows no fused attention of CPUs.
+    model.get_base_model().set_attn_implementation("eager")
+    sft = sft_of(model.train(), checkpoint, method=method)
+    batch = batch_of(checkpoint, [item], method=method)
+    width = model.get_base_model().config.text_config.hidden_size
+    features = torch.randn(batch["pool"].shape[1], width)
+    with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr(module, "visual_tokens", lambda *_: features)
+        sft(**batch)["loss"].backward()
+    return counter.get_total_flops() // 2
+
+
+def test_a_step_with_gradient_checkpointing_costs_what_plain_tuning_costs(
+    checkpoint: Checkpoint, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = checkpoint.processor.with_max_pixels(10**6)
+    checkpoint = replace(checkpoint, processor=processor)
+    sample, (picture,) = items[0]
+    item = (sample, (picture.resize((448, 392)),))
+    plain = multiply_adds(checkpoint, item, "sft", monkeypatch)
+    ratios = {
+        method: multiply_adds(checkpoint, item, method, monkeypatch) / plain
+        for method in ("lvr", "lvr-bottleneck")
+    }
+    assert 1 < ratios["lvr"] <= 1.1
+    assert 1 < ratios["lvr-bottleneck"] <= 1.35
 
 
 # --------------------------------------------------------------------------------------------------
