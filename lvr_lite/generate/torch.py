@@ -38,8 +38,7 @@ class TorchRuntime:
     @property
     def _weight(self) -> torch.Tensor:
         """The embedding's; inputs take its device and dtype."""
-        weight: torch.Tensor = self.core.get_input_embeddings().weight
-        return weight
+        return table_of(self.core)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Whole numbers on the model's device."""
@@ -187,6 +186,15 @@ def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
     return firsts, source
 
 
+def table_of(core: Any) -> torch.Tensor:
+    """The embedding's table (V, H) as the base has it. PEFT, asked for the weight of an embedding
+    with trained rows, would copy the table to write these into it.
+    """
+    modules = core.get_input_embeddings().modules()
+    table: torch.Tensor = next(m for m in modules if isinstance(m, torch.nn.Embedding)).weight
+    return table
+
+
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Visual tokens (T, H) of all pictures of a batch, or (T, (1 + D) * H) where D inner layers of
     the tower add something in later layers (deepstack).
@@ -194,7 +202,7 @@ def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor)
     core: a transformers model.
     pixel_values: (N, C). grid_thw: (pictures, 3).
     """
-    weight = core.get_input_embeddings().weight
+    weight = table_of(core)
     family = families.get(core.config.model_type)
     grid_thw = grid_thw.to(weight.device)
     inputs = family.image_inputs(pixel_values.to(weight), grid_thw, core.config)

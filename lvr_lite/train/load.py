@@ -26,6 +26,7 @@ from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
 from lvr_lite.model.processor_files import read_json, rows_of_tables
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.weight_files import first_weights, tensors_of
+from lvr_lite.train.marker_rows import keep_tables
 
 # Parameters of a base that a CPU may hold without 4-bit storage.
 SMALL = 10**9
@@ -167,6 +168,7 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     # The adapters' random start.
     torch.manual_seed(settings.train.seed)
     tuned = get_peft_model(model, config)
+    keep_tables(tuned)
     within = f".{family.language_model}."
     for name, parameter in tuned.named_parameters():
         of_adapter = "lora_" in name and within in name
@@ -295,6 +297,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
         raise BundleError(
             f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})"
         ) from error
+    keep_tables(tuned)
     # PEFT starts what its file lacks at random, with a warning at most.
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if missing := sorted(wanted - stored):
