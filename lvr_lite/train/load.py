@@ -129,6 +129,8 @@ def load_to_reinforce(
     model = load_trained(checkpoint, dtype, device, unpacked_below(device, settings))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -172,10 +174,14 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     within = f".{family.language_model}."
     for name, parameter in tuned.named_parameters():
         of_adapter = "lora_" in name and within in name
-        if parameter.requires_grad and not (of_adapter or "trainable_tokens" in name):
+        if not parameter.requires_grad:
+            continue
+        if not (of_adapter or "trainable_tokens" in name):
             raise LvrError(
                 f"{name} would be trained, but only adapters and the three token rows may be"
             )
+        # A gradient scaler refuses gradients in half precision.
+        parameter.data = parameter.data.float()
     if settings.train.gradient_checkpointing:
         checkpoint_layers(tuned)
     return tuned

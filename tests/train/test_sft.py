@@ -29,11 +29,14 @@ from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Options, decode
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
+from lvr_lite.model.latents import near
 from lvr_lite.model.spec import LatentSpec
+from lvr_lite.train import head as head_module
 from lvr_lite.train import load as nf4
 from lvr_lite.train import sft as module
 from lvr_lite.train.batches import Collator, in_order
 from lvr_lite.train.finetune import norm_of_visual_tokens
+from lvr_lite.train.head import Head
 from lvr_lite.train.load import adapted
 from lvr_lite.train.methods import METHODS, Batch, Bottleneck, Columns
 from lvr_lite.train.sft import LatentSFT
@@ -1037,6 +1040,86 @@ def test_the_norm_of_visual_tokens_is_their_mean_length_in_the_first_samples(
     assert found != pytest.approx(
         norm_of_visual_tokens(small_model, collator, items), rel=1e-5
     )  # of all twelve
+
+
+# --------------------------------------------------------------------------------------------------
+# types
+
+
+HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+
+
+@HALF
+@pytest.mark.parametrize("loss", ["mse", "contrastive"])
+def test_the_latents_loss_is_computed_in_fp32(
+    small_model: Any, checkpoint: Checkpoint, half: torch.dtype, loss: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, features = (torch.randn(n, 256, generator=generator) for n in (4, 30))
+    pool = torch.rand(4, 30, generator=generator).softmax(1)
+    sft = sft_of(small_model, checkpoint, loss=loss)
+    wanted, _ = sft._latent_loss(predicted, features, pool)
+    with torch.autocast("cpu", half):
+        got, _ = sft._latent_loss(predicted, features, pool)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@HALF
+def test_the_cross_entropy_is_computed_in_fp32(half: torch.dtype) -> None:
+    layer = torch.nn.Linear(64, 500, bias=False)
+    states, chosen = torch.randn(9, 64), torch.arange(9)
+    with torch.autocast("cpu", half):
+        logits = layer(states)
+        scores, best = Head(layer).scores(states, chosen)
+    assert logits.dtype == half
+    wanted = logits.float().log_softmax(-1)
+    torch.testing.assert_close(scores, wanted[chosen, chosen], rtol=1e-6, atol=1e-6)
+    assert torch.equal(best, logits.argmax(-1) == chosen)
+
+
+@HALF
+def test_the_nearest_visual_token_is_found_in_fp32(half: torch.dtype) -> None:
+    """Tokens that half precision cannot tell apart."""
+    features = torch.randn(20, 64) * 0.01 + torch.randn(64)
+    latents = features[[3, 17, 8]] - features.mean(0) + 1e-4
+    with torch.autocast("cpu", half):
+        found = near(latents, features)
+    assert found.tolist() == [3, 17, 8]
+    np.testing.assert_array_equal(found, near(latents.numpy(), features.numpy()))
+
+
+@HALF
+def test_what_is_fed_has_its_length_where_squares_overflow(half: torch.dtype) -> None:
+    states = torch.full((2, 256), 300.0, dtype=half)
+    with torch.autocast("cpu", half):
+        fed = LatentSpec(2, "norm-matched", norm=NORM).fed(states)
+    torch.testing.assert_close(fed.norm(dim=-1), torch.full((2,), NORM))
+
+
+@HALF
+def test_all_that_is_trained_is_fp32(checkpoint: Checkpoint, half: torch.dtype) -> None:
+    model = adapted(nf4.load_nf4(checkpoint, half), checkpoint, SETTINGS)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_many_states_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scores and gradients, and never logits of all of them."""
+    layer = torch.nn.Linear(16, 40, bias=False)
+    made: list[int] = []
+    layer.register_forward_hook(lambda _, __, logits: made.append(len(logits)))
+    closed = (5, torch.arange(11) % 2 == 0)
+    head = Head(layer, never=(3, 4), temperature=0.7)
+    found = []
+    for rows in (100, 3):
+        monkeypatch.setattr(head_module, "ROWS", rows)
+        states = torch.linspace(-1, 1, 11 * 16).reshape(11, 16).requires_grad_()
+        scores, best = head.scores(states, torch.arange(6, 17), closed)
+        (slope,) = torch.autograd.grad((scores * torch.arange(11)).sum(), states)
+        found.append((scores, best, slope))
+    assert made == [11, 3, 3, 3, 2, 2, 3, 3, 3]
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
