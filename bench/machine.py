@@ -94,6 +94,8 @@ def _git(root: Path, *arguments: str) -> str | None:
             [git, "-C", str(root), *arguments],
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
         )
@@ -170,7 +172,7 @@ def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
         if zone.name.count(":") != 1:
             continue
         try:
-            joules.append(int((zone / "energy_uj").read_text()) / 1e6)
+            joules.append(int((zone / "energy_uj").read_text(encoding="utf-8")) / 1e6)
         except OSError:
             # Only root may read it on most systems.
             return None

@@ -124,6 +124,8 @@ class TrainSettings:
     gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
     eval_every, save_every, log_every: in steps.
     keep: how many of the last checkpoints stay.
+    max_skipped: how many steps of the run may be left out because their loss or gradient is not
+        finite; one more ends it.
     workers: processes that prepare batches; with 0 the training process does.
     seed: of adapters, the order of samples, and drawn answers.
     """
@@ -150,6 +152,7 @@ class TrainSettings:
     save_every: int = 250
     keep: int = 2
     log_every: int = 10
+    max_skipped: int = 10
     workers: int = 0
     seed: int = 0
 
@@ -209,6 +212,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.save_every": (1, 10**9),
     "train.keep": (1, 10**6),
     "train.log_every": (1, 10**9),
+    "train.max_skipped": (0, 10**9),
     "train.workers": (0, 256),
     "train.seed": (0, 2**32 - 1),
     "grpo.group": (2, 1024),
@@ -331,11 +335,13 @@ def _read_yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    # PyYAML itself raises ValueError for a date or a number that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: not valid YAML ({reason})") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -361,7 +367,7 @@ def _override(data: JsonObject, override: str) -> None:
             raise UsageError(f"--set {override}: {section} is a value, not a section")
     try:
         data[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--set {override}: the value is not valid YAML") from error
 
 

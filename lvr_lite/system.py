@@ -6,6 +6,7 @@ What cannot be learned on a system (no /proc, no governor) is None, never a gues
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -83,6 +84,25 @@ def peak_rss_mb() -> float | None:
     return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
 
 
+# What libraries say when memory is used up: PyTorch on a CPU and on a card, CUDA itself and cuBLAS,
+# bitsandbytes, ONNX Runtime.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation"
+    # The kernel took it back from a process that prepares batches.
+    r"|DataLoader worker .* is killed by signal: (Killed|Bus error)",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever library, says that memory is used up."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    # Libraries raise their own types over RuntimeError, or over Exception alone (ONNX Runtime).
+    is_of_library = isinstance(error, RuntimeError) or "onnxruntime" in type(error).__module__
+    return is_of_library and OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def version(package: str) -> str | None:
     """The installed version of a distribution; None where it is not installed."""
     try:
@@ -102,6 +122,6 @@ def providers() -> list[str] | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip("\0\n ")
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
         return None

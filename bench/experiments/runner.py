@@ -86,7 +86,7 @@ def run(*arguments: object, log: Path, threads: int | None = None) -> str:
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {line}\n")
         file.flush()
         begin = file.tell()
@@ -135,7 +135,7 @@ def write_results(path: Path, measured: Mapping[str, object], threads: int | Non
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def publish(text: str, page: Path | None, mark: str) -> None:
         return
     begin = f"<!-- {mark} -->\n"
     end = f"<!-- end of {mark} -->"
-    old = page.read_text() if page.is_file() else ""
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
     if begin not in old:
         old = f"{old.rstrip()}\n\n{begin}{end}\n"
     before, _, rest = old.partition(begin)

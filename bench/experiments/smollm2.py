@@ -93,8 +93,8 @@ def make_checkpoint(folder: Path) -> None:
     tokenizer = Tokenizer.from_str(pretrained.backend_tokenizer.to_str())
     tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>", "<global-img>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
 
 
 def _smolvlm(language: PreTrainedModel) -> PreTrainedModel:

@@ -206,7 +206,15 @@ def _torch_cuda() -> Check:
 def _run(command: list[str], seconds: float) -> str | None:
     """What a command prints; None where it is missing, fails or takes longer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -209,7 +209,7 @@ def read_weights(path: Path) -> WeightFile:
 def _json(path: Path) -> JsonObject | None:
     """The object in a JSON file; None where there is no such file."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -33,6 +33,7 @@ from lvr_lite.data.rows import (
     Problem,
     Row,
     box_of_any_scale,
+    has_lone_surrogate,
     json_lines,
     json_reason,
     kind_of,
@@ -448,6 +449,8 @@ def _from_official(
     """
     row = Row(data)
     names = [str(data[f]) for f in _OFFICIAL_ID if data.get(f) not in (None, "")]
+    if has_lone_surrogate("".join(names)):
+        row.reject("question_id", "holds half of a surrogate pair, which is no character")
     if data.get("question_id") in (None, ""):
         names.append(f"item{item}")
     images = row.images(folder)

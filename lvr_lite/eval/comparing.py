@@ -5,6 +5,7 @@ May import: numpy and what stands above `eval`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -108,22 +109,22 @@ def compare(
         check_max_pixels(name, plan.against_max_pixels)
     if models and plan.max_pixels is None and plan.against_max_pixels is None:
         plan = replace(plan, max_pixels=_smallest(model, *models))
-    journal = None
-    if plan.journal:
-        settings = plan.settings(processor_of(model))
-        journal = Journal.open(plan.journal, {"model": _identity(model), **settings})
-    if begin is not None:
-        begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
-
-    usual = replace(plan, steps=(), journal=None)
-    for name in models:
-        runtime = _sized(open_model(name), _size_beside(name, plan))
-        # A model that cannot look is compared as it is.
-        look = plan.look if runtime.latent.steps else "auto"
-        scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
-        references[name] = Result.from_json(scores.to_json())
-    runtime = _sized(open_model(model), plan.max_pixels)
-    all_scores = score_model(runtime, plan, benchmark, progress, journal)
+    with contextlib.ExitStack() as held:
+        journal = None
+        if plan.journal:
+            settings = {"model": _identity(model), **plan.settings(processor_of(model))}
+            journal = held.enter_context(Journal.open(plan.journal, settings))
+        if begin is not None:
+            begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
+        usual = replace(plan, steps=(), journal=None)
+        for name in models:
+            runtime = _sized(open_model(name), _size_beside(name, plan))
+            # A model that cannot look is compared as it is.
+            look = plan.look if runtime.latent.steps else "auto"
+            scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
+            references[name] = Result.from_json(scores.to_json())
+        runtime = _sized(open_model(model), plan.max_pixels)
+        all_scores = score_model(runtime, plan, benchmark, progress, journal)
     reports = [scores.to_json() for scores in all_scores]
     for report in reports:
         report["not_applied"] = not_applied(model)

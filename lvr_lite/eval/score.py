@@ -133,7 +133,7 @@ _LEADS = (
     r"(?:(?:the\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
     r"|\b(?:choose|pick|select|go\s+with)\s+(?:option\s+|choice\s+|letter\s+)?"
     r"|\b(?:therefore|thus|hence|so)\b,?\s*(?:it\s+is\s+|it's\s+|the\s+)?"
-    r"|^\s*(?:it\s+is|it's)\s+"
+    r"|^[^\S\n]*(?:it\s+is|it's)\s+"
 )
 _CONCLUSION = re.compile(
     rf"(?:{_LEADS})(?P<mark>{_MARK.format('([A-Za-z])')})", re.IGNORECASE | re.MULTILINE
@@ -143,6 +143,11 @@ _ALSO = re.compile(
     r"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+)?"
     rf"{_MARK.format('[A-Z]')}(?!\s+[a-z])"
 )
+# Characters of a text's end that a choice is looked for in, around a letter, and marks of options.
+# No answer or question needs more, and what searches them takes the square of their number.
+END = 20_000
+AROUND = 200
+MARKS = 200
 # what never follows the article
 _AFTER_A = (
     r"(?!\s+(?!(?:is|was|because|since|and|or|as\s+it|would|seems|shows|[B-Z])\b)\w)(?!['’\-])"
@@ -212,9 +217,9 @@ def _answer_text(answer: str) -> str:
     tags = r"<answer>(.*?)(?:</answer>|(?=<answer>)|$)"
     if tagged := re.findall(tags, text, re.DOTALL | re.IGNORECASE):
         text = tagged[-1]
-    elif boxed := re.findall(r"\\boxed\{\s*(?:\\text\w*\{)?([^{}]*)\}", text):
+    elif boxed := re.findall(r"\\boxed\{(?:\s*\\text\w*\{)?([^{}]*)\}", text):
         text = boxed[-1]
-    return re.sub(r"</?\w+>|<\|\w+\|>|[*`$]", "", text).strip()
+    return re.sub(r"</?\w+>|<\|\w+\|>|[*`$]", "", text[-END:]).strip()
 
 
 def _letters_alone(text: str) -> list[str]:
@@ -228,16 +233,21 @@ def _conclusions(text: str) -> list[str]:
     letters: list[str] = []
     for match in _CONCLUSION.finditer(text):
         mark = match["mark"]
-        rest = text[match.end() :]
+        rest = text[match.end() : match.end() + AROUND]
         letter = mark.strip("()[] ")
         bare = mark == letter
         article = bare and letter in "aAI" and not re.match(_AFTER_A, rest)
         part_of_word = bare and letter.islower() and re.match(r"['’]|\s+\w", rest)
-        if article or part_of_word or _NEGATION.search(text[: match.start("mark")]):
+        if article or part_of_word or _negated(text, match.start("mark")):
             continue
         also = _ALSO.match(rest)
         letters = [letter.upper(), also.group()] if also else [letter.upper()]
     return letters
+
+
+def _negated(text: str, place: int) -> bool:
+    """Whether a negation stands before a place."""
+    return _NEGATION.search(text[max(0, place - AROUND) : place]) is not None
 
 
 def _mentioned(text: str, letters: str) -> list[str]:
@@ -245,13 +255,13 @@ def _mentioned(text: str, letters: str) -> list[str]:
     either case, or as a capital word.
     """
     mentioned: dict[str, None] = {}
-    marks = r"[(\[]\s*([A-Za-z])\s*[)\]]|^\s*([A-Za-z])\s*(?:[.):,]|[-–—])(?=\s|$)"
+    marks = r"[(\[]\s*([A-Za-z])\s*[)\]]|^[^\S\n]*([A-Za-z])\s*(?:[.):,]|[-–—])(?=\s|$)"
     capital = rf"(?<![\w'’.\-])([{letters}])(?![\w'’\-])"
     for match in re.finditer(rf"{marks}|{capital}", text, re.MULTILINE):
         letter = next(group for group in match.groups() if group)
-        rest = text[match.end() :]
+        rest = text[match.end() : match.end() + AROUND]
         article = match.group(3) in ("A", "I") and not re.match(_AFTER_A, rest)
-        if not article and not _NEGATION.search(text[: match.start()]):
+        if not article and not _negated(text, match.start()):
             mentioned[letter.upper()] = None
     return list(mentioned)
 
@@ -272,7 +282,7 @@ def _by_words(text: str, options: dict[str, str]) -> str | None:
         for letter, span in spans.items()
         if not any(_contains(other, span) for other in spans.values())
     ]
-    if len(outer) != 1 or _NEGATION.search(line[: spans[outer[0]][0]]):
+    if len(outer) != 1 or _negated(line, spans[outer[0]][0]):
         return None
     return outer[0]
 
@@ -288,7 +298,7 @@ def lettered_options(text: str) -> list[str]:
     """
     lists: dict[int, list[str]] = {}
     for mark in _LISTS:
-        marks = list(re.finditer(mark, text))
+        marks = list(re.finditer(mark, text))[-MARKS:]
         for start, first in enumerate(marks):
             run = [first]
             for match in marks[start + 1 :]:

@@ -270,7 +270,7 @@ def _bar(scale: tuple[float, float], width: int, font: Font) -> Image.Image:
 
 
 def write_look(path: Path, sheet: Image.Image) -> None:
-    """Write a PNG, whole or not at all. Raises BundleError where it cannot be written."""
+    """Write a PNG, whole or not at all. Raises OutputError where it cannot be written."""
     file = io.BytesIO()
     sheet.save(file, "PNG")
     write_atomically(path, file.getvalue())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from lvr_lite.data.rows import FieldError, Problem
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.validate import PictureFacts, inspect_pictures
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.files import write_atomically
+from lvr_lite.files import write_all
 
 READERS = {
     "coco": coco,
@@ -183,21 +182,16 @@ def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -
 
 def _write(files: dict[Path, list[Sample]]) -> None:
     """All files or none: a new training set beside an old test set would share pictures."""
-    staged = {path: path.with_name(f".{path.name}.new-{os.getpid()}") for path in files}
-    try:
-        for path, samples in files.items():
-            if path.is_dir():
-                raise DataError(f"{path}: is a folder; give the name of a file to write")
-            # Through a link "../" would lead elsewhere.
-            folder = path.parent.resolve()
-            objects = [sample_json(_resolved(sample), folder) for sample in samples]
-            lines = [json.dumps(data, ensure_ascii=False) + "\n" for data in objects]
-            write_atomically(staged[path], "".join(lines))
-        for path, new in staged.items():
-            new.replace(path)
-    finally:
-        for new in staged.values():
-            new.unlink(missing_ok=True)
+    contents: dict[Path, str] = {}
+    for path, samples in files.items():
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; give the name of a file to write")
+        # Through a link "../" would lead elsewhere.
+        folder = path.parent.resolve()
+        objects = [sample_json(_resolved(sample), folder) for sample in samples]
+        lines = [json.dumps(data, ensure_ascii=False) + "\n" for data in objects]
+        contents[path] = "".join(lines)
+    write_all(contents)
 
 
 def _resolved(sample: Sample) -> Sample:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
@@ -206,8 +206,17 @@ def _of_one_picture(
 def _is_picture(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    query = parse_qs(urlsplit(value).query).get("d", [""])[0]
-    return any(name.lower().endswith(SUFFIXES) for name in (urlsplit(value).path, query))
+    url = _url(value)
+    query = parse_qs(url.query).get("d", [""])[0]
+    return any(name.lower().endswith(SUFFIXES) for name in (url.path, query))
+
+
+def _url(text: str) -> SplitResult:
+    """The parts of a URL; a text that is none is all path."""
+    try:
+        return urlsplit(text)
+    except ValueError:
+        return SplitResult("", "", text, "", "")
 
 
 def _marks_region(result: Result) -> bool:
@@ -243,7 +252,7 @@ def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
         raise FieldError("data.image is an object", "it must be text that names the picture")
     if not isinstance(value, str):
         texts = [text for text in data.values() if isinstance(text, str)]
-        names = [text for text in texts if urlsplit(text).path.lower().endswith(SUFFIXES)]
+        names = [text for text in texts if _url(text).path.lower().endswith(SUFFIXES)]
         if len(names) != 1:
             raise FieldError("data.image is missing", "it must name the picture")
         value = names[0]
@@ -269,7 +278,7 @@ def _picture(imported: Import, data: JsonObject, key: str = "") -> Path:
 
 
 def _name_in_url(value: str) -> str:
-    url = urlsplit(value)
+    url = _url(value)
     query = parse_qs(url.query)
     if "local-files" in url.path and "d" in query:
         return query["d"][0]
@@ -293,7 +302,7 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
     geometries = {str(r.get("id")) for r in task.results if r.get("type") not in ("labels", None)}
     frame = imported.frame(task.path, task.size)
     for number, result in enumerate(task.results):
-        kind = result.get("type")
+        kind = str(result.get("type"))
         if not _marks_region(result):
             if kind not in _TEXTS:
                 imported.omissions[f"results of type {kind}"] += 1
@@ -307,7 +316,7 @@ def _rectangles(imported: Import, task: _Task) -> _Rectangles:
             kind = "rectangle"
         labels = value.get("labels" if kind == "rectangle" else kind) or value.get("labels") or []
         labels = labels or labels_of.get(own, [])
-        labels = [labels] if isinstance(labels, str) else labels
+        labels = labels if isinstance(labels, list) else [labels]
         if kind not in _RECTANGLES:
             imported.omissions[f"results of type {kind}"] += 1
             if isinstance(labels, list) and labels:

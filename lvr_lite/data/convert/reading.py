@@ -29,6 +29,7 @@ from lvr_lite.data.rows import (
     as_on_disk,
     numbers,
     plain_text,
+    refuse_half_characters,
 )
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
@@ -148,8 +149,10 @@ class Import:
     def json(self) -> object:
         """The source's JSON value. Raises DataError."""
         try:
-            value: object = json.loads(self.text())
-        except (ValueError, RecursionError) as error:
+            text = self.text()
+            value: object = json.loads(text)
+            refuse_half_characters(text, value)
+        except (ValueError, RecursionError, FieldError) as error:
             raise DataError(f"{self.source}: not valid JSON ({error}); export it again") from error
         return value
 

@@ -16,9 +16,11 @@ from lvr_lite.data.rows import (
     JsonObject,
     Row,
     as_on_disk,
+    exists,
     numbers,
     parse_json,
     plain_text,
+    refuse_half_characters,
 )
 from lvr_lite.data.samples import Sample, placed_samples
 from lvr_lite.errors import UsageError
@@ -82,6 +84,7 @@ def _objects(imported: Import) -> Iterator[tuple[int | None, int | None, object]
             continue
         try:
             value = parse_json(line)
+            refuse_half_characters(line, value)
         except FieldError as error:
             imported.report(error, line=number)
             continue
@@ -104,7 +107,7 @@ def _checked_item(
     dataset = data.get("dataset")
     in_its_folder = f"{dataset}/{name}" if isinstance(dataset, str) and dataset else name
     path = as_on_disk(imported.folder / name)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         path = imported.find(in_its_folder)
     size = size_of(data, "width", "height")
     imported.pixels_of(path, size)

@@ -17,6 +17,11 @@ from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.model.images import SUFFIXES
 
+# Bytes of a data.yaml, of which 1,200 classes take 20,000; values within each other; digits of a
+# class's number.
+LARGEST_YAML = 256 << 10
+DEEPEST_YAML = 20
+DIGITS = 9
 SPLITS = ("train", "val", "valid", "test")
 
 
@@ -137,7 +142,7 @@ def _detections(
 def _class_of(word: str, names: dict[int, str]) -> str:
     # NumPy and pandas write 0.0 for 0.
     word = re.sub(r"\.0+$", "", word)
-    if not word.isdecimal() or int(word) not in names:
+    if not (word.isdecimal() and len(word) <= DIGITS and int(word) in names):
         raise FieldError(
             f"class {word[:20]} is not one of the {len(names)} that have a name",
             "correct the number, or name it",
@@ -222,15 +227,40 @@ def _yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        if path.stat().st_size > LARGEST_YAML:
+            raise DataError(f"{path}: more than {LARGEST_YAML >> 10} KiB; this is no data.yaml")
+        text = path.read_text(encoding="utf-8-sig")
+        _refuse_bombs(path, yaml.scan(text))
+        data = yaml.safe_load(text)
+    # PyYAML itself raises ValueError for a date or a number that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or "nested too deeply"
         raise DataError(f"{path}: not valid YAML ({reason})") from error
     if not isinstance(data, dict):
         raise DataError(
             f"{path}: must hold names and the folders of pictures, not {type(data).__name__}"
         )
     return data
+
+
+def _refuse_bombs(path: Path, tokens: Iterable[object]) -> None:
+    """Raises DataError for what takes PyYAML minutes or memory: aliases of aliases, of which a few
+    lines are a list of any length, and values within values. Neither is needed here.
+    """
+    import yaml
+
+    starts = (
+        *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+        *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    )
+    ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in tokens:
+        depth += isinstance(token, starts) - isinstance(token, ends)
+        if isinstance(token, yaml.AliasToken):
+            raise DataError(f"{path}: holds aliases (*name); write the values out")
+        if depth > DEEPEST_YAML:
+            raise DataError(f"{path}: not valid YAML (values within {DEEPEST_YAML} others)")
 
 
 def _names(
@@ -249,7 +279,7 @@ def _names(
                 f"{source}: its classes have no names; add data.yaml with names, or classes.txt "
                 "with one a line"
             )
-        names = _lines(file)
+        names = _lines(file, errors="replace")
         while names and not names[-1].strip():
             names.pop()
     try:
@@ -278,6 +308,11 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
                 place = root / name[3:]
             if place.is_dir():
                 pictures |= dict.fromkeys(_pictures_among(files_below(place)), split)
+            elif place.is_file() and place.suffix != ".txt":
+                raise DataError(
+                    f"{imported.source}: {split}: {name} is neither a folder nor a .txt that lists "
+                    "pictures"
+                )
             elif place.is_file():
                 pictures |= dict.fromkeys(_paths_in(place, root), split)
             else:
@@ -287,7 +322,7 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
 
 def _paths_in(file: Path, root: Path) -> list[Path]:
     """The paths that a text file lists, one a line."""
-    lines = [line for line in _lines(file) if line.strip()]
+    lines = [line for line in _lines(file, errors="replace") if line.strip()]
     return [
         as_on_disk((file.parent if line.startswith("./") else root) / line.strip())
         for line in lines

@@ -1,0 +1,46 @@
+"""JSON that others wrote, read with limits. May import: the standard library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lvr_lite.errors import BundleError
+from lvr_lite.files import JsonObject
+
+# Bytes of a file; the largest that is published, a tokenizer.json, has some 40 MB.
+LARGEST = 256 << 20
+
+
+def read_object(path: Path, remedy: str) -> JsonObject:
+    """The JSON object in a file. Raises BundleError, which names file and remedy, where there is
+    none. FileNotFoundError is the caller's.
+    """
+    try:
+        # A device or a pipe has no end.
+        if path.exists() and not path.is_file():
+            raise BundleError(f"{path}: is not a file; {remedy}")
+        if path.stat().st_size > LARGEST:
+            raise BundleError(f"{path}: larger than {LARGEST >> 20} MiB; {remedy}")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_object(content, path, remedy)
+
+
+def parse_object(content: bytes, path: Path, remedy: str) -> JsonObject:
+    """The JSON object that bytes (UTF-8) are. Raises BundleError, as `read_object`.
+
+    path: the file that errors name.
+    """
+    try:
+        data = json.loads(content.decode("utf-8"))
+    # ValueError: also of a number with more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"{path}: not valid JSON ({reason}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: must hold a JSON object; {remedy}")
+    return data
