@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
-from lvr_lite.errors import NotFiniteError, StoppedError
+from lvr_lite.errors import NotFiniteError, StoppedError, UsageError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.files import JsonObject, saving
 from lvr_lite.generate.runtime import Runtime
