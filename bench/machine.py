@@ -64,7 +64,9 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
 def manifest_hash(folder: Path) -> str | None:
     """sha256 of a bundle's lvr.json; None for a folder without one (a checkpoint)."""
     path = folder / bundle.MANIFEST
-    return files.sha256(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return files.sha256(path)
 
 
 def commit(package: Path | None = None) -> str | None:
@@ -80,7 +82,9 @@ def commit(package: Path | None = None) -> str | None:
         head = _git(root, "rev-parse", "HEAD")
     if head is None:
         version = system.version("lvr-lite")
-        return None if version is None else f"v{version}"
+        if version is None:
+            return None
+        return f"v{version}"
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{head}+changed" if changed else head
 

@@ -31,6 +31,15 @@ INLINE = 1024
 # Bytes of each sample that `fingerprint` hashes, and how many samples.
 SAMPLE = 4096
 SAMPLES = 64
+# Types of weights that a bundle may hold: those that numpy computes with, and two of 4 bits.
+KINDS = frozenset(
+    onnx.TensorProto.DataType.Value(name)
+    for name in (
+        *("FLOAT", "DOUBLE", "FLOAT16", "BOOL"),
+        *("INT4", "INT8", "INT16", "INT32", "INT64"),
+        *("UINT4", "UINT8", "UINT16", "UINT32", "UINT64"),
+    )
+)
 
 
 class DataFile:
@@ -78,13 +87,22 @@ def data_file(path: Path) -> Iterator[DataFile]:
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """A graph without its weights. Raises BundleError where it is none, or as `check_graph`."""
+    """A graph without its weights. Raises BundleError where it is none, where a
+    weight is of a type that none here has, or as `check_graph`.
+    """
     check_graph(path)
     try:
-        return onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), load_external_data=False)
     # protobuf, which onnx brings, has a class of its own for it.
     except Exception as error:
         raise BundleError(f"{path}: not an ONNX graph ({error}); export again") from error
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in KINDS:
+            raise BundleError(
+                f"{path}: weight {tensor.name} is of type {tensor.data_type}, which no weight of a "
+                "bundle has; export again"
+            )
+    return model
 
 
 def _place(tensor: onnx.TensorProto, folder: Path) -> Place:

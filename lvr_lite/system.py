@@ -47,7 +47,9 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def governor() -> str | None:
@@ -64,7 +66,9 @@ def memory_gib() -> tuple[float | None, float | None]:
 
 def _memory_gib(field: str) -> float | None:
     line = re.search(rf"^{field}:\s+(\d+) kB", _read(PROC / "meminfo") or "", re.MULTILINE)
-    return round(int(line[1]) / 2**20, 1) if line else None
+    if not line:
+        return None
+    return round(int(line[1]) / 2**20, 1)
 
 
 def peak_rss_mb() -> float | None:
@@ -81,7 +85,9 @@ def peak_rss_mb() -> float | None:
         return None
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
-    return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
+    if sys.platform == "darwin":
+        return rss / 2**20
+    return rss / 2**10
 
 
 # What libraries say when memory is used up: PyTorch on a CPU and on a card, CUDA itself and cuBLAS,

@@ -126,10 +126,20 @@ def flip_regions(folder: Path, name: str, regions: int, refused: Callable[[], st
     path.write_bytes(whole)
 
 
+@pytest.fixture
+def copied_whole(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a folder with its SHA256SUMS."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+    return copy
+
+
 def test_a_flipped_byte_in_any_region_of_a_bundle_is_refused_by_the_files_name(
-    small_int8: Path, copied: Callable[[Path], Path]
+    small_int8: Path, copied_whole: Callable[[Path], Path]
 ) -> None:
-    bundle = copied(small_int8)
+    bundle = copied_whole(small_int8)
 
     def refused() -> str:
         with pytest.raises(BundleError) as caught:
@@ -144,9 +154,9 @@ def test_a_flipped_byte_in_any_region_of_a_bundle_is_refused_by_the_files_name(
 
 
 def test_a_flipped_byte_in_any_region_of_a_tuned_checkpoint_is_refused_by_the_files_name(
-    small_tuned: Path, copied: Callable[[Path], Path]
+    small_tuned: Path, copied_whole: Callable[[Path], Path]
 ) -> None:
-    checkpoint = copied(small_tuned)
+    checkpoint = copied_whole(small_tuned)
     names = [p.name for p in checkpoint.iterdir() if p.suffix in (".json", ".jinja", ".yaml")]
     write_sums(checkpoint, ["adapter_model.safetensors", *names])
 
@@ -161,9 +171,9 @@ def test_a_flipped_byte_in_any_region_of_a_tuned_checkpoint_is_refused_by_the_fi
 
 
 def test_a_flipped_byte_in_any_region_of_the_embedded_model_is_refused_by_the_files_name(
-    copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+    copied_whole: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = copied(resolve("tiny"))
+    model = copied_whole(resolve("tiny"))
     monkeypatch.setattr("lvr_lite.model.checkpoint.resolve", lambda model, weights=True: folder)
     folder = model
 

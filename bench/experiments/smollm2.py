@@ -132,7 +132,13 @@ def bundle_of(out: Path) -> tuple[Checkpoint, OnnxRuntime]:
     checkpoint = read_checkpoint(out / "checkpoint")
     if not (out / "fp32" / "lvr.json").is_file():
         weights = TrainedWeights(checkpoint)
-        write_bundle(checkpoint, weights, out / "fp32", print, lambda: load.load_merged(checkpoint))
+        write_bundle(
+            checkpoint=checkpoint,
+            weights=weights,
+            target=out / "fp32",
+            progress=print,
+            reference=lambda: load.load_merged(checkpoint),
+        )
     return checkpoint, OnnxRuntime(Bundle.open(out / "fp32"))
 
 

@@ -85,7 +85,9 @@ def main(
 def line(value: object) -> str:
     if isinstance(value, list):
         return " – ".join(f"{bound:.3f}" for bound in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ class BenchOptions:
 
     def provider_of(self, model: str) -> str:
         """A checkpoint runs under torch, whatever runs the bundles."""
-        return self.provider if is_bundle(Path(model)) else "cpu"
+        if not is_bundle(Path(model)):
+            return "cpu"
+        return self.provider
 
 
 def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchmark:

@@ -160,7 +160,9 @@ class _Stages:
         models = {"base (torch)": "tiny", "tuned (torch)": tuned}
         models |= {f"ONNX {name}": path for name, path in bundles.items()}
         limit = ("--limit", "24" if self.quick else "300")
-        overrides = [f"--set={k}={v}" for k, v in QUICK.items()] if self.quick else []
+        overrides = []
+        if self.quick:
+            overrides = [f"--set={k}={v}" for k, v in QUICK.items()]
         with self._stage("tune in 4 bits (QLoRA)"):
             source = ("--model", "tiny", "--data", "scenes")
             tuning = self._run("finetune", *source, "--out", tuned, *overrides)
@@ -247,7 +249,12 @@ def _examples(bundle: Path, answers: dict[str, list[JsonObject]]) -> list[JsonOb
         answer = model.ask([picture], sample.question)
         view = None
         if answer.latent_steps:
-            (view,) = answer_views(model.runtime, answer.pictures, answer.prompt, answer.result)
+            (view,) = answer_views(
+                runtime=model.runtime,
+                pictures=answer.pictures,
+                prompt=answer.prompt,
+                result=answer.result,
+            )
         example = {
             "image": picture,
             "view": view,

@@ -267,6 +267,10 @@ def _number_in(value: object) -> object:
         return value
 
 
+# Reads a box of a file's value, or raises FieldError.
+BoxCheck = Callable[[object], Box]
+
+
 def normalized_box(value: object) -> Box:
     """[x0, y0, x1, y1] from 0 to 1, not empty."""
     if not _are_numbers(value, 4):
@@ -414,7 +418,7 @@ class Row:
             self.reject("choices", f"{doubled!r} is there twice", "list every answer once")
         return tuple(choices)
 
-    def boxes(self, field: str, check: Callable[[object], Box] = normalized_box) -> tuple[Box, ...]:
+    def boxes(self, field: str, check: BoxCheck = normalized_box) -> tuple[Box, ...]:
         """A field that holds a list of boxes; () where it is missing or null."""
         values = self.get(field, _boxes)
         return () if values is None else tuple(self.each(field, values, check))

@@ -35,7 +35,7 @@ HEAD: JsonObject = {"schema": "lvr-lite/answers", "version": 1}
 
 # An answer as the `eval` JSON has it: id, type, answer, expected, correct, score, tokens.
 Answer = dict[str, Any]
-_ANSWER_FIELDS = ("question", "expected", "answer", "type", "tokens")
+_ANSWER_FIELDS = ("id", "type", "answer", "expected", "correct", "score", "tokens")
 # fields that the file has and the `eval` JSON has not
 _OWN_FIELDS = ("steps", "images", "question")
 # Seconds of answers that a loss of power may take; a kill takes none that was added. A disk needs
@@ -91,7 +91,8 @@ class Journal:
         for number, line in enumerate(whole.split(b"\n"), 1):
             try:
                 self._read(line, is_head=number == 1)
-            except (ValueError, KeyError, TypeError) as error:
+            # RecursionError: of values within values without end.
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(
                     f"--answers {path}:{number}: not what `lvr-lite eval --answers` writes; "
                     "name another file"
@@ -108,9 +109,7 @@ class Journal:
             if any(fields[key] != value for key, value in HEAD.items()):
                 raise ValueError("another schema")
             return
-        float(fields["score"])
-        if missing := [name for name in _ANSWER_FIELDS if name not in fields]:
-            raise KeyError(missing[0])
+        _check_answer(fields)
         self._answers[fields["id"], fields["steps"]] = fields
 
     def knows(self, sample: Sample, steps: int) -> bool:
@@ -159,6 +158,34 @@ class Journal:
         """The answer that was added or read."""
         answer = self._answers[sample.id, steps]
         return {name: value for name, value in answer.items() if name not in _OWN_FIELDS}
+
+
+def _check_answer(fields: Answer) -> None:
+    """Raises ValueError, KeyError or TypeError for what is no answer of a journal."""
+    for name in ("id", "question", "answer", "expected"):
+        _need(isinstance(fields[name], str), name)
+    _need(isinstance(fields["type"], str | None), "type")
+    _need(type(fields["steps"]) is int, "steps")
+    _need(isinstance(fields["correct"], bool), "correct")
+    score = fields["score"]
+    _need(type(score) in (int, float) and 0 <= score <= 1, "score")
+    _need(_are_counts(fields["tokens"]), "tokens")
+    # Of an older release they are missing.
+    looks = fields.get("looks")
+    _need(looks is None or _are_counts([looks]), "looks")
+    visual_tokens = fields.get("visual_tokens")
+    _need(visual_tokens is None or _are_counts(visual_tokens), "visual_tokens")
+    unknown = set(fields) - {*_ANSWER_FIELDS, *_OWN_FIELDS, "looks", "visual_tokens"}
+    _need(not unknown, ", ".join(sorted(unknown)))
+
+
+def _need(condition: bool, field: str) -> None:
+    if not condition:
+        raise ValueError(f"not an answer: {field}")
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _refuse_other_settings(path: Path, there: JsonObject, settings: JsonObject) -> None:

@@ -12,7 +12,6 @@ SHA256SUMS        of all these, as sha256sum writes it; bundles of earlier versi
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from lvr_lite.errors import BundleError
 from lvr_lite.files import earlier_result, sha256
 from lvr_lite.model import families
 from lvr_lite.model.families import ImageSpec
-from lvr_lite.model.json_files import read_object
+from lvr_lite.model.json_files import check_number, check_whole, read_object
 from lvr_lite.model.onnx_files import check_graph
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec, TokenIds
@@ -43,7 +42,6 @@ LARGEST_SIZES = {
     "hidden_size": 1 << 18,
     "vocab_size": 1 << 24,
 }
-LARGEST_PICTURE = 10**9
 LARGEST_STEPS = 1 << 12
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder", "lm_head")
 
@@ -296,26 +294,16 @@ def _read_manifest(folder: Path) -> Manifest:
 def _check_values(manifest: Manifest) -> None:
     """Raises ValueError, naming the field, for a value of another kind or beyond all use."""
     for name, most in LARGEST_SIZES.items():
-        _check_whole(f"decoder.{name}", getattr(manifest.decoder, name), 1, most)
-    _check_whole("latent.steps", manifest.latent.steps, 0, LARGEST_STEPS)
-    _check_number("latent.norm", manifest.latent.norm)
+        check_whole(f"decoder.{name}", getattr(manifest.decoder, name), 1, most)
+    check_whole("latent.steps", manifest.latent.steps, 0, LARGEST_STEPS)
+    check_number("latent.norm", manifest.latent.norm)
     tokens = asdict(manifest.tokens)
     for name, value in tokens.items():
         for token in value if name == "end" else [value]:
-            _check_whole(f"tokens.{name}", token, 0, manifest.decoder.vocab_size - 1)
+            check_whole(f"tokens.{name}", token, 0, manifest.decoder.vocab_size - 1)
     if not manifest.tokens.end:
         raise ValueError("tokens.end is empty")
-    image = manifest.image
-    for name in ("patch", "merge", "temporal_patch"):
-        _check_whole(f"image.{name}", getattr(image, name), 1, 1 << 12)
-    for name in ("min_pixels", "max_pixels"):
-        _check_whole(f"image.{name}", getattr(image, name), 1, LARGEST_PICTURE)
-    for name in ("mean", "std"):
-        values = getattr(image, name)
-        if len(values) != 3:
-            raise ValueError(f"image.{name} must be three numbers")
-        for value in values:
-            _check_number(f"image.{name}", value)
+    manifest.image.check()
     for name, kind in (("family", str), ("precision", str), ("chat_template", str)):
         if not isinstance(getattr(manifest, name), kind):
             raise ValueError(f"{name} must be text")
@@ -327,7 +315,7 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def _check_graph_values(name: str, graph: Graph) -> None:
-    _check_whole(f"graphs.{name}.bytes", graph.bytes, 0, 1 << 50)
+    check_whole(f"graphs.{name}.bytes", graph.bytes, 0, 1 << 50)
     if not isinstance(graph.precision, str):
         raise ValueError(f"graphs.{name}.precision must be text")
     if not all(isinstance(digest, str) for digest in graph.files.values()):
@@ -336,14 +324,3 @@ def _check_graph_values(name: str, graph: Graph) -> None:
         axes = info.axes if isinstance(info.axes, list) else [None]
         if not all(isinstance(axis, str | int) for axis in axes) or not isinstance(info.dtype, str):
             raise ValueError(f"graphs.{name} has an end without dtype and axes")
-
-
-def _check_whole(name: str, value: object, least: int, most: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (whole and isinstance(value, int) and least <= value <= most):
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number, not {value!r}")

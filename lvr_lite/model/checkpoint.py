@@ -30,6 +30,7 @@ from typing import Any
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.files import JsonObject, kept_sha256
 from lvr_lite.model.bundle import LARGEST_STEPS, Bundle, is_bundle
+from lvr_lite.model.families.base import LARGEST_PICTURE
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.processor_files import read_json, read_processor, with_rows_for_markers
 from lvr_lite.model.spec import LatentSpec
@@ -37,9 +38,8 @@ from lvr_lite.model.weight_files import SINGLE, refuse_quantized, refuse_stand_i
 from lvr_lite.sums import SUMS, check_sums
 
 LVR_CONFIG = "lvr_config.json"
-# Areas in pixels that pictures may be shrunk to: of one visual token, and as recipes allow.
+# Pixels of one visual token, to which a picture may be shrunk.
 SMALLEST_PICTURE = 28 * 28
-LARGEST_PICTURE = 10**9
 # Rows of embedding and head, in config.json; published ones have some 260,000.
 LARGEST_VOCABULARY = 1 << 24
 # Of lvr_config.json: the newest that is read here.

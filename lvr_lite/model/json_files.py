@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from lvr_lite.errors import BundleError
@@ -44,3 +45,16 @@ def parse_object(content: bytes, path: Path, remedy: str) -> JsonObject:
     if not isinstance(data, dict):
         raise BundleError(f"{path}: must hold a JSON object; {remedy}")
     return data
+
+
+def check_whole(name: str, value: object, least: int, most: int) -> None:
+    """Raises ValueError, which names a field, where its value is no whole number in a range."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and isinstance(value, int) and least <= value <= most):
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError, which names a field, where its value is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, not {value!r}")

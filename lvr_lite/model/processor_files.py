@@ -72,6 +72,7 @@ def _read_processor(
         rows = rows_of_tables(config)
         overridden = (tuned or {}).get("image", {})
         image = family.image_spec(config, read_preprocessor(folder) | overridden)
+        image.check()
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{folder}: {error} is missing or wrong in config.json or preprocessor_config.json; "

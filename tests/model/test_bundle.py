@@ -40,6 +40,17 @@ def graph_with(location: str, offset: int = 0, length: int = 16) -> onnx.ModelPr
     return helper.make_model(helper.make_graph([node], "g", [], [output], [weight]))
 
 
+@pytest.mark.parametrize("kind", [30, onnx.TensorProto.BFLOAT16, onnx.TensorProto.STRING])
+def test_a_weight_of_a_type_that_no_bundle_has_is_refused(tmp_path: Path, kind: int) -> None:
+    model = graph_with("graph.onnx_data")
+    model.graph.initializer[0].data_type = kind
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "graph.onnx_data").write_bytes(bytes(64))
+    with pytest.raises(BundleError, match=f"weight w is of type {kind}"):
+        onnxfile.load(path)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sample_files import read_samples
 from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
