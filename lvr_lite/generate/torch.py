@@ -111,7 +111,19 @@ class TorchRuntime(Chooser):
         top_p: float,
     ) -> list[int]:
         """See `lvr_lite.generate.runtime.Chooser`. Raises NotFiniteError as `sampling.sample`."""
-        logits = self.core.lm_head(self._to_model(hidden)).float()  # (B, V)
+        logits = self.core.lm_head(self._to_model(hidden)).float()
+        return self.drawn(logits, closed, at, temperature, top_p)
+
+    @staticmethod
+    @torch.inference_mode()
+    def drawn(
+        logits: torch.Tensor,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        """`choose` from logits (B, V) float32, which are changed."""
         for own, ids in zip(logits, closed, strict=True):
             own[list(ids)] = -torch.inf
         most = logits.amax(-1, keepdim=True)
