@@ -117,10 +117,13 @@ class TrainSettings:
     warmup: share of the steps, the first ones, in which the learning rate rises.
     weight_decay, max_grad_norm: as transformers has them.
     optimizer: by its name in transformers.
-    precision: "auto" takes bf16 where the machine is fast at it, else fp32.
+    precision: "auto" takes bf16 where the machine is fast at it, else fp16 (with a gradient scaler)
+        on a card and fp32 on a CPU. Losses, norms and what is fed back are in fp32 always.
     dequantize: "auto" holds the NF4 values of a small base (below 1e9 parameters) unpacked on a
         CPU: the same numbers, a faster step.
     gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
+    cache_visual_tokens: GiB of the user's cache folder in which the visual tokens of the frozen
+        tower are kept, for later epochs, evaluations and runs; 0 keeps none.
     eval_every, save_every, log_every: in steps.
     keep: how many of the last checkpoints stay.
     max_skipped: how many steps of the run may be left out because their loss or gradient is not
@@ -144,9 +147,10 @@ class TrainSettings:
         "adamw_torch_fused",
         "sgd",
     ] = "paged_adamw_8bit"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     dequantize: Literal["auto", "never"] = "auto"
     gradient_checkpointing: bool = True
+    cache_visual_tokens: float = 0.0
     eval_every: int = 250
     save_every: int = 250
     keep: int = 2
@@ -207,6 +211,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.warmup": (0, 0.99),
     "train.weight_decay": (0, 10),
     "train.max_grad_norm": (1e-6, 1e6),
+    "train.cache_visual_tokens": (0, 10**5),
     "train.eval_every": (1, 10**9),
     "train.save_every": (1, 10**9),
     "train.keep": (1, 10**6),

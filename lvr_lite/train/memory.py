@@ -306,15 +306,10 @@ def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
         return [Pass(whole, whole, padded)]
     first = prompt + 1
     bottleneck = settings.latent.method == "lvr-bottleneck"
-    if settings.train.gradient_checkpointing:
-        # No cache: every step reads all columns so far again; the last step is part of the rest.
-        runs = [Pass(n, n, padded) for n in range(first, first + k)]
-        runs += [] if bottleneck else [Pass(whole, whole, padded)]
-    else:
-        steps = k - 1 if bottleneck else k
-        runs = [Pass(first, first, padded)]
-        runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
-        runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
+    steps = k - 1 if bottleneck else k
+    runs = [Pass(first, first, padded)]
+    runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
+    runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
     # Where two latents are alike, one is masked out.
     return runs + ([Pass(reader, reader, True)] if bottleneck else [])
 
@@ -346,8 +341,7 @@ def layer_bytes(shape: Shape, settings: Settings, one: Pass) -> int:
 
 def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     """What autograd saves in the head and the losses: the states that speak, their
-    log-probabilities, PEFT's copy of the head with the rows of the markers in it, and the
-    visual tokens with which the contrastive loss compares latents.
+    log-probabilities, and the visual tokens with which the contrastive loss compares latents.
     """
     s = shape
     w = width(settings)
@@ -358,7 +352,7 @@ def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     if isinstance(settings, Stage2):
         # Which ids may not be chosen.
         spoken_bytes += s.vocab
-    return spoken * spoken_bytes + w * s.vocab * s.hidden + compared
+    return spoken * spoken_bytes + compared
 
 
 def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
@@ -370,6 +364,10 @@ def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
     copies = 0
     if checkpointing:
         layers = s.layers * sum(w * one.columns * s.hidden for one in runs)
+        if settings.latent.runs_freely:
+            # The keys and values of a pass in parts (lvr_lite/train/recompute.py).
+            parts = runs[:-1] if settings.latent.method == "lvr-bottleneck" else runs
+            layers += s.layers * sum(w * 2 * one.columns * s.keys for one in parts)
     else:
         layers = s.layers * sum(layer_bytes(s, settings, one) for one in runs)
         # Autocast's copies of the adapters.
@@ -419,7 +417,6 @@ def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, i
     vision_mlp = 2 * w * s.vision_hidden + 3 * w * s.vision_intermediate
     seen = patches * (max(rotary, vision_mlp) + (2 * pixels if w < 4 else 0))
     saved = saved_bytes(s, settings, tokens)
-    matrix = w * s.vocab * s.hidden
     longest = max(passes(settings, tokens), key=lambda one: one.columns)
     layer = t.batch * longest.columns * w * (2 * s.intermediate + s.hidden)
     layer += w * max(o * i for o, i in s.linears)
@@ -431,12 +428,9 @@ def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, i
         "drawing answers" if isinstance(settings, Stage2) else "answering held-out questions"
     )
     return {
-        # PEFT copies the embedding whenever it is asked for its weight.
-        "seeing the pictures": inputs + seen + matrix,
-        # The gradient of a head whose rows are trained is a whole matrix.
-        "head": inputs + saved + logits + matrix,
+        "seeing the pictures": inputs + seen,
+        "head": inputs + saved + logits,
         "backward through a layer": inputs + max(before_layers, gradients) + layer,
-        "backward to the marker rows": inputs + gradients + matrix,
         "optimizer's step": inputs
         + gradients
         + (4 * sum(sizes) if t.optimizer == "adamw_torch" else 0),
