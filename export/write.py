@@ -35,6 +35,7 @@ from lvr_lite.model.bundle import (
     DecoderShape,
     Graph,
     Manifest,
+    write_bundle_sums,
     write_manifest,
 )
 from lvr_lite.model.checkpoint import Checkpoint
@@ -123,7 +124,9 @@ def write_bundle(
             manifest = replace(manifest, parity=measured.to_json())
             write_manifest(folder, manifest)
         report = {"precision": precision, "graphs": reports, "parity": manifest.parity}
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        text = json.dumps(report, indent=1)
+        (folder / "report.json").write_text(text, encoding="utf-8", newline="\n")
+        write_bundle_sums(folder, manifest)
     return Bundle(target, manifest)
 
 

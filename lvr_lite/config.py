@@ -123,6 +123,8 @@ class TrainSettings:
     gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
     eval_every, save_every, log_every: in steps.
     keep: how many of the last checkpoints stay.
+    max_skipped: how many steps of the run may be left out because their loss or gradient is not
+        finite; one more ends it.
     workers: processes that prepare batches; with 0 the training process does.
     seed: of adapters, the order of samples, and drawn answers.
     """
@@ -149,6 +151,7 @@ class TrainSettings:
     save_every: int = 250
     keep: int = 2
     log_every: int = 10
+    max_skipped: int = 10
     workers: int = 0
     seed: int = 0
 
@@ -208,6 +211,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.save_every": (1, 10**9),
     "train.keep": (1, 10**6),
     "train.log_every": (1, 10**9),
+    "train.max_skipped": (0, 10**9),
     "train.workers": (0, 256),
     "train.seed": (0, 2**32 - 1),
     "grpo.group": (2, 1024),

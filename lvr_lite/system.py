@@ -6,6 +6,7 @@ What cannot be learned on a system (no /proc, no governor) is None, never a gues
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -81,6 +82,23 @@ def peak_rss_mb() -> float | None:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
+
+
+# What libraries say when memory is used up: PyTorch on a CPU and on a card, CUDA itself and cuBLAS,
+# bitsandbytes, ONNX Runtime.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever library, says that memory is used up."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    # Libraries raise their own types over RuntimeError, or over Exception alone (ONNX Runtime).
+    is_of_library = isinstance(error, RuntimeError) or "onnxruntime" in type(error).__module__
+    return is_of_library and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def version(package: str) -> str | None:

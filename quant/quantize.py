@@ -27,12 +27,20 @@ from lvr_lite.model.bundle import (
     Bundle,
     Graph,
     Manifest,
+    write_bundle_sums,
     write_manifest,
 )
-from lvr_lite.quant import drift, half
+from lvr_lite.quant import drift, half, pareto
 from lvr_lite.quant.form import check_form
 from lvr_lite.quant.integers import EmbeddingTable, IntegerGraph, Read
-from lvr_lite.quant.reports import Conversion, Drift, GraphReport, QuantizationReport, TuningReport
+from lvr_lite.quant.reports import (
+    Conversion,
+    Drift,
+    GraphReport,
+    QuantizationReport,
+    SearchReport,
+    TuningReport,
+)
 from lvr_lite.quant.schemes import RoundingPlan, plan_of
 from lvr_lite.quant.tune import Tuner
 from lvr_lite.system import peak_rss_mb
@@ -87,6 +95,7 @@ def quantize_bundle(
     block: int | None = None,
     plan: RoundingPlan | None = None,
     tuner: Tuner | None = None,
+    search: SearchReport | None = None,
 ) -> QuantizationReport:
     """Write an fp32 bundle to `target` with other weights.
 
@@ -97,6 +106,7 @@ def quantize_bundle(
     block: values that share a scale where weights have 4 bits.
     plan: how each weight is rounded; None takes that of `precision` and `block`.
     tuner: trains the scales and norms of the new decoder.
+    search: what found the plan of "mixed"; report.json and pareto.png show it.
     Returns what report.json says. Raises UsageError for another precision, BundleError where
     `source` is not an fp32 bundle, OutputError where `target` cannot be written; an earlier bundle
     at `target` then stays as it was.
@@ -129,8 +139,13 @@ def quantize_bundle(
         check_form(written)
         drifted = drift.measure(source, written)
         report = _report(source, precision, reports, drifted, tuning)
-        write_report(folder, report)
         drift.draw({precision: drifted}, folder / "drift.png")
+        if search is not None:
+            seconds = round(time.perf_counter() - began, 1)
+            report = replace(report, search=search, seconds=seconds, peak_rss_mb=peak_rss_mb())
+            pareto.draw(search, folder / "pareto.png")
+        write_report(folder, report)
+        write_bundle_sums(folder, written.manifest)
     progress(
         f"{precision}: {report.bytes_before / 1e6:.1f} MB -> {report.bytes / 1e6:.1f} MB, "
         f"{report.bits_per_weight:.2f} bits a weight"
@@ -167,7 +182,8 @@ def check_source(source: Bundle, target: Path, precision: str) -> None:
 
 
 def write_report(folder: Path, report: QuantizationReport) -> None:
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=1))
+    text = json.dumps(report.to_json(), indent=1)
+    (folder / "report.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_graph(

@@ -1,5 +1,5 @@
 """mixed: which weights get 8 bits and which 4, under a budget, by what that costs on calibration
-prompts. May import: onnx, numpy, matplotlib and what stands above `quant`.
+prompts. May import: onnx, numpy and what stands above `quant`.
 
 All weights begin with 4 bits, rounded with GPTQ. Each unit (a weight, or in deep models that of
 neighbouring layers) is given 8 bits alone, and what this gains is measured: KL of the answers, and
@@ -28,7 +28,7 @@ from lvr_lite.generate.onnx import open_session
 from lvr_lite.quant.answers import answer_loss, reference_answers
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.products import Products
-from lvr_lite.quant.quantize import Converter, quantize_bundle, write_report
+from lvr_lite.quant.quantize import Converter, quantize_bundle
 from lvr_lite.quant.reports import Candidate, Conversion, QuantizationReport, SearchReport
 from lvr_lite.quant.schemes import COMPACT, RoundingPlan, Scheme
 from lvr_lite.quant.tune import Tuner
@@ -64,16 +64,15 @@ def write_mixed(
     plan = search.plan(chosen.eight)
     progress = search.calibration.progress
     source = search.calibration.source
-    written = quantize_bundle(source, target, "mixed", progress, plan=plan, tuner=tuner)
+    written = quantize_bundle(
+        source, target, "mixed", progress, plan=plan, tuner=tuner, search=result
+    )
     assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
     progress(
         f"{len(chosen.eight)} of {result.units} units have 8 bits: KL {chosen.loss.kl:.2e}, "
         f"drift {chosen.loss.drift:.2e}"
     )
-    report = replace(written, search=result)
-    write_report(target, report)
-    draw(result, target / "pareto.png")
-    return report
+    return written
 
 
 @dataclass(frozen=True)
@@ -298,30 +297,3 @@ class Search:
         )
         model.graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
         return model
-
-
-def draw(search: SearchReport, path: Path) -> None:
-    """A figure (PNG) of size against loss: each candidate that was measured, and the best ones of
-    every size.
-    """
-    from matplotlib.figure import Figure
-
-    points = sorted((candidate.bits, candidate.loss.total) for candidate in search.measured)
-    front: list[tuple[float, float]] = []
-    for size, loss in points:
-        if not front or loss < front[-1][1]:
-            front.append((size, loss))
-    chosen = search.chosen
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True), "o", ms=4, color="0.6", label="measured")
-    axes.plot(*zip(*front, strict=True), marker="o", label="best of its size")
-    axes.plot(chosen.bits, chosen.loss.total, "o", ms=10, mfc="none", mec="red", label="written")
-    axes.axvline(search.budget, linestyle=":", color="0.5")
-    axes.set(
-        xlabel="bits a weight (decoder, embedding, head; scales included)",
-        ylabel="KL of answers + drift of latents",
-        yscale="log",
-    )
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)

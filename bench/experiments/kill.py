@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lvr_lite.bench.experiments.runner import command, launch, overrides, run
 from lvr_lite.model.bundle import Bundle
-from lvr_lite.train.trainer import last_whole_checkpoint
+from lvr_lite.train.run_folder import last_whole_checkpoint
 
 RUNS_OF_TRAINING = 6
 SETTINGS = (

@@ -37,6 +37,8 @@ class Training:
     out: the tuned checkpoint.
     processes: that trained together.
     peak_memory_gb: of the card, or of this process without one, in GiB.
+    skipped: {"step", "samples"} of each step that was left out because its loss or gradient was not
+        finite, with the ids of its samples.
     history: what was logged, a dict a logged step.
     """
 
@@ -47,6 +49,7 @@ class Training:
     minutes: float
     peak_memory_gb: float
     trainable_parameters: int
+    skipped: list[JsonObject]
     history: list[JsonObject]
 
     def to_json(self) -> JsonObject:

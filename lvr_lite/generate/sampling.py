@@ -1,21 +1,35 @@
-"""Choosing the next token: pure functions on logits (V,). May import: numpy."""
+"""Choosing the next token: pure functions on logits (V,). May import: numpy and what stands above
+`generate`.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from lvr_lite.errors import NotFiniteError
+
 
 def greedy(logits: np.ndarray) -> int:
-    """The most likely id; the lowest one among equals."""
-    return int(logits.argmax())
+    """The most likely id; the lowest one among equals. Raises NotFiniteError for NaN."""
+    # To numpy a NaN is the largest of all.
+    most_likely = int(logits.argmax())
+    if not np.isfinite(logits[most_likely]):
+        raise NotFiniteError(
+            f"the model's logits are not finite ({logits[most_likely]}): its weights are damaged, "
+            "or its numbers overflow in this precision; take fp32, or another checkpoint"
+        )
+    return most_likely
 
 
 def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     """Softmax at `temperature` > 0, cut to the smallest set of tokens whose probability reaches
-    `top_p` in (0, 1]; sums to 1.
+    `top_p` in (0, 1]; sums to 1. Raises NotFiniteError for NaN.
     """
-    scaled = logits.astype(np.float64) / temperature
-    p = np.exp(scaled - scaled.max())
+    exact = logits.astype(np.float64)
+    # The most likely one becomes 0 before the division, which overflows for the least temperatures.
+    with np.errstate(over="ignore"):
+        scaled = (exact - exact[greedy(logits)]) / temperature
+    p = np.exp(scaled)
     p /= p.sum()
     if top_p < 1.0:
         order = np.argsort(-p, kind="stable")
@@ -29,10 +43,11 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
 
 def log_probability(logits: np.ndarray, temperature: float, token: int) -> float:
     """Of an id at `temperature` > 0, among all ids."""
-    scaled = logits.astype(np.float64) / temperature
-    most = scaled.max()
-    total = np.log(np.exp(scaled - most).sum())
-    return float(scaled[token] - most - total)
+    exact = logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        scaled = (exact - exact[greedy(logits)]) / temperature
+    total = np.log(np.exp(scaled).sum())
+    return float(scaled[token] - total)
 
 
 def sample(

@@ -6,6 +6,7 @@ lvr.json          the manifest: everything a reader needs; nothing is inferred f
 tokenizer.json    a `tokenizers` file
 onnx/*.onnx       the graphs, each with its weights in *.onnx_data beside it
 report.json       parity and errors, for people
+SHA256SUMS        of all these, as sha256sum writes it; bundles of earlier versions have none
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lvr_lite.model import families
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.sums import check_sums, files_below, write_sums
 
 MANIFEST = "lvr.json"
 VERSION = 1
@@ -171,9 +173,8 @@ class Bundle:
 
     def check_files(self) -> None:
         """Raises BundleError for the first file that is missing, lies outside the bundle, or does
-        not have the sha256 of the manifest."""
-        digests = {p: h for graph in self.manifest.graphs.values() for p, h in graph.files.items()}
-        digests[TOKENIZER] = self.manifest.source["tokenizer_sha256"]
+        not have the sha256 of the manifest; then for one that SHA256SUMS says otherwise of."""
+        digests = _digests(self.manifest)
         for name, digest in digests.items():
             path = self.folder / name
             if not path.resolve().is_relative_to(self.folder.resolve()):
@@ -186,6 +187,19 @@ class Bundle:
                     f"{path}: changed or truncated (its sha256 is not the manifest's); "
                     "copy the bundle again, or export again"
                 )
+        # What the manifest vouches for was hashed above.
+        check_sums(self.folder, known=digests, required=(MANIFEST, *digests))
+
+
+def _digests(manifest: Manifest) -> dict[str, str]:
+    """{path relative to the bundle: sha256} of every file that the manifest names."""
+    digests = {p: h for graph in manifest.graphs.values() for p, h in graph.files.items()}
+    return digests | {TOKENIZER: manifest.source["tokenizer_sha256"]}
+
+
+def write_bundle_sums(folder: Path, manifest: Manifest) -> None:
+    """Write SHA256SUMS over all that lies in a bundle. Comes last of its files."""
+    write_sums(folder, files_below(folder), known=_digests(manifest))
 
 
 def is_bundle(folder: Path) -> bool:
@@ -194,7 +208,7 @@ def is_bundle(folder: Path) -> bool:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps(manifest.to_json(), indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
 
 
 def hashes_and_bytes(folder: Path, paths: Sequence[str]) -> tuple[dict[str, str], int]:

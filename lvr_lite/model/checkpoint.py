@@ -4,7 +4,8 @@ May import: tokenizers, this folder.
 
 A tuned checkpoint holds adapter_model.safetensors, adapter_config.json, lvr_config.json (base,
 sha256 of its weights, latent loop, precision of the base in training), tokenizer.json,
-chat_template.jinja and preprocessor_config.json. `tiny` names the embedded model.
+chat_template.jinja, preprocessor_config.json and SHA256SUMS over these (see `lvr_lite.sums`; those
+of earlier versions have none). `tiny` names the embedded model.
 
 How lvr_config.json names the base, so that it is found again on another machine:
 
@@ -32,7 +33,8 @@ from lvr_lite.model.bundle import Bundle, is_bundle
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.processor_files import read_json, read_processor, with_rows_for_markers
 from lvr_lite.model.spec import LatentSpec
-from lvr_lite.model.weight_files import refuse_quantized, refuse_stand_in, weight_files
+from lvr_lite.model.weight_files import SINGLE, refuse_quantized, refuse_stand_in, weight_files
+from lvr_lite.sums import SUMS, check_sums
 
 LVR_CONFIG = "lvr_config.json"
 # Areas in pixels that pictures may be shrunk to: of one visual token, and as recipes allow.
@@ -41,6 +43,8 @@ LARGEST_PICTURE = 10**9
 # Of lvr_config.json: the newest that is read here.
 VERSION = 1
 ADAPTER = "adapter_model.safetensors"
+# What only a run that goes on reads, and checks then.
+OF_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
 # Where the hub's client keeps a model (huggingface_hub, "Understand caching").
 SNAPSHOT = re.compile(
@@ -175,7 +179,11 @@ def read_checkpoint(model: str | Path, weights: bool = True) -> Checkpoint:
     tuned = _tuned_config(folder)
     if tuned is not None and weights:
         _check_adapter_file(folder / ADAPTER)
+    if tuned is not None:
+        _check_sums(folder, weights, required=(ADAPTER, LVR_CONFIG))
     base = folder if tuned is None else find_base(folder, tuned, weights)
+    if base == resolve("tiny"):
+        _check_sums(base, weights, required=("config.json", SINGLE))
     config = read_json(base / "config.json")
     refuse_quantized(base / "config.json", config)
     if weights:
@@ -190,6 +198,12 @@ def read_checkpoint(model: str | Path, weights: bool = True) -> Checkpoint:
         latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
         trained_over=None if tuned is None else tuned.get("base_sha256"),
     )
+
+
+def _check_sums(folder: Path, weights: bool, required: tuple[str, ...]) -> None:
+    """Of folders that this project wrote: another SHA256SUMS may list files that are not here."""
+    unread = OF_RESUMING if weights else (*OF_RESUMING, "*.safetensors")
+    check_sums(folder, required=required, skip=unread)
 
 
 def _check_base_files(base: Path) -> None:
@@ -285,7 +299,7 @@ def find_base(folder: Path, tuned: JsonObject, weights: bool = True) -> Path:
     wanted = f"download {model}" if model is not None else f"find the base (sha256 {digest[:12]})"
     raise BundleError(
         f"{folder / LVR_CONFIG}: base {name} is no such folder here, and {reason}: {wanted}, and "
-        "write its folder into the field `base`"
+        f"write its folder into the field `base` (and remove {SUMS} beside it)"
     )
 
 

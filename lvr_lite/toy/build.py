@@ -168,6 +168,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).to(dtype).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    texts = {
+        "tokenizer_config.json": json.dumps(TOKENIZER, indent=1),
+        "preprocessor_config.json": json.dumps(PREPROCESSOR, indent=1),
+        "chat_template.jinja": TEMPLATE,
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")

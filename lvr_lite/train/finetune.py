@@ -22,17 +22,17 @@ from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.batches import Collator, LengthGrouped
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import adapted, load_base
-from lvr_lite.train.sft import LatentSFT
-from lvr_lite.train.trainer import (
-    LatentTrainer,
-    Run,
+from lvr_lite.train.out_of_memory import told_in_one_line
+from lvr_lite.train.run_folder import (
+    begin_writing,
     check_resumed,
+    is_first_process,
     origin_of,
     resume_point,
-    training_device,
-    training_dtype,
-    write_side_files,
+    run_folder,
 )
+from lvr_lite.train.sft import LatentSFT
+from lvr_lite.train.trainer import LatentTrainer, Named, Run, training_device, training_dtype
 
 # Samples whose visual tokens give the norm that norm-matched feedback takes.
 NORM_SAMPLES = 32
@@ -52,9 +52,26 @@ def finetune(
     resume: go on from the last whole checkpoint-N in `out`.
     say: is told what is trained, a line at a time.
 
-    Raises UsageError where `out` holds another run, or one that began otherwise; DataError for
-    samples that cannot be trained on, LvrError where the loss is no longer finite.
+    Raises UsageError where `out` holds another run, or one that began otherwise; OutputError where
+    another process is writing into it, or it cannot be written; DataError for samples that cannot
+    be trained on; BundleError for a checkpoint-N that is damaged; NotFiniteError where too many
+    losses are not finite; StoppedError after Ctrl-C or SIGTERM; LvrError where memory is used up.
     """
+    device = training_device()
+    max_pixels = checkpoint.processor.default_max_pixels
+    with run_folder(out), told_in_one_line(out, settings, max_pixels, device, stage=1):
+        return _finetune(checkpoint, data, out, settings, resume, say)
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    data: str,
+    out: Path,
+    settings: Settings,
+    resume: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`finetune` in a folder that is this run's alone."""
     began = time.time()
     device = training_device()
     dtype = training_dtype(settings, device)
@@ -78,12 +95,13 @@ def finetune(
         norm = norm_of_visual_tokens(model.get_base_model(), collator, train)
     sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent, norm)
     checkpoint = replace(checkpoint, latent=sft.spec)
-    write_side_files(out, checkpoint, settings, origin)
+    if is_first_process():
+        begin_writing(out, checkpoint, settings, origin)
     run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
     runtime = TorchRuntime(model, checkpoint)
     # Scenes are all of about one length, and come as they are drawn.
     grouped = settings.data.group_by_length and data != "scenes"
-    trainer = LatentTrainer(run, sft, runtime, train, held_out, collator)
+    trainer = LatentTrainer(run, sft, runtime, train, held_out, Named(collator))
     if grouped:
         trainer.sampler = LengthGrouped(
             len(train),

@@ -27,7 +27,7 @@ from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Source
 from lvr_lite.data.validate import check_samples, special_tokens
-from lvr_lite.errors import DataError, UsageError
+from lvr_lite.errors import DataError, NotFiniteError, UsageError
 from lvr_lite.export.weights import check_names
 from lvr_lite.generate.ask import prepare_prompt
 from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
@@ -36,18 +36,18 @@ from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import load_to_reinforce
+from lvr_lite.train.out_of_memory import told_in_one_line
 from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
 from lvr_lite.train.rewards import Answer, Scoring, read_rewards
-from lvr_lite.train.trainer import (
-    LatentTrainer,
-    Run,
+from lvr_lite.train.run_folder import (
+    begin_writing,
     check_resumed,
+    is_first_process,
     origin_of,
     resume_point,
-    training_device,
-    training_dtype,
-    write_side_files,
+    run_folder,
 )
+from lvr_lite.train.trainer import LatentTrainer, Run, training_device, training_dtype
 
 # A standard deviation of rewards below this tells nothing.
 FLAT = 1e-6
@@ -55,9 +55,15 @@ FLAT = 1e-6
 
 def advantages(rewards: Sequence[float]) -> list[float]:
     """How far each reward of a group lies above their mean, in standard deviations; all 0 where
-    they are equal."""
+    they are equal.
+
+    Raises NotFiniteError where the rewards are so large that this is no finite number.
+    """
     values = np.array(rewards, np.float64)
-    spread = float(values.std())
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = float(values.std())
+    if not np.isfinite(spread):
+        raise NotFiniteError(f"the spread of the rewards is {spread}: they are too large")
     if spread < FLAT:
         return [0.0] * len(values)
     return [float(value) for value in (values - values.mean()) / spread]
@@ -224,7 +230,7 @@ class GrpoTrainer(LatentTrainer):
     def __init__(self, run: Run, roller: Roller, policy: Policy, **kwargs: Any) -> None:
         super().__init__(run, policy, roller.runtime, collator=list, **kwargs)
         self.roller = roller
-        # The rollouts of each batch of a step.
+        # The rollouts of each batch of a step; none where numbers were not finite.
         self.drawn: list[list[Rollout]] = []
         # Log-probabilities before the first update, by batch of a step and part of it.
         self.old: dict[tuple[int, int], torch.Tensor] = {}
@@ -243,11 +249,34 @@ class GrpoTrainer(LatentTrainer):
             batch_number = step // updates * batches_a_step + slot
             first = (batch_number * self.args.world_size + self.args.process_index) * len(inputs)
             model.eval()
-            with self.compute_loss_context_manager():
-                self.drawn.append(self.roller(inputs, first * self.run.settings.grpo.group))
-            self.note_drawn(self.drawn[slot])
+            self.drawn.append(self.draw(inputs, first * self.run.settings.grpo.group))
         model.train()
-        return self.learn(model, slot)
+        if not self.drawn[slot]:
+            self.step.add([sample.id for sample, _ in inputs], is_finite=False)
+            return torch.full((), torch.nan, device=self.args.device)
+        loss = self.learn(model, slot)
+        names = [rollout.sample.id for rollout in self.drawn[slot]]
+        self.step.add(list(dict.fromkeys(names)), is_finite=bool(torch.isfinite(loss)))
+        return loss
+
+    def draw(self, items: Sequence[Item], first: int) -> list[Rollout]:
+        """The rewarded rollouts of a batch; none where logits, rewards or advantages are not finite
+        in this process or in another one. All processes then leave the step out together: they wait
+        for each other in its backward pass.
+
+        first: as `Roller` takes it.
+        """
+        rollouts: list[Rollout] = []
+        try:
+            with self.compute_loss_context_manager():
+                rollouts = self.roller(items, first)
+        except NotFiniteError as error:
+            self.lines.tell(f"step {self.state.global_step + 1}: {error}")
+        (failed,) = self.agreed(int(not rollouts))
+        if failed:
+            return []
+        self.note_drawn(rollouts)
+        return rollouts
 
     def learn(self, model: Any, slot: int) -> torch.Tensor:
         """Gradients of the loss of one batch's rollouts, `grpo.rows` at once; returns the loss."""
@@ -330,8 +359,23 @@ def grpo(
     step that takes more questions than there are, or where `out` holds another run; LvrError for a
     reward that fails.
     """
-    began = time.time()
     _refuse_misfits(checkpoint, settings)
+    device = training_device()
+    max_pixels = checkpoint.processor.image.max_pixels
+    with run_folder(out), told_in_one_line(out, settings, max_pixels, device, stage=2):
+        return _grpo(checkpoint, data, out, settings, resume, say)
+
+
+def _grpo(
+    checkpoint: Checkpoint,
+    data: str,
+    out: Path,
+    settings: Settings,
+    resume: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`grpo` in a folder that is this run's alone."""
+    began = time.time()
     scoring = read_rewards(settings.grpo.rewards)
     device = training_device()
     dtype = training_dtype(settings, device)
@@ -360,10 +404,14 @@ def grpo(
         options.latents,
         keep_start=options.beta > 0,
     )
-    write_side_files(out, checkpoint, settings, origin)
+    if is_first_process():
+        begin_writing(out, checkpoint, settings, origin)
     run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
     roller = Roller(TorchRuntime(model, checkpoint), settings, scoring, donors)
-    trainer = GrpoTrainer(run, roller, policy, train=train, held_out=held_out)
+    # Answers are not kept with a checkpoint: a run goes on where new ones are drawn.
+    trainer = GrpoTrainer(
+        run, roller, policy, train=train, held_out=held_out, steps_to_stop=options.updates
+    )
     block = settings.train.batch * settings.train.accumulation * trainer.args.world_size
     if len(train) < block:
         raise UsageError(

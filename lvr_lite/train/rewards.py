@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lvr_lite.data.samples import Sample
-from lvr_lite.errors import LvrError, UsageError
+from lvr_lite.errors import LvrError, NotFiniteError, UsageError
 from lvr_lite.eval import score
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _value_of(name: str, reward: Reward, sample: Sample, answer: Answer) -> floa
     except Exception as error:
         raise LvrError(f"reward {name}: raised {type(error).__name__} ({error}) {where}") from error
     if not math.isfinite(value):
-        raise LvrError(f"reward {name}: gave {value} {where}; it must be a finite number")
+        raise NotFiniteError(f"reward {name}: gave {value} {where}; it must be a finite number")
     return value
 
 

@@ -1,51 +1,51 @@
-"""What both stages of training share: device, folders, and transformers' Trainer over a `Reader`.
+"""What both stages of training share: the device, and transformers' Trainer over a `Reader`.
 
 May import: torch, transformers, peft and what stands above `train`.
-
-OUT holds the adapter (adapter_model.safetensors), lvr_config.json, the resolved settings,
-metrics.json, TensorBoard logs and checkpoint-N folders. A checkpoint counts as whole when its
-marker file, written last, is there, so a killed run loses one interval at most.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-import yaml
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from lvr_lite.config import Settings
-from lvr_lite.data.sources import Source
-from lvr_lite.errors import LvrError, OutputError, UsageError
+from lvr_lite.data.sources import Item, Source
+from lvr_lite.errors import NotFiniteError, StoppedError
 from lvr_lite.eval.suite import accuracy_on
-from lvr_lite.files import JsonObject, kept_sha256, write_atomically
+from lvr_lite.files import JsonObject
 from lvr_lite.generate.runtime import Runtime
-from lvr_lite.model.checkpoint import LVR_CONFIG, VERSION, Checkpoint, base_fields, trained_over
-from lvr_lite.model.processor_files import read_json, read_preprocessor
+from lvr_lite.model.checkpoint import ADAPTER, Checkpoint
 from lvr_lite.system import peak_rss_mb
-
-COMPLETE = "complete"
-SETTINGS = "settings.yaml"
-# What a run that goes on may have otherwise: how long it is, how it reports, and how the same
-# numbers are computed.
-MAY_CHANGE = (
-    *("train.steps", "train.eval_every", "train.save_every", "train.log_every", "train.keep"),
-    *("train.workers", "train.gradient_checkpointing", "train.dequantize"),
+from lvr_lite.train.batches import Collator
+from lvr_lite.train.run_folder import (
+    last_whole_checkpoint,
+    loading,
+    mark_whole,
+    saving,
+    steps_of,
+    whole_or_not,
+    write_result,
+    write_side_files,
 )
-# The name of a checkpoint within a run.
-CHECKPOINT = re.compile(r"checkpoint-\d+")
+from lvr_lite.train.stopping import StopRequest, begin_worker
+
+# Of a batch: the ids of its samples.
+SAMPLES = "samples"
+# How many ids a line names.
+NAMED = 8
 # What a log line leaves out: the progress bar shows it, or nobody reads it.
 QUIET = re.compile(
     r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)"
@@ -87,168 +87,6 @@ def peak_gb(device: str) -> float:
     return (peak_rss_mb() or 0.0) / 2**10
 
 
-# ------------------------------------------------------------------------------------- folders
-
-
-def last_whole_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint-N in `out` that was written to its end."""
-    whole = [
-        path
-        for path in out.glob("checkpoint-*")
-        if (path / COMPLETE).is_file() and path.name.split("-")[1].isdigit()
-    ]
-    return max(whole, key=steps_of, default=None)
-
-
-def steps_of(checkpoint: Path) -> int:
-    """The N of a checkpoint-N."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def resume_point(out: Path, resume: bool, checkpoint: Checkpoint) -> Path | None:
-    """The checkpoint-N in `out` to go on from; None for a new run.
-
-    Raises UsageError where `out` holds something and nobody asked to go on with it, where it holds
-    nothing to go on from, and where it was begun over another base.
-    """
-    last = last_whole_checkpoint(out) if out.is_dir() else None
-    if resume:
-        if last is None:
-            raise UsageError(
-                f"{out}: nothing to resume (no whole checkpoint-N in it); start it without --resume"
-            )
-        if trained_over(last) not in (None, checkpoint.base_sha256):
-            raise UsageError(
-                f"{out}: was begun over another base than {checkpoint.base}, whose weights have "
-                "another sha256; give that one"
-            )
-        return last
-    # Another process may come here after the first one has begun to write.
-    first = os.environ.get("RANK", "0") == "0"
-    if first and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: exists; continue it with --resume, or choose another --out")
-    return None
-
-
-def origin_of(data: str, settings: Settings, start: Checkpoint | None = None) -> JsonObject:
-    """What tells a run's samples from others', and what it began from: fields of lvr_config.json.
-
-    start: the tuned checkpoint that stage 2 goes on with.
-    """
-    own = settings.data
-    named = {"data": data, "data.replay": own.replay, "data.eval_file": own.eval_file}
-    files = {key: Path(name) for key, name in named.items() if name and Path(name).is_file()}
-    origin: JsonObject = {"samples": {key: kept_sha256(path) for key, path in files.items()}}
-    if "data" not in files:
-        origin["samples"]["data"] = data
-    if start is not None:
-        origin["begun_from"] = start.adapter_sha256
-    return origin
-
-
-def check_resumed(last: Path, settings: Settings, origin: JsonObject) -> None:
-    """Raises UsageError where a run would go on as another one than it was: with other settings
-    than MAY_CHANGE, other samples, or from another checkpoint.
-
-    last: the checkpoint-N to go on from.
-    origin: as `origin_of` gives it now.
-    """
-    out = last.parent
-    before = _read_settings(last / SETTINGS)
-    now = _flat(settings.to_json())
-    # Settings that one of the two versions of lvr-lite does not know are no choice of the user's.
-    changed = [k for k in now if k in before and k not in MAY_CHANGE and before[k] != now[k]]
-    if changed:
-        said = "; ".join(
-            f"{key}: {_yaml(now[key])}, and {_yaml(before[key])} then" for key in changed
-        )
-        again = " ".join(f"--set {key}={_yaml(before[key])}" for key in changed)
-        raise UsageError(
-            f"{out}: was begun with other settings ({said}); go on with {again}, or choose "
-            "another --out"
-        )
-    recorded = read_json(last / LVR_CONFIG).get("origin", {})
-    for name, then in recorded.get("samples", {}).items():
-        if then != (given := origin["samples"].get(name)):
-            raise UsageError(
-                f"{out}: was begun on other samples ({name}: {_short(given)}, and {_short(then)} "
-                "then); give those, or choose another --out"
-            )
-    if recorded.get("begun_from", origin.get("begun_from")) != origin.get("begun_from"):
-        raise UsageError(
-            f"{out}: was begun from another checkpoint (--checkpoint: an adapter of sha256 "
-            f"{_short(origin['begun_from'])}, and {_short(recorded['begun_from'])} then); give "
-            "that one, or choose another --out"
-        )
-
-
-def _short(digest: object) -> str:
-    """A sha256, or the name of a source, as a message shows it."""
-    return str(digest)[:12]
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
-
-
-def _flat(data: JsonObject, prefix: str = "") -> JsonObject:
-    """{"section.key": value} of nested settings."""
-    flat: JsonObject = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _read_settings(path: Path) -> JsonObject:
-    """The settings of a run by "section.key"; {} where none were written."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); it says what the run was "
-            "begun with"
-        ) from error
-    return _flat(data) if isinstance(data, dict) else {}
-
-
-def write_side_files(
-    out: Path, checkpoint: Checkpoint, settings: Settings, origin: JsonObject | None = None
-) -> None:
-    """What makes `out` (or a checkpoint-N in it) a checkpoint that every command reads, beside the
-    adapter.
-
-    checkpoint: the base, with the latent loop and the picture size that are trained.
-    origin: as `origin_of` gives it; None where nothing is recorded.
-    """
-    processor = checkpoint.processor
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        processor.tokenizer.save(str(out / "tokenizer.json"))
-        (out / "chat_template.jinja").write_text(processor.template)
-        preprocessor = json.dumps(read_preprocessor(checkpoint.base), indent=1)
-        (out / "preprocessor_config.json").write_text(preprocessor)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror or error}); "
-            "free some space or choose another --out"
-        ) from error
-    run = out.parent if CHECKPOINT.fullmatch(out.name) else out
-    content = {
-        "version": VERSION,
-        **base_fields(checkpoint.base, out, run.resolve().parent),
-        "base_sha256": checkpoint.base_sha256,
-        "base_precision": "nf4",
-        "latent": checkpoint.latent.to_json(),
-        "image": {} if settings.max_pixels is None else {"max_pixels": settings.max_pixels},
-        "origin": origin or {},
-    }
-    write_atomically(out / LVR_CONFIG, json.dumps(content, indent=1))
-    write_atomically(out / SETTINGS, yaml.safe_dump(settings.to_json(), sort_keys=False))
-
-
 # ------------------------------------------------------------------------------------- trainer
 
 
@@ -276,7 +114,8 @@ def training_arguments(
         eval_steps=t.eval_every,
         save_strategy="steps",
         save_steps=t.save_every,
-        save_total_limit=t.keep,
+        # Trainer would remove an older one before the new one is whole (`run_folder.mark_whole`).
+        save_total_limit=None,
         logging_steps=t.log_every,
         logging_first_step=True,
         report_to=["tensorboard"],
@@ -315,12 +154,37 @@ class Run:
     origin: JsonObject
 
 
+@dataclass
+class StepNumbers:
+    """The samples of a step by their ids, and those of them whose loss is not finite."""
+
+    samples: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+
+    def add(self, samples: list[str], is_finite: bool) -> None:
+        self.samples += samples
+        if not is_finite:
+            self.not_finite += samples
+
+
+@dataclass(frozen=True)
+class Named:
+    """A collator whose batches also hold the ids of their samples, in `samples`."""
+
+    collator: Collator
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        ids = [sample.id for sample, _ in items]
+        return {**self.collator(items), SAMPLES: ids}
+
+
 class LatentTrainer(transformers.Trainer):
     """transformers' Trainer over a `Reader`: logs the parts of the loss, saves the adapter alone,
-    stops at a loss that is not finite.
+    and goes on after a step whose numbers are not finite, and after a signal when it is resumed.
 
     runtime: the model that is trained, as what answers held-out samples at every evaluation.
     sampler: the order of the samples; None for Trainer's own.
+    steps_to_stop: a run may stop after each multiple of so many steps.
     """
 
     def __init__(
@@ -331,6 +195,7 @@ class LatentTrainer(transformers.Trainer):
         train: Source,
         held_out: Source,
         collator: Callable[[list[Any]], Any],
+        steps_to_stop: int = 1,
     ) -> None:
         super().__init__(
             model=model,
@@ -338,15 +203,25 @@ class LatentTrainer(transformers.Trainer):
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=collator,
-            callbacks=[WholeCheckpoints(run)],
+            callbacks=[WhenAsked(self)],
         )
         self.run = run
         self.runtime = runtime
         self.sampler: torch.utils.data.Sampler[int] | None = None
         self.model_accepts_loss_kwargs = False
+        self.steps_to_stop = steps_to_stop
         self.parts: dict[str, list[float]] = {}
+        self.step = StepNumbers()
+        # Of the steps since the last line of the log.
+        self.steps_to_log = 0
+        self.skipped_to_log = 0
+        self.not_finite_held_out = 0
+        self.request = StopRequest()
+        # The signal that all processes know of, after each step; 0 for none.
+        self.agreed_signal = 0
         self.remove_callback(transformers.trainer_callback.ProgressCallback)
-        self.add_callback(ShortLines())
+        self.lines = ShortLines()
+        self.add_callback(self.lines)
 
     def note(self, name: str, value: float) -> None:
         """A value whose mean the next log line tells."""
@@ -360,14 +235,15 @@ class LatentTrainer(transformers.Trainer):
         **_: Any,
     ) -> Any:
         self.model.progress = self.state.global_step / self.state.max_steps
-        out = model(**inputs)
-        if not torch.isfinite(out["loss"]):
-            raise LvrError(
-                f"step {self.state.global_step}: the loss is {out['loss'].item()}; "
-                "lower train.lr, or look at the samples"
-            )
+        batch = {name: value for name, value in inputs.items() if name != SAMPLES}
+        out = model(**batch)
+        is_finite = bool(torch.isfinite(out["loss"]))
+        if model.training:
+            self.step.add(inputs[SAMPLES], is_finite)
+        elif not is_finite:
+            self.not_finite_held_out += len(inputs[SAMPLES])
         names = ("ce", "latent", "right", "found") if len(inputs["pool"]) else ("ce", "right")
-        for name in names:
+        for name in names if is_finite else ():
             self.note(name if model.training else f"eval_{name}", float(out[name]))
         return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -376,35 +252,130 @@ class LatentTrainer(transformers.Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
+    # ------------------------------------------------------------------------ what is not finite
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's, called once a step between the backward pass and the optimizer: here a step
+        is left out whose loss or gradient is not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient that is not finite anywhere is not finite in all processes; a loss need not be.
+        wrong = bool(self.step.not_finite) or not math.isfinite(float(norm))
+        wrong, self.agreed_signal = self.agreed(int(wrong), self.request.signal)
+        self.steps_to_log += 1
+        if wrong:
+            self._leave_out(model)
+            norm = None
+        self.step = StepNumbers()
+        return norm
+
+    def agreed(self, *numbers: int) -> list[int]:
+        """The largest of each number in all processes."""
+        if self.args.world_size == 1:
+            return list(numbers)
+        shared = torch.tensor(numbers, device=self.args.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return [int(number) for number in shared.tolist()]
+
+    def _leave_out(self, model: Any) -> None:
+        """Take the gradients away, so that the optimizer changes nothing, and write down whose they
+        were. Raises NotFiniteError when this happened too often.
+        """
+        model.zero_grad()
+        step = self.state.global_step + 1
+        mine = (self.step.not_finite, self.step.samples)
+        everybody = [mine]
+        if self.args.world_size > 1:
+            everybody = [mine] * self.args.world_size
+            torch.distributed.all_gather_object(everybody, mine)
+        # The samples whose loss it was; all of the step where only their gradient is not finite.
+        not_finite = [name for of_process, _ in everybody for name in of_process]
+        samples = not_finite or [name for _, of_process in everybody for name in of_process]
+        # Kept with the checkpoints, so that a run that goes on counts all of them.
+        self.state.log_history.append({"step": step, "skipped": samples})
+        self.skipped_to_log += 1
+        what = "loss" if not_finite else "gradient"
+        self.lines.tell(f"step {step}: skipped, its {what} is not finite ({_listed(samples)})")
+        skipped = len(self.skipped())
+        most = self.run.settings.train.max_skipped
+        if skipped > most:
+            last = last_whole_checkpoint(self.run.out)
+            then = "" if last is None else f"; {last} was saved before"
+            raise NotFiniteError(
+                f"step {step}: the {what} of {skipped} steps was not finite, and train.max_skipped "
+                f"is {most}; lower train.lr, or look at the samples ({_listed(samples)}){then}"
+            )
+
+    def skipped(self) -> list[JsonObject]:
+        """{"step", "samples"} of each step that was left out, those before a stop among them."""
+        entries = [entry for entry in self.state.log_history if "skipped" in entry]
+        return [{"step": entry["step"], "samples": entry["skipped"]} for entry in entries]
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        logs = dict(logs)
         of_evaluation = any(name.startswith("eval_") for name in logs)
         for name in [n for n in self.parts if n.startswith("eval_") == of_evaluation]:
             logs[name] = round(float(np.mean(self.parts.pop(name))), 5)
+        if "loss" in logs:
+            # Trainer puts the mean of the others in the place of a loss that is not finite.
+            if self.skipped_to_log == self.steps_to_log:
+                del logs["loss"]
+            self.steps_to_log = 0
+            self.skipped_to_log = 0
+        # JSON has no number for the others.
+        logs = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on held-out samples, and how many of them are answered right."""
+        self.not_finite_held_out = 0
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        return metrics | self.free_running_accuracy()
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return metrics | self._not_finite() | self.free_running_accuracy()
+
+    def _not_finite(self) -> dict[str, float]:
+        """{"eval_not_finite"}: of how many held-out samples the loss is not finite, in the process
+        with the most of them, which is logged; {} where there is none.
+        """
+        (count,) = self.agreed(self.not_finite_held_out)
+        if not count:
+            return {}
+        metrics = {"eval_not_finite": float(count)}
+        self.log(metrics)
+        return metrics
 
     def free_running_accuracy(self) -> dict[str, float]:
         """{"eval_accuracy", "eval_looked"} of held-out samples, which are logged; {} in all
-        processes but the first.
+        processes but the first, and where the model's numbers are not finite.
         """
         if not self.is_world_process_zero():
             return {}
         self.model.eval()
         held_out = self.eval_dataset
         expected = held_out.answers().values()
-        accuracy, looked = accuracy_on(self.runtime, held_out.items(), expected)
+        try:
+            accuracy, looked = accuracy_on(self.runtime, held_out.items(), expected)
+        except NotFiniteError as error:
+            self.lines.tell(f"step {self.state.global_step}: held-out samples: {error}")
+            return {}
+        finally:
+            self.model.train()
         metrics = {"eval_accuracy": accuracy, "eval_looked": looked}
         self.log(dict(metrics))
-        self.model.train()
         return metrics
+
+    # --------------------------------------------------------------------------- from end to end
 
     def to_end(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Train, or go on from a checkpoint-N; write the adapter and the metrics, which are
-        returned."""
+        returned.
+
+        Raises StoppedError where a signal ended the training, NotFiniteError where too many steps
+        were left out, OutputError where something cannot be written, BundleError for a
+        checkpoint-N that cannot be read.
+        """
         resume_from = self.run.resume_from
         if resume_from is not None:
             say(f"resuming from {resume_from}")
@@ -414,7 +385,18 @@ class LatentTrainer(transformers.Trainer):
             state = str(resume_from / "trainer_state.json")
             self.state = transformers.TrainerState.load_from_json(state)
         else:
-            self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            with self.request:
+                self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if self.agreed_signal and self.state.global_step < self.args.max_steps:
+            saved = self.run.out / f"checkpoint-{self.state.global_step}"
+            raise StoppedError(self.agreed_signal, self.state.global_step, str(saved))
+        skipped = self.skipped()
+        if len(skipped) >= self.args.max_steps:
+            raise NotFiniteError(
+                f"{self.run.out}: nothing was learned, the loss or the gradient of every step was "
+                f"not finite; lower train.lr, or look at the samples "
+                f"({_listed(skipped[-1]['samples'])})"
+            )
         adapted = self.model.model
         trainable, _ = adapted.get_nb_trainable_parameters()
         metrics = {
@@ -423,24 +405,64 @@ class LatentTrainer(transformers.Trainer):
             "minutes": round((time.time() - self.run.began) / 60, 2),
             "peak_memory_gb": round(peak_gb(self.run.device), 3),
             "trainable_parameters": trainable,
-            "history": self.state.log_history,
+            "skipped": skipped,
+            "history": [entry for entry in self.state.log_history if "skipped" not in entry],
         }
         if self.is_world_process_zero():
-            adapted.save_pretrained(str(self.run.out), safe_serialization=True)
-            write_atomically(self.run.out / "metrics.json", json.dumps(metrics, indent=1))
-            write_atomically(self.run.out / COMPLETE, "")
+            with saving(self.run.out):
+                write_result(self.run.out, adapted, metrics)
         return metrics
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.sampler or super()._get_train_sampler(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if loader.num_workers:
+            loader.worker_init_fn = partial(begin_worker, loader.worker_init_fn)
+        return loader
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's, and what makes a checkpoint-N one of its own and whole."""
+        folder = self.run.out / f"checkpoint-{self.state.global_step}"
+        if not self.is_world_process_zero():
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            return
+        with whole_or_not(folder):
+            with saving(folder):
+                super()._save_checkpoint(model, trial)
+            # The other processes write the states of their random numbers.
+            self.accelerator.wait_for_everyone()
+            with saving(folder):
+                write_side_files(folder, self.run.checkpoint, self.run.settings, self.run.origin)
+                mark_whole(folder, self.run.settings.train.keep)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         folder = output_dir or self.args.output_dir
         self.model.model.save_pretrained(folder, safe_serialization=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
-        file = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-        set_peft_model_state_dict(self.model.model, load_file(str(file)))
+        file = Path(resume_from_checkpoint) / ADAPTER
+        with loading(Path(resume_from_checkpoint)):
+            set_peft_model_state_dict(self.model.model, load_file(str(file)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Trainer reads all of them with `weights_only`: what lies there cannot run code.
+        with loading(self.run.resume_from):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(self.run.resume_from):
+            super()._load_rng_state(checkpoint)
+
+
+def _listed(samples: list[str]) -> str:
+    """The first ids of a list."""
+    more = len(samples) - NAMED
+    return ", ".join(samples[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 class ShortLines(transformers.trainer_callback.ProgressCallback):
@@ -459,21 +481,29 @@ class ShortLines(transformers.trainer_callback.ProgressCallback):
         if line and self.training_bar is not None:
             self.training_bar.write(f"step {state.global_step}: {line}")
 
+    def tell(self, line: str) -> None:
+        """A line beside the progress bar, which the first process alone has."""
+        if self.training_bar is not None:
+            self.training_bar.write(line)
 
-class WholeCheckpoints(transformers.TrainerCallback):
-    """Makes each checkpoint-N a checkpoint of its own, and marks it whole, last of all."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+class WhenAsked(transformers.TrainerCallback):
+    """Saves and stops at the end of a step, when a signal has asked for it."""
 
-    def on_save(
+    def __init__(self, trainer: LatentTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
         self,
         args: Any,  # noqa: ARG002
         state: transformers.TrainerState,
-        control: Any,  # noqa: ARG002
+        control: transformers.TrainerControl,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero:
-            folder = self.run.out / f"checkpoint-{state.global_step}"
-            write_side_files(folder, self.run.checkpoint, self.run.settings, self.run.origin)
-            (folder / COMPLETE).touch()
+        ends_anyway = state.global_step >= state.max_steps
+        may_stop = state.global_step % self.trainer.steps_to_stop == 0
+        if self.trainer.agreed_signal and may_stop and not ends_anyway:
+            control.should_save = True
+            control.should_training_stop = True
+            # It may take minutes, and the one who sent the signal waits.
+            control.should_evaluate = False

@@ -23,7 +23,7 @@ from lvr_lite.model.families import ImageSpec
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
 from lvr_lite.train.finetune import finetune
-from lvr_lite.train.trainer import (
+from lvr_lite.train.run_folder import (
     COMPLETE,
     check_resumed,
     last_whole_checkpoint,

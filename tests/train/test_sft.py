@@ -35,8 +35,8 @@ from lvr_lite.train.batches import Collator, in_order
 from lvr_lite.train.finetune import norm_of_visual_tokens
 from lvr_lite.train.load import adapted
 from lvr_lite.train.methods import METHODS, Batch, Bottleneck, Columns
+from lvr_lite.train.run_folder import write_side_files
 from lvr_lite.train.sft import LatentSFT
-from lvr_lite.train.trainer import write_side_files
 
 STEPS, NORM = 4, 9.0
 SETTINGS = load_settings(
