@@ -286,6 +286,7 @@ class SimulatedCard(TorchDispatchMode):
         self._undo = contextlib.ExitStack()
         self._noise = torch.empty(NOISE).uniform_(-0.02, 0.02, generator=_generator())
         self._drawn = 0
+        self._shapes: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def __enter__(self) -> SimulatedCard:
         if SimulatedCard.present is not None:
@@ -330,8 +331,13 @@ class SimulatedCard(TorchDispatchMode):
         if not torch.is_inference_mode_enabled():
             return self.run(func, args, kwargs or {})
         # A view that inference makes of another tensor is none of inference's own.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch._C._InferenceMode(False), torch.no_grad():
             return self.run(func, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to forbid it takes longer than an operation."""
+        return False
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -352,10 +358,9 @@ class SimulatedCard(TorchDispatchMode):
         """
         own = _Arguments()
         metas = own.take(args)
+        own.key.append(tuple(kwargs))
         named = {name: own.take(value) for name, value in kwargs.items()}
-        device = kwargs.get("device")
-        to_card = device is not None and torch.device(device).type == NAME
-        if not own.cards and not to_card:
+        if not own.cards and not own.made_on_card:
             return func(*args, **kwargs)
         special = None if plain else SPECIAL.get(func)
         if special is not None:
@@ -368,11 +373,31 @@ class SimulatedCard(TorchDispatchMode):
                 f"{func}: expected all tensors on one device, but found {NAME}:0 and "
                 f"{own.others[0].device}, of shape {tuple(own.others[0].shape)}"
             )
-        if to_card:
-            named["device"] = torch.device("meta")
-        made = func(*metas, **named)
+        made = self._made(func, metas, named, own)
         value = self._value(func, args, kwargs, own, made)
         return self._wrapped(made, value, own)
+
+    def _made(
+        self, func: Any, metas: tuple[Any, ...], named: dict[str, Any], own: _Arguments
+    ) -> Any:
+        """What an operation makes on the meta device. An operation that makes one new tensor is run
+        once for arguments of the same shapes; afterwards its result is made at once.
+        """
+        if not _makes_one(func):
+            return func(*metas, **named)
+        key = (func, *own.key)
+        try:
+            known = self._shapes.get(key)
+        except TypeError:
+            return func(*metas, **named)
+        if known is not None:
+            size, stride, dtype = known
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        made = func(*metas, **named)
+        storages = {card.meta.untyped_storage()._cdata for card in own.cards}
+        if made.untyped_storage()._cdata not in storages:
+            self._shapes[key] = (made.shape, made.stride(), made.dtype)
+        return made
 
     def _value(
         self,
@@ -391,8 +416,6 @@ class SimulatedCard(TorchDispatchMode):
         if known and not random and (written or _few(made)):
             values = _values(args)
             named = {name: _values(value) for name, value in kwargs.items()}
-            if "device" in named:
-                named["device"] = torch.device("cpu")
             return func(*values, **named)
         for tensor in written:
             tensor.meta.untyped_storage().unknown = True
@@ -434,9 +457,7 @@ class SimulatedCard(TorchDispatchMode):
         """A tensor of the CPU, or of the meta device, on the card."""
         if isinstance(tensor, CardTensor):
             return tensor
-        meta = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         value = tensor.detach() if tensor.device.type == "cpu" and _few(tensor) else None
         self.count(meta.untyped_storage())
         return CardTensor(meta, None if value is None else value.clone())
@@ -469,29 +490,52 @@ class _Arguments:
 
     cards: tensors of the card, and by the identity of what stands for them on the meta device.
     others: tensors of the CPU, single numbers apart.
+    made_on_card: whether the card is named as where something is made.
+    key: what the shape of a result depends on.
     """
 
     def __init__(self) -> None:
         self.cards: list[CardTensor] = []
         self.others: list[torch.Tensor] = []
         self.by_meta: dict[int, CardTensor] = {}
+        self.made_on_card = False
+        self.key: list[Any] = []
 
     def take(self, value: Any) -> Any:
         """The same with tensors of the meta device."""
         if isinstance(value, CardTensor):
             self.cards.append(value)
-            self.by_meta[id(value.meta)] = value
-            return value.meta
+            meta = value.meta
+            self.by_meta[id(meta)] = value
+            self.key.append((meta.shape, meta.stride(), meta.dtype))
+            return meta
         if isinstance(value, torch.Tensor):
+            self.key.append((value.shape, value.stride(), value.dtype, "cpu"))
             if value.dim() and value.device.type != "meta":
                 self.others.append(value)
                 return value.to("meta")
             return value
+        if isinstance(value, torch.device) and value.type == NAME:
+            self.made_on_card = True
+            return torch.device("meta")
         if isinstance(value, list):
+            self.key.append(len(value))
             return [self.take(one) for one in value]
         if isinstance(value, tuple):
+            self.key.append(len(value))
             return tuple(self.take(one) for one in value)
+        self.key.append((value, type(value)))
         return value
+
+
+@functools.cache
+def _makes_one(func: Any) -> bool:
+    """Whether an operation makes one new tensor, and neither writes to one nor is a view of one."""
+    schema = func._schema
+    if schema.is_mutable or len(schema.returns) != 1:
+        return False
+    (made,) = schema.returns
+    return made.alias_info is None and str(made.type) == "Tensor"
 
 
 @functools.cache
@@ -514,6 +558,8 @@ def _few(made: Any) -> bool:
 def _values(value: Any) -> Any:
     if isinstance(value, CardTensor):
         return value.known()
+    if isinstance(value, torch.device) and value.type == NAME:
+        return torch.device("cpu")
     if isinstance(value, list):
         return [_values(one) for one in value]
     if isinstance(value, tuple):
