@@ -38,6 +38,7 @@ from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
 from lvr_lite.model.processor import Processor
+from lvr_lite.model.processor_files import read_json
 from lvr_lite.train.batches import Collator
 from lvr_lite.train.grpo import Roller, learn_from, readings_of
 from lvr_lite.train.load import adapted, check_quantized, to_reinforce
@@ -46,7 +47,6 @@ from lvr_lite.train.policy import Policy, batches_of
 from lvr_lite.train.rewards import read_rewards
 from lvr_lite.train.sft import LatentSFT
 from lvr_lite.train.simulated import GRAIN, SimulatedCard
-
 
 MIB = 2**20
 GIB = 2**30
@@ -89,6 +89,7 @@ class Trace:
 
     stays: what is there between two steps, by part.
     phases: the most live tensors in each phase, all of `stays` included that was there.
+    parameters: numbers of the model, by part, and of what is trained.
     saved: what waits for the backward pass when the forward pass has ended.
     paged: states of the optimizer beside these, which move to the host where the card is full.
     """
@@ -96,6 +97,7 @@ class Trace:
     tokens: Tokens
     stays: dict[str, int]
     phases: dict[str, int]
+    parameters: dict[str, int]
     saved: int
     paged: int
 
@@ -112,20 +114,36 @@ class Trace:
     @property
     def card(self) -> int:
         """What a card must have: `tensors`, slack and the CUDA context."""
-        return int(self.tensors * (1 + SLACK)) + CONTEXT
+        return card_of(self.tensors)
+
+
+def card_of(tensors: int) -> int:
+    """Bytes of a card on which so many bytes of live tensors fit."""
+    return int(tensors * (1 + SLACK)) + CONTEXT
 
 
 # ------------------------------------------------------------------------------------- the samples
 
 
-def largest_picture(processor: Processor) -> Image.Image:
-    """A picture of as many visual tokens as this processor lets one have."""
-    noise = np.random.default_rng(0)
+def largest_size(processor: Processor) -> tuple[int, int]:
+    """Height and width in pixels of a picture of as many visual tokens as this processor lets one
+    have.
+    """
     area = processor.image.max_pixels
     sizes = [(round((area / p) ** 0.5), round((area * p) ** 0.5)) for p in PROPORTIONS]
-    tokens = [processor.visual_tokens(processor.grid_of(*size)) for size in sizes]
-    height, width = sizes[int(np.argmax(tokens))]
-    return Image.fromarray(noise.integers(0, 255, (height, width, 3), np.uint8))
+    return max(sizes, key=lambda size: processor.visual_tokens(processor.grid_of(*size)))
+
+
+def most_visual_tokens(processor: Processor) -> int:
+    """Visual tokens of that picture."""
+    return processor.visual_tokens(processor.grid_of(*largest_size(processor)))
+
+
+def largest_picture(processor: Processor) -> Image.Image:
+    """Noise of that size."""
+    shape = (*largest_size(processor), 3)
+    noise = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    return Image.fromarray(noise)
 
 
 def largest_samples(processor: Processor, count: int, answer: int = ANSWER_TOKENS) -> list[Item]:
@@ -512,6 +530,13 @@ def with_pictures(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     return replace(checkpoint, processor=processor.with_max_pixels(size))
 
 
+def with_adapter_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
+    """Settings with the rank of a tuned checkpoint's adapter, which stage 2 goes on with."""
+    adapter = read_json(checkpoint.folder / "adapter_config.json")
+    rank = adapter.get("r", settings.lora.rank)
+    return replace(settings, lora=replace(settings.lora, rank=rank, dropout=0.0))
+
+
 def computed_in(settings: Settings) -> torch.dtype:
     """What a card computes in: bf16, unless fp32 is asked for."""
     return torch.float32 if settings.train.precision == "fp32" else torch.bfloat16
@@ -534,4 +559,39 @@ def _traced(stepper: Stepper, card: SimulatedCard, stays: dict[str, int]) -> Tra
         answer=stepper.settings.grpo.max_tokens if stage2 else ANSWER_TOKENS,
         latents=latents,
     )
-    return Trace(tokens, stays, dict(card.peaks), stepper.saved, card.paged)
+    return Trace(
+        tokens=tokens,
+        stays=stays,
+        phases=dict(card.peaks),
+        parameters=parameters_of(stepper.model),
+        saved=stepper.saved,
+        paged=card.paged,
+    )
+
+
+def parameters_of(model: Any) -> dict[str, int]:
+    """Parameters by part: linears (in 4 bits), embedding, head (0 if it is the embedding), norms
+    (and biases), vision, and those that are trained.
+    """
+    import bitsandbytes as bnb
+
+    parts = dict.fromkeys(("linears", "embedding", "head", "norms", "vision", "trained"), 0)
+    packed = set()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed.add(id(module.weight))
+            parts["linears"] += module.in_features * module.out_features
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts["trained"] += parameter.numel()
+        elif id(parameter) not in packed:
+            parts[_part_of(name)] += parameter.numel()
+    return parts
+
+
+def _part_of(name: str) -> str:
+    if "lm_head" in name:
+        return "head"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "vision" if re.search(r"visual|vision_model|connector", name) else "norms"

@@ -683,6 +683,14 @@ def _by_numbers(card: SimulatedCard, func: Any, *args: Any, **kwargs: Any) -> An
     return tuple(card.made(part) for part in made)
 
 
+def _compared(card: SimulatedCard, func: Any, tensor: CardTensor, number: Any) -> torch.Tensor:
+    """What nobody knows is no certain number: SmolVLM looks for tiles of zeros alone."""
+    made = card.run(func, (tensor, number), {}, plain=True)
+    if made.known() is None and tensor.is_floating_point():
+        made.value = torch.tensor(func is aten.ne.Scalar).expand(made.shape)
+    return torch.as_tensor(made)
+
+
 def _equal(card: SimulatedCard, func: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
     values = _values((one, other))
     return all(value is not None for value in values) and bool(func(*values))
@@ -735,6 +743,8 @@ SPECIAL: dict[Any, Callable[..., Any]] = {
     aten.unique_consecutive.default: _by_numbers,
     aten._unique2.default: _by_numbers,
     aten.equal.default: _equal,
+    aten.eq.Scalar: _compared,
+    aten.ne.Scalar: _compared,
     aten.scaled_dot_product_attention.default: _attention_alone,
     torch.ops.bitsandbytes.gemm_4bit.default: _product_in_4_bits,
 }
@@ -777,6 +787,9 @@ def _as_cuda(card: SimulatedCard) -> Iterator[None]:
     )
     before = [getattr(module, name) for module, name, _ in changes]
     _foreach_supported_types.append(CardTensor)
+    # Code books that bitsandbytes keeps on the device that asked first.
+    books = dict(bnb.name2qmap)
+    bnb.name2qmap.clear()
     # torch.tensor(…, device=card) makes its tensor on the CPU and copies it.
     lifted = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
@@ -786,6 +799,8 @@ def _as_cuda(card: SimulatedCard) -> Iterator[None]:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lifted)
+        bnb.name2qmap.clear()
+        bnb.name2qmap.update(books)
         _foreach_supported_types.remove(CardTensor)
         for (module, name, _), value in zip(changes, before, strict=True):
             setattr(module, name, value)
