@@ -47,6 +47,9 @@ NOISE = 65_537
 # (bitsandbytes/backends/cuda/ops.py, _gemm_4bit_use_custom_cuda: between 5 and 1,536 by card).
 UNPACKED_FROM = 5
 
+# Types in which attention without a mask is flash attention on CUDA.
+FLASH = (torch.bfloat16, torch.float16)
+
 aten = torch.ops.aten
 
 
@@ -168,7 +171,13 @@ def _register() -> None:
     for name in WIDER:
         _register_autocast(library, name, lower=False)
     library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+    # CUDA has a kernel of its own where other devices put it together of several.
+    library.impl("silu_backward", _refuse, "PrivateUse1")
     _libraries.extend((every, library))
+
+
+def _refuse(*_: Any) -> torch.Tensor:
+    raise RuntimeError("a tensor of the card has no kernel: the simulated card is not entered")
 
 
 # ---------------------------------------------------------------------------------------- autocast
@@ -236,8 +245,8 @@ def _attention(
     """What torch chooses on CUDA: flash attention in 16 bits without a mask, else the kernel that
     is memory-efficient. The first takes fewer heads of keys as they are, the other does not.
     """
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and attn_mask is None:
+    card = SimulatedCard.present
+    if card is not None and query.dtype in card.flash and attn_mask is None:
         result = torch._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )
@@ -274,9 +283,11 @@ class SimulatedCard(TorchDispatchMode):
 
     present: SimulatedCard | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, flash: Sequence[torch.dtype] = FLASH) -> None:
+        """flash: the types in which attention without a mask is flash attention."""
         super().__init__()
         _register()
+        self.flash = flash
         self.device = torch.device(NAME, 0)
         self.now = 0
         self.paged = 0
