@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint types bench bench-rivals results-latents readme reference check tiny clean
+.PHONY: setup demo test fuzz lint types bench bench-rivals results-latents readme reference check tiny clean
 
 setup: .venv/ready
 
@@ -20,6 +20,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# Random inputs for all that reads what others wrote (docs/security.md): ten minutes, or as said with `make fuzz FUZZ="--seconds 60"`.
+FUZZ = --seconds 600
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: setup
 	$(BIN)/ruff check .

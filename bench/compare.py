@@ -69,7 +69,9 @@ class Comparison:
     @property
     def regressed(self) -> bool:
         """Whether something became slower, or a system gives other answers."""
-        return any(row.verdict == "slower" for row in self.rows) or bool(self.answers)
+        if self.answers:
+            return True
+        return any(row.verdict == "slower" for row in self.rows)
 
     def to_json(self) -> JsonObject:
         return {"schema": "lvr-lite/bench-compare", "version": 1} | asdict(self)
@@ -87,8 +89,14 @@ def compare(before: Benchmark, after: Benchmark, tolerance: float = TOLERANCE) -
         raise DataError(
             f"no system is in both runs: {', '.join(systems)} in one, {others} in the other"
         )
-    least, most = _by_machine(before, after)
-    cases = [(a.name, *case) for a, b in pairs for case in _measures(a, b)]
+    cases = []
+    answers = []
+    asked_the_same = before.plan == after.plan
+    for first, second in pairs:
+        cases += [(first.name, *measure) for measure in _measures(first, second)]
+        if asked_the_same and first.output_md5 != second.output_md5:
+            answers.append(first.name)
+    by_machine = _by_machine(before, after)
     rng = np.random.default_rng(0)
     level = RISK / max(len(cases), 1)
     rows = []
@@ -96,21 +104,47 @@ def compare(before: Benchmark, after: Benchmark, tolerance: float = TOLERANCE) -
         assert x.p50_ms is not None
         assert y.p50_ms is not None
         ratio = float(y.p50_ms / x.p50_ms)
-        first = _by_round(x.samples_ms, before.rounds)
-        second = _by_round(y.samples_ms, after.rounds)
-        low, high = _interval(first, second, level, rng)
-        verdict = "same"
-        if min(low, ratio / (1 + tolerance)) > most or max(high, ratio * (1 + tolerance)) < least:
-            verdict = "slower" if ratio > 1 else "faster"
-        rows.append(Change(system, name, x.p50_ms, y.p50_ms, ratio, (low, high), verdict))
-    asked_the_same = before.plan == after.plan
+        interval = _interval(
+            _by_round(x.samples_ms, before.rounds),
+            _by_round(y.samples_ms, after.rounds),
+            level,
+            rng,
+        )
+        change = Change(
+            system=system,
+            measure=name,
+            before_ms=x.p50_ms,
+            after_ms=y.p50_ms,
+            ratio=ratio,
+            interval=interval,
+            verdict=_verdict(ratio, interval, tolerance, by_machine),
+        )
+        rows.append(change)
     return Comparison(
         rows=rows,
-        answers=[a.name for a, b in pairs if asked_the_same and a.output_md5 != b.output_md5],
+        answers=answers,
         tolerance=tolerance,
-        by_machine=(least, most),
+        by_machine=by_machine,
         machine=_machine_notes(before, after),
     )
+
+
+def _verdict(
+    ratio: float,
+    interval: tuple[float, float],
+    tolerance: float,
+    by_machine: tuple[float, float],
+) -> str:
+    """Of a ratio of medians: "same" unless all of its interval, and the ratio by more than the
+    tolerance, lie beyond what the machine alone makes of it.
+    """
+    low, high = interval
+    least, most = by_machine
+    above = min(low, ratio / (1 + tolerance)) > most
+    below = max(high, ratio * (1 + tolerance)) < least
+    if not above and not below:
+        return "same"
+    return "slower" if ratio > 1 else "faster"
 
 
 def _by_machine(before: Benchmark, after: Benchmark) -> tuple[float, float]:
@@ -145,13 +179,18 @@ def _share(system: SystemResult, stage: str) -> float:
     """What a stage takes of a request; 1 where that is not known."""
     spent = system.request_ms.get(stage)
     whole = system.latencies["end_to_end"].p50_ms
-    return 1.0 if spent is None or whole is None else float(spent / whole)
+    if spent is None or not whole:
+        return 1.0
+    return float(spent / whole)
 
 
 def _by_round(samples: list[float], rounds: int) -> np.ndarray:
     """The median of each round's samples, where rounds have equally many."""
     values = np.array(samples)
-    return np.median(values.reshape(rounds, -1), axis=1) if len(values) % rounds == 0 else values
+    if len(values) % rounds:
+        return values
+    by_round = values.reshape(rounds, -1)
+    return np.asarray(np.median(by_round, axis=1))
 
 
 def _interval(
@@ -161,21 +200,29 @@ def _interval(
     rng: np.random.Generator,
 ) -> tuple[float, float]:
     """Of the ratio of medians, second over first, at 1 - level."""
-    medians = []
-    for values in (first, second):
-        rounds = max(1, len(values) // STRETCHES)
-        stretches = values[len(values) % rounds :].reshape(-1, rounds)
-        sample = stretches[rng.integers(0, len(stretches), (DRAWS, len(stretches)))]
-        medians.append(np.median(sample.reshape(DRAWS, -1), axis=1))
-    low, high = np.quantile(medians[1] / medians[0], [level / 2, 1 - level / 2])
+    before = _drawn_medians(first, rng)
+    after = _drawn_medians(second, rng)
+    low, high = np.quantile(after / before, [level / 2, 1 - level / 2])
     return float(low), float(high)
+
+
+def _drawn_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(DRAWS,): the medians of as many stretches of rounds as there are, drawn again and again."""
+    rounds = max(1, len(values) // STRETCHES)
+    rest = len(values) % rounds
+    stretches = values[rest:].reshape(-1, rounds)
+    count = len(stretches)
+    drawn = stretches[rng.integers(0, count, (DRAWS, count))]
+    return np.asarray(np.median(drawn.reshape(DRAWS, -1), axis=1))
 
 
 def _core_ms(run: Benchmark) -> float | None:
     """Median ms of `machine.read_compute`; None in files of older releases, which took another
     computation.
     """
-    return float(np.median(run.core_ms)) if run.core_ms else None
+    if not run.core_ms:
+        return None
+    return float(np.median(run.core_ms))
 
 
 def _machine_notes(before: Benchmark, after: Benchmark) -> list[str]:

@@ -64,7 +64,9 @@ def card(threads: int | None = None, bundles: dict[str, Path] | None = None) -> 
 def manifest_hash(folder: Path) -> str | None:
     """sha256 of a bundle's lvr.json; None for a folder without one (a checkpoint)."""
     path = folder / bundle.MANIFEST
-    return files.sha256(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return files.sha256(path)
 
 
 def commit(package: Path | None = None) -> str | None:
@@ -80,7 +82,9 @@ def commit(package: Path | None = None) -> str | None:
         head = _git(root, "rev-parse", "HEAD")
     if head is None:
         version = system.version("lvr-lite")
-        return None if version is None else f"v{version}"
+        if version is None:
+            return None
+        return f"v{version}"
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     return f"{head}+changed" if changed else head
 
@@ -94,6 +98,8 @@ def _git(root: Path, *arguments: str) -> str | None:
             [git, "-C", str(root), *arguments],
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
             check=True,
         )
@@ -170,7 +176,7 @@ def read_joules(counters: Path = Path("/sys/class/powercap")) -> float | None:
         if zone.name.count(":") != 1:
             continue
         try:
-            joules.append(int((zone / "energy_uj").read_text()) / 1e6)
+            joules.append(int((zone / "energy_uj").read_text(encoding="utf-8")) / 1e6)
         except OSError:
             # Only root may read it on most systems.
             return None

@@ -106,7 +106,9 @@ class Measured:
         token of a row to its next.
         """
         between = self.latency("tpot")
-        return self.setting.batch / (percentile(between, 50) / 1e3) if between else None
+        if not between:
+            return None
+        return self.setting.batch / (percentile(between, 50) / 1e3)
 
     def joules(self) -> float | None:
         """The median of what one request, or one batch, took; None where the machine does not
@@ -115,7 +117,9 @@ class Measured:
         samples = [timing.joules for timing in self.timings if timing.joules is not None]
         # A counter that started again at 0 gives a negative difference.
         samples = [joules for joules in samples if joules >= 0]
-        return percentile(samples, 50) if samples else None
+        if not samples:
+            return None
+        return percentile(samples, 50)
 
     def output_md5(self, rounds: int | None = None) -> str:
         """Of the token ids of the timed answers, of all rounds or the first ones: the same where
@@ -293,7 +297,12 @@ def measure(
 
 def _time(measured: Measured, number: int, plan: Plan) -> Timing:
     """A system's turn in a round."""
-    return time_round(measured.system.runtime, measured.batch(number), plan, measured.setting)
+    return time_round(
+        runtime=measured.system.runtime,
+        requests=measured.batch(number),
+        plan=plan,
+        setting=measured.setting,
+    )
 
 
 def _time_rounds(
@@ -305,7 +314,9 @@ def _time_rounds(
     rounds = plan.rounds
     for number, order in enumerate(shuffled_rounds(len(outcome), plan.seed)):
         if number >= rounds:
-            share = (time.perf_counter() - began) / plan.seconds if plan.seconds else 1.0
+            share = 1.0
+            if plan.seconds:
+                share = (time.perf_counter() - began) / plan.seconds
             if share >= 1:
                 break
             rounds = number + 1 if share > 0.9 else math.ceil(number / share)

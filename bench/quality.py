@@ -44,24 +44,28 @@ def compare_answers(reference: str, want: Sequence[Result], got: Sequence[Result
     same = 0
     places = 0
     by_step: dict[int, list[float]] = {}
-    for w, g in zip(want, got, strict=True):
-        tokens = zip(w.tokens, g.tokens, strict=False)
+    for wanted, other in zip(want, got, strict=True):
+        tokens = zip(wanted.tokens, other.tokens, strict=False)
         same += sum(a == b for a, b in tokens)
-        places += max(len(w.tokens), len(g.tokens))
-        latents = zip(w.latents, g.latents, strict=False)
+        places += max(len(wanted.tokens), len(other.tokens))
+        latents = zip(wanted.latents, other.latents, strict=False)
         for step, (a, b) in enumerate(latents):
             # Another model, of another width, has no common latents.
             if a.shape == b.shape:
                 cosines = by_step.setdefault(step, [])
                 cosines.append(_cosine(a, b))
+    agreement = 1.0
+    if places:
+        agreement = same / places
     return Quality(
         reference=reference,
         n=len(want),
-        token_agreement=same / places if places else 1.0,
+        token_agreement=agreement,
         latent_cosine=[float(np.mean(by_step[step])) for step in sorted(by_step)],
     )
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b / max(norms, 1e-30))
+    product = a @ b
+    return float(product / max(norms, 1e-30))

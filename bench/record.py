@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -24,6 +25,8 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 SCHEMA = "lvr-lite/bench"
 VERSION = 1
+# Of numbers in a file; beyond it sums overflow.
+LARGEST = 1e15
 STAGES = (
     "preprocess",
     "vision",
@@ -76,7 +79,9 @@ class Summary:
         if not samples:
             return cls(None, None, None, None, [])
         p50, p90, p99 = (percentile(samples, q) for q in (50, 90, 99))
-        std = float(np.std(samples, ddof=1)) if len(samples) > 1 else 0.0
+        std = 0.0
+        if len(samples) > 1:
+            std = float(np.std(samples, ddof=1))
         return cls(p50, p90, p99, std, samples)
 
 
@@ -163,7 +168,9 @@ class SystemResult:
     @property
     def megabytes(self) -> float | None:
         """Of all graphs; None for what has none."""
-        return sum(self.bytes.values()) / 1e6 if self.bytes else None
+        if not self.bytes:
+            return None
+        return sum(self.bytes.values()) / 1e6
 
     def to_json(self) -> JsonObject:
         data = asdict(self)
@@ -171,14 +178,15 @@ class SystemResult:
         return data | {f"{name}_ms": summary for name, summary in latencies.items()}
 
     @classmethod
-    def from_json(cls, data: JsonObject) -> SystemResult:
-        """Raises KeyError or TypeError for a missing field."""
+    def from_json(cls, data: object) -> SystemResult:
+        """Raises KeyError or TypeError for a missing or a wrong field."""
+        if not isinstance(data, dict):
+            raise TypeError("a system must be an object")
         quality = data.get("quality")
         accuracy = data.get("accuracy")
-        stages = data["stages"]
         typed = {
             "setting": _read(SettingResult, data["setting"]),
-            "stages": {name: _summary(stages.get(name)) for name in STAGES},
+            "stages": _stages(data["stages"]),
             "latencies": {name: _summary(data.get(f"{name}_ms")) for name in LATENCIES},
             "quality": None if quality is None else _read(Quality, quality),
             "accuracy": None if accuracy is None else _read(Accuracy, accuracy),
@@ -229,23 +237,62 @@ class Benchmark:
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Benchmark:
-        """Raises KeyError or TypeError for a missing field."""
+        """Raises KeyError or TypeError for a missing or a wrong field."""
         typed = {
             # In files of older releases the plan's rounds are those that were timed.
             "rounds": data.get("rounds", data["plan"]["rounds"]),
             "bandwidth": _read(Bandwidth, data["bandwidth"]),
             "systems": [SystemResult.from_json(system) for system in data["systems"]],
         }
-        return _read(cls, data | typed)
+        run = _read(cls, data | typed)
+        if run.rounds < 1 or run.bandwidth_gb_s <= 0:
+            raise TypeError("rounds and bandwidth_gb_s must be above 0")
+        return run
 
 
-def _read(cls: type[Record], data: JsonObject) -> Record:
-    """A dataclass from the fields of it that a JSON object has; others are not read."""
-    return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+def _read(cls: type[Record], data: object) -> Record:
+    """A dataclass from the fields of it that a JSON object has; others are not read. Raises
+    TypeError for a value of another type than the field's.
+    """
+    if not isinstance(data, dict):
+        raise TypeError(f"{cls.__name__} must be an object")
+    hints = get_type_hints(cls)
+    given = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+    for name, value in given.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name} must not be {str(value)[:40]}")
+    return cls(**given)
 
 
-def _summary(data: JsonObject | None) -> Summary:
-    return Summary.of([]) if data is None else _read(Summary, data)
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type of a field; numbers must be finite."""
+    of = get_args(hint)
+    if hint is Any or get_origin(hint) is UnionType:
+        return hint is Any or any(_fits(value, option) for option in of)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, of[0]) for item in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(item, of[1]) for item in value.values())
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        return number and abs(value) <= LARGEST
+    return isinstance(value, hint)
+
+
+def _summary(data: object) -> Summary:
+    """A duration; what its samples come to is computed anew."""
+    if data is None:
+        return Summary.of([])
+    if not isinstance(data, dict) or not _fits(data["samples_ms"], list[float]):
+        raise TypeError("samples_ms must be numbers")
+    return Summary.of(data["samples_ms"])
+
+
+def _stages(data: object) -> dict[str, Summary]:
+    if not isinstance(data, dict):
+        raise TypeError("stages must be an object")
+    return {name: _summary(data.get(name)) for name in STAGES}
 
 
 def read(path: Path) -> Benchmark:
@@ -255,7 +302,7 @@ def read(path: Path) -> Benchmark:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; {hint}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); {hint}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise DataError(f"{path}: not a run of the bench (no schema {SCHEMA}); {hint}")

@@ -71,9 +71,7 @@ def _rest(run: Benchmark) -> Table:
     agreements, cosines, accuracies = zip(*map(_quality_cells, systems), strict=True)
     rows: dict[str, Sequence[str]] = {
         "size MB": [number(s.megabytes) for s in systems],
-        "peak RSS MiB": [
-            number(s.peak_rss_mb) + (" (all)" if s.peak_rss_shared else "") for s in systems
-        ],
+        "peak RSS MiB": [_peak_rss(s) for s in systems],
         "answers that looked": [percent(s.looked) for s in systems],
         "latent steps an answer": [number(s.latent_steps) for s in systems],
         "visual tokens a picture": [sizes(s) for s in systems],
@@ -89,6 +87,13 @@ def _rest(run: Benchmark) -> Table:
         if any(cell != number(None) for cell in cells):
             table.add_row(title, *cells)
     return table
+
+
+def _peak_rss(system: SystemResult) -> str:
+    peak = number(system.peak_rss_mb)
+    if system.peak_rss_shared:
+        return f"{peak} (all)"
+    return peak
 
 
 def sizes(system: SystemResult) -> str:
@@ -111,12 +116,17 @@ def _quality_cells(system: SystemResult) -> tuple[str, str, str]:
     """Token agreement, the latents' cosine at the first and the last step, accuracy with its
     interval.
     """
-    agreement = cosine = accuracy = number(None)
-    if quality := system.quality:
+    agreement = number(None)
+    cosine = number(None)
+    accuracy = number(None)
+    quality = system.quality
+    if quality:
         agreement = percent(quality.token_agreement)
-        if cosines := quality.latent_cosine:
+        cosines = quality.latent_cosine
+        if cosines:
             cosine = f"{cosines[0]:.4f} … {cosines[-1]:.4f}"
-    if score := system.accuracy:
+    score = system.accuracy
+    if score:
         low, high = score.interval
         accuracy = f"{percent(score.accuracy)} [{percent(low)}, {percent(high)}], n = {score.n}"
     return agreement, cosine, accuracy
@@ -149,12 +159,28 @@ def write_csv(run: Benchmark, out: Path) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(
-        ["system", "precision", "steps", "visual_tokens", "batch", "measure", "sample", "ms"]
+        [
+            "system",
+            "precision",
+            "steps",
+            "visual_tokens",
+            "batch",
+            "measure",
+            "sample",
+            "ms",
+        ]
     )
     for system in run.systems:
         setting = system.setting
-        first = [system.name, system.precision, setting.steps, setting.visual_tokens, setting.batch]
-        for name, summary in (system.latencies | system.stages).items():
+        first = [
+            system.name,
+            system.precision,
+            setting.steps,
+            setting.visual_tokens,
+            setting.batch,
+        ]
+        measures = system.latencies | system.stages
+        for name, summary in measures.items():
             for i, ms in enumerate(summary.samples_ms):
                 table.writerow([*first, name, i, f"{ms:.6g}"])
     write_atomically(out, text.getvalue())
@@ -165,22 +191,22 @@ def write_html(run: Benchmark, out: Path) -> None:
     written.
     """
     systems = run.systems
+    requests = []
+    megabytes = []
+    for system in systems:
+        by_stage = [system.request_ms[stage] for stage in STAGES]
+        requests.append((system.name, by_stage))
+        if system.bytes:
+            by_graph = [system.bytes.get(graph, 0) / 1e6 for graph in GRAPHS]
+            megabytes.append((system.name, by_graph))
     html = render_page(
         "bench.html.j2",
         systems=systems,
         sizes_of=sizes,
         stages=STAGES,
         titles=LATENCIES,
-        request=stacked_bars(
-            [(s.name, [s.request_ms[stage] for stage in STAGES]) for s in systems],
-            list(STAGES),
-            "ms",
-        ),
-        sizes=stacked_bars(
-            [(s.name, [s.bytes.get(g, 0) / 1e6 for g in GRAPHS]) for s in systems if s.bytes],
-            list(GRAPHS),
-            "MB",
-        ),
+        request=stacked_bars(requests, list(STAGES), "ms"),
+        sizes=stacked_bars(megabytes, list(GRAPHS), "MB"),
         accuracy=interval_bars([_accuracy_bar(system) for system in systems]),
         quality=[(system.name, *_quality_cells(system)) for system in systems],
         conditions=_conditions(run),
@@ -227,9 +253,11 @@ def _lines(
         }
         x = values.pop(axis)
         y = system.latencies[name].p50_ms
-        if x is not None and y is not None:
-            others = [f"{key} {value}" for key, value in values.items() if value is not None]
-            lines.setdefault(", ".join([system.system, *others]), []).append((float(x), y))
+        if x is None or y is None:
+            continue
+        others = [f"{key} {value}" for key, value in values.items() if value is not None]
+        label = ", ".join([system.system, *others])
+        lines.setdefault(label, []).append((float(x), y))
     return lines
 
 

@@ -62,7 +62,9 @@ def time_round(
     timing = time_request(runtime, cache, requests, options)
     after = read_joules()
     _refuse_false_claim(runtime, options, timing)
-    joules = None if before is None or after is None else after - before
+    joules = None
+    if before is not None and after is not None:
+        joules = after - before
     stages = timing.stages
     latencies = timing.latencies
     if setting.batch == 1:
@@ -70,7 +72,12 @@ def time_round(
         again = time_request(runtime, cache, requests, one_token)
         latencies = latencies | {"ttft_again": again.latencies["ttft"]}
     if 0 < len(timing.stages["latent_step"]) < plan.tokens:
-        even = time_request(runtime, cache, requests, replace(options, steps=plan.tokens))
+        even = time_request(
+            runtime=runtime,
+            cache=cache,
+            requests=requests,
+            options=replace(options, steps=plan.tokens),
+        )
         stages = stages | {name: even.stages[name] for name in STEP_STAGES}
         latencies = latencies | {name: even.latencies[name] for name in STEP_LATENCIES}
     return replace(timing, stages=stages, latencies=latencies, joules=joules)
@@ -114,7 +121,14 @@ def time_request(
         sum(seconds.preprocess for _, seconds in prepared),
         sum(seconds.vision for _, seconds in prepared),
     )
-    return _timing(before, ready, decoding.clock, events, decoding.results, whole)
+    return _timing(
+        before=before,
+        ready=ready,
+        clock=decoding.clock,
+        events=events,
+        results=decoding.results,
+        whole=whole,
+    )
 
 
 def _timing(

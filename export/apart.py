@@ -58,20 +58,22 @@ def check_graphs_apart(
     weights: the merged model's.
     """
     rng = np.random.default_rng(0)
-    model = empty_model(checkpoint.config, checkpoint.processor.family)
-    text = f"model.{checkpoint.processor.family.language_model}."
+    family = checkpoint.processor.family
+    model = empty_model(checkpoint.config, family)
     vision = _check_vision(bundle, checkpoint, weights, model, tolerance, rng)
-    table = weights[f"{text}embed_tokens.weight"]
+    table = weights[f"model.{family.language_model}.embed_tokens.weight"]
     ids = rng.integers(0, len(table), (2, 9), np.int64)
     (got,) = open_session(bundle.path("embed_tokens")).run(None, {"input_ids": ids})
     want = table[torch.from_numpy(ids)].numpy()
     embedding = compare("embed_tokens", got, want, tolerance)
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    matrix = table if tied else weights["lm_head.weight"]
+    matrix = table
+    if not tied:
+        matrix = weights["lm_head.weight"]
     hidden = rng.standard_normal((3, 1, matrix.shape[1])).astype(np.float32)
     (got,) = open_session(bundle.path("lm_head")).run(None, {"last_hidden_state": hidden})
-    want = (torch.from_numpy(hidden) @ matrix.T).numpy()
-    head = compare("lm_head", got, want, tolerance)
+    product = torch.from_numpy(hidden) @ matrix.T
+    head = compare("lm_head", got, product.numpy(), tolerance)
     return {
         "vision_encoder": worst(vision),
         "embed_tokens": embedding,
@@ -126,7 +128,9 @@ def check_layers(
     relative = []
     for index in bar(range(bundle.manifest.decoder.layers), "parity of layers"):
         shape = calls[0].hidden.shape
-        added = rng.standard_normal(shape).astype(np.float32) if index < deepstack else None
+        added = None
+        if index < deepstack:
+            added = rng.standard_normal(shape).astype(np.float32)
         calls[0] = replace(calls[0], added=added)
         own = {name: name.replace(f"{prefix}.0.", f"{prefix}.{index}.") for name in names}
         with filled(model, weights, own), torch.inference_mode():
@@ -215,7 +219,8 @@ def _real(call: LayerCall) -> np.ndarray:
     batch, width = call.hidden.shape[:2]
     if width == 1:
         return np.ones((batch, 1), bool)
-    return np.arange(width)[None] < call.totals[:, None]
+    places = np.arange(width)
+    return places[None] < call.totals[:, None]
 
 
 def _run_torch(model: TransformersModule, calls: list[LayerCall]) -> list[np.ndarray]:
@@ -226,12 +231,19 @@ def _run_torch(model: TransformersModule, calls: list[LayerCall]) -> list[np.nda
     mask = torch.zeros(len(LENGTHS), 0, dtype=torch.long)
     states = []
     for call in calls:
-        mask = torch.cat([mask, torch.from_numpy(_real(call).astype(np.int64))], 1)
+        real = _real(call).astype(np.int64)
+        mask = torch.cat([mask, torch.from_numpy(real)], 1)
         embeds = call.hidden
         if call.added is not None:
             embeds = np.concatenate([embeds, call.added], -1)
-        positions = torch.from_numpy(call.positions)
-        states.append(read(model, torch.from_numpy(embeds), positions, mask, cache).numpy())
+        after = read(
+            model,
+            torch.from_numpy(embeds),
+            torch.from_numpy(call.positions),
+            mask,
+            cache,
+        )
+        states.append(after.numpy())
     return states
 
 

@@ -109,7 +109,9 @@ def write_hf(
     bytes_needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     files.check_free_space(target, int(bytes_needed * 1.05))
     with files.fresh_folder(target, RECORD) as folder:
-        exact = _our_answers(model, checkpoint) if dtype != torch.float32 else []
+        exact = []
+        if dtype != torch.float32:
+            exact = _our_answers(model, checkpoint)
         _round(model, dtype)
         model.save_pretrained(folder, max_shard_size=SHARD)
         rows = len(model.get_input_embeddings().weight)
@@ -378,14 +380,22 @@ def _their_ids(tokenizer: Any, checkpoint: Checkpoint, pictures: list[Image.Imag
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    grids = processor.see(pictures).grids if pictures else []
+    grids = []
+    if pictures:
+        grids = processor.see(pictures).grids
     shown = [family.picture_text(grid, processor.image) for grid in grids]
     if text != render(processor.template, QUESTION, len(pictures)):
         raise LvrError("transformers fills the chat template otherwise than the decode loop")
     parts = text.split(family.image_token)
     joined = parts[0] + "".join(a + b for a, b in zip(shown, parts[1:], strict=True))
     ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
-    ours = prompt_ids(processor.tokenizer, processor.template, QUESTION, family.image_token, shown)
+    ours = prompt_ids(
+        tokenizer=processor.tokenizer,
+        template=processor.template,
+        question=QUESTION,
+        image_token=family.image_token,
+        pictures=shown,
+    )
     if ids != ours:
         raise LvrError(
             f"transformers reads a prompt of {len(pictures)} pictures as other tokens than the "

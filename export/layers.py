@@ -70,10 +70,12 @@ class DecoderLayers:
         watch: called once a call for each value that weights of the layer are multiplied with.
         """
         layer = decoder_layer(self._model, index, self._shape.layers)
-        readers = {} if watch is None else _readers(layer)
-        layer.graph.output.extend(
-            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in readers
-        )
+        readers: dict[str, list[str]] = {}
+        if watch is not None:
+            readers = _readers(layer)
+        for name in readers:
+            value = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            layer.graph.output.append(value)
         session = open_session(layer.SerializeToString(), self._file.parent)
         results = []
         for calls in sequences:
@@ -91,8 +93,12 @@ class DecoderLayers:
 
     def _empty_cache(self, index: int, calls: list[LayerCall]) -> dict[str, np.ndarray]:
         """Room for the keys and values of these calls, by the names of the layer's inputs."""
-        room = sum(call.hidden.shape[1] for call in calls)
-        shape = (len(calls[0].hidden), self._shape.kv_heads, room, self._shape.head_dim)
+        shape = (
+            len(calls[0].hidden),
+            self._shape.kv_heads,
+            sum(call.hidden.shape[1] for call in calls),
+            self._shape.head_dim,
+        )
         return {name: np.zeros(shape, self._cache_type) for name in _cache_names(index)}
 
     def _step(
@@ -128,10 +134,11 @@ class DecoderLayers:
 
     def _added(self, index: int, call: LayerCall) -> np.ndarray:
         """`deepstack_embeds` with what is added after this layer in its place."""
-        embeds = np.zeros((*call.hidden.shape[:2], self._deepstack), np.float32)
+        batch, length, width = call.hidden.shape
+        embeds = np.zeros((batch, length, self._deepstack), np.float32)
         if call.added is not None:
-            width = call.hidden.shape[2]
-            embeds[..., index * width : (index + 1) * width] = call.added
+            first = index * width
+            embeds[..., first : first + width] = call.added
         return embeds
 
 
@@ -145,8 +152,11 @@ def _readers(layer: onnx.ModelProto) -> dict[str, list[str]]:
     weights = {tensor.name for tensor in tensors if len(tensor.dims) == 2}
     readers: dict[str, list[str]] = {}
     for node in layer.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            readers.setdefault(node.input[0], []).append(node.input[1])
+        if node.op_type != "MatMul":
+            continue
+        value, weight = node.input
+        if weight in weights:
+            readers.setdefault(value, []).append(weight)
     return readers
 
 
@@ -160,20 +170,25 @@ def decoder_layer(model: onnx.ModelProto, index: int, layers: int) -> onnx.Model
         decoder:  … ── begin ── layer `index` ── end ── …
         layer:    hidden ── Identity ── begin ── the same nodes ── end ── Identity ── after
     """
+    whole = model.graph
     begin = _read_by_norm(model, f".layers.{index}.input_layernorm.weight")
     if index + 1 < layers:
         end = _read_by_norm(model, f".layers.{index + 1}.input_layernorm.weight")
     else:
         end = _read_by_norm(model, "language_model.norm.weight")
     present = [f"present.{index}.key", f"present.{index}.value"]
-    stops = {begin, *(value.name for value in model.graph.input)}
+    stops = {value.name for value in whole.input}
+    stops.add(begin)
     nodes = [
         helper.make_node("Identity", ["hidden"], [begin]),
         *_nodes_between(model, stops, [end, *present]),
         helper.make_node("Identity", [end], ["after"]),
     ]
-    reads = {name for node in nodes for name in node.input} - {begin}
-    outputs = {value.name: value for value in model.graph.output}
+    reads: set[str] = set()
+    for node in nodes:
+        reads.update(node.input)
+    reads.discard(begin)
+    outputs = {value.name: value for value in whole.output}
     # What the layer computes in.
     dtype = outputs[present[0]].type.tensor_type.elem_type
     layer = onnx.ModelProto(ir_version=model.ir_version)
@@ -181,8 +196,8 @@ def decoder_layer(model: onnx.ModelProto, index: int, layers: int) -> onnx.Model
     graph = layer.graph
     graph.name = f"layer {index}"
     graph.node.extend(nodes)
-    graph.initializer.extend(t for t in model.graph.initializer if t.name in reads)
-    graph.input.extend(value for value in model.graph.input if value.name in reads)
+    graph.initializer.extend(tensor for tensor in whole.initializer if tensor.name in reads)
+    graph.input.extend(value for value in whole.input if value.name in reads)
     graph.input.append(_states("hidden", dtype))
     graph.output.append(_states("after", dtype))
     graph.output.extend(outputs[name] for name in present)
@@ -199,27 +214,25 @@ def _nodes_between(
     """The nodes that compute `results` from the values `stops` and from weights, in the graph's
     order.
     """
-    producers = {
-        output: place for place, node in enumerate(model.graph.node) for output in node.output
-    }
+    nodes = model.graph.node
+    # {value: place of the node that computes it}
+    producers: dict[str, int] = {}
+    for place, node in enumerate(nodes):
+        producers |= dict.fromkeys(node.output, place)
     places: set[int] = set()
     names = list(results)
     while names:
         name = names.pop()
-        place = producers.get(name)
-        if name in stops or place is None or place in places:
+        producer = producers.get(name)
+        if name in stops or producer is None or producer in places:
             continue
-        places.add(place)
-        names += model.graph.node[place].input
-    return [model.graph.node[place] for place in sorted(places)]
+        places.add(producer)
+        names += nodes[producer].input
+    return [nodes[place] for place in sorted(places)]
 
 
 def _read_by_norm(model: onnx.ModelProto, weight: str) -> str:
     """The value that the norm with this weight reads."""
-    return str(
-        next(
-            node.input[0]
-            for node in model.graph.node
-            if node.op_type == "RMSNormalization" and node.input[1].endswith(weight)
-        )
-    )
+    norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
+    values = [node.input[0] for node in norms if node.input[1].endswith(weight)]
+    return str(values[0])

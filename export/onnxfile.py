@@ -9,6 +9,7 @@ than one weight.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from onnx import external_data_helper, helper, numpy_helper
 
 from lvr_lite.errors import BundleError
 from lvr_lite.model.bundle import Graph, TensorInfo, hashes_and_bytes
+from lvr_lite.model.onnx_files import Place, check_graph, place_of
 
 # Of each weight in its file, in bytes, so that ONNX Runtime can map it.
 ALIGNMENT = 4096
@@ -29,6 +31,15 @@ INLINE = 1024
 # Bytes of each sample that `fingerprint` hashes, and how many samples.
 SAMPLE = 4096
 SAMPLES = 64
+# Types of weights that a bundle may hold: those that numpy computes with, and two of 4 bits.
+KINDS = frozenset(
+    onnx.TensorProto.DataType.Value(name)
+    for name in (
+        *("FLOAT", "DOUBLE", "FLOAT16", "BOOL"),
+        *("INT4", "INT8", "INT16", "INT32", "INT64"),
+        *("UINT4", "UINT8", "UINT16", "UINT32", "UINT64"),
+    )
+)
 
 
 class DataFile:
@@ -76,24 +87,47 @@ def data_file(path: Path) -> Iterator[DataFile]:
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """A graph without its weights."""
-    return onnx.load(str(path), load_external_data=False)
+    """A graph without its weights. Raises BundleError where it is none, where a
+    weight is of a type that none here has, or as `check_graph`.
+    """
+    check_graph(path)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    # protobuf, which onnx brings, has a class of its own for it.
+    except Exception as error:
+        raise BundleError(f"{path}: not an ONNX graph ({error}); export again") from error
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in KINDS:
+            raise BundleError(
+                f"{path}: weight {tensor.name} is of type {tensor.data_type}, which no weight of a "
+                "bundle has; export again"
+            )
+    return model
 
 
-def _place(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
-    """Where a weight's values lie: their file, offset and length in bytes."""
+def _place(tensor: onnx.TensorProto, folder: Path) -> Place:
+    """Where a weight's values lie. Raises BundleError as `place_of`, and where they are not as many
+    as its shape says.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    length = int(entries.get("length", size(tensor)))
-    return folder / entries["location"], int(entries.get("offset", 0)), length
+    place = place_of(folder / "graph", tensor.name, entries)
+    wanted = size(tensor)
+    left = place.file.stat().st_size - place.offset
+    if wanted > (left if place.length is None else place.length):
+        raise BundleError(
+            f"{place.file}: holds fewer bytes of weight {tensor.name} than its shape takes; "
+            "export again"
+        )
+    return place
 
 
 def read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
     """A weight's values. folder: where its file lies."""
     if not external_data_helper.uses_external_data(tensor):
         return np.asarray(numpy_helper.to_array(tensor))
-    file, offset, _ = _place(tensor, folder)
+    place = _place(tensor, folder)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    array = np.fromfile(file, dtype, _count(tensor), offset=offset)
+    array = np.fromfile(place.file, dtype, _count(tensor), offset=place.offset)
     return array.reshape(tuple(tensor.dims))
 
 
@@ -107,14 +141,19 @@ def overwrite(tensor: onnx.TensorProto, folder: Path, array: np.ndarray) -> None
     if not external_data_helper.uses_external_data(tensor):
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return
-    path, offset, _ = _place(tensor, folder)
-    with path.open("r+b") as file:
-        file.seek(offset)
+    place = _place(tensor, folder)
+    with place.file.open("r+b") as file:
+        file.seek(place.offset)
         file.write(np.ascontiguousarray(array).data)
 
 
 def _count(tensor: onnx.TensorProto) -> int:
-    return int(np.prod(tensor.dims, dtype=np.int64))
+    """Raises BundleError for a shape that no array has."""
+    # Python's own product, since numpy's would overflow to anything.
+    count: int = math.prod(tensor.dims)
+    if any(side < 0 for side in tensor.dims) or count >= 1 << 48:
+        raise BundleError(f"weight {tensor.name} has the shape {list(tensor.dims)}; export again")
+    return count
 
 
 def size(tensor: onnx.TensorProto) -> int:
@@ -178,11 +217,12 @@ def fingerprint(tensor: onnx.TensorProto, folder: Path) -> tuple[int, bytes]:
     """Tells a weight's bytes from others: their number, and a hash over samples of them, so that a
     large file is not read again.
     """
-    path, offset, length = _place(tensor, folder)
-    end = offset + length
+    place = _place(tensor, folder)
+    length = size(tensor) if place.length is None else place.length
+    end = place.offset + length
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in range(offset, end, max(SAMPLE, length // SAMPLES)):
+    with place.file.open("rb") as file:
+        for start in range(place.offset, end, max(SAMPLE, length // SAMPLES)):
             file.seek(start)
             digest.update(file.read(min(SAMPLE, end - start)))
     return length, digest.digest()

@@ -175,7 +175,9 @@ def _preprocessor(config: Config) -> Config:
             "size": {"longest_edge": 4 * side},
             "max_image_size": {"longest_edge": side},
         }
-    channels = HALF if config["model_type"] == "qwen3_vl" else CLIP
+    channels = CLIP
+    if config["model_type"] == "qwen3_vl":
+        channels = HALF
     return channels | {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
 
 
@@ -224,7 +226,9 @@ class SyntheticWeights:
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            if name.endswith("bias"):
+                return torch.zeros(shape)
+            return torch.ones(shape)
         generator = torch.Generator().manual_seed(self._seed * 100_003 + self._numbers[name])
         return torch.empty(shape).normal_(0, 0.02, generator=generator)
 

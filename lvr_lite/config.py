@@ -334,11 +334,13 @@ def _read_yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    # PyYAML itself raises ValueError for a date or a number that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: not valid YAML ({reason})") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -364,7 +366,7 @@ def _override(data: JsonObject, override: str) -> None:
             raise UsageError(f"--set {override}: {section} is a value, not a section")
     try:
         data[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--set {override}: the value is not valid YAML") from error
 
 

@@ -10,6 +10,15 @@ class LvrError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """What no terminal can show (half of a surrogate pair out of a file) is spelled out."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text that can be encoded, whatever file it came from."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class UsageError(LvrError):
     """The call itself is wrong (an option, a combination of options); exit code 2."""

@@ -85,8 +85,8 @@ def read_sums(path: Path) -> dict[str, str]:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        line = 1 + content[: error.start].count(b"\n")
-        raise BundleError(f"{path}: line {line}: not UTF-8; {_remedy(folder)}") from error
+        place = 1 + content[: error.start].count(b"\n")
+        raise BundleError(f"{path}: line {place}: not UTF-8; {_remedy(folder)}") from error
     if len(content) > LARGEST:
         raise BundleError(f"{path}: longer than {LARGEST} bytes; {_remedy(folder)}")
     # The last line ends too: what stands after its end is nothing.
@@ -96,17 +96,25 @@ def read_sums(path: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
-        if match is None or not _is_inside(match["name"]) or match["name"] in digests:
+        if match is None or not is_plain(match["name"]) or match["name"] in digests:
             raise BundleError(f"{path}: line {number}: damaged ({line[:80]!r}); {_remedy(folder)}")
         digests[match["name"]] = match["digest"]
     return digests
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a name is a plain path below the folder, spelled in one way only."""
+def is_plain(name: str) -> bool:
+    """Whether a name is a path below a folder, in the one spelling that all systems read alike:
+    parts between "/", no "..", no drive, no backslash, no control character.
+    """
     parts = PurePosixPath(name).parts
-    plain = "/".join(parts) == name
-    return plain and ".." not in parts and not name.startswith("/") and ":" not in name
+    odd = any(sign in name for sign in ":\\*") or not name.isprintable()
+    return (
+        bool(parts)
+        and "/".join(parts) == name
+        and ".." not in parts
+        and parts[0] != "/"
+        and not odd
+    )
 
 
 def _check(folder: Path, name: str, digest: str, known: Mapping[str, str]) -> None:

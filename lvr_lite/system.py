@@ -47,7 +47,9 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def governor() -> str | None:
@@ -64,7 +66,9 @@ def memory_gib() -> tuple[float | None, float | None]:
 
 def _memory_gib(field: str) -> float | None:
     line = re.search(rf"^{field}:\s+(\d+) kB", _read(PROC / "meminfo") or "", re.MULTILINE)
-    return round(int(line[1]) / 2**20, 1) if line else None
+    if not line:
+        return None
+    return round(int(line[1]) / 2**20, 1)
 
 
 def peak_rss_mb() -> float | None:
@@ -81,14 +85,18 @@ def peak_rss_mb() -> float | None:
         return None
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
-    return rss / 2**20 if sys.platform == "darwin" else rss / 2**10
+    if sys.platform == "darwin":
+        return rss / 2**20
+    return rss / 2**10
 
 
 # What libraries say when memory is used up: PyTorch on a CPU and on a card, CUDA itself and cuBLAS,
 # bitsandbytes, ONNX Runtime.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
-    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation",
+    r"|[Ff]ailed to allocate memory|bad_alloc|bad allocation"
+    # The kernel took it back from a process that prepares batches.
+    r"|DataLoader worker .* is killed by signal: (Killed|Bus error)",
 )
 
 
@@ -120,6 +128,6 @@ def providers() -> list[str] | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip("\0\n ")
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
         return None

@@ -71,7 +71,14 @@ def reference_answers(runtime: Runtime, prompts: list[Prompt]) -> list[Reference
     for part in _batches(len(prompts)):
         for result, scores in _decode(runtime, prompts[part], None):
             latents = _latent_states(result, runtime.processor.tokens.lvr_start)
-            answers.append(Reference(result.choices, scores, result.hidden, latents))
+            answers.append(
+                Reference(
+                    choices=result.choices,
+                    log_probabilities=scores,
+                    hidden=result.hidden,
+                    latents=latents,
+                )
+            )
     return answers
 
 
@@ -98,14 +105,23 @@ def answer_loss(runtime: Runtime, prompts: list[Prompt], references: list[Refere
         answers = _decode(runtime, prompts[part], scripts)
         for (result, scores), reference in zip(answers, references[part], strict=True):
             for own, wanted in zip(scores, reference.log_probabilities, strict=True):
-                divergences.append(float((np.exp(wanted) * (wanted - own)).sum()))
+                divergences.append(_divergence(wanted, own))
             steps = reference.latents
             for wanted, own in zip(reference.hidden[steps], result.hidden[steps], strict=True):
                 gaps.append(1 - _cosine(wanted, own))
+    drift = 0.0
+    if gaps:
+        drift = float(np.mean(gaps))
     return AnswerLoss(
         kl=float(np.mean(divergences)),
-        drift=float(np.mean(gaps)) if gaps else 0.0,
+        drift=drift,
     )
+
+
+def _divergence(wanted: np.ndarray, own: np.ndarray) -> float:
+    """KL of one choice's log-probabilities (V,) from those wanted."""
+    weighed = np.exp(wanted) * (wanted - own)
+    return float(weighed.sum())
 
 
 def _decode(
@@ -131,7 +147,8 @@ def _batches(count: int) -> Iterator[slice]:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     x = logits.astype(np.float64) - logits.max()
-    return np.asarray(x - np.log(np.exp(x).sum()), np.float32)
+    total = np.log(np.exp(x).sum())
+    return np.asarray(x - total, np.float32)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

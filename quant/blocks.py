@@ -45,24 +45,29 @@ class Blocks:
     columns: int
 
     def rows(self, part: slice) -> Blocks:
+        zeros = None
+        if self.zeros is not None:
+            zeros = self.zeros[part]
         return replace(
             self,
             values=self.values[part],
             scales=self.scales[part],
-            zeros=None if self.zeros is None else self.zeros[part],
+            zeros=zeros,
         )
 
     def dense(self) -> np.ndarray:
         """The matrix (rows, columns) float32 that the integers stand for."""
-        q = self.values.astype(np.float32)
-        whole = (q - self.zero_points()[..., None]) * self.scales[..., None]
-        return np.asarray(whole.reshape(len(whole), -1)[:, : self.columns])
+        blocks = _values((self.values.astype(np.float32), self.scales, self.zero_points()))
+        matrix = blocks.reshape(len(blocks), -1)
+        # without the padding of the last block
+        return matrix[:, : self.columns]
 
     def zero_points(self) -> np.ndarray:
         """(rows, blocks) float32, of symmetric blocks too."""
-        if self.zeros is None:
-            return np.full(self.scales.shape, 1 << (self.bits - 1), np.float32)
-        return self.zeros.astype(np.float32)
+        if self.zeros is not None:
+            return self.zeros.astype(np.float32)
+        middle = 1 << (self.bits - 1)
+        return np.full(self.scales.shape, middle, np.float32)
 
 
 def quantize(
@@ -82,11 +87,13 @@ def quantize(
     if importance is not None:
         # None of padding, and a little of columns without any importance.
         weight = _cut(importance[None], scheme.block)[0]
-        weight += 1e-6 * float(importance.max() or 1)
+        largest = float(importance.max() or 1)
+        weight += 1e-6 * largest
     values = np.zeros((rows, count, scheme.block), np.uint8)
     scales = np.zeros((rows, count), np.float32)
     zeros = np.zeros((rows, count), np.uint8)
-    step = max(1, CHUNK // (count * scheme.block))
+    values_of_row = count * scheme.block
+    step = max(1, CHUNK // values_of_row)
 
     def round_rows(first: int) -> None:
         part = slice(first, first + step)
@@ -107,7 +114,12 @@ def quantize(
 def storable(scale: np.ndarray) -> np.ndarray:
     """The nearest scale that float16 holds; none becomes 0, which has no sign and divides by 0."""
     stored = scale.astype(np.float16).astype(np.float32)
-    return np.where(stored == 0, np.copysign(np.float32(2**-24), scale), stored)
+    smallest = np.float32(2**-24)
+    return np.where(
+        stored == 0,
+        np.copysign(smallest, scale),
+        stored,
+    )
 
 
 # q, scales and zero points of blocks; q (rows, blocks, block), the others (rows, blocks).
@@ -119,7 +131,8 @@ def _round(matrix: np.ndarray, scheme: Scheme, weight: np.ndarray | None) -> Rou
     best = _round_once(x, scheme, SHRINK[0], weight)
     least = _squared_error(x, best, weight)
     # At 8 bits clipping never pays.
-    for shrink in SHRINK[1:] if scheme.bits < 8 else ():
+    others = SHRINK[1:] if scheme.bits < 8 else ()
+    for shrink in others:
         candidate = _round_once(x, scheme, shrink, weight)
         error = _squared_error(x, candidate, weight)
         better = error < least
@@ -139,11 +152,16 @@ def _cut(matrix: np.ndarray, block: int) -> np.ndarray:
     return x.reshape(rows, count, block)
 
 
+def _values(rounded: Rounded) -> np.ndarray:
+    """(rows, blocks, block) that the integers stand for."""
+    q, scale, zero = rounded
+    centred = q - zero[..., None]
+    return np.asarray(centred * scale[..., None])
+
+
 def _squared_error(x: np.ndarray, rounded: Rounded, weight: np.ndarray | None) -> np.ndarray:
     """(rows, blocks), of each block."""
-    q, scale, zero = rounded
-    rounded_x = (q - zero[..., None]) * scale[..., None]
-    square = np.square(rounded_x - x)
+    square = np.square(_values(rounded) - x)
     if weight is not None:
         square = square * weight
     return np.asarray(square.sum(-1))
@@ -162,19 +180,23 @@ def gptq(matrix: np.ndarray, products: np.ndarray, scheme: Scheme) -> Blocks:
     zeros = rounded.zero_points()
     top = (1 << scheme.bits) - 1
     order = np.argsort(-power, kind="stable")
-    upper = _factor(products[np.ix_(order, order)])
+    ordered_products = products[np.ix_(order, order)]
+    upper = _factor(ordered_products)
     # (columns, rows): what is still to be rounded.
     rest = np.ascontiguousarray(matrix[:, order].T)
     for begin in range(0, columns, LAZY):
         end = min(begin + LAZY, columns)
         errors = np.zeros((end - begin, len(matrix)), np.float32)
         for i in range(begin, end):
-            at, place = divmod(int(order[i]), scheme.block)
-            scale = rounded.scales[:, at]
-            zero = zeros[:, at]
-            q = np.clip(np.rint(rest[i] / scale) + zero, 0, top)
-            rounded.values[:, at, place] = q.astype(np.uint8)
-            error = (rest[i] - (q - zero) * scale) / upper[i, i]
+            column = int(order[i])
+            block, place = divmod(column, scheme.block)
+            scale = rounded.scales[:, block]
+            zero = zeros[:, block]
+            q = np.rint(rest[i] / scale) + zero
+            q = np.clip(q, 0, top)
+            rounded.values[:, block, place] = q.astype(np.uint8)
+            difference = rest[i] - (q - zero) * scale
+            error = difference / upper[i, i]
             errors[i - begin] = error
             rest[i + 1 : end] -= upper[i, i + 1 : end, None] * error
         rest[end:] -= upper[begin:end, end:].T @ errors
@@ -185,12 +207,16 @@ def _factor(products: np.ndarray) -> np.ndarray:
     """Upper triangular U, Uᵀ U the inverse of `products`, damped: from the Cholesky factor of the
     reversed matrix, without inverting.
     """
-    damped = torch.from_numpy(np.array(products[::-1, ::-1], np.float64))
-    damped.diagonal().add_(DAMPING * max(float(damped.diagonal().mean()), 1e-10))
+    reversed_products = np.array(products[::-1, ::-1], np.float64)
+    damped = torch.from_numpy(reversed_products)
+    diagonal = damped.diagonal()
+    mean = max(float(diagonal.mean()), 1e-10)
+    diagonal.add_(DAMPING * mean)
     lower = torch.linalg.cholesky(damped)
     identity = torch.eye(len(damped), dtype=torch.float64)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
+    upper = inverse.numpy()[::-1, ::-1]
+    return np.ascontiguousarray(upper, np.float32)
 
 
 def _round_once(
@@ -213,14 +239,18 @@ def _round_once(
         low = np.minimum(low, 0) * shrink
         high = np.maximum(high, 0) * shrink
         scale = _nonzero((high - low) / top)
-        zero = np.clip(np.rint(-low / scale), 0, top)
+        zero = np.rint(-low / scale)
+        zero = np.clip(zero, 0, top)
     zeros = zero[..., None]
-    q = np.clip(np.rint(x / scale[..., None]) + zeros, 0, top)
-    return q, _refit(x, q - zeros, scale, weight), zero
+    q = np.rint(x / scale[..., None]) + zeros
+    q = np.clip(q, 0, top)
+    fitted = _refit(x, q - zeros, scale, weight)
+    return q, fitted, zero
 
 
 def _nonzero(scale: np.ndarray) -> np.ndarray:
-    return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
+    filled = np.where(scale == 0, np.float32(1), scale)
+    return filled.astype(np.float32)
 
 
 def _refit(
@@ -230,11 +260,15 @@ def _refit(
     weight: np.ndarray | None,
 ) -> np.ndarray:
     """The scale with the least squared error for these integers; `scale` where all are 0."""
-    weighed = q if weight is None else q * weight
+    weighed = q
+    if weight is not None:
+        weighed = q * weight
     square = (weighed * q).sum(-1)
+    product = (weighed * x).sum(-1)
     used = square > 0
-    fitted = (weighed * x).sum(-1) / np.where(used, square, 1)
-    return storable(np.where(used, fitted, scale).astype(np.float32))
+    fitted = product / np.where(used, square, 1)
+    chosen = np.where(used, fitted, scale)
+    return storable(chosen.astype(np.float32))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -243,8 +277,9 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     """
     if bits == 8:
         return values
-    if values.shape[-1] % 2:
-        last = np.zeros((*values.shape[:-1], 1), np.uint8)
+    *others, count = values.shape
+    if count % 2:
+        last = np.zeros((*others, 1), np.uint8)
         values = np.concatenate([values, last], -1)
     low = values[..., ::2]
     high = values[..., 1::2]
@@ -255,5 +290,8 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """What `pack` made as uint8 values; of 4 bits always two a byte."""
     if bits == 8:
         return packed
-    pairs = np.stack((packed & 15, packed >> 4), -1)
-    return pairs.reshape(*packed.shape[:-1], -1)
+    low = packed & 15
+    high = packed >> 4
+    pairs = np.stack((low, high), -1)
+    *others, _ = packed.shape
+    return pairs.reshape(*others, -1)

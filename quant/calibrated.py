@@ -7,15 +7,14 @@ import: onnx, numpy, torch, matplotlib and what stands above `quant`.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from lvr_lite.errors import UsageError
-from lvr_lite.model.bundle import Bundle
+from lvr_lite.files import scratch_folder
+from lvr_lite.model.bundle import MANIFEST, Bundle
 from lvr_lite.quant.calibration import Calibration
 from lvr_lite.quant.quantize import check_source, quantize_bundle
 from lvr_lite.quant.reports import QuantizationReport
@@ -57,11 +56,8 @@ def quantize_calibrated(
         raise UsageError(
             f"--calibration {data}: no such file; give scenes, a file of samples{none}"
         )
-    parent = target.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.tmp-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as scratch:
-        calibration = Calibration.load(source, data, Path(scratch), progress)
+    with scratch_folder(target, MANIFEST) as scratch:
+        calibration = Calibration.load(source, data, scratch, progress)
         if precision == "int4":
             return _write_int4(calibration, target, plan, steps)
         products = calibration.products()

@@ -68,7 +68,9 @@ class Calibration:
                 "calibration: an int8 copy reasons and answers, since fp32 would take too much "
                 "memory"
             )
-            quantize_bundle(source, scratch / "int8", "int8", lambda _: None)
+            quantize_bundle(
+                source=source, target=scratch / "int8", precision="int8", progress=lambda _: None
+            )
             answering = Bundle.open(scratch / "int8", check=False)
         runtime = OnnxRuntime(answering)
         prompts = load_prompts(runtime, data, PROMPTS_LARGE if large else PROMPTS)

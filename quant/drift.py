@@ -45,14 +45,24 @@ def measure(source: Bundle, quantized: Bundle) -> Drift:
 def _graph_drift(reference: Runtime, other: Runtime) -> dict[str, float]:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (168, 224, 3), dtype=np.uint8))
-    pixels = reference.processor.see([noise])
-    ids = rng.integers(0, reference.processor.tokenizer.get_vocab_size(), (1, 24), np.int64)
-    hidden = _start(reference, load_prompts(reference, "scenes", 1, SEED))
-    both = (reference, other)
+    processor = reference.processor
+    pixels = processor.see([noise])
+    ids = rng.integers(0, processor.tokenizer.get_vocab_size(), (1, 24), np.int64)
+    prompts = load_prompts(reference, "scenes", 1, SEED)
+    hidden = _start(reference, prompts)
     return {
-        "vision_encoder": _relative(*(r.encode(pixels.patches, pixels.grids) for r in both)),
-        "embed_tokens": _relative(*(r.embed(ids) for r in both)),
-        "lm_head": _relative(*(r.head(hidden) for r in both)),
+        "vision_encoder": _relative(
+            reference.encode(pixels.patches, pixels.grids),
+            other.encode(pixels.patches, pixels.grids),
+        ),
+        "embed_tokens": _relative(
+            reference.embed(ids),
+            other.embed(ids),
+        ),
+        "lm_head": _relative(
+            reference.head(hidden),
+            other.head(hidden),
+        ),
     }
 
 
@@ -60,14 +70,20 @@ def _layer_drift(source: Bundle, quantized: Bundle, runtime: Runtime) -> list[fl
     """Of what each layer adds to a prompt's states; both read what the fp32 layers before wrote."""
     reference = DecoderLayers(source)
     other = DecoderLayers(quantized)
-    embeds, positions, lengths = _inputs(runtime, load_prompts(runtime, "scenes", 1, SEED))
+    prompts = load_prompts(runtime, "scenes", 1, SEED)
+    embeds, positions, lengths = _inputs(runtime, prompts)
     width = runtime.hidden_size
     states = embeds[..., :width]
     drifts = []
     for index in range(source.manifest.decoder.layers):
         first = (index + 1) * width
         added = embeds[..., first : first + width]
-        call = LayerCall(states, positions, lengths, added if added.shape[-1] else None)
+        call = LayerCall(
+            hidden=states,
+            positions=positions,
+            totals=lengths,
+            added=added if added.shape[-1] else None,
+        )
         (wanted,) = reference.run(index, [call])
         (got,) = other.run(index, [call])
         drifts.append(_relative(wanted - states, got - states))
@@ -94,35 +110,42 @@ def latent_loop(reference: Runtime, other: Runtime, count: int = PROMPTS) -> Dec
 
 
 def _step_drift(wanted: list[np.ndarray], got: list[np.ndarray]) -> StepDrift:
-    steps = list(zip(wanted, got, strict=True))
-    return StepDrift(
-        relative=[_relative(a, b) for a, b in steps],
-        cosine=[float(np.mean(_cosine(a, b))) for a, b in steps],
-        norm=[float(np.mean(_norm(b) / _norm(a))) for a, b in steps],
-    )
+    drift = StepDrift(relative=[], cosine=[], norm=[])
+    for reference, states in zip(wanted, got, strict=True):
+        cosines = _cosine(reference, states)
+        norms = _norm(states) / _norm(reference)
+        drift.relative.append(_relative(reference, states))
+        drift.cosine.append(float(np.mean(cosines)))
+        drift.norm.append(float(np.mean(norms)))
+    return drift
 
 
 def _loop(runtime: Runtime, prompts: list[Prompt], feeds_back: bool) -> list[np.ndarray]:
     """States (B, H) after the prompts and after each latent step. feeds_back: each step is fed what
     the model makes of its own state; otherwise the embedding of <|lvr|>.
     """
-    states = [_start(runtime, prompts)]
+    states = _start(runtime, prompts)
+    every = [states]
     ids = np.full((len(prompts), 1), runtime.processor.tokens.lvr, np.int64)
     marker = runtime.embed(ids)[:, 0]
     following = np.array([prompt.positions.max() + 2 for prompt in prompts])
     for step in range(LATENT_STEPS):
         fed = marker
         if feeds_back and runtime.latent.feedback != "token":
-            fed = runtime.latent.fed(states[-1])
-        states.append(np.array(runtime.step(np.array(fed), following + step)))
-    return states
+            fed = runtime.latent.fed(states)
+        after = runtime.step(np.array(fed), following + step)
+        states = np.array(after)
+        every.append(states)
+    return every
 
 
 def _start(runtime: Runtime, prompts: list[Prompt]) -> np.ndarray:
     """States (B, H) after the prompts and <|lvr_start|>."""
     embeds, positions, lengths = _inputs(runtime, prompts)
-    runtime.start(len(prompts), embeds.shape[1] + LATENT_STEPS)
-    return np.array(runtime.prefill(embeds, positions, lengths))
+    room = embeds.shape[1] + LATENT_STEPS
+    runtime.start(len(prompts), room)
+    states = runtime.prefill(embeds, positions, lengths)
+    return np.array(states)
 
 
 def _inputs(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,7 +159,8 @@ def _inputs(runtime: Runtime, prompts: list[Prompt]) -> tuple[np.ndarray, np.nda
         filler=tokens.end[0],
     )
     features = [prompt.features for prompt in prompts]
-    return embedded(runtime, batch, tokens.image, features), batch.positions, batch.lengths
+    embeds = embedded(runtime, batch, tokens.image, features)
+    return embeds, batch.positions, batch.lengths
 
 
 def _one_more(positions: np.ndarray) -> np.ndarray:
@@ -150,7 +174,8 @@ def _norm(states: np.ndarray) -> np.ndarray:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     lengths = np.maximum(_norm(a) * _norm(b), 1e-30)
-    return np.asarray((a * b).sum(-1) / lengths)
+    products = (a * b).sum(-1)
+    return np.asarray(products / lengths)
 
 
 def _relative(wanted: np.ndarray, got: np.ndarray) -> float:
@@ -176,10 +201,30 @@ def draw(drifts: Mapping[str, Drift], path: Path) -> None:
         token_fed = [100 * error for error in decoder.token_fed.relative]
         (line,) = left.plot(steps, fed_back, marker="o", label=f"{name}, fed back")
         color = line.get_color()
-        left.plot(steps, token_fed, "--", color=color, label=f"{name}, token fed")
-        right.plot(steps, decoder.fed_back.cosine, marker="o", color=color, label=name)
-    left.set(xlabel="latent step", ylabel="error of the state, % of fp32", ylim=(0, None))
-    right.set(xlabel="latent step", ylabel="cosine to fp32, fed back", ylim=(None, 1))
+        left.plot(
+            steps,
+            token_fed,
+            "--",
+            color=color,
+            label=f"{name}, token fed",
+        )
+        right.plot(
+            steps,
+            decoder.fed_back.cosine,
+            marker="o",
+            color=color,
+            label=name,
+        )
+    left.set(
+        xlabel="latent step",
+        ylabel="error of the state, % of fp32",
+        ylim=(0, None),
+    )
+    right.set(
+        xlabel="latent step",
+        ylabel="cosine to fp32, fed back",
+        ylim=(None, 1),
+    )
     left.legend(frameon=False, fontsize=7, ncols=2)
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)

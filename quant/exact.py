@@ -44,7 +44,9 @@ class ExactConvert:
         packed: list[onnx.TensorProto] = []
         replaced = 0
         for node in terminal.bar(list(model.graph.node), graph):
-            origin = origins.get(node.input[1]) if node.op_type == "MatMul" else None
+            origin = None
+            if node.op_type == "MatMul":
+                origin = origins.get(node.input[1])
             if origin is None or origin.parameter not in self._weights.in_nf4:
                 continue
             weight = weights.pop(node.input[1])

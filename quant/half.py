@@ -31,13 +31,24 @@ def convert(
     read: gives the values of a weight; data: the file that the new weights go to. Raises
     BundleError for a weight beyond float16.
     """
+    graph = model.graph
     angles = _angle_nodes(model)
-    of_angles = {name for node in model.graph.node if node.name in angles for name in node.input}
-    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    weights = [t for t in floats if size(t) > SMALL and t.name not in of_angles]
-    in_float32 = [t for t in floats if t.name in of_angles]
+    of_angles: set[str] = set()
+    for node in graph.node:
+        if node.name in angles:
+            of_angles.update(node.input)
+    weights = []
+    in_float32 = []
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        if tensor.name in of_angles:
+            in_float32.append(tensor)
+        elif size(tensor) > SMALL:
+            weights.append(tensor)
     _convert_nodes(model, [*weights, *in_float32], angles)
-    model.graph.initializer.extend(data.add(t.name, read(t)) for t in in_float32)
+    for tensor in in_float32:
+        graph.initializer.append(data.add(tensor.name, read(tensor)))
     squared_error = 0.0
     squared_norm = 0.0
     for tensor in weights:
@@ -45,8 +56,9 @@ def convert(
         half = _half(tensor.name, array)
         squared_error += float(np.square(half - array).sum())
         squared_norm += float(np.square(array).sum())
-        model.graph.initializer.append(data.add(tensor.name, half))
-    count = sum(int(np.prod(t.dims)) for t in weights)
+        graph.initializer.append(data.add(tensor.name, half))
+    count = sum(int(np.prod(tensor.dims)) for tensor in weights)
+    relative = squared_error / max(squared_norm, 1e-30)
     return Conversion(
         precision="fp16",
         what="fp16",
@@ -56,7 +68,7 @@ def convert(
         shared=False,
         weights=count,
         bytes_of_weights=2 * count,
-        weight_error=float(np.sqrt(squared_error / max(squared_norm, 1e-30))),
+        weight_error=float(np.sqrt(relative)),
         errors={},
         layers={},
         bits={},
@@ -65,7 +77,8 @@ def convert(
 
 def _half(name: str, array: np.ndarray) -> np.ndarray:
     check_finite(name, array)
-    if float(np.abs(array).max()) > LARGEST:
+    largest = float(np.abs(array).max())
+    if largest > LARGEST:
         raise BundleError(
             f"weight {name} has values beyond {LARGEST:.0f}, which fp16 cannot hold; use int8"
         )
@@ -121,12 +134,17 @@ def _shorten(model: onnx.ModelProto) -> None:
 
 def _angle_nodes(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes between position ids and their cosines and sines."""
-    producers = {output: node for node in model.graph.node for output in node.output}
-    open_nodes = [node for node in model.graph.node if node.op_type in IN_FLOAT32]
+    producers: dict[str, onnx.NodeProto] = {}
+    open_nodes = []
+    for node in model.graph.node:
+        producers |= dict.fromkeys(node.output, node)
+        if node.op_type in IN_FLOAT32:
+            open_nodes.append(node)
     names: list[str] = []
     while open_nodes:
         node = open_nodes.pop()
-        if node.name not in names:
-            names.append(node.name)
-            open_nodes += [producers[name] for name in node.input if name in producers]
+        if node.name in names:
+            continue
+        names.append(node.name)
+        open_nodes += [producers[name] for name in node.input if name in producers]
     return names

@@ -134,10 +134,11 @@ class IntegerGraph:
     def _is_replaceable(self, node: onnx.NodeProto) -> bool:
         if node.op_type not in WEIGHT_INPUT:
             return False
-        weight = self._weights.get(node.input[WEIGHT_INPUT[node.op_type]])
-        if weight is None or not _is_float_matrix(weight) or len(weight.dims) != 2:
+        name = node.input[WEIGHT_INPUT[node.op_type]]
+        weight = self._weights.get(name)
+        if weight is None or not _is_float_matrix(weight):
             return False
-        if np.prod(weight.dims) < SMALL:
+        if len(weight.dims) != 2 or np.prod(weight.dims) < SMALL:
             return False
         return node.op_type == "MatMul" or _axis(node) == 0
 
@@ -145,17 +146,25 @@ class IntegerGraph:
         """Every matrix that is still in float must be a small one: a large one of another operator
         would stay as it is unnoticed.
         """
-        new = {name for names in self._parts.values() for name in names}
-        used = {name for node in self.model.graph.node for name in node.input}
-        tensors = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
-        for tensor in tensors:
-            if tensor.name not in new and _is_float_matrix(tensor):
+        graph = self.model.graph
+        new: set[str] = set()
+        for names in self._parts.values():
+            new.update(names)
+        used: set[str] = set()
+        for node in graph.node:
+            used.update(node.input)
+        tensors = [tensor for tensor in graph.initializer if tensor.name in used]
+        rest = [tensor for tensor in tensors if tensor.name not in new]
+        for tensor in rest:
+            if _is_float_matrix(tensor):
                 self._keep(tensor)
-        del self.model.graph.initializer[:]
-        self.model.graph.initializer.extend(
-            tensor if tensor.name in new else self.data.add(tensor.name, self.read(tensor))
-            for tensor in tensors
-        )
+        stored = []
+        for tensor in tensors:
+            if tensor.name not in new:
+                tensor = self.data.add(tensor.name, self.read(tensor))
+            stored.append(tensor)
+        del graph.initializer[:]
+        graph.initializer.extend(stored)
 
     def _keep(self, tensor: onnx.TensorProto) -> None:
         size = int(np.prod(tensor.dims))
@@ -182,7 +191,12 @@ class IntegerGraph:
             # 8-bit activations: without them the CPU kernel is twenty times slower.
             "accuracy_level": 4,
         }
-        change_operator(node, "MatMulNBits", [node.input[0], *inputs], attributes)
+        change_operator(
+            node=node,
+            operator="MatMulNBits",
+            inputs=[node.input[0], *inputs],
+            attributes=attributes,
+        )
 
     def _replace_gather(self, node: onnx.NodeProto, weight: onnx.TensorProto) -> None:
         (table, *scales), scheme = self._integers(node, weight, transpose=False)
@@ -192,7 +206,12 @@ class IntegerGraph:
             "block_size": scheme.block,
             "bits": scheme.bits,
         }
-        change_operator(node, "GatherBlockQuantized", [table, node.input[1], *scales], attributes)
+        change_operator(
+            node=node,
+            operator="GatherBlockQuantized",
+            inputs=[table, node.input[1], *scales],
+            attributes=attributes,
+        )
 
     def _integers(
         self, node: onnx.NodeProto, weight: onnx.TensorProto, transpose: bool
@@ -205,6 +224,7 @@ class IntegerGraph:
         if weight.name not in self._parts:
             matrix = self._matrix(weight, transpose)
             self._values += matrix.size
+            self._schemes[node.name] = scheme
             if transpose and self.table is not None and self.table.is_tied_to(matrix, scheme):
                 self._parts[weight.name] = self._share(self.table)
             else:
@@ -214,8 +234,8 @@ class IntegerGraph:
                 self._errors[node.name] = self._error(blocks, matrix)
                 if not transpose and self.name == "embed_tokens":
                     self.table = EmbeddingTable(matrix, scheme, tensors)
-            self._schemes[node.name] = scheme
-        return self._widened(self._parts[weight.name]), scheme
+        names = self._widened(self._parts[weight.name])
+        return names, scheme
 
     def _matrix(self, weight: onnx.TensorProto, transpose: bool) -> np.ndarray:
         matrix = self.read(weight)
@@ -225,7 +245,9 @@ class IntegerGraph:
                 f"weight {weight.name} has values beyond {LARGEST:g}, too large for integers "
                 "whose scales are float16"
             )
-        return np.ascontiguousarray(matrix.T) if transpose else matrix
+        if transpose:
+            return np.ascontiguousarray(matrix.T)
+        return matrix
 
     def _round(self, key: str, matrix: np.ndarray, scheme: Scheme) -> Blocks:
         if scheme.bits == 8 or key not in self.plan.products:
@@ -244,8 +266,10 @@ class IntegerGraph:
         squares = np.zeros(2)
         for first in range(0, len(matrix), step):
             rows = slice(first, first + step)
-            error = blocks.rows(rows).dense() - matrix[rows]
-            squares += [np.square(error).sum(), np.square(matrix[rows]).sum()]
+            wanted = matrix[rows]
+            error = blocks.rows(rows).dense() - wanted
+            squares[0] += np.square(error).sum()
+            squares[1] += np.square(wanted).sum()
         self._squares += squares
         return _relative(squares)
 
@@ -260,8 +284,10 @@ class IntegerGraph:
             mine = onnx.TensorProto()
             mine.CopyFrom(tensor)
             tensors.append(mine)
-        del tensors[0].dims[:]
-        tensors[0].dims.extend([rows, columns // block, block * table.scheme.bits // 8])
+        integers = tensors[0]
+        block_bytes = block * table.scheme.bits // 8
+        del integers.dims[:]
+        integers.dims.extend([rows, columns // block, block_bytes])
         self.model.graph.initializer.extend(tensors)
         return [tensor.name for tensor in tensors]
 
@@ -330,11 +356,11 @@ def change_operator(
     node.op_type = operator
     node.domain = MICROSOFT
     del node.input[:]
-    del node.attribute[:]
     node.input.extend(inputs)
-    node.attribute.extend(
-        onnx.helper.make_attribute(name, value) for name, value in attributes.items()
-    )
+    del node.attribute[:]
+    for name, value in attributes.items():
+        attribute = onnx.helper.make_attribute(name, value)
+        node.attribute.append(attribute)
 
 
 def declare_microsoft(model: onnx.ModelProto) -> None:
@@ -348,7 +374,10 @@ def _is_float_matrix(tensor: onnx.TensorProto) -> bool:
 
 
 def _axis(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    for attribute in node.attribute:
+        if attribute.name == "axis":
+            return int(attribute.i)
+    return 0
 
 
 def layer_errors(errors: dict[str, float]) -> dict[str, float]:
@@ -357,7 +386,13 @@ def layer_errors(errors: dict[str, float]) -> dict[str, float]:
     """
     by_layer: dict[str, list[float]] = {}
     for node, error in errors.items():
+        layer = node
         match = re.search(r"(layers|blocks)\.\d+", node)
-        by_layer.setdefault(match.group() if match else node, []).append(error)
-    squares = {name: np.square(each) for name, each in by_layer.items()}
-    return {name: float(np.sqrt(np.mean(each))) for name, each in squares.items()}
+        if match:
+            layer = match.group()
+        by_layer.setdefault(layer, []).append(error)
+    means = {}
+    for layer, each in by_layer.items():
+        mean_square = np.mean(np.square(each))
+        means[layer] = float(np.sqrt(mean_square))
+    return means

@@ -85,17 +85,24 @@ class Products(Mapping[str, np.ndarray]):
         return len(self._layers)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._layers or str(key).split("/")[0] in ("lm_head", "embed_tokens")
+        if key in self._layers:
+            return True
+        graph, _, _ = str(key).partition("/")
+        return graph in ("lm_head", "embed_tokens")
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self:
             raise KeyError(key)
-        layer = self._layers.get(key, self._count)
+        name = key
+        layer = self._layers.get(key)
+        if layer is None:
+            name = "states"
+            layer = self._count
         if layer < self._next - 1:
             self._restart()
         while self._next <= layer:
             self._advance()
-        return np.asarray(self._products[key if key in self._layers else "states"])
+        return np.asarray(self._products[name])
 
     def readings(self) -> list[Reading]:
         """All that was read, and what came of it. A whole pass, unless one has just been made."""
@@ -109,7 +116,7 @@ class Products(Mapping[str, np.ndarray]):
         self._products = {}
         if self._next == self._count:
             states = np.concatenate(self._states())
-            self._products["states"] = (states.T @ states).astype(np.float64)
+            self._products["states"] = _squared(states)
         else:
             calls = [[replace(call, added=self._added(call))] for call in self._calls]
             outputs = self._decoder.run_all(self._next, calls, self._watch)
@@ -138,8 +145,10 @@ class Products(Mapping[str, np.ndarray]):
         node = next(n for n in graph.node if "last_hidden_state" in n.output)
         scale = next(t for t in graph.initializer if t.name == node.input[1])
         epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
-        size = np.sqrt(np.square(states).mean(-1, keepdims=True) + epsilon)
-        return np.asarray(states / size * onnxfile.read(scale, self._folder))
+        mean_square = np.square(states).mean(-1, keepdims=True)
+        size = np.sqrt(mean_square + epsilon)
+        weight = onnxfile.read(scale, self._folder)
+        return np.asarray(states / size * weight)
 
     def _watch(self, readers: tuple[str, ...], rows: np.ndarray) -> None:
         waiting = self._waiting.setdefault(readers, [])
@@ -148,14 +157,20 @@ class Products(Mapping[str, np.ndarray]):
             self._multiply(readers)
 
     def _multiply(self, readers: tuple[str, ...]) -> None:
-        rows = np.concatenate(self._waiting.pop(readers))
-        product = (rows.T @ rows).astype(np.float64)
+        waiting = self._waiting.pop(readers)
+        product = _squared(np.concatenate(waiting))
         keys = [f"decoder/{name}" for name in readers]
         if keys[0] in self._products:
             # One array for all of them.
             self._products[keys[0]] += product
         else:
             self._products |= dict.fromkeys(keys, product)
+
+
+def _squared(rows: np.ndarray) -> np.ndarray:
+    """The sum of x xᵀ over rows x (N, K): (K, K) float64."""
+    product = rows.T @ rows
+    return np.asarray(product, np.float64)
 
 
 class _Sequence:
@@ -174,15 +189,19 @@ class _Sequence:
     def call(self, width: int) -> LayerCall:
         """All of it in one call; width: hidden size."""
         widest = max(part.shape[-1] for part in self.embeds)
-        padded = [
-            np.pad(part, ((0, 0), (0, 0), (0, widest - part.shape[-1]))) for part in self.embeds
-        ]
+        padded = []
+        for part in self.embeds:
+            missing = widest - part.shape[-1]
+            padded.append(np.pad(part, ((0, 0), (0, 0), (0, missing))))
         embeds = np.concatenate(padded, 1)
+        added = None
+        if widest > width:
+            added = embeds[..., width:]
         return LayerCall(
             hidden=embeds[..., :width].copy(),
             positions=np.concatenate(self.positions, 2),
             totals=np.array([embeds.shape[1]]),
-            added=embeds[..., width:] if widest > width else None,
+            added=added,
         )
 
 

@@ -71,7 +71,9 @@ class Converter:
         """`model` is changed in place, see `IntegerGraph` and `half.convert`."""
         if self._plan is None:
             return half.convert(model, read, data)
-        integer_graph = IntegerGraph(graph, model, read, data, self._plan, self._table)
+        integer_graph = IntegerGraph(
+            name=graph, model=model, read=read, data=data, plan=self._plan, table=self._table
+        )
         conversion = integer_graph.convert()
         self._table = integer_graph.table
         return conversion

@@ -65,7 +65,13 @@ def write_mixed(
     progress = search.calibration.progress
     source = search.calibration.source
     written = quantize_bundle(
-        source, target, "mixed", progress, plan=plan, tuner=tuner, search=result
+        source=source,
+        target=target,
+        precision="mixed",
+        progress=progress,
+        plan=plan,
+        tuner=tuner,
+        search=result,
     )
     assert written.bits_per_weight <= budget + 1e-3, written.bits_per_weight
     progress(
@@ -181,7 +187,9 @@ class Search:
 
     def plan(self, eight: frozenset[str]) -> RoundingPlan:
         """How a bundle is rounded whose units `eight` have 8 bits."""
-        small = COMPACT if HEAD in eight else self._four_bits
+        small = COMPACT
+        if HEAD not in eight:
+            small = self._four_bits
         return RoundingPlan(
             by_graph={
                 "vision_encoder": COMPACT,
@@ -233,7 +241,9 @@ class Search:
         """
         nodes = self._variants[4].decoder.node
         weights = [_weight_read(node) for node in nodes if node.op_type == "MatMulNBits"]
-        most = UNITS_LARGE if self.calibration.large else UNITS
+        most = UNITS
+        if self.calibration.large:
+            most = UNITS_LARGE
         span = -(-len(weights) // most)
         units: dict[str, list[str]] = {}
         for weight in weights:
@@ -248,15 +258,22 @@ class Search:
     @cached_property
     def _costs(self) -> dict[str, int]:
         """{unit: bytes that it takes more with 8 bits}"""
-        four, eight = (self._variants[bits] for bits in (4, 8))
+        four = self._variants[4]
+        eight = self._variants[8]
         sizes = eight.decoder_bytes()
         sizes.subtract(four.decoder_bytes())
-        costs = {unit: sum(sizes[w] for w in weights) for unit, weights in self._units.items()}
-        return costs | {HEAD: eight.bytes(*SMALL_GRAPHS) - four.bytes(*SMALL_GRAPHS)}
+        costs = {}
+        for unit, weights in self._units.items():
+            costs[unit] = sum(sizes[weight] for weight in weights)
+        costs[HEAD] = eight.bytes(*SMALL_GRAPHS) - four.bytes(*SMALL_GRAPHS)
+        return costs
 
     def _weights(self, eight: frozenset[str]) -> set[str]:
         """The decoder's weights of these units."""
-        return {weight for unit in eight for weight in self._units.get(unit, ())}
+        weights: set[str] = set()
+        for unit in eight:
+            weights.update(self._units.get(unit, ()))
+        return weights
 
     def _bits(self, eight: frozenset[str]) -> float:
         """A weight, scales included."""
@@ -268,7 +285,8 @@ class Search:
         for candidate in self.measured:
             if candidate.eight == eight:
                 return candidate
-        small = self._variants[8 if HEAD in eight else 4].graphs
+        bits = 8 if HEAD in eight else 4
+        small = self._variants[bits].graphs
         scratch = self.calibration.scratch
         runtime = self.calibration.runtime.with_graphs(
             decoder=open_session(self._mixture(eight).SerializeToString(), scratch),
@@ -276,8 +294,9 @@ class Search:
             head=open_session(small["lm_head"].SerializeToString(), scratch),
         )
         loss = answer_loss(runtime, self._prompts, self._references)
-        self.measured.append(Candidate(eight, self._bits(eight), loss))
-        return self.measured[-1]
+        candidate = Candidate(eight, self._bits(eight), loss)
+        self.measured.append(candidate)
+        return candidate
 
     def _mixture(self, eight: frozenset[str]) -> onnx.ModelProto:
         """The decoder with the nodes of these units from the 8-bit graph and all others from the
@@ -288,12 +307,11 @@ class Search:
         eight_bits = self._variants[8].decoder
         model = onnx.ModelProto()
         model.CopyFrom(self._variants[4].graphs["decoder"])
-        for node, wide_node in zip(model.graph.node, eight_bits.node, strict=True):
+        graph = model.graph
+        for node, wide_node in zip(graph.node, eight_bits.node, strict=True):
             if _weight_read(node) in wide:
                 node.CopyFrom(wide_node)
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(
-            t for t in four_bits.initializer if _weight_of(t) not in wide
-        )
-        model.graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
+        del graph.initializer[:]
+        graph.initializer.extend(t for t in four_bits.initializer if _weight_of(t) not in wide)
+        graph.initializer.extend(t for t in eight_bits.initializer if _weight_of(t) in wide)
         return model

@@ -38,17 +38,23 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, integers, scales = ctx.saved_tensors
         (grad,) = grads
-        by_x = grad @ _matrix(integers, scales, x.shape[-1])
+        matrix = _matrix(integers, scales, x.shape[-1])
+        by_x = grad @ matrix
         if not ctx.needs_input_grad[2]:
             return by_x, None, None
-        by_matrix = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        rows = x.flatten(0, -2)
+        by_matrix = grad.flatten(0, -2).T @ rows
         padding = integers[0].numel() - by_matrix.shape[1]
-        by_integers = functional.pad(by_matrix, (0, padding)).reshape(integers.shape)
-        return by_x, None, (by_integers * integers).sum(-1)
+        by_integers = functional.pad(by_matrix, (0, padding))
+        by_integers = by_integers.reshape(integers.shape)
+        by_scales = (by_integers * integers).sum(-1)
+        return by_x, None, by_scales
 
 
 def _matrix(integers: Tensor, scales: Tensor, columns: int) -> Tensor:
-    return (integers * scales[..., None]).flatten(1)[:, :columns]
+    blocks = integers * scales[..., None]
+    rows = blocks.flatten(1)
+    return rows[:, :columns]
 
 
 class TorchGraph:
@@ -66,26 +72,35 @@ class TorchGraph:
         self._check_operators(nodes)
         self._stored = {tensor.name: tensor for tensor in self._model.graph.initializer}
         products = [node for node in nodes if node.op_type == "MatMulNBits"]
-        # {scales in float32: scales as they are stored}
-        widened = {
+        widened = self._widened_scales(nodes)
+        self._nodes = [node for node in nodes if node.output[0] not in widened]
+        # {product: name of its scales as they are stored}; several may share these.
+        self._scales: dict[str, str] = {}
+        # {product: its integers and scales}
+        self._weights: dict[str, tuple[Tensor, Tensor]] = {}
+        self.factors: dict[str, Tensor] = {}
+        read_by_products: set[str] = set()
+        for node in products:
+            scales_input = node.input[2]
+            name = widened.get(scales_input, scales_input)
+            self._scales[node.name] = name
+            integers, scales = self._integers(node)
+            self._weights[node.name] = (integers, scales)
+            self.factors[name] = torch.ones_like(scales, requires_grad=True)
+            read_by_products.update(node.input[1:])
+        norms = {node.input[1] for node in nodes if node.op_type == "RMSNormalization"}
+        self.norms = {name: self._read(name).requires_grad_() for name in norms}
+        elsewhere = {*norms, *widened.values(), *read_by_products}
+        constants = [name for name in self._stored if name not in elsewhere]
+        self._constants = {name: self._read(name) for name in constants}
+
+    def _widened_scales(self, nodes: list[onnx.NodeProto]) -> dict[str, str]:
+        """{scales in float32: scales as they are stored}"""
+        return {
             node.output[0]: node.input[0]
             for node in nodes
             if node.op_type == "Cast" and node.input[0] in self._stored
         }
-        self._nodes = [node for node in nodes if node.output[0] not in widened]
-        # {product: name of its scales as they are stored}; several may share these.
-        self._scales = {node.name: widened.get(node.input[2], node.input[2]) for node in products}
-        # {product: its integers and scales}
-        self._weights = {node.name: self._integers(node) for node in products}
-        self.factors = {
-            self._scales[name]: torch.ones_like(scales, requires_grad=True)
-            for name, (_, scales) in self._weights.items()
-        }
-        norms = {node.input[1] for node in nodes if node.op_type == "RMSNormalization"}
-        self.norms = {name: self._read(name).requires_grad_() for name in norms}
-        of_products = {name for node in products for name in node.input[1:]}
-        elsewhere = {*norms, *widened.values(), *of_products}
-        self._constants = {name: self._read(name) for name in self._stored if name not in elsewhere}
 
     def parameters(self) -> list[Tensor]:
         return [*self.factors.values(), *self.norms.values()]
@@ -102,57 +117,73 @@ class TorchGraph:
     def write(self) -> None:
         """Put what was trained where it came from; scales in float16, as they are stored."""
         for node, name in self._scales.items():
-            scales = self._weights[node][1] * self.factors[name].detach()
+            _, scales = self._weights[node]
+            factor = self.factors[name].detach()
+            stored = storable((scales * factor).numpy())
             shape = tuple(self._stored[name].dims)
-            self._put(name, storable(scales.numpy()).reshape(shape))
+            self._put(name, stored.reshape(shape))
         for name, values in self.norms.items():
             self._put(name, values.detach().numpy())
-        self._file.write_bytes(self._model.SerializeToString())
+        content = self._model.SerializeToString()
+        self._file.write_bytes(content)
 
     def _check_operators(self, nodes: list[onnx.NodeProto]) -> None:
         known = {*OPERATORS, "MatMulNBits", "Shape"}
         unknown = {node.op_type for node in nodes} - known
-        if unknown:
-            raise BundleError(
-                f"{self._file}: cannot be trained through {', '.join(sorted(unknown))}; "
-                "--tune-steps 0 goes without training"
-            )
+        if not unknown:
+            return
+        names = ", ".join(sorted(unknown))
+        raise BundleError(
+            f"{self._file}: cannot be trained through {names}; --tune-steps 0 goes without training"
+        )
 
     def _run(self, node: onnx.NodeProto, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "MatMulNBits":
             integers, scales = self._weights[node.name]
             factor = self.factors[self._scales[node.name]]
-            return (_Product.apply(values[node.input[0]], integers, scales * factor),)
+            x = values[node.input[0]]
+            product = _Product.apply(x, integers, scales * factor)
+            return (product,)
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Shape":
             # Of the input, or of the cache, which has as many rows.
             shaped = values.get(node.input[0], values["inputs_embeds"])
-            part = slice(attributes.get("start", 0), attributes.get("end"))
-            return (torch.tensor(shaped.shape)[part],)
+            start = attributes.get("start", 0)
+            end = attributes.get("end")
+            return (torch.tensor(shaped.shape[start:end]),)
         operator = OPERATORS[node.op_type]
-        outputs = operator(attributes, *(values.get(name) for name in node.input))
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        inputs = [values.get(name) for name in node.input]
+        outputs = operator(attributes, *inputs)
+        if isinstance(outputs, tuple):
+            return outputs
+        return (outputs,)
 
     def _put(self, name: str, values: np.ndarray) -> None:
         tensor = self._stored[name]
         kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        onnxfile.overwrite(tensor, self._file.parent, np.ascontiguousarray(values, kind))
+        stored = np.ascontiguousarray(values, kind)
+        onnxfile.overwrite(tensor, self._file.parent, stored)
 
     def _read(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(onnxfile.read(self._stored[name], self._file.parent)))
+        values = onnxfile.read(self._stored[name], self._file.parent)
+        return torch.from_numpy(np.array(values))
 
     def _integers(self, node: onnx.NodeProto) -> tuple[Tensor, Tensor]:
         """(N, blocks, block) less their zero points, int8 or int16; scales (N, blocks) float32."""
         bits = next(a.i for a in node.attribute if a.name == "bits")
-        values = unpack(self._read(node.input[1]).numpy(), bits)
-        rows, blocks = values.shape[:2]
         kind = np.int8 if bits == 4 else np.int16
-        zero = np.full((rows, blocks), 1 << (bits - 1), kind)
+        packed = self._read(node.input[1]).numpy()
+        values = unpack(packed, bits).astype(kind)
+        rows, blocks = values.shape[:2]
         if len(node.input) > 3 and node.input[3]:
             packed = self._read(node.input[3]).numpy().reshape(rows, -1)
             zero = unpack(packed, bits)[:, :blocks].astype(kind)
-        scales = self._read(self._scales[node.name]).float().reshape(rows, blocks)
-        return torch.from_numpy(values.astype(kind) - zero[..., None]), scales
+        else:
+            zero = np.full((rows, blocks), 1 << (bits - 1), kind)
+        integers = values - zero[..., None]
+        scales = self._read(self._scales[node.name])
+        scales = scales.float().reshape(rows, blocks)
+        return torch.from_numpy(integers), scales
 
 
 def _attend(attributes: Attributes, q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
@@ -171,7 +202,9 @@ def _attend(attributes: Attributes, q: Tensor, k: Tensor, v: Tensor, *_: Tensor 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, heads * D) -> (B, heads, S, D)."""
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    batch, length, _ = x.shape
+    split = x.view(batch, length, heads, -1)
+    return split.transpose(1, 2)
 
 
 def _rotate(
@@ -183,15 +216,35 @@ def _rotate(
     """RotaryEmbedding of (B, S, heads * D) by cos and sin (B, S, D / 2), whose halves make
     pairs.
     """
-    first, second = x.unflatten(-1, (attributes["num_heads"], 2, -1)).unbind(-2)
+    heads = attributes["num_heads"]
+    halves = x.unflatten(-1, (heads, 2, -1))
+    first, second = halves.unbind(-2)
+    # the same for all heads
     cos = cos[:, :, None]
     sin = sin[:, :, None]
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(rotated, -2).flatten(2)
+    rotated_first = first * cos - second * sin
+    rotated_second = second * cos + first * sin
+    rotated = torch.stack((rotated_first, rotated_second), -2)
+    return rotated.flatten(2)
 
 
 def _cast(attributes: Attributes, x: Tensor) -> Tensor:
-    return x.to(torch.float32 if attributes["to"] == onnx.TensorProto.FLOAT else torch.int64)
+    if attributes["to"] == onnx.TensorProto.FLOAT:
+        return x.to(torch.float32)
+    return x.to(torch.int64)
+
+
+def _concatenate(attributes: Attributes, *parts: Tensor) -> Tensor:
+    flat = [part.reshape(-1) for part in parts]
+    return torch.cat(flat, attributes["axis"])
+
+
+def _gather(attributes: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    return x.index_select(attributes["axis"], indices)
+
+
+def _split(attributes: Attributes, x: Tensor) -> tuple[Tensor, ...]:
+    return x.chunk(attributes["num_outputs"], attributes["axis"])
 
 
 def _normalize(attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
@@ -202,9 +255,9 @@ def _normalize(attributes: Attributes, x: Tensor, weight: Tensor) -> Tensor:
 OPERATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Add": lambda _, a, b: a + b,
     "Cast": _cast,
-    "Concat": lambda a, *parts: torch.cat([part.reshape(-1) for part in parts], a["axis"]),
+    "Concat": _concatenate,
     "Cos": lambda _, x: x.cos(),
-    "Gather": lambda a, x, indices: x.index_select(a["axis"], indices),
+    "Gather": _gather,
     "GroupQueryAttention": _attend,
     "MatMul": lambda _, a, b: a @ b,
     "Mul": lambda _, a, b: a * b,
@@ -213,6 +266,6 @@ OPERATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "RotaryEmbedding": _rotate,
     "Sigmoid": lambda _, x: x.sigmoid(),
     "Sin": lambda _, x: x.sin(),
-    "Split": lambda a, x: x.chunk(a["num_outputs"], a["axis"]),
+    "Split": _split,
     "Transpose": lambda a, x: x.permute(a["perm"]),
 }

@@ -54,7 +54,9 @@ class Tuner:
     def tune(self, bundle: Bundle) -> TuningReport:
         """Change the decoder of a bundle in its files, where that is better."""
         report = Tuning(bundle, self.runtime, self.products.readings()).run(self.steps)
-        outcome = "kept" if report.kept else "no better, so not kept"
+        outcome = "no better, so not kept"
+        if report.kept:
+            outcome = "kept"
         self.progress(
             f"scales and norms: {self.steps} steps, loss held out {report.loss_before:.2e} -> "
             f"{report.loss_after:.2e}, {outcome}"

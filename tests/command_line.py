@@ -41,12 +41,16 @@ def process(*arguments: object) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def two_processes(*arguments: object, path: Path | None = None) -> str:
+def two_processes(
+    *arguments: object, path: Path | None = None, module: str = "lvr_lite", code: int = 0
+) -> str:
     """Run the command line under `accelerate launch`, as on two GPUs (told `--cpu`, it would start
-    one process, whatever number it is given); returns standard error. path: more Python modules.
+    one process, whatever number it is given); returns standard error.
+
+    path: more Python modules. module: the one that is run. code: the launcher's exit code.
     """
     launch = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", "-m", "lvr_lite"]
+    launch += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", "-m", module]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, *map(str, arguments)],
         capture_output=True,
@@ -54,7 +58,7 @@ def two_processes(*arguments: object, path: Path | None = None) -> str:
         check=False,
         env=os.environ | {"PYTHONPATH": str(path or "")},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
 
 

@@ -212,10 +212,12 @@ def small_tuned(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a folder that a test may damage."""
+    """A copy of a folder that a test may damage, or change: without its SHA256SUMS."""
 
     def copy(folder: Path) -> Path:
-        return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))
+        target = tmp_path / f"copy-of-{folder.name}"
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("SHA256SUMS"))
+        return target
 
     return copy
 

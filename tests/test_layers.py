@@ -20,19 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder imports only what stands before it, whether at once or inside a function. Experiments
 # are programs of their own: they may import all commands, and nothing imports them.
 ORDER = (
-    *("errors", "system", "files", "sums", "terminal", "config", "model", "generate", "data"),
-    *(
-        "views",
-        "export",
-        "bench",
-        "toy",
-        "eval",
-        "train",
-        "quant",
-        "commands",
-        "experiments",
-        "cli",
-    ),
+    *("errors", "system", "locks", "files", "sums", "terminal", "config"),
+    *("model", "generate", "data", "views"),
+    *("export", "bench", "toy", "eval", "train", "quant", "commands", "experiments", "cli"),
     "optimum_register",
 )
 

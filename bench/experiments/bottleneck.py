@@ -106,7 +106,16 @@ def main(
         opened, closed = measure(runtimes, prompt, rounds).values()
         times = (opened.text, closed.text, closed.hand_over, closed.latent)
         text, after, hand_over, latent = (1e3 * statistics.median(each) for each in times)
-        rows.append(Medians(visual, text, after, text / after, hand_over, latent))
+        rows.append(
+            Medians(
+                visual_tokens=visual,
+                open_text_ms=text,
+                text_ms=after,
+                ratio=text / after,
+                hand_over_ms=hand_over,
+                latent_ms=latent,
+            )
+        )
     print(table(TITLES, [[f"{value:.4g}" for value in astuple(medians)] for medians in rows]))
     if json is not None:
         write_results(json, {"rows": rows}, threads)

@@ -236,7 +236,9 @@ def draw(runs: list[Run]) -> Figure:
             if run.history is not None:
                 steps = [step["step"] for step in run.history]
                 shares = [step[key] for step in run.history]
-                color = "tab:blue" if run.start == "bottleneck" else "tab:orange"
+                color = "tab:orange"
+                if run.start == "bottleneck":
+                    color = "tab:blue"
                 axes.plot(
                     steps,
                     shares,

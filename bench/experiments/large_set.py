@@ -39,7 +39,7 @@ def write(path: Path, lines: int) -> None:
         picture.save(images / f"{i}.png")
         samples.append(sample)
     rng = np.random.default_rng(0)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for n in range(lines):
             sample = samples[n % PICTURES]
             left, top = np.round(rng.random(2) * 0.5, 4)

@@ -60,7 +60,9 @@ class Reasoning(StartsWithLatents):
     """Without a copy of the logits after the first choice, which would be counted as Python's."""
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
-        return super().head(hidden) if self._first else self._runtime.head(hidden)
+        if self._first:
+            return super().head(hidden)
+        return self._runtime.head(hidden)
 
 
 def measure(runtime: OnnxRuntime) -> dict[str, np.ndarray]:

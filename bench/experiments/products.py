@@ -40,75 +40,103 @@ def weights_of(case: Case, i: int) -> dict[str, np.ndarray]:
     """Of the i-th product: random values, scales, and zero points in the middle."""
     columns, rows = sizes_of(i)
     blocks = -(-columns // case.block)
-    shape = (rows, blocks, case.block * case.bits // 8)
+    block_bytes = case.block * case.bits // 8
+    rng = np.random.default_rng(i)
     weights: dict[str, np.ndarray] = {
-        f"q{i}": np.random.default_rng(i).integers(
+        f"q{i}": rng.integers(
             0,
             256,
-            shape,
+            (rows, blocks, block_bytes),
             dtype=np.uint8,
         ),
         f"s{i}": np.full((rows, blocks), 1e-3, np.float32),
     }
     if not case.symmetric:
         middle = 0x88 if case.bits == 4 else 128
-        weights[f"z{i}"] = np.full((rows, -(-blocks * case.bits // 8)), middle, np.uint8)
+        zero_bytes = -(-blocks * case.bits // 8)
+        weights[f"z{i}"] = np.full((rows, zero_bytes), middle, np.uint8)
     return weights
 
 
 def sizes_of(i: int) -> tuple[int, int]:
     """Columns and rows of the i-th product."""
-    return (HIDDEN, INNER) if i % 2 == 0 else (INNER, HIDDEN)
+    if i % 2 == 0:
+        return (HIDDEN, INNER)
+    return (INNER, HIDDEN)
 
 
 def chain(case: Case) -> tuple[ort.InferenceSession, int]:
     """Products in a row, x -> y0 -> y1 …: a session, and the bytes of its weights."""
-    form = {"bits": case.bits, "block_size": case.block, "accuracy_level": 4}
     nodes = []
     tensors = []
     value = "x"
     for i in range(2 * PAIRS):
         weights = weights_of(case, i)
         columns, rows = sizes_of(i)
-        form |= {"K": columns, "N": rows}
-        inputs = [value, *weights]
-        value = f"y{i}"
-        nodes.append(
-            helper.make_node("MatMulNBits", inputs, [value], domain="com.microsoft", **form)
+        output = f"y{i}"
+        node = helper.make_node(
+            "MatMulNBits",
+            [value, *weights],
+            [output],
+            domain="com.microsoft",
+            bits=case.bits,
+            block_size=case.block,
+            accuracy_level=4,
+            K=columns,
+            N=rows,
         )
+        nodes.append(node)
         tensors += [numpy_helper.from_array(array, name) for name, array in weights.items()]
+        value = output
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, HIDDEN])
     y = helper.make_tensor_value_info(value, TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "products", [x], [y], tensors)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = CORES
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
     return session, sum(len(tensor.raw_data) for tensor in tensors)
 
 
 def main(rounds: Rounds = 9) -> None:
-    cases = [Case(*form, symmetric) for form in FORMS for symmetric in (True, False)]
+    cases = []
+    for bits, block in FORMS:
+        cases.append(Case(bits, block, symmetric=True))
+        cases.append(Case(bits, block, symmetric=False))
     chains = [chain(case) for case in cases]
     # ms of each run by case and number of tokens.
     times: dict[tuple[Case, int], list[float]] = defaultdict(list)
     rng = np.random.default_rng(0)
     for number in range(rounds):
+        # Long ones in every third round.
+        repeats = {1: 4, 300: 1 if number % 3 == 0 else 0}
         for index in rng.permutation(len(cases)):
             session, _ = chains[index]
-            for length, repeats in ((1, 4), (300, 1 if number % 3 == 0 else 0)):
+            for length, count in repeats.items():
                 x = rng.standard_normal((length, HIDDEN)).astype(np.float32)
-                for _ in range(repeats):
+                for _ in range(count):
                     began = time.perf_counter()
                     session.run(None, {"x": x})
-                    times[cases[index], length].append((time.perf_counter() - began) * 1e3)
+                    seconds = time.perf_counter() - began
+                    times[cases[index], length].append(seconds * 1e3)
     rows: list[list[object]] = []
     for case, (_, size) in zip(cases, chains, strict=True):
-        one, many = (float(np.median(times[case, length])) for length in (1, 300))
-        zero_points = "no" if case.symmetric else "yes"
-        cells = [f"{one:.1f}", f"{size / one / 1e6:.1f}", f"{many:.0f}"]
-        rows.append([case.bits, case.block, zero_points, *cells])
+        one = float(np.median(times[case, 1]))
+        many = float(np.median(times[case, 300]))
+        cells: list[object] = [
+            case.bits,
+            case.block,
+            "no" if case.symmetric else "yes",
+            f"{one:.1f}",
+            f"{size / one / 1e6:.1f}",
+            f"{many:.0f}",
+        ]
+        rows.append(cells)
     print(table(TITLES, rows))
     print(f"memory read at {read_bandwidth(CORES):.1f} GB/s")
 

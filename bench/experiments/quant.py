@@ -107,7 +107,13 @@ def exactness(folder: Path, bundle: Path) -> Exactness:
         for x, y in zip(a.hidden, b.hidden, strict=True)
     )
     stepped = sum(len(result.latents) == LATENT_STEPS for result in theirs)
-    return Exactness(SCENES, same, STEPPED, stepped, worst)
+    return Exactness(
+        scenes=SCENES,
+        same_tokens=same,
+        prompts=STEPPED,
+        of_them_with_8_latents=stepped,
+        hidden_relative_worst=worst,
+    )
 
 
 def _decode(runtime: Runtime, options: Options, count: int) -> list[Result]:

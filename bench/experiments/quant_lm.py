@@ -141,7 +141,9 @@ def add_onnxruntime(table: Table, out: Path, fp32: OnnxRuntime) -> None:
             if (how == "k-quant" and block != 32) or not table.wants(name):
                 continue
             began = time.time()
-            session, bits = rounded_by_onnxruntime(out / "fp32", out, how, block)
+            session, bits = rounded_by_onnxruntime(
+                source=out / "fp32", scratch=out, how=how, block=block
+            )
             table.add(name, fp32.with_graphs(decoder=session), bits, time.time() - began)
 
 
@@ -246,7 +248,9 @@ def add_mixed(table: Table, out: Path, calibration: Calibration, products: Produ
     search = Search(calibration, products, scored=short)
     for budget, trained in BUDGETS:
         name = f"mixed, budget {budget:g}" + ("" if trained else ", not trained")
-        tuner = calibration.tuner(products) if trained else None
+        tuner = None
+        if trained:
+            tuner = calibration.tuner(products)
         report = write_mixed(search, out / name, budget, tuner)
         runtime = OnnxRuntime(Bundle.open(out / name))
         table.add(name, runtime, report.bits_per_weight, time.time() - began)
@@ -278,7 +282,14 @@ def main(out: Out, rows: str = "") -> None:
     table = Table(out / "quant_lm.json", rows, scorer)
     table.add("fp32", fp32, 32, 0)
     add_onnxruntime(table, out, fp32)
-    calibration = Calibration(fp32.bundle, fp32, prompts, False, scratch, print)
+    calibration = Calibration(
+        source=fp32.bundle,
+        runtime=fp32,
+        prompts=prompts,
+        large=False,
+        scratch=scratch,
+        progress=print,
+    )
     products = calibration.products()
     add_own(table, out, fp32, products)
     add_bundles(table, out, calibration, products)

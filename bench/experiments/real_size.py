@@ -40,11 +40,13 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         file = f"model-{i:05}.safetensors"
         save_file(tensors, folder / file)
         places |= dict.fromkeys(group, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8"
+    )
     config = {**checkpoint.config, "eos_token_id": checkpoint.processor.tokens.end[0]}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     checkpoint.processor.tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(checkpoint.processor.template)
+    (folder / "chat_template.jinja").write_text(checkpoint.processor.template, encoding="utf-8")
     image = checkpoint.processor.image
     preprocessor = {
         "image_mean": list(image.mean),
@@ -52,7 +54,7 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         "min_pixels": image.min_pixels,
         "max_pixels": image.max_pixels,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     read_checkpoint(folder)
 
 

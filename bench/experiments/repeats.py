@@ -43,7 +43,9 @@ def main(
         changed = [row.measure for row in comparison.rows if row.verdict != "same"]
         unchanged += not changed
         near += distances[farthest] <= 1.05
-        verdict = f"changed: {', '.join(changed)}" if changed else "no change"
+        verdict = "no change"
+        if changed:
+            verdict = f"changed: {', '.join(changed)}"
         print(
             f"{i}: {verdict}; farthest by {distances[farthest]:.3f} ({farthest}); "
             f"tolerance {comparison.tolerance:.1%}",

@@ -52,9 +52,15 @@ Page = Annotated[
 
 def launch(main: Callable[..., None], doc: str | None) -> None:
     """Make a command of `main` and run it. doc: the module's docstring, shown by --help."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
     # "\b" keeps the lines of a paragraph: the example commands stay as they are.
-    app.command(help="\b\n" + (doc or "").replace("\n\n", "\n\n\b\n"))(main)
+    paragraphs = (doc or "").split("\n\n")
+    text = "\n\n".join(f"\b\n{paragraph}" for paragraph in paragraphs)
+    app.command(help=text)(main)
     try:
         app()
     except LvrError as error:
@@ -72,7 +78,10 @@ def command(*arguments: object) -> list[str]:
 
 def overrides(*settings: str) -> list[str]:
     """Settings ("train.steps=60") as the arguments of `--set`."""
-    return [part for setting in settings for part in ("--set", setting)]
+    arguments = []
+    for setting in settings:
+        arguments += ["--set", setting]
+    return arguments
 
 
 def run(*arguments: object, log: Path, threads: int | None = None) -> str:
@@ -81,26 +90,34 @@ def run(*arguments: object, log: Path, threads: int | None = None) -> str:
 
     threads: of OpenMP, all by default.
     """
-    line = f"lvr-lite {' '.join(map(str, arguments))}"
+    words = " ".join(map(str, arguments))
+    line = f"lvr-lite {words}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {line}\n")
         file.flush()
         begin = file.tell()
         done = subprocess.run(
-            command(*arguments), stdout=file, stderr=file, env=environment, check=False
+            command(*arguments),
+            stdout=file,
+            stderr=file,
+            env=environment,
+            check=False,
         )
     if done.returncode:
         raise SystemExit(f"{line} ended with {done.returncode}; see {log}")
-    return log.read_bytes()[begin:].decode(errors="replace")
+    printed = log.read_bytes()[begin:]
+    return printed.decode(errors="replace")
 
 
 def is_whole(path: Path) -> bool:
     """An earlier run has finished this file."""
-    return path.is_file() and path.stat().st_size > 0
+    if not path.is_file():
+        return False
+    return path.stat().st_size > 0
 
 
 def once(result: Path, *arguments: object, log: Path, threads: int | None = None) -> None:
@@ -121,21 +138,24 @@ def in_parallel(jobs: int, work: Callable[..., None], cases: Iterable[Sequence[o
 
 def to_json(measured: Any) -> JsonObject:
     """A dataclass as JSON, without what was not measured (None)."""
-    return {name: value for name, value in asdict(measured).items() if value is not None}
+    fields = asdict(measured)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def write_json(path: Path, value: object) -> None:
     """value: may hold dataclasses."""
-    write_atomically(path, json.dumps(value, indent=1, default=to_json))
+    text = json.dumps(value, indent=1, default=to_json)
+    write_atomically(path, text)
 
 
 def write_results(path: Path, measured: Mapping[str, object], threads: int | None = None) -> None:
     """What was measured, with the card of the machine. threads: that the runtimes used."""
-    write_json(path, {"machine": machine.card(threads), **measured})
+    card = machine.card(threads)
+    write_json(path, {"machine": card, **measured})
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -144,15 +164,19 @@ def read_json(path: Path) -> Any:
 
 def row(cells: Iterable[object]) -> str:
     """A row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    texts = map(str, cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def header(titles: Sequence[str]) -> str:
-    return f"{row(titles)}\n{row(['---'] * len(titles))}"
+    rule = ["---"] * len(titles)
+    return f"{row(titles)}\n{row(rule)}"
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    return "\n".join([header(titles), *map(row, rows)])
+    lines = [header(titles)]
+    lines += map(row, rows)
+    return "\n".join(lines)
 
 
 def publish(text: str, page: Path | None, mark: str) -> None:
@@ -165,11 +189,14 @@ def publish(text: str, page: Path | None, mark: str) -> None:
         return
     begin = f"<!-- {mark} -->\n"
     end = f"<!-- end of {mark} -->"
-    old = page.read_text() if page.is_file() else ""
+    old = ""
+    if page.is_file():
+        old = page.read_text(encoding="utf-8")
     if begin not in old:
         old = f"{old.rstrip()}\n\n{begin}{end}\n"
     before, _, rest = old.partition(begin)
-    if end not in rest:
+    _, found, after = rest.partition(end)
+    if not found:
         raise SystemExit(f"{page}: {begin.strip()} has no {end} after it")
-    after = rest.partition(end)[2]
-    write_atomically(page, f"{before}{begin}{text.strip()}\n{end}{after}")
+    new = f"{text.strip()}\n"
+    write_atomically(page, f"{before}{begin}{new}{end}{after}")

@@ -93,8 +93,8 @@ def make_checkpoint(folder: Path) -> None:
     tokenizer = Tokenizer.from_str(pretrained.backend_tokenizer.to_str())
     tokenizer.add_special_tokens(["<image>", "<fake_token_around_image>", "<global-img>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
 
 
 def _smolvlm(language: PreTrainedModel) -> PreTrainedModel:
@@ -132,7 +132,13 @@ def bundle_of(out: Path) -> tuple[Checkpoint, OnnxRuntime]:
     checkpoint = read_checkpoint(out / "checkpoint")
     if not (out / "fp32" / "lvr.json").is_file():
         weights = TrainedWeights(checkpoint)
-        write_bundle(checkpoint, weights, out / "fp32", print, lambda: load.load_merged(checkpoint))
+        write_bundle(
+            checkpoint=checkpoint,
+            weights=weights,
+            target=out / "fp32",
+            progress=print,
+            reference=lambda: load.load_merged(checkpoint),
+        )
     return checkpoint, OnnxRuntime(Bundle.open(out / "fp32"))
 
 

@@ -39,10 +39,10 @@ def untied_base(folder: Path) -> Path:
         return folder
     shutil.copytree(resolve("tiny"), folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False
     config["text_config"]["tie_word_embeddings"] = False
-    path.write_text(json.dumps(config, indent=1))
+    path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     file = folder / "model.safetensors"
     weights = load_file(str(file))
     (table_name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
@@ -85,7 +85,9 @@ def main(
 def line(value: object) -> str:
     if isinstance(value, list):
         return " – ".join(f"{bound:.3f}" for bound in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value)
 
 
 if __name__ == "__main__":

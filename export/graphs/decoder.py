@@ -63,7 +63,9 @@ class Decoder(nn.Module):
         """
         hidden = inputs_embeds
         width = inputs_embeds.shape[-1]
-        added = [] if deepstack is None else list(deepstack.split(width, -1))
+        added = []
+        if deepstack is not None:
+            added = list(deepstack.split(width, -1))
         cos, sin = self._rotation(position_ids)
         present: list[Tensor] = []
         for i, layer in enumerate(self.language_model.layers):

@@ -41,7 +41,13 @@ def rotary(
     heads: int,
 ) -> Tensor:
     """x (B, S, heads * head_dim) turned by cos, sin (B, S, head_dim / 2)."""
-    return operator("RotaryEmbedding", (x, cos, sin), {"num_heads": heads}, (x,), version=OPSET)[0]
+    return operator(
+        name="RotaryEmbedding",
+        inputs=(x, cos, sin),
+        attributes={"num_heads": heads},
+        like=(x,),
+        version=OPSET,
+    )[0]
 
 
 def normalized(norm: TransformersModule, x: Tensor) -> Tensor:
@@ -49,7 +55,13 @@ def normalized(norm: TransformersModule, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm):
         return torch.as_tensor(norm(x))
     attributes = {"axis": -1, "epsilon": float(norm.variance_epsilon)}
-    return operator("RMSNormalization", (x, norm.weight), attributes, (x,), version=OPSET)[0]
+    return operator(
+        name="RMSNormalization",
+        inputs=(x, norm.weight),
+        attributes=attributes,
+        like=(x,),
+        version=OPSET,
+    )[0]
 
 
 def attention(

@@ -67,7 +67,9 @@ def structure(
     parameters = dict(spec.module.named_parameters())
     for key, value in model.graph.initializers.items():
         array = value.const_value.numpy()
-        parameter = codes.get(_code_in(array)) if key in parameters else None
+        parameter = None
+        if key in parameters:
+            parameter = codes.get(_code_in(array))
         if parameter is not None:
             origins[key] = Origin(parameter, key in transposed, spec.rows.get(key))
             initializers.append(declared(key, np.float32, array.shape))
@@ -133,7 +135,9 @@ class _Product(nn.Module):
         y = x @ self.weight
         if self.adapted:
             y = y + (x @ self.lora_A) @ self.lora_B
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y
+        return y + self.bias
 
 
 def _transposed(parameter: Tensor) -> nn.Parameter:
@@ -192,7 +196,9 @@ def _module_path(node: ir.Node) -> str:
     module that was exported.
     """
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    return str(scopes[-2]) if len(scopes) > 1 else ""
+    if len(scopes) < 2:
+        return ""
+    return str(scopes[-2])
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -68,17 +68,21 @@ class VisionEncoder(nn.Module):
             positions = _reordered(positions, order, n, unit).reshape(n, 2)
             within_window = _attention_bias(inputs["window_id"])
         cos, sin = self._rotation(positions, n)
-        features = []
+        deep = []
         for i, block in enumerate(tower.blocks):
-            whole = within_window is None or i in tower.fullatt_block_indexes
-            bias = within_image if whole else within_window
+            bias = within_window
+            if within_window is None or i in tower.fullatt_block_indexes:
+                bias = within_image
             y = normalized(block.norm1, x)
             x = x + _self_attention(block.attn, y, cos, sin, bias)
-            x = x + block.mlp(normalized(block.norm2, x))
+            y = normalized(block.norm2, x)
+            x = x + block.mlp(y)
             if i in self.deepstack:
-                merger = tower.deepstack_merger_list[self.deepstack.index(i)]
-                features.append(_merged(merger, x, unit))
-        tokens = torch.cat([_merged(tower.merger, x, unit), *features], -1)[0]
+                place = self.deepstack.index(i)
+                merger = tower.deepstack_merger_list[place]
+                deep.append(_merged(merger, x, unit))
+        merged = _merged(tower.merger, x, unit)
+        tokens = torch.cat([merged, *deep], -1)[0]
         if "reverse_index" in inputs:
             tokens = tokens.index_select(0, inputs["reverse_index"])
         return tokens
@@ -126,7 +130,8 @@ def _self_attention(
     q = rotary(q, cos, sin, heads)
     k = rotary(k, cos, sin, heads)
     out = attention(q, k, v, heads, module.scaling, bias)
-    return torch.as_tensor(module.proj(out.reshape(1, x.shape[1], -1)))
+    out = out.reshape(1, x.shape[1], -1)
+    return torch.as_tensor(module.proj(out))
 
 
 def _merged(merger: TransformersModule, x: Tensor, unit: int) -> Tensor:
@@ -157,12 +162,19 @@ def vision_spec(
     channels = tower.patch_embed.proj.weight[0].numel()
     arrays = processor.vision_inputs(grids)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module = VisionEncoder(tower, list(inputs), deepstack)
+    patches = torch.randn(6 * merge**2, channels)
     tokens = axis("tokens")
-    first = {"patches": {0: merge**2 * tokens}, "tokens": {0: tokens}}
+    first = {
+        "patches": {0: merge**2 * tokens},
+        "tokens": {0: tokens},
+    }
+    axes = processor.family.vision_axes
+    varying = [first[axes[name]] for name in inputs]
     return GraphSpec(
-        module=VisionEncoder(tower, list(inputs), deepstack),
-        arguments=(torch.randn(6 * merge**2, channels), list(inputs.values())),
+        module=module,
+        arguments=(patches, list(inputs.values())),
         inputs=["pixel_values", *inputs],
         outputs=["image_features"],
-        varying=(first["patches"], [first[processor.family.vision_axes[n]] for n in inputs]),
+        varying=(first["patches"], varying),
     )

@@ -96,7 +96,7 @@ def _signals_as_exceptions() -> Iterator[None]:
     """Turns Ctrl-C and SIGTERM into `_Signal`, and puts back what was there. Signals that the
     caller has switched off, as `nohup` does, stay so.
     """
-    earlier: dict[int, Any] = {}
+    earlier: dict[signal.Signals, Any] = {}
     # Python sets handlers in its main thread alone.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -105,8 +105,8 @@ def _signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for which, handler in earlier.items():
+            signal.signal(which, handler)
 
 
 def _raise_signal(number: int, frame: object) -> NoReturn:  # noqa: ARG001

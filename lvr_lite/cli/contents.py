@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
 
@@ -49,26 +51,36 @@ def _show_bundle(contents: BundleContents, console: Console) -> None:
 
 def _graph_cells(graph: Graph, state: str) -> tuple[str, ...]:
     colour = "green" if state == OK else "red"
-    ends = _ends(graph.inputs), _ends(graph.outputs)
-    return graph.precision, _size(graph.bytes), f"[{colour}]{state}[/]", *ends
+    return (
+        graph.precision,
+        _size(graph.bytes),
+        f"[{colour}]{state}[/]",
+        _ends(graph.inputs),
+        _ends(graph.outputs),
+    )
 
 
 def _ends(tensors: dict[str, TensorInfo]) -> str:
     """Names of inputs or outputs, a run of numbered ones (the K/V of each layer) as one line."""
-    lines: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        general = ".".join("N" if part.isdigit() else part for part in name.split("."))
+        parts = name.split(".")
+        general = ".".join("N" if part.isdigit() else part for part in parts)
+        axes = ", ".join(map(str, tensor.axes))
         # The bracket is escaped from rich's markup.
-        line = rf"{general} {tensor.dtype}\[{', '.join(map(str, tensor.axes))}]"
-        lines[line] = lines.get(line, 0) + 1
-    return "\n".join(f"{line} × {n}" if n > 1 else line for line, n in lines.items())
+        counts[rf"{general} {tensor.dtype}\[{axes}]"] += 1
+    lines = []
+    for line, count in counts.items():
+        lines.append(f"{line} × {count}" if count > 1 else line)
+    return "\n".join(lines)
 
 
 def _show_report(report: JsonObject, console: Console) -> None:
     """What quantization did: weights by graph, drift of the latent loop, and the search where there
     was one.
     """
-    quantized = {name: graph for name, graph in report.get("graphs", {}).items() if "what" in graph}
+    graphs = report.get("graphs", {})
+    quantized = {name: graph for name, graph in graphs.items() if "what" in graph}
     if quantized:
         columns = ("graph", "weights", "as", "error", "worst layer", "size")
         table = _table("weights", *columns)
@@ -78,37 +90,47 @@ def _show_report(report: JsonObject, console: Console) -> None:
         bits = f"{report['bits_per_weight']:.2f} bits a weight, scales included"
         console.print(f"decoder, embedding and head: {bits}", highlight=False)
     drift = report.get("drift") or {}
-    if drift.get("layers"):
-        errors = " ".join(f"{error:.2%}" for error in drift["layers"])
+    layers = drift.get("layers")
+    decoder = drift.get("decoder")
+    if layers:
+        errors = " ".join(f"{error:.2%}" for error in layers)
         console.print(f"error of each decoder layer on the same input: {errors}", highlight=False)
-    if drift.get("decoder"):
-        console.print(_drift(drift["decoder"]))
+    if decoder:
+        console.print(_drift(decoder))
     if "search" in report:
         console.print(_search(report["search"]))
 
 
 def _weight_cells(graph: JsonObject) -> tuple[str, ...]:
-    worst = max(graph["layers"].items(), key=lambda item: item[1], default=None)
     lines = [graph["what"], "; ".join(graph["schemes"])]
     if graph["shared"]:
         lines.append("bytes of embed_tokens")
+    errors = graph["layers"]
+    worst = "–"
+    if errors:
+        layer = max(errors, key=errors.__getitem__)
+        worst = f"{layer} {errors[layer]:.2%}"
+    before = _size(graph["bytes_before"])
+    after = _size(graph["bytes"])
     return (
         str(graph["replaced"]),
         "\n".join(lines),
         f"{graph['weight_error']:.2%}",
-        f"{worst[0]} {worst[1]:.2%}" if worst else "–",
-        f"{_size(graph['bytes_before'])} → {_size(graph['bytes'])}",
+        worst,
+        f"{before} → {after}",
     )
 
 
 def _search(search: JsonObject) -> Table:
     chosen = search["chosen"]
     eight = chosen["eight"]
+    names = ", ".join(eight)
+    written = {name: chosen[name] for name in ("bits", "kl", "drift")}
     facts = {
         "budget": search["budget"],
-        "written": _words({name: chosen[name] for name in ("bits", "kl", "drift")}),
+        "written": _words(written),
         "measured": f"{len(search['measured'])} candidates",
-        "8 bits": f"{len(eight)} of {search['units']}: {', '.join(eight)}",
+        "8 bits": f"{len(eight)} of {search['units']}: {names}",
     }
     return _facts(facts, title="search")
 
@@ -118,14 +140,23 @@ def _drift(drift: JsonObject) -> Table:
     after_prompt = f"after the prompt: {drift['prefill']:.2%}"
     title = f"latent steps against fp32, {drift['prompts']} prompts ({after_prompt})"
     table = _table(title, "step", *columns)
-    for step in range(len(drift["fed_back"]["relative"])):
-        cells = []
-        for feeding in (drift["fed_back"], drift["token_fed"]):
-            cells.append(f"{feeding['relative'][step]:.2%}")
-            cells.append(f"{feeding['cosine'][step]:.5f}")
-            cells.append(f"{feeding['norm'][step]:.4f}")
+    fed_back = drift["fed_back"]
+    token_fed = drift["token_fed"]
+    for step in range(len(fed_back["relative"])):
+        cells = _step_cells(fed_back, step) + _step_cells(token_fed, step)
         table.add_row(str(step + 1), *cells)
     return table
+
+
+def _step_cells(drift: JsonObject, step: int) -> list[str]:
+    error = drift["relative"][step]
+    cosine = drift["cosine"][step]
+    norm = drift["norm"][step]
+    return [
+        f"{error:.2%}",
+        f"{cosine:.5f}",
+        f"{norm:.4f}",
+    ]
 
 
 def _show_checkpoint(contents: CheckpointContents, console: Console) -> None:
@@ -140,12 +171,18 @@ def _show_checkpoint(contents: CheckpointContents, console: Console) -> None:
         "parameters": f"{model['parameters']:,}",
         "size": _size(contents.bytes),
     }
-    console.print(_facts({name: value for name, value in facts.items() if value}))
+    known = {name: value for name, value in facts.items() if value}
+    console.print(_facts(known))
     table = _table("weights", "weights", "parameters", "tensors", "types", "size")
     for name, file in contents.weights.items():
-        types = ", ".join(f"{dtype} {count:,}" for dtype, count in file.dtypes.items())
-        counts = f"{file.parameters:,}", str(file.tensors)
-        table.add_row(name, *counts, types, _size(file.bytes))
+        types = [f"{dtype} {count:,}" for dtype, count in file.dtypes.items()]
+        table.add_row(
+            name,
+            f"{file.parameters:,}",
+            str(file.tensors),
+            ", ".join(types),
+            _size(file.bytes),
+        )
     console.print(table)
 
 
@@ -165,12 +202,17 @@ def _words(value: object) -> str:
     shortened.
     """
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+        fields = [f"{key} {_words(field)}" for key, field in value.items()]
+        return ", ".join(fields)
     if isinstance(value, list):
-        return " ".join(_words(v) for v in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return " ".join(map(_words, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def _size(count: int) -> str:
     """Bytes in MB (1e6), or kB where that reads better."""
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+    if count >= 1e6:
+        return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e3:,.1f} kB"

@@ -104,7 +104,9 @@ def convert(
     from lvr_lite.terminal import say
 
     options = ConvertOptions(images, boxes_are, split, test_share, per_image, seed, absent, boxes)
-    result = convert_data(source, target, form, options, skip_broken)
+    result = convert_data(
+        source=source, target=target, form=form, options=options, skip_broken=skip_broken
+    )
     for problem in result.problems:
         print(problem)
     if result.summary is None:
@@ -141,7 +143,9 @@ def validate(
     for result in validate_data(files, against_test, model):
         for problem in result.problems:
             print(problem)
-        notes = f", {result.notes} notes" if result.notes else ""
+        notes = ""
+        if result.notes:
+            notes = f", {result.notes} notes"
         problems = len(result.problems) - result.notes
         say(f"{result.file}: {result.good} good samples, {problems} problems{notes}")
         valid &= result.valid

@@ -24,26 +24,42 @@ MADE = "<!-- made by `make reference`: change the code's own help instead -->\n\
 def commands_page() -> str:
     """Every command with its help and a table of its options, as Markdown."""
     group = typer.main.get_command(app)
-    return f"# Commands\n\n{MADE}" + "\n".join(_sections(group, "lvr-lite"))
+    sections = "\n".join(_sections(group, "lvr-lite"))
+    return f"# Commands\n\n{MADE}{sections}"
 
 
 def _sections(command: Any, name: str) -> list[str]:
     """The section of a command, and those of its sub-commands; commands are click's."""
     children = getattr(command, "commands", {})
-    sections = [] if children else [_section(command, name)]
+    sections = []
+    if not children:
+        sections = [_section(command, name)]
     for child, sub in children.items():
         sections += _sections(sub, f"{name} {child}")
     return sections
 
 
 def _section(command: Any, name: str) -> str:
-    arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
+    parameters = command.params
+    arguments = [_argument(p) for p in parameters if p.param_type_name == "argument"]
     usage = " ".join([name, *arguments, "[OPTIONS]"])
-    lines = [f"## {name}", "", f"`{usage}`", "", inspect.cleandoc(command.help or "")]
-    rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    lines = [
+        f"## {name}",
+        "",
+        f"`{usage}`",
+        "",
+        inspect.cleandoc(command.help or ""),
+    ]
+    rows = [_row(parameter) for parameter in parameters if parameter.name != "help"]
     if rows:
-        lines += ["", "| argument or option | default | what |", "|---|---|---|", *rows]
-    return "\n".join([*lines, ""])
+        lines += [
+            "",
+            "| argument or option | default | what |",
+            "|---|---|---|",
+            *rows,
+        ]
+    lines.append("")
+    return "\n".join(lines)
 
 
 def _argument(parameter: Any) -> str:
@@ -51,25 +67,33 @@ def _argument(parameter: Any) -> str:
 
 
 def _row(parameter: Any) -> str:
-    option = parameter.param_type_name == "option"
-    names = ", ".join((*parameter.opts, *parameter.secondary_opts)) if option else ""
+    name = _argument(parameter)
+    if parameter.param_type_name == "option":
+        names = (*parameter.opts, *parameter.secondary_opts)
+        name = ", ".join(names)
+    text = getattr(parameter, "help", None) or ""
+    text = text.replace("|", "\\|")
+    return f"| `{name}` | {_default(parameter)} | {text} |"
+
+
+def _default(parameter: Any) -> str:
     default = parameter.default
-    empty = default is None or callable(default) or default in ((), [], False, "")
-    needed = "needed" if parameter.required else ""
-    cells = [
-        f"`{names or _argument(parameter)}`",
-        needed if empty else f"`{default}`",
-        (getattr(parameter, "help", None) or "").replace("|", "\\|"),
-    ]
-    return f"| {' | '.join(cells)} |"
+    if default is None or callable(default) or default in ((), [], False, ""):
+        return "needed" if parameter.required else ""
+    return f"`{default}`"
 
 
 def python_page() -> str:
     """The overview of `help(lvr_lite)`, then every public name with its signature and its text."""
     overview = inspect.cleandoc(lvr_lite.__doc__ or "")
-    things = {name: getattr(lvr_lite, name) for name in lvr_lite.__all__}
-    functions = [_function(n, thing) for n, thing in things.items() if inspect.isfunction(thing)]
-    classes = [_class(n, thing) for n, thing in things.items() if inspect.isclass(thing)]
+    functions = []
+    classes = []
+    for name in lvr_lite.__all__:
+        public = getattr(lvr_lite, name)
+        if inspect.isfunction(public):
+            functions.append(_function(name, public))
+        elif inspect.isclass(public):
+            classes.append(_class(name, public))
     parts = [
         f"# The Python API\n\n{MADE}",
         f"```text\n{overview}\n```\n",
@@ -87,16 +111,19 @@ def _function(name: str, function: Any) -> str:
 
 def _class(name: str, kind: Any) -> str:
     """A class with its fields, which its text explains, and its public methods."""
-    if not dataclasses.is_dataclass(kind):
-        methods = [m for n, m in inspect.getmembers(kind, inspect.isfunction) if n[0] != "_"]
-        entries = [_function(f"{name}.{m.__name__}", m) for m in methods]
-        return "\n".join([_entry(f"class {name}", kind), *entries])
-    fields = [f"{f.name}: {f.type}" for f in dataclasses.fields(kind) if f.repr]
-    return _entry(f"class {name}({', '.join(fields)})", kind)
+    if dataclasses.is_dataclass(kind):
+        fields = [f"{f.name}: {f.type}" for f in dataclasses.fields(kind) if f.repr]
+        return _entry(f"class {name}({', '.join(fields)})", kind)
+    entries = [_entry(f"class {name}", kind)]
+    for method_name, method in inspect.getmembers(kind, inspect.isfunction):
+        if not method_name.startswith("_"):
+            entries.append(_function(f"{name}.{method.__name__}", method))
+    return "\n".join(entries)
 
 
 def _signature(function: Any) -> str:
-    return str(inspect.signature(function)).replace("'", "")
+    signature = str(inspect.signature(function))
+    return signature.replace("'", "")
 
 
 def _entry(title: str, thing: Any) -> str:

@@ -91,7 +91,9 @@ class BenchOptions:
 
     def provider_of(self, model: str) -> str:
         """A checkpoint runs under torch, whatever runs the bundles."""
-        return self.provider if is_bundle(Path(model)) else "cpu"
+        if not is_bundle(Path(model)):
+            return "cpu"
+        return self.provider
 
 
 def benchmark(model: str | Path, options: BenchOptions | None = None) -> Benchmark:
@@ -184,11 +186,18 @@ def _rss_of_run(model: str, options: BenchOptions, can_look: bool) -> float | No
             command += ["--max-pixels", str(options.max_pixels)]
         if options.threads:
             command += ["--threads", str(options.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
         if done.returncode != 0:
             raise LvrError(
                 f"{model}: `lvr-lite run` failed while its memory was measured: "
                 f"{done.stderr.strip().splitlines()[-1:]}"
             )
-        peak: float | None = json.loads(Path(result).read_text())["peak_rss_mb"]
+        peak: float | None = json.loads(Path(result).read_text(encoding="utf-8"))["peak_rss_mb"]
         return peak

@@ -11,7 +11,7 @@ from pathlib import Path
 from lvr_lite.data import validate
 from lvr_lite.data.convert import convert
 from lvr_lite.data.rows import Problem
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sample_files import read_samples
 from lvr_lite.errors import UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.toy.make import write_scenes
@@ -83,7 +83,9 @@ def make_data(out: str | Path, options: MakeOptions | None = None) -> Path:
     """
     options = options or MakeOptions()
     coco = options.form == "coco"
-    return write_scenes(Path(out), options.count, options.seed, options.split, coco)
+    return write_scenes(
+        folder=Path(out), count=options.count, seed=options.seed, split=options.split, coco=coco
+    )
 
 
 def convert_data(
@@ -118,7 +120,9 @@ def validate_data(
     model: whose visual tokens boxes are measured by.
     """
     paths = [Path(file) for file in files]
-    test = None if against_test is None else Path(against_test)
+    test = None
+    if against_test is not None:
+        test = Path(against_test)
     results = validate.validate(paths, processor_of(model), test)
     for path, (good, problems) in zip(paths, results, strict=True):
         yield Validation(path, good, problems)

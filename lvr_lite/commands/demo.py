@@ -9,10 +9,8 @@ page's heat maps are drawn in this process, with the int8 bundle.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,14 @@ from pathlib import Path
 
 from lvr_lite.commands.model import open_model
 from lvr_lite.errors import LvrError, UsageError
-from lvr_lite.files import JsonObject, write_atomically
+from lvr_lite.files import (
+    LOCK,
+    JsonObject,
+    locked,
+    scratch_folder,
+    take_place,
+    write_atomically,
+)
 from lvr_lite.terminal import stderr
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.views.look import answer_views
@@ -105,20 +110,32 @@ def demo(out: str | Path = "demo-out", quick: bool = False) -> Demo:
     Raises UsageError where `out` holds something else, LvrError where a stage fails.
     """
     out = Path(out)
-    earlier = out.is_dir() and (not any(out.iterdir()) or (out / RESULTS).is_file())
-    if out.exists() and not earlier:
+    began = time.time()
+    _refuse_foreign(out)
+    with locked(out, "folder", inside=True):
+        _refuse_foreign(out)
+        with scratch_folder(out / "demo", RESULTS) as scratch:
+            stages = _Stages(out, scratch, quick)
+            result, answers = stages.run_all()
+            for name in ("checkpoint", *BUNDLES):
+                take_place(scratch / name, out / name)
+        return _written(result, answers, began)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A folder that is new, or holds an earlier demo or what a killed one left."""
+    if not out.exists() or (out / RESULTS).is_file():
+        return
+    own = (LOCK, ".demo.")
+    if not out.is_dir() or any(not path.name.startswith(own) for path in out.iterdir()):
         raise UsageError(
             f"{out}: exists and is not an earlier demo; choose another --out, or remove it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=out) as scratch:
-        stages = _Stages(out, Path(scratch), quick)
-        result, answers = stages.run_all()
-        for name in ("checkpoint", *BUNDLES):
-            if (out / name).exists():
-                shutil.rmtree(out / name)
-            (Path(scratch) / name).rename(out / name)
+
+
+def _written(result: Demo, answers: dict[str, list[JsonObject]], began: float) -> Demo:
+    """The page and the results of a demo, in its folder."""
+    out = result.out
     result.minutes["all"] = round((time.time() - began) / 60, 2)
     write_page(result.to_json() | {"examples": _examples(out / "int8", answers)}, result.page)
     write_atomically(out / RESULTS, json.dumps(result.to_json(), indent=1))
@@ -143,7 +160,9 @@ class _Stages:
         models = {"base (torch)": "tiny", "tuned (torch)": tuned}
         models |= {f"ONNX {name}": path for name, path in bundles.items()}
         limit = ("--limit", "24" if self.quick else "300")
-        overrides = [f"--set={k}={v}" for k, v in QUICK.items()] if self.quick else []
+        overrides = []
+        if self.quick:
+            overrides = [f"--set={k}={v}" for k, v in QUICK.items()]
         with self._stage("tune in 4 bits (QLoRA)"):
             source = ("--model", "tiny", "--data", "scenes")
             tuning = self._run("finetune", *source, "--out", tuned, *overrides)
@@ -197,7 +216,7 @@ class _Stages:
             raise LvrError(
                 f"the demo stopped: `{line}` ended with exit code {code} (its message stands above)"
             )
-        return dict(json.loads(result.read_text()))
+        return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _system(name: str, score: JsonObject, measured: JsonObject | None) -> DemoSystem:
@@ -230,7 +249,12 @@ def _examples(bundle: Path, answers: dict[str, list[JsonObject]]) -> list[JsonOb
         answer = model.ask([picture], sample.question)
         view = None
         if answer.latent_steps:
-            (view,) = answer_views(model.runtime, answer.pictures, answer.prompt, answer.result)
+            (view,) = answer_views(
+                runtime=model.runtime,
+                pictures=answer.pictures,
+                prompt=answer.prompt,
+                result=answer.result,
+            )
         example = {
             "image": picture,
             "view": view,

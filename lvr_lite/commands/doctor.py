@@ -65,14 +65,24 @@ def doctor(ask_torch: bool = True) -> Diagnosis:
     """
     declared = requirements()
     model, flags = system.cpu()
-    checks = [_python(), _plain_install(declared.get("", {})), _onnxruntime()]
+    checks = [
+        _python(),
+        _plain_install(declared.get("", {})),
+        _onnxruntime(),
+    ]
     checks += [_extra(extra, declared[extra]) for extra in EXTRAS if extra in declared]
     checks += [_torchvision(), _gpu()]
     if ask_torch and system.version("torch"):
         checks.append(_torch_cuda())
-    words = f"{model or 'unknown'}; {' '.join(flags) if flags else 'flags unknown'}"
-    checks += [_four_bits(flags), Check("cpu", None, words), _threads(), _memory(), _disk()]
-    return Diagnosis([*checks, _embedded_model()])
+    checks += [
+        _four_bits(flags),
+        _cpu(model, flags),
+        _threads(),
+        _memory(),
+        _disk(),
+        _embedded_model(),
+    ]
+    return Diagnosis(checks)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -89,16 +99,25 @@ def requirements() -> dict[str, dict[str, str]]:
         return {}
     declared: dict[str, dict[str, str]] = {"": {}}
     for line in lines:
-        name = re.match(r"[\w.-]+", line)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        least = re.search(r">=\s*([\d.]+)", line.split(";")[0])
+        requirement, *_ = line.split(";")
+        name = _group(r"([\w.-]+)", line)
+        extra = _group(r".*extra == ['\"](\w+)['\"]", line)
+        least = _group(r".*?>=\s*([\d.]+)", requirement)
         if name:
-            packages = declared.setdefault(extra[1] if extra else "", {})
-            packages[name[0]] = least[1] if least else ""
+            packages = declared.setdefault(extra, {})
+            packages[name] = least
     for packages in declared.values():
         if packages.pop("lvr-lite", None) is not None:
             packages.update(declared.get("train", {}))
     return declared
+
+
+def _group(pattern: str, line: str) -> str:
+    """What the group of a pattern is at the line's beginning; "" where it does not match."""
+    match = re.match(pattern, line)
+    if match is None:
+        return ""
+    return match[1]
 
 
 def lacking(packages: dict[str, str]) -> list[str]:
@@ -114,7 +133,9 @@ def lacking(packages: dict[str, str]) -> list[str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
+    public, *_ = version.split("+")
+    numbers = [int(digits) for digits in re.findall(r"\d+", public)]
+    return tuple(numbers[:3])
 
 
 def _versions(packages: dict[str, str]) -> str:
@@ -197,7 +218,9 @@ def _torch_cuda() -> Check:
         return Check(name, True, f"yes, built for CUDA {built}")
     if shutil.which("nvidia-smi") is None:
         return Check(name, None, "no, and there is no GPU")
-    reason = ": this torch is a CPU build" if built == "None" else ""
+    reason = ""
+    if built == "None":
+        reason = ": this torch is a CPU build"
     # PyPI's torch is the CUDA build on Linux.
     mend = "pip install --force-reinstall torch"
     return Check(name, False, f"no, although there is a GPU{reason}", mend)
@@ -206,7 +229,15 @@ def _torch_cuda() -> Check:
 def _run(command: list[str], seconds: float) -> str | None:
     """What a command prints; None where it is missing, fails or takes longer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -218,16 +249,24 @@ def _four_bits(flags: list[str] | None) -> Check:
         detail = "bitsandbytes is missing: fine-tuning needs it"
         return Check("4-bit loading", None, detail, 'pip install "lvr-lite[train]"')
     repacks = "avx512_bf16" in (flags or [])
-    note = "; AVX512_BF16 repacks weights, which training here turns off" if repacks else ""
+    note = ""
+    if repacks:
+        note = "; AVX512_BF16 repacks weights, which training here turns off"
     return Check("4-bit loading", True, f"bitsandbytes {version}{note}")
+
+
+def _cpu(model: str | None, flags: list[str] | None) -> Check:
+    words = "flags unknown"
+    if flags:
+        words = " ".join(flags)
+    return Check("cpu", None, f"{model or 'unknown'}; {words}")
 
 
 def _threads() -> Check:
     threads = os.environ.get("OMP_NUM_THREADS") or "not set"
     mode = system.governor()
-    detail = (
-        f"{system.usable_cores()} cores, OMP_NUM_THREADS {threads}, governor {mode or 'unknown'}"
-    )
+    cores = system.usable_cores()
+    detail = f"{cores} cores, OMP_NUM_THREADS {threads}, governor {mode or 'unknown'}"
     if mode not in ("powersave", "conservative"):
         return Check("threads", None, detail)
     mend = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
@@ -239,20 +278,26 @@ def _memory() -> Check:
     if total is None or available is None:
         return Check("memory", None, "unknown on this system")
     good = available >= LEAST_MEMORY
-    mend = "" if good else f"close other programs: the demo wants {LEAST_MEMORY:g} GiB"
+    mend = ""
+    if not good:
+        mend = f"close other programs: the demo wants {LEAST_MEMORY:g} GiB"
     return Check("memory", good, f"{available:g} of {total:g} GiB available", mend)
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / GiB
     good = free >= LEAST_DISK
-    mend = "" if good else f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB"
+    mend = ""
+    if not good:
+        mend = f"free some space: a fine-tune and its bundles want {LEAST_DISK:g} GiB"
     return Check("disk", good, f"{free:.1f} GiB free here", mend)
 
 
 def _embedded_model() -> Check:
     folder = resources.files("lvr_lite.toy") / "model"
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names = []
+    if folder.is_dir():
+        names = [entry.name for entry in folder.iterdir()]
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return Check("embedded model", True, "present: `lvr-lite demo` works offline")
     detail = "its files are missing from this install"

@@ -110,7 +110,9 @@ def evaluate(
             lambda total: bar(total=total),
         )
     low, high = report["interval"]
-    return Evaluation(report["n"], report["accuracy"], (low, high), report)
+    return Evaluation(
+        n=report["n"], accuracy=report["accuracy"], interval=(low, high), report=report
+    )
 
 
 def probe(
@@ -126,7 +128,9 @@ def probe(
     probing.load_items(options.data, options.limit, options.seed)
     runtime = models.open_runtime(model, threads, max_pixels=options.max_pixels)
     special = runtime.processor.special_tokens
-    items = probing.load_items(options.data, options.limit, options.seed, special)
+    items = probing.load_items(
+        data=options.data, limit=options.limit, seed=options.seed, special_tokens=special
+    )
     with progress("answering") as bar:
         report = probing.probe(
             runtime,

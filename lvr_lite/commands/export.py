@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from lvr_lite.errors import UsageError
-from lvr_lite.files import JsonObject, check_free_space, fresh_folder
+from lvr_lite.files import JsonObject, check_free_space, fresh_folder, move_up
 from lvr_lite.model.bundle import MANIFEST, Bundle
 from lvr_lite.model.checkpoint import Checkpoint, check_max_pixels, read_checkpoint
 from lvr_lite.terminal import quiet_libraries, say
@@ -126,9 +126,7 @@ def export_model(
         fp32 = write_bundle(read, weights, staged / "fp32", say, reference)
         report = _quantize(fp32, staged / "quantized", rounding)
         shutil.rmtree(fp32.folder)
-        for path in (staged / "quantized").iterdir():
-            path.rename(staged / path.name)
-        (staged / "quantized").rmdir()
+        move_up(staged / "quantized")
     return Written("export", target, precision, report)
 
 

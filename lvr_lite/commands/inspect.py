@@ -6,7 +6,6 @@ Weights are not loaded, only the headers of their files.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from lvr_lite.errors import BundleError
 from lvr_lite.files import JsonObject, sha256
 from lvr_lite.model import bundle, checkpoint
 from lvr_lite.model.bundle import Bundle, Manifest
+from lvr_lite.model.json_files import read_object
 from lvr_lite.model.weight_files import read_header
 
 # What bitsandbytes stores beside a packed weight: statistics, not parameters.
@@ -109,7 +109,9 @@ class CheckpointContents:
 
     @property
     def kind(self) -> str:
-        return "checkpoint" if self.tuned is None else "tuned checkpoint"
+        if self.tuned is None:
+            return "checkpoint"
+        return "tuned checkpoint"
 
     @property
     def bytes(self) -> int:
@@ -190,7 +192,9 @@ def _state(folder: Path, digests: dict[str, str]) -> str:
 def _file_state(path: Path, digest: str | None) -> str:
     if not path.is_file():
         return "missing"
-    return OK if sha256(path) == digest else "changed"
+    if sha256(path) != digest:
+        return "changed"
+    return OK
 
 
 def read_weights(path: Path) -> WeightFile:
@@ -209,11 +213,6 @@ def read_weights(path: Path) -> WeightFile:
 def _json(path: Path) -> JsonObject | None:
     """The object in a JSON file; None where there is no such file."""
     try:
-        data = json.loads(path.read_text())
+        return read_object(path, "copy it again")
     except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path}: must hold a JSON object")
-    return data

@@ -67,8 +67,12 @@ def finetune(
     data: "scenes", or a file of samples.
     out: folder for the adapter, settings, metrics and checkpoints.
 
+    Ctrl-C and SIGTERM save a whole checkpoint-N after the step that is under way.
+
     Raises UsageError for settings that do not fit and where `out` holds another run, DataError for
-    wrong samples, LvrError where the loss is no longer finite.
+    wrong samples, OutputError where `out` cannot be written or another run writes into it,
+    BundleError for a checkpoint-N that is damaged, NotFiniteError where too many losses are not
+    finite, StoppedError after a signal, LvrError where memory is used up.
     """
     options = options or TrainOptions()
     recipe, settings, checkpoint = _begin_finetune(model, options)

@@ -35,11 +35,14 @@ def tokens_in_box(box: Sequence[float], rows: int, columns: int) -> np.ndarray:
     height, holds_y = _coverage(y0, y1, rows)
     holds_centre = holds_y[:, None] & holds_x[None]
     area = height[:, None] * width[None]
-    selected = holds_centre | (area >= COVERED - _ROUNDING)
+    covered = area >= COVERED - _ROUNDING
+    selected = holds_centre | covered
     if selected.any():
         return np.flatnonzero(selected).astype(np.int64)
-    row = min(int((y0 + y1) / 2 * rows), rows - 1)
-    column = min(int((x0 + x1) / 2 * columns), columns - 1)
+    row = int((y0 + y1) / 2 * rows)
+    column = int((x0 + x1) / 2 * columns)
+    row = min(row, rows - 1)
+    column = min(column, columns - 1)
     return np.array([row * columns + column], np.int64)
 
 
@@ -54,13 +57,13 @@ def _coverage(
     start = np.arange(cells)
     low = low * cells
     high = high * cells
-    part = np.clip(
-        np.minimum(high, start + 1) - np.maximum(low, start),
-        0,
-        1,
-    )
+    first = np.maximum(low, start)
+    last = np.minimum(high, start + 1)
+    part = np.clip(last - first, 0, 1)
     centre = start + 0.5
-    return part, (low <= centre + _ROUNDING) & (centre <= high + _ROUNDING)
+    after_low = low <= centre + _ROUNDING
+    before_high = centre <= high + _ROUNDING
+    return part, after_low & before_high
 
 
 def upright(box: Sequence[float], orientation: int) -> Box:
@@ -98,8 +101,9 @@ def visual_tokens_in_boxes(
 
     grid: of that picture, as `Processor.see` gives it.
     """
+    rows, columns = processor.token_grid(grid)
     places = processor.token_places(grid)
-    return [places[cells] for cells in tokens_in_boxes(boxes, *processor.token_grid(grid))]
+    return [places[cells] for cells in tokens_in_boxes(boxes, rows, columns)]
 
 
 def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:
@@ -113,7 +117,11 @@ def pool_groups(indices: np.ndarray, steps: int) -> list[np.ndarray]:
     if n == 0 or steps < 1:
         raise ValueError(f"{n} tokens cannot be cut into {steps} groups")
     starts = [i * n // steps for i in range(steps + 1)]
-    return [indices[start : max(end, start + 1)] for start, end in pairwise(starts)]
+    groups = []
+    for start, following in pairwise(starts):
+        end = max(following, start + 1)
+        groups.append(indices[start:end])
+    return groups
 
 
 def pool_groups_of_boxes(tokens: Sequence[np.ndarray], steps: int) -> list[np.ndarray]:
@@ -130,12 +138,16 @@ def pool_groups_of_boxes(tokens: Sequence[np.ndarray], steps: int) -> list[np.nd
         raise ValueError("no boxes: nothing to pool")
     if steps < len(tokens):
         return pool_groups(_union(tokens), steps)
-    groups = [pool_groups(of_box, 1)[0] for of_box in tokens[:-1]]
-    return groups + pool_groups(tokens[-1], steps - len(groups))
+    *others, last = tokens
+    groups = []
+    for of_box in others:
+        groups += pool_groups(of_box, 1)
+    return groups + pool_groups(last, steps - len(groups))
 
 
 def _union(tokens: Sequence[np.ndarray]) -> np.ndarray:
     """The distinct tokens, in the order in which they come first."""
     every = np.concatenate(tokens)
     _, first = np.unique(every, return_index=True)
-    return every[np.sort(first)].astype(np.int64)
+    first.sort()
+    return every[first].astype(np.int64)

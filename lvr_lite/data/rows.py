@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from lvr_lite.data.boxes import Box
+from lvr_lite.errors import printable
 
 JsonObject = dict[str, object]
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Problem:
         item = f": item {self.item}" if self.item else ""
         note = ": note" if self.note else ""
         field = f"{self.field}: " if self.field else ""
-        return f"{self.file}{line}{item}{note}: {field}{self.message}"
+        return printable(f"{self.file}{line}{item}{note}: {field}{self.message}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -123,6 +124,25 @@ def parse_json(line: str) -> object:
     except (ValueError, RecursionError) as error:
         raise FieldError(
             f"not valid JSON ({json_reason(error)})", "every line must be one whole object"
+        ) from error
+
+
+# What an escape of half a pair looks like in JSON.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def refuse_half_characters(source: str, value: object) -> None:
+    """Raises FieldError where a JSON value holds half of a surrogate pair, which no file can.
+
+    source: the text of the value.
+    """
+    if not _HALF.search(source):
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(
+            "holds half of a surrogate pair, which is no character", "write the file again as UTF-8"
         ) from error
 
 
@@ -187,7 +207,12 @@ def identifier(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
-        return str(value).strip()
+        name = str(value).strip()
+        if has_lone_surrogate(name):
+            raise FieldError(
+                "holds half of a surrogate pair, which is no character", "name it anew"
+            )
+        return name
     raise FieldError(f"{json.dumps(value)[:60]} is no id", "write a whole number or text")
 
 
@@ -206,10 +231,18 @@ def as_on_disk(path: Path) -> Path:
     write them) or not (NFD, as macOS did): the form that is on disk, or else the path as it is.
     """
     name = str(path)
-    if name.isascii() or path.exists():
+    if name.isascii() or exists(path):
         return path
     forms = (Path(unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
-    return next((form for form in forms if form.exists()), path)
+    return next((form for form in forms if exists(form)), path)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there; of a name that no file can have, none is."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def numbers(value: object, count: int) -> list[float]:
@@ -232,6 +265,10 @@ def _number_in(value: object) -> object:
         return float(value)
     except ValueError:
         return value
+
+
+# Reads a box of a file's value, or raises FieldError.
+BoxCheck = Callable[[object], Box]
 
 
 def normalized_box(value: object) -> Box:
@@ -381,7 +418,7 @@ class Row:
             self.reject("choices", f"{doubled!r} is there twice", "list every answer once")
         return tuple(choices)
 
-    def boxes(self, field: str, check: Callable[[object], Box] = normalized_box) -> tuple[Box, ...]:
+    def boxes(self, field: str, check: BoxCheck = normalized_box) -> tuple[Box, ...]:
         """A field that holds a list of boxes; () where it is missing or null."""
         values = self.get(field, _boxes)
         return () if values is None else tuple(self.each(field, values, check))

@@ -14,7 +14,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvr_lite.data.samples import LazySamples, Sample, SampleFile
+from lvr_lite.data.sample_files import SampleFile
+from lvr_lite.data.samples import LazySamples, Sample
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import open_for_model, picture_size
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import COVERED, Box
 from lvr_lite.data.rows import Problem
-from lvr_lite.data.samples import PlacedSample, Sample, placed_samples
+from lvr_lite.data.sample_files import PlacedSample, placed_samples
+from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Source
 from lvr_lite.errors import DataError
 from lvr_lite.model.images import MAX_ASPECT, open_picture

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from PIL import Image
 
@@ -121,6 +121,20 @@ def _cell(value: object) -> str:
     return plain_text(words)
 
 
+def _path_below(value: object) -> str:
+    """A picture's path below the folder of a benchmark."""
+    name = _cell(value)
+    if not is_below(name):
+        raise FieldError(f"{name[:200]} leads out of the benchmark's folder")
+    return name
+
+
+def is_below(name: str) -> bool:
+    """Whether a path, on any system, is relative and never goes up."""
+    path = PureWindowsPath(name)
+    return not path.anchor and ".." not in path.parts and "\0" not in name
+
+
 def _options(value: object) -> list[str]:
     if not isinstance(value, list) or len(value) < 2 or not all(str(v).strip() for v in value):
         raise FieldError("must be a list of two answers or more")
@@ -158,7 +172,7 @@ def _mmvp(folder: Path) -> Iterator[Question | Broken] | None:
 
 def _ask_mmvp(images: Path, row: Row, place: Place) -> Question:
     index = row.require("Index", _cell)
-    if not index.isdecimal() or int(index) < 1:
+    if not (index.isdecimal() and len(index) < 10 and int(index) >= 1):
         raise FieldError(f"{index!r} is no number from 1 on", field="Index")
     number = int(index)
     shown = row.require("Options", _cell)
@@ -194,7 +208,7 @@ def _vstar(folder: Path) -> Iterator[Question | Broken] | None:
 
 def _ask_vstar(folder: Path, row: Row, place: Place) -> Question:
     text = row.require("text", _cell)
-    picture = folder / row.require("image", _cell)
+    picture = folder / row.require("image", _path_below)
     options = score.lettered_options(text)
     if not options:
         raise FieldError("shows no options (A), (B) …", field="text")
@@ -399,6 +413,8 @@ def _picture(value: object, field: str, file: Path) -> Image.Image:
     if value in (None, "", b""):
         raise DataError(f"{field}: is empty, where a picture must be")
     if isinstance(value, str) and _PICTURE_NAME.search(value):
+        if not is_below(value):
+            raise DataError(f"{field}: {value[:200]} leads out of the benchmark's folder")
         return _open_files([_beside(file, value)])[0]
     if isinstance(value, str):
         code = re.sub(r"\s", "", value.split("base64,")[-1])

@@ -116,13 +116,17 @@ class Share:
     interval: tuple[float, float]
 
     def to_json(self) -> JsonObject:
-        interval = [round(bound, 4) for bound in self.interval]
-        return {"n": self.n, "accuracy": round(self.mean, 4), "interval": interval}
+        return {
+            "n": self.n,
+            "accuracy": round(self.mean, 4),
+            "interval": [round(bound, 4) for bound in self.interval],
+        }
 
 
 def grade(sample: Sample, answer: str) -> float:
     """1.0 where the answer chooses the right letter (`score.chosen_letter`), 0.0 otherwise."""
-    return float(score.chosen_letter(answer, sample.choices or ()) == sample.answer)
+    letter = score.chosen_letter(answer, sample.choices or ())
+    return float(letter == sample.answer)
 
 
 def scores(name: str, answers: Sequence[Answer]) -> list[JsonObject]:
@@ -135,32 +139,44 @@ def scores(name: str, answers: Sequence[Answer]) -> list[JsonObject]:
 
 def by_type(name: str, answers: Sequence[Answer]) -> dict[str, JsonObject]:
     """Of each category or subtask {"n", "accuracy", "interval"}."""
-    share = _rotated_share if name == "hrbench" else _share
+    share = _share
+    if name == "hrbench":
+        share = _rotated_share
     return {kind: share(of_kind).to_json() for kind, of_kind in _of_types(answers).items()}
 
 
 def _shares(name: str, answers: Sequence[Answer]) -> dict[str, Share]:
     if name == "mmvp":
-        return {"single items": _share(answers), "pairs, both right": _all_right(answers, 2)}
+        return {
+            "single items": _share(answers),
+            "pairs, both right": _all_right(answers, 2),
+        }
     if name == "vstar":
         return {"all questions": _share(answers)}
     if name == "blink":
         kinds = _of_types(answers).values()
         rights = [(_points(of_kind), len(of_kind)) for of_kind in kinds]
         mean, low, high = score.mean_of_shares(rights)
-        of_subtasks = Share(len(kinds), mean, (low, high))
-        return {"mean over subtasks": of_subtasks, "all questions": _share(answers)}
+        return {
+            "mean over subtasks": Share(len(kinds), mean, (low, high)),
+            "all questions": _share(answers),
+        }
+    by_size: dict[str, list[Answer]] = {}
+    for answer in answers:
+        size, *_ = answer["type"].split()
+        by_size.setdefault(size, []).append(answer)
     shares = {}
-    for size in sorted({answer["type"].split()[0] for answer in answers}):
-        rows = [answer for answer in answers if answer["type"].split()[0] == size]
+    for size, rows in sorted(by_size.items()):
         shares[f"{size}, all rows"] = _rotated_share(rows)
         shares[f"{size}, all four rotations right"] = _all_right(rows, 4)
     return shares
 
 
 def _of_types(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    kinds = sorted({answer["type"] for answer in answers})
-    return {kind: [answer for answer in answers if answer["type"] == kind] for kind in kinds}
+    by_type: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_type.setdefault(answer["type"], []).append(answer)
+    return dict(sorted(by_type.items()))
 
 
 def _points(answers: Sequence[Answer]) -> float:
@@ -181,17 +197,20 @@ def _rotated_share(answers: Sequence[Answer]) -> Share:
     """
     mean = _share(answers).mean
     questions = len({answer["pair"] for answer in answers})
-    return Share(len(answers), mean, score.wilson(mean * questions, questions))
+    interval = score.wilson(mean * questions, questions)
+    return Share(len(answers), mean, interval)
 
 
 def _all_right(answers: Sequence[Answer], size: int) -> Share:
     """Of the whole groups of `size` answers, the share that is all right."""
-    groups = score.together(((a["pair"], a["score"] == 1) for a in answers), size)
+    outcomes = [(answer["pair"], answer["score"] == 1) for answer in answers]
+    groups = score.together(outcomes, size)
     n = len(groups)
+    right = sum(groups)
     return Share(
-        n,
-        sum(groups) / max(1, n),
-        score.wilson(sum(groups), n),
+        n=n,
+        mean=right / max(1, n),
+        interval=score.wilson(right, n),
     )
 
 

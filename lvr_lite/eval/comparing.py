@@ -5,6 +5,7 @@ May import: numpy and what stands above `eval`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,11 +45,17 @@ class Points:
         TypeError for what is no scored answer.
         """
         key = str(answer["id"])
-        score = float(answer["score"] if "score" in answer else answer["correct"])
+        field = "score" if "score" in answer else "correct"
+        score = float(answer[field])
         if not 0 <= score <= 1:
             raise ValueError("score")
-        group = answer.get("pair") or key
-        return cls(key, answer.get("type"), str(answer["expected"]), score, group)
+        return cls(
+            id=key,
+            type=answer.get("type"),
+            expected=str(answer["expected"]),
+            score=score,
+            group=answer.get("pair") or key,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,13 @@ class Result:
         skills = None
         if "skills" in report:
             skills = [Points.from_json(answer) for answer in report["skills"]["answers"]]
-        answers = [Points.from_json(answer) for answer in report["answers"]]
-        looked = report.get("looked")
-        return cls(str(report["model"]), answers, skills, looked, report.get("visual_tokens"))
+        return cls(
+            model=str(report["model"]),
+            answers=[Points.from_json(answer) for answer in report["answers"]],
+            skills=skills,
+            looked=report.get("looked"),
+            visual_tokens=report.get("visual_tokens"),
+        )
 
 
 def compare(
@@ -108,48 +119,51 @@ def compare(
         check_max_pixels(name, plan.against_max_pixels)
     if models and plan.max_pixels is None and plan.against_max_pixels is None:
         plan = replace(plan, max_pixels=_smallest(model, *models))
-    journal = None
-    if plan.journal:
-        settings = plan.settings(processor_of(model))
-        journal = Journal.open(plan.journal, {"model": _identity(model), **settings})
-    if begin is not None:
-        begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
-
-    usual = replace(plan, steps=(), journal=None)
-    for name in models:
-        runtime = _sized(open_model(name), _size_beside(name, plan))
-        # A model that cannot look is compared as it is.
-        look = plan.look if runtime.latent.steps else "auto"
-        scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
-        references[name] = Result.from_json(scores.to_json())
-    runtime = _sized(open_model(model), plan.max_pixels)
-    all_scores = score_model(runtime, plan, benchmark, progress, journal)
+    with contextlib.ExitStack() as held:
+        journal = None
+        if plan.journal:
+            settings = {"model": _identity(model), **plan.settings(processor_of(model))}
+            journal = held.enter_context(Journal.open(plan.journal, settings))
+        if begin is not None:
+            begin((_count(plan, benchmark) + plan.beside) * (1 + len(models)))
+        usual = replace(plan, steps=(), journal=None)
+        for name in models:
+            runtime = _sized(open_model(name), _size_beside(name, plan))
+            # A model that cannot look is compared as it is.
+            look = plan.look if runtime.latent.steps else "auto"
+            scores = score_model(runtime, replace(usual, look=look), benchmark, progress)[0]
+            references[name] = Result.from_json(scores.to_json())
+        runtime = _sized(open_model(model), plan.max_pixels)
+        all_scores = score_model(runtime, plan, benchmark, progress, journal)
     reports = [scores.to_json() for scores in all_scores]
     for report in reports:
         report["not_applied"] = not_applied(model)
     if against:
         for report in reports:
             ours = Result.from_json(report)
-            report["against"] = [
-                {
-                    "source": name,
-                    "model": references[name].model,
-                    "looked": references[name].looked,
-                    "visual_tokens": references[name].visual_tokens,
-                }
-                | _result_difference(ours, references[name])
-                for name in against
-            ]
+            report["against"] = [_beside(ours, name, references[name]) for name in against]
     if len(reports) == 1:
         return reports[0]
     return reports[0] | {"by_steps": reports}
+
+
+def _beside(ours: Result, name: str, reference: Result) -> JsonObject:
+    """A model that was compared, and the difference to it. name: as in `against`."""
+    facts = {
+        "source": name,
+        "model": reference.model,
+        "looked": reference.looked,
+        "visual_tokens": reference.visual_tokens,
+    }
+    return facts | _result_difference(ours, reference)
 
 
 def _smallest(*models: str) -> int:
     """The smallest area that one of these models shrinks pictures to: the tuned model's, beside
     the base that it was made of.
     """
-    return min(processor_of(model).image.max_pixels for model in models)
+    areas = [processor_of(model).image.max_pixels for model in models]
+    return min(areas)
 
 
 def _size_beside(model: str, plan: Plan) -> int | None:
@@ -175,8 +189,12 @@ def not_applied(model: str) -> JsonObject:
     if is_bundle(Path(model)):
         return {}
     path = read_checkpoint(model).base / "generation_config.json"
-    penalty = read_json(path).get("repetition_penalty") if path.is_file() else None
-    return {} if penalty in (None, 1, 1.0) else {"repetition_penalty": penalty}
+    penalty = None
+    if path.is_file():
+        penalty = read_json(path).get("repetition_penalty")
+    if penalty in (None, 1, 1.0):
+        return {}
+    return {"repetition_penalty": penalty}
 
 
 def reference_hint(model: str) -> str:
@@ -191,7 +209,9 @@ def reference_hint(model: str) -> str:
         tuned = checkpoint.adapter
         is_tiny = checkpoint.base.resolve() == resolve("tiny").resolve()
         base = "tiny" if is_tiny else checkpoint.base
-    return f"what tuning cost: --against {base}" if tuned else ""
+    if not tuned:
+        return ""
+    return f"what tuning cost: --against {base}"
 
 
 def _check_plan(plan: Plan) -> benchmarks.Benchmark | None:
@@ -300,14 +320,16 @@ def _refuse_other_items(
 ) -> None:
     """option: the one that says how many items there are. here: the right answers by id."""
     there = {answer.id: answer.expected for answer in answers}
-    if only := sorted(there.keys() ^ here.keys()):
+    only = sorted(there.keys() ^ here.keys())
+    if only:
         numbers = f"{len(there)} there, {len(here)} here; {only[0]} is in one of them alone"
         advice = f"use the same {option}, or score both again"
         raise UsageError(f"--against {path}: is not about the same items ({numbers}): {advice}")
-    if changed := next((key for key in here if there[key] != here[key]), None):
-        what = f"{there[changed]!r} there and {here[changed]!r} here"
-        reason = f"the right answer to {changed} is {what}, so the items have changed"
-        raise UsageError(f"--against {path}: {reason}: score both again")
+    for key, expected in here.items():
+        if there[key] != expected:
+            what = f"{there[key]!r} there and {expected!r} here"
+            reason = f"the right answer to {key} is {what}, so the items have changed"
+            raise UsageError(f"--against {path}: {reason}: score both again")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -332,12 +354,13 @@ def _difference(ours: Sequence[Points], theirs: Sequence[Points]) -> JsonObject:
     """Over all items that both have, and by type."""
     scores = {answer.id: answer.score for answer in theirs}
     ours = [answer for answer in ours if answer.id in scores]
-    kinds = sorted({answer.type for answer in ours if answer.type is not None})
-    by_type = {
-        kind: _paired_difference([answer for answer in ours if answer.type == kind], scores)
-        for kind in kinds
-    }
-    return _paired_difference(ours, scores) | {"by_type": by_type}
+    kinds = {answer.type for answer in ours if answer.type is not None}
+    by_type = {}
+    for kind in sorted(kinds):
+        of_kind = [answer for answer in ours if answer.type == kind]
+        by_type[kind] = _paired_difference(of_kind, scores)
+    difference = _paired_difference(ours, scores)
+    return difference | {"by_type": by_type}
 
 
 def _paired_difference(answers: Sequence[Points], scores: dict[str, float]) -> JsonObject:
@@ -351,13 +374,16 @@ def _paired_difference(answers: Sequence[Points], scores: dict[str, float]) -> J
     Items that form a pair are drawn and counted together.
     """
     reference = np.array([scores[answer.id] for answer in answers])
-    gain = np.array([answer.score for answer in answers]) - reference
+    ours = np.array([answer.score for answer in answers])
+    gain = ours - reference
     sums, sizes = grouped(gain, [answer.group for answer in answers])
     if sizes.max() == 1:
         interval = bootstrap_mean(gain, seed=0)
     else:
         interval = bootstrap_ratio(sums, sizes, seed=0)
-    p = mcnemar(int((sums < 0).sum()), int((sums > 0).sum()))
+    worse = int((sums < 0).sum())
+    better = int((sums > 0).sum())
+    p = mcnemar(worse, better)
     return {
         "n": len(answers),
         "accuracy": round(float(reference.mean()), 4),

@@ -111,10 +111,12 @@ def intervene(
         if steps == 1:
             return Feed([None] * count)
         orders = other_orders(count, steps, rng)
-        return Feed([own[order] for own, order in zip(latents, orders, strict=True)])
+        shuffled = np.take_along_axis(latents, orders[:, :, None], axis=1)
+        return Feed(list(shuffled))
     if name in ("donor_unrelated", "donor_same_question"):
         donors = choose_donors(subjects, name == "donor_same_question", rng)
-        return Feed([latents[donor] if donor >= 0 else None for donor in donors], donors)
+        donated = [None if donor < 0 else latents[donor] for donor in donors]
+        return Feed(donated, donors)
     if name == "oracle":
         return Feed([_oracle(subject, steps, width, spec) for subject in subjects])
     if name == "markers":
@@ -135,10 +137,14 @@ def noise_like(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def other_orders(count: int, steps: int, rng: np.random.Generator) -> np.ndarray:
     """(count, steps) random orders of 0 … steps - 1, steps >= 2, none of them that order itself."""
-    orders = rng.permuted(np.tile(np.arange(steps), (count, 1)), axis=1)
-    while len(same := np.flatnonzero((orders == np.arange(steps)).all(1))):
+    own = np.arange(steps)
+    orders = rng.permuted(np.tile(own, (count, 1)), axis=1)
+    while True:
+        unchanged = (orders == own).all(1)
+        same = np.flatnonzero(unchanged)
+        if not len(same):
+            return orders
         orders[same] = rng.permuted(orders[same], axis=1)
-    return orders
 
 
 def choose_donors(
@@ -153,9 +159,11 @@ def choose_donors(
     donors = np.full(len(subjects), -1, np.int64)
     for i in range(len(subjects)):
         right_question = (questions == questions[i]) == same_question
-        fits = right_question & (answers != answers[i]) & (pictures != pictures[i])
-        if fits.any():
-            donors[i] = rng.choice(np.flatnonzero(fits))
+        other_answer = answers != answers[i]
+        other_picture = pictures != pictures[i]
+        fitting = np.flatnonzero(right_question & other_answer & other_picture)
+        if len(fitting):
+            donors[i] = rng.choice(fitting)
     return donors
 
 

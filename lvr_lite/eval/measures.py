@@ -156,47 +156,63 @@ def measure(
     was_right = np.array([answer.right for answer in before], bool)
     gain = right.astype(int) - was_right
     changed = sum(a.tokens != b.tokens for a, b in zip(now, before, strict=True))
-    p = mcnemar(int((was_right & ~right).sum()), int((right & ~was_right).sum()))
-    types = [subjects[i].sample.type for i in rows]
-    by_type: dict[str, JsonObject] = {
-        kind: {"n": types.count(kind), "accuracy": _share(right[[t == kind for t in types]])}
-        for kind in sorted({t for t in types if t is not None})
-    }
+    interval = None
+    difference_interval = None
+    p = None
+    if n:
+        interval = score.wilson(int(right.sum()), n)
+        difference_interval = bootstrap_mean(gain, seed)
+        p = mcnemar(int((gain < 0).sum()), int((gain > 0).sum()))
     return Effect(
         n=n,
         accuracy=_share(right),
-        interval=score.wilson(int(right.sum()), n) if n else None,
+        interval=interval,
         baseline_accuracy=_share(was_right),
         difference=_share(gain),
-        difference_interval=bootstrap_mean(gain, seed) if n else None,
-        mcnemar_p=p if n else None,
+        difference_interval=difference_interval,
+        mcnemar_p=p,
         changed=changed / n if n else None,
         changed_count=changed,
-        by_type=by_type,
+        by_type=_by_type([subjects[i].sample.type for i in rows], right),
         flips=None if feed.donors is None else flips(answers, name, feed.donors),
     )
+
+
+def _by_type(types: list[str | None], right: np.ndarray) -> dict[str, JsonObject]:
+    """Number and accuracy of the answers of each type of question. right: of each answer."""
+    by_type: dict[str, JsonObject] = {}
+    for kind in sorted({kind for kind in types if kind is not None}):
+        of_kind = right[[kind == other for other in types]]
+        by_type[kind] = {"n": len(of_kind), "accuracy": _share(of_kind)}
+    return by_type
 
 
 def flips(answers: Mapping[str, Sequence[Answer]], name: str, donors: np.ndarray) -> Flips:
     """Counts the flips under the intervention `name`. donors (N,): of each subject, or -1."""
     own = _texts(answers["none"])
-    now = _texts(answers[name])
     any_answer = name != "donor_same_question"
-    pairs = [
-        (i, int(donor))
-        for i, donor in enumerate(donors)
-        if donor >= 0 and (any_answer or own[i] != own[donor])
-    ]
-    flipped = np.array([now[i] == own[donor] for i, donor in pairs], bool)
-    before = np.array([own[i] == own[donor] for i, donor in pairs], int)
+    pairs = []
+    for i, donor in enumerate(donors.tolist()):
+        if donor >= 0 and (any_answer or own[i] != own[donor]):
+            pairs.append((i, donor))
+
+    def as_donor(intervention: str) -> np.ndarray:
+        """Of each pair, whether the answer is the one that the donor itself gave."""
+        texts = _texts(answers[intervention])
+        return np.array([texts[i] == own[donor] for i, donor in pairs], bool)
+
+    flipped = as_donor(name)
+    before = as_donor("none")
     by_noise = None
     if "noise" in answers:
-        noise = _texts(answers["noise"])
-        by_noise = _share(np.array([noise[i] == own[donor] for i, donor in pairs]))
+        by_noise = _share(as_donor("noise"))
+    interval = None
+    if pairs:
+        interval = score.wilson(int(flipped.sum()), len(pairs))
     return Flips(
         flips_to_donor=_share(flipped),
         pairs=len(pairs),
-        flips_interval=score.wilson(int(flipped.sum()), len(pairs)) if pairs else None,
+        flips_interval=interval,
         lift=_share(flipped.astype(int) - before),
         flips_by_noise=by_noise,
     )
@@ -207,7 +223,9 @@ def _texts(answers: Sequence[Answer]) -> list[str]:
 
 
 def _share(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
+    if not len(values):
+        return None
+    return float(values.mean())
 
 
 def retrieval(
@@ -269,18 +287,23 @@ def retrieval(
 
 def geometry(latents: np.ndarray) -> Geometry:
     """The shape of latents (N, K, H)."""
-    steps = range(latents.shape[1])
+    _, steps, width = latents.shape
     centred = latents - latents.mean(0, dtype=np.float64)
-    by_step = [participation_ratio(latents[:, k]) for k in steps]
+    by_step = [participation_ratio(latents[:, k]) for k in range(steps)]
+    similarities = [mean_cosine(latents[:, k]) for k in range(steps)]
+    similarities_centred = [mean_cosine(centred[:, k]) for k in range(steps)]
+    together = latents.reshape(-1, width)
     return Geometry(
         participation_ratio=_mean(by_step),
         participation_ratio_by_step=by_step,
-        participation_ratio_all=participation_ratio(latents.reshape(-1, latents.shape[2])),
-        similarity=_mean([mean_cosine(latents[:, k]) for k in steps]),
-        similarity_centred=_mean([mean_cosine(centred[:, k]) for k in steps]),
+        participation_ratio_all=participation_ratio(together),
+        similarity=_mean(similarities),
+        similarity_centred=_mean(similarities_centred),
     )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    if not known:
+        return None
+    return sum(known) / len(known)

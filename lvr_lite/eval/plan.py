@@ -56,7 +56,9 @@ def load_suite(
 
 def expected_answers(suite: str, limit: int | None, seed: int = TEST_SEED) -> dict[str, str]:
     """The right answer to each item of a suite by its id, without opening or drawing a picture."""
-    return open_source(suite, "test", seed, limit, SUITES).answers()
+    return open_source(
+        name=suite, split="test", seed=seed, count=limit, registered=SUITES
+    ).answers()
 
 
 def tokens_for(processor: Processor, answers: Iterable[str]) -> int:
@@ -135,7 +137,9 @@ class Plan:
     @property
     def asked(self) -> str | None:
         """How a benchmark asks; None for another suite."""
-        return None if self.path is None else self.prompt or benchmarks.PROMPTS[0]
+        if self.path is None:
+            return None
+        return self.prompt or benchmarks.PROMPTS[0]
 
     def tokens(self, processor: Processor) -> int:
         """Tokens of an answer at most; of a file's, room for its longest right answer."""

@@ -87,7 +87,14 @@ def probe(
         raise UsageError("no items to probe: give a file with samples")
     tokens = tokens_for(runtime.processor, (s.sample.answer for s in everyone))
     options = Options(max_tokens=tokens, look=look)
-    rounds = Rounds(runtime, everyone, batch, options, progress, len({"none", *names}))
+    rounds = Rounds(
+        runtime=runtime,
+        subjects=everyone,
+        batch=batch,
+        options=options,
+        progress=progress,
+        count=len({"none", *names}),
+    )
     own, results = rounds.ask()
     rows = [i for i, result in enumerate(results) if result.latents]
     if not rows:
@@ -101,12 +108,16 @@ def probe(
     for number, name in enumerate(INTERVENTIONS):
         if name in names and name != "none":
             rng = np.random.default_rng([seed, number])
-            feeds[name] = intervene(name, subjects, latents, runtime.latent, rng)
+            feeds[name] = intervene(
+                name=name, subjects=subjects, latents=latents, spec=runtime.latent, rng=rng
+            )
             answers[name] = rounds.ask_rows(rows, feeds[name], forbidden=name == "k0")
     effects = {name: measure(subjects, answers, name, feed, seed) for name, feed in feeds.items()}
     width = latents.shape[2]
     features = [subject.prompt.features[:, :width] for subject in subjects]
-    pointing = retrieval(latents, features, [subject.boxes for subject in subjects], seed)
+    pointing = retrieval(
+        latents=latents, features=features, boxes=[subject.boxes for subject in subjects], seed=seed
+    )
     right = sum(answer.right for answer in own)
     report: JsonObject = {
         "schema": "lvr-lite/probe",
@@ -135,7 +146,10 @@ def probe(
         "retrieval": pointing.to_json(),
         "geometry": geometry(latents).to_json(),
         "verdict": verdict(effects, pointing.ratio, runtime.latent),
-        "items": [_item(subjects, answers, feeds, i) for i in range(len(subjects))],
+        "items": [
+            _item(subjects=subjects, answers=answers, feeds=feeds, i=i)
+            for i in range(len(subjects))
+        ],
     }
     return {name: _rounded(value) for name, value in report.items()}
 
@@ -148,7 +162,13 @@ def _subject(runtime: Runtime, sample: Sample, pictures: Pictures) -> Subject:
         grid = runtime.processor.grid_of(pictures[0].height, pictures[0].width)
         boxes = visual_tokens_in_boxes(sample.boxes, grid, runtime.processor)
     digest = hashlib.sha256(prompt.features.tobytes()).hexdigest()
-    return Subject(sample, prompt, boxes, digest, visual_tokens(runtime, pictures))
+    return Subject(
+        sample=sample,
+        prompt=prompt,
+        boxes=boxes,
+        picture=digest,
+        visual_tokens=visual_tokens(runtime, pictures),
+    )
 
 
 @dataclass
@@ -181,8 +201,12 @@ class Rounds:
         for start in range(0, len(self.subjects), self.batch):
             group = slice(start, start + self.batch)
             prompts = [subject.prompt for subject in self.subjects[group]]
-            vectors = None if latents is None else list(latents[group])
-            results += decode(self.runtime, prompts, options, vectors)
+            vectors = None
+            if latents is not None:
+                vectors = list(latents[group])
+            results += decode(
+                runtime=self.runtime, prompts=prompts, options=options, latents=vectors
+            )
             self.completed += len(prompts)
             if self.progress is not None:
                 self.progress(self.completed, len(self.subjects) * self.count)
@@ -237,4 +261,6 @@ def _rounded(value: object) -> object:
         return {name: _rounded(field) for name, field in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, (float, np.floating)) else value
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.4g}")
+    return value

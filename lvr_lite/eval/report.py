@@ -57,30 +57,40 @@ def show(result: JsonObject, console: Console | None = None) -> None:
         console.print(_columns(runs))
     else:
         console.print(_score(result))
+    several = len(runs) > 1
     for run in runs:
-        title = f"{run['steps']} latent steps: " if len(runs) > 1 else ""
+        title = ""
+        if several:
+            title = f"{run['steps']} latent steps: "
         console.print(title + looks_and_sizes(run), highlight=False, soft_wrap=True)
     for note in _warnings(result):
         console.print(f"[bold]{escape(note)}[/]", highlight=False, soft_wrap=True)
     if published := PUBLISHED.get(result["suite"]) if "scores" in result else None:
         console.print(_beside_published(runs, published))
     for run in runs:
-        title = f", {run['steps']} latent steps" if len(runs) > 1 else ""
+        title = ""
+        if several:
+            title = f", {run['steps']} latent steps"
+        against = run.get("against", [])
         if "against" in run:
-            console.print(_differences(run["against"], title))
+            console.print(_differences(against, title))
         if "skills" in run:
-            console.print(_skills(run["skills"], run.get("against", []), title))
-    if broken := result.get("broken"):
-        count = f"[bold]{result['n']} of {result['of']} rows were asked[/]"
-        console.print(f"{count}; not asked, and in no score:", highlight=False)
-        for row in broken[:SHOWN_BROKEN]:
-            console.print(
-                escape(f"  {row['where']}: {row['problem']}"), highlight=False, soft_wrap=True
-            )
-        if len(broken) > SHOWN_BROKEN:
-            console.print(
-                f"  … and {len(broken) - SHOWN_BROKEN} more; --json lists all", highlight=False
-            )
+            console.print(_skills(run["skills"], against, title))
+    if result.get("broken"):
+        _show_broken(result, console)
+
+
+def _show_broken(result: JsonObject, console: Console) -> None:
+    """The first of the rows that could not be asked."""
+    broken = result["broken"]
+    count = f"[bold]{result['n']} of {result['of']} rows were asked[/]"
+    console.print(f"{count}; not asked, and in no score:", highlight=False)
+    for row in broken[:SHOWN_BROKEN]:
+        line = f"  {row['where']}: {row['problem']}"
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    more = len(broken) - SHOWN_BROKEN
+    if more > 0:
+        console.print(f"  … and {more} more; --json lists all", highlight=False)
 
 
 def looks_and_sizes(result: JsonObject) -> str:
@@ -156,35 +166,35 @@ def _columns(runs: list[JsonObject]) -> Table:
     for run in runs:
         table.add_column(f"K = {run['steps']}", justify="right", no_wrap=True)
     scores = [_named_scores(run) for run in runs]
+    first_type = next(iter(first["by_type"]), None)
     for name, one in scores[0].items():
-        if name in first["by_type"] and name == next(iter(first["by_type"])):
+        if name == first_type:
             table.add_section()
-        cells = [
-            NONE
-            if run[name]["n"] == 0
-            else _with_interval(run[name]["accuracy"], run[name].get("interval"))
-            for run in scores
-        ]
-        table.add_row(escape(name), "" if one["n"] is None else str(one["n"]), *cells)
+        count = ""
+        if one["n"] is not None:
+            count = str(one["n"])
+        cells = [_score_cell(run[name]) for run in scores]
+        table.add_row(escape(name), count, *cells)
     return table
+
+
+def _score_cell(score: JsonObject) -> str:
+    if score["n"] == 0:
+        return NONE
+    return _with_interval(score["accuracy"], score.get("interval"))
 
 
 def _named_scores(run: JsonObject) -> dict[str, JsonObject]:
     """Everything that a run is scored by: its own scores, or of a suite that is no benchmark all
     questions and pairs; then its types.
     """
-    scores: list[JsonObject] = run.get("scores", [])
+    scores: dict[str, JsonObject] = {score["name"]: score for score in run.get("scores", [])}
     if not scores:
-        scores = [
-            {"name": "all", "n": run["n"], "accuracy": run["accuracy"], "interval": run["interval"]}
-        ]
+        scores["all"] = run
         if run["pair_accuracy"] is not None:
-            scores.append(
-                {"name": "pairs, both right", "n": None, "accuracy": run["pair_accuracy"]}
-            )
-    by_name = {score["name"]: score for score in scores}
-    by_name.update(run["by_type"])
-    return by_name
+            scores["pairs, both right"] = {"n": None, "accuracy": run["pair_accuracy"]}
+    scores.update(run["by_type"])
+    return scores
 
 
 def _beside_published(
@@ -251,10 +261,12 @@ def _skills(skills: JsonObject, against: list[JsonObject], what: str = "") -> Ta
     for other in against:
         table.add_column(f"against {escape(other['source'])}")
     for kind, score in skills["by_type"].items():
-        changes = [
-            _change(other["skills"]["by_type"][kind] if "skills" in other else None)
-            for other in against
-        ]
+        changes = []
+        for other in against:
+            of_kind = None
+            if "skills" in other:
+                of_kind = other["skills"]["by_type"][kind]
+            changes.append(_change(of_kind))
         table.add_row(kind, str(score["n"]), f"{score['accuracy']:.1%}", *changes)
     table.add_section()
     changes = [_change(other.get("skills")) for other in against]
@@ -267,13 +279,18 @@ def _change(other: JsonObject | None) -> str:
     if other is None:
         return "not in that file"
     difference = _with_interval(other["difference"], other["interval"])
-    if other["difference"] >= -LOSS_IN_WORDS:
+    loss = -other["difference"]
+    if loss <= LOSS_IN_WORDS:
         return difference
-    return f"[bold red]falls by {points(-other['difference'])} points[/]: {difference}"
+    return f"[bold red]falls by {points(loss)} points[/]: {difference}"
 
 
 def _p(p: float | None) -> str:
-    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p is None:
+        return NONE
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -375,7 +392,9 @@ def _with_interval(share: float | None, interval: list[float] | None) -> str:
 
 def points(share: float | None) -> str:
     """A share or a difference of shares in percentage points; a dash for None."""
-    return NONE if share is None else f"{round(100 * share, 1) + 0:.1f}"
+    if share is None:
+        return NONE
+    return f"{round(100 * share, 1) + 0:.1f}"
 
 
 def write_probe_page(data: JsonObject, out: Path) -> None:
@@ -383,26 +402,30 @@ def write_probe_page(data: JsonObject, out: Path) -> None:
     cannot be written.
     """
     interventions = data["interventions"]
-    kinds = sorted({kind for one in interventions.values() for kind in one["by_type"]})
-    bars = interval_bars(
-        [
-            (name, one["accuracy"], one["interval"], f"n = {one['n']}")
-            for name, one in interventions.items()
-        ]
-    )
+    kinds: set[str] = set()
+    bars = []
+    rows = []
+    for name, one in interventions.items():
+        kinds.update(one["by_type"])
+        bars.append((name, one["accuracy"], one["interval"], f"n = {one['n']}"))
+        rows.append((name, WHAT[name], *_cells(one)))
+    flips = []
+    for name, one in donors(data).items():
+        share = _with_interval(one["flips_to_donor"], one["flips_interval"])
+        flips.append((name, one, share))
+    bottleneck = ""
+    if data["latent"]["mode"] == "bottleneck":
+        bottleneck = BOTTLENECK
     html = render_page(
         "probe.html.j2",
         data=data,
-        bars=bars,
+        bars=interval_bars(bars),
         baseline=f"{100 * interventions['none']['accuracy']:.2f}%",
         notes=notes(data),
-        rows=[(name, WHAT[name], *_cells(one)) for name, one in interventions.items()],
-        flips=[
-            (name, one, _with_interval(one["flips_to_donor"], one["flips_interval"]))
-            for name, one in donors(data).items()
-        ],
-        kinds=kinds,
+        rows=rows,
+        flips=flips,
+        kinds=sorted(kinds),
         points=points,
-        bottleneck=BOTTLENECK if data["latent"]["mode"] == "bottleneck" else "",
+        bottleneck=bottleneck,
     )
     write_atomically(out, html)

@@ -14,7 +14,8 @@ Outcome = tuple[str | None, bool]
 
 # What may stand around an answer without being part of it. The point of ".5" is part of it.
 _AROUND = ".,;:!?\"'()"
-_LEADING = re.compile(r"""(?:[,;:!?"'()\s]|\.(?!\d))+""")
+_LEADING = re.compile(r"""\A(?:[,;:!?"'()\s]|\.(?!\d))+""")
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,6})?")
 
 
@@ -22,11 +23,12 @@ def normalized(answer: str) -> str:
     """What counts of an answer: the text in `<answer>` tags if there are any, lower case, without
     outer punctuation and spaces. Of an answer that is all punctuation, all counts.
     """
-    tagged = re.search(r"<answer>(.*?)(?:</answer>|$)", answer, re.DOTALL | re.IGNORECASE)
-    text = tagged.group(1) if tagged else answer
+    text = answer
+    tagged = _TAGGED.search(answer)
+    if tagged:
+        text = tagged.group(1)
     whole = re.sub(r"\s+", " ", text).strip().lower()
-    leading = _LEADING.match(whole)
-    bare = whole[leading.end() if leading else 0 :].rstrip(_AROUND + " ")
+    bare = _LEADING.sub("", whole, count=1).rstrip(_AROUND + " ")
     return bare or whole
 
 
@@ -42,12 +44,17 @@ def _is_same(text: str, expected: str) -> bool:
     if text == expected:
         return bool(text)
     number = number_of(text)
-    return number is not None and number == number_of(expected)
+    if number is None:
+        return False
+    return number == number_of(expected)
 
 
 def number_of(text: str) -> Decimal | None:
     """The number that the whole of a normalized text is; None where it is anything else."""
-    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+    if not _NUMBER.fullmatch(text):
+        return None
+    digits = text.replace(",", "")
+    return Decimal(digits)
 
 
 def caption(answer: str, expected: str) -> float:
@@ -61,12 +68,16 @@ def caption(answer: str, expected: str) -> float:
     details = _details(answer)
     right = _details(expected)
     shared = (details & right).total()
-    return 2 * shared / max(1, details.total() + right.total())
+    count = details.total() + right.total()
+    return 2 * shared / max(1, count)
 
 
 def _details(text: str) -> Counter[tuple[str, str]]:
-    phrases = [phrase.split() for phrase in normalized(text).split(";")]
-    return Counter((words[0], word) for words in phrases for word in words)
+    details: Counter[tuple[str, str]] = Counter()
+    for phrase in normalized(text).split(";"):
+        words = phrase.split()
+        details.update((words[0], word) for word in words)
+    return details
 
 
 def wilson(
@@ -83,9 +94,13 @@ def wilson(
         return 0.0, 1.0
     p = right / n
     z2 = z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    scale = 1 + z2 / n
+    middle = (p + z2 / (2 * n)) / scale
+    variance = p * (1 - p) / n + z2 / (4 * n * n)
+    half = z / scale * math.sqrt(variance)
+    low = max(0.0, middle - half)
+    high = min(1.0, middle + half)
+    return low, high
 
 
 def mean_of_shares(shares: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
@@ -96,14 +111,20 @@ def mean_of_shares(shares: Sequence[tuple[float, int]]) -> tuple[float, float, f
     """
     if not shares:
         return 0.0, 0.0, 1.0
+    means = []
+    below = []
+    above = []
+    for right, n in shares:
+        mean = right / max(1, n)
+        low, high = wilson(right, n)
+        means.append(mean)
+        below.append((mean - low) ** 2)
+        above.append((high - mean) ** 2)
     count = len(shares)
-    means = [right / max(1, n) for right, n in shares]
     mean = sum(means) / count
-    intervals = [wilson(right, n) for right, n in shares]
-    pairs = list(zip(means, intervals, strict=True))
-    below = math.sqrt(sum((own - low) ** 2 for own, (low, _) in pairs)) / count
-    above = math.sqrt(sum((high - own) ** 2 for own, (_, high) in pairs)) / count
-    return mean, max(0.0, mean - below), min(1.0, mean + above)
+    low = mean - math.sqrt(sum(below)) / count
+    high = mean + math.sqrt(sum(above)) / count
+    return mean, max(0.0, low), min(1.0, high)
 
 
 def together(outcomes: Iterable[Outcome], size: int) -> list[bool]:
@@ -118,7 +139,9 @@ def together(outcomes: Iterable[Outcome], size: int) -> list[bool]:
 def pair_accuracy(outcomes: Iterable[Outcome]) -> float | None:
     """Share of whole pairs in which both items are right; None where there is no pair."""
     pairs = together(outcomes, 2)
-    return sum(pairs) / len(pairs) if pairs else None
+    if not pairs:
+        return None
+    return sum(pairs) / len(pairs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -133,7 +156,7 @@ _LEADS = (
     r"(?:(?:the\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
     r"|\b(?:choose|pick|select|go\s+with)\s+(?:option\s+|choice\s+|letter\s+)?"
     r"|\b(?:therefore|thus|hence|so)\b,?\s*(?:it\s+is\s+|it's\s+|the\s+)?"
-    r"|^\s*(?:it\s+is|it's)\s+"
+    r"|^[^\S\n]*(?:it\s+is|it's)\s+"
 )
 _CONCLUSION = re.compile(
     rf"(?:{_LEADS})(?P<mark>{_MARK.format('([A-Za-z])')})", re.IGNORECASE | re.MULTILINE
@@ -143,6 +166,11 @@ _ALSO = re.compile(
     r"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:or\s+|and\s+)?(?:option\s+)?"
     rf"{_MARK.format('[A-Z]')}(?!\s+[a-z])"
 )
+# Characters of a text's end that a choice is looked for in, around a letter, and marks of options.
+# No answer or question needs more, and what searches them takes the square of their number.
+END = 20_000
+AROUND = 200
+MARKS = 200
 # what never follows the article
 _AFTER_A = (
     r"(?!\s+(?!(?:is|was|because|since|and|or|as\s+it|would|seems|shows|[B-Z])\b)\w)(?!['’\-])"
@@ -154,6 +182,14 @@ _NEGATION = re.compile(
 )
 # the letters before the options of a question
 _LISTS = (r"\(([A-Za-z])\)", r"(?<![\w(.])([A-Za-z])[.):](?=\s)")
+
+
+_LAST_TAGGED = re.compile(
+    r"<answer>(.*?)(?:</answer>|(?=<answer>)|$)",
+    re.DOTALL | re.IGNORECASE,
+)
+_BOXED = re.compile(r"\\boxed\{(?:\s*\\text\w*\{)?([^{}]*)\}")
+_MARKUP = re.compile(r"</?\w+>|<\|\w+\|>|[*`$]")
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
@@ -172,17 +208,16 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
         return None
     letters = LETTERS[: len(options)]
     words = [normalized(option) for option in options]
+    by_letter = dict(zip(letters, words, strict=True))
     alone = _letters_alone(text)
     # An option may itself be one letter; then it means that option.
     means_option = len(alone) == 1 and whole in words and whole.upper() not in letters
     if alone and not means_option:
         return _only(alone, letters)
-    same = [
-        letter for letter, option in zip(letters, words, strict=True) if _is_same(whole, option)
-    ]
+    same = [letter for letter, option in by_letter.items() if _is_same(whole, option)]
     if same:
-        return same[0] if len(same) == 1 else None
-    for letter, option in zip(letters, words, strict=True):
+        return _only(same, letters)
+    for letter, option in by_letter.items():
         led = re.match(
             rf"\W*{letter}\b[\s\W]*(?P<rest>\S.*)",
             text,
@@ -190,18 +225,20 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
         )
         if led and _is_same(normalized(led["rest"]), option):
             return letter
-    concluded = _conclusions(text)
-    if concluded:
-        return _only(concluded, letters)
-    mentioned = _mentioned(text, letters)
-    if mentioned:
-        return _only(mentioned, letters)
-    return _by_words(text, dict(zip(letters, words, strict=True)))
+    named = _conclusions(text) or _mentioned(text, letters)
+    if named:
+        return _only(named, letters)
+    return _by_words(text, by_letter)
 
 
 def _only(candidates: Sequence[str], letters: str) -> str | None:
     """The one candidate, if it is one and one of the letters."""
-    return candidates[0] if len(candidates) == 1 and candidates[0] in letters else None
+    if len(candidates) != 1:
+        return None
+    (letter,) = candidates
+    if letter not in letters:
+        return None
+    return letter
 
 
 def _answer_text(answer: str) -> str:
@@ -209,18 +246,23 @@ def _answer_text(answer: str) -> str:
     Markdown's emphasis.
     """
     text = answer.split("</think>")[-1]
-    tags = r"<answer>(.*?)(?:</answer>|(?=<answer>)|$)"
-    if tagged := re.findall(tags, text, re.DOTALL | re.IGNORECASE):
+    tagged = _LAST_TAGGED.findall(text)
+    boxed = _BOXED.findall(text)
+    if tagged:
         text = tagged[-1]
-    elif boxed := re.findall(r"\\boxed\{\s*(?:\\text\w*\{)?([^{}]*)\}", text):
+    elif boxed:
         text = boxed[-1]
-    return re.sub(r"</?\w+>|<\|\w+\|>|[*`$]", "", text).strip()
+    return _MARKUP.sub("", text[-END:]).strip()
 
 
 def _letters_alone(text: str) -> list[str]:
     """The different letters that have a line to themselves."""
-    lines = [re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", line) for line in text.splitlines()]
-    return list({match.group(1).upper() for match in lines if match})
+    letters: set[str] = set()
+    for line in text.splitlines():
+        match = re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", line)
+        if match:
+            letters.add(match.group(1).upper())
+    return list(letters)
 
 
 def _conclusions(text: str) -> list[str]:
@@ -228,16 +270,31 @@ def _conclusions(text: str) -> list[str]:
     letters: list[str] = []
     for match in _CONCLUSION.finditer(text):
         mark = match["mark"]
-        rest = text[match.end() :]
+        rest = text[match.end() : match.end() + AROUND]
         letter = mark.strip("()[] ")
-        bare = mark == letter
-        article = bare and letter in "aAI" and not re.match(_AFTER_A, rest)
-        part_of_word = bare and letter.islower() and re.match(r"['’]|\s+\w", rest)
-        if article or part_of_word or _NEGATION.search(text[: match.start("mark")]):
+        if mark == letter and _is_word(letter, rest):
             continue
+        if _negated(text, match.start("mark")):
+            continue
+        letters = [letter.upper()]
         also = _ALSO.match(rest)
-        letters = [letter.upper(), also.group()] if also else [letter.upper()]
+        if also:
+            letters.append(also.group())
     return letters
+
+
+def _negated(text: str, place: int) -> bool:
+    """Whether a negation stands before a place."""
+    return _NEGATION.search(text[max(0, place - AROUND) : place]) is not None
+
+
+def _is_word(letter: str, rest: str) -> bool:
+    """Whether a bare letter is the article, the pronoun, or the beginning of a word. rest: the text
+    after it.
+    """
+    if letter in "aAI" and not re.match(_AFTER_A, rest):
+        return True
+    return letter.islower() and re.match(r"['’]|\s+\w", rest) is not None
 
 
 def _mentioned(text: str, letters: str) -> list[str]:
@@ -245,14 +302,17 @@ def _mentioned(text: str, letters: str) -> list[str]:
     either case, or as a capital word.
     """
     mentioned: dict[str, None] = {}
-    marks = r"[(\[]\s*([A-Za-z])\s*[)\]]|^\s*([A-Za-z])\s*(?:[.):,]|[-–—])(?=\s|$)"
+    marks = r"[(\[]\s*([A-Za-z])\s*[)\]]|^[^\S\n]*([A-Za-z])\s*(?:[.):,]|[-–—])(?=\s|$)"
     capital = rf"(?<![\w'’.\-])([{letters}])(?![\w'’\-])"
     for match in re.finditer(rf"{marks}|{capital}", text, re.MULTILINE):
-        letter = next(group for group in match.groups() if group)
-        rest = text[match.end() :]
-        article = match.group(3) in ("A", "I") and not re.match(_AFTER_A, rest)
-        if not article and not _NEGATION.search(text[: match.start()]):
-            mentioned[letter.upper()] = None
+        bracketed, leading, word = match.groups()
+        rest = text[match.end() : match.end() + AROUND]
+        if word in ("A", "I") and not re.match(_AFTER_A, rest):
+            continue
+        if _negated(text, match.start()):
+            continue
+        letter = bracketed or leading or word
+        mentioned[letter.upper()] = None
     return list(mentioned)
 
 
@@ -263,22 +323,32 @@ def _by_words(text: str, options: dict[str, str]) -> str | None:
     line = re.sub(r"\s+", " ", text).lower()
     spans: dict[str, tuple[int, int]] = {}
     for letter, option in options.items():
+        if not option.strip(_AROUND):
+            continue
         # Neither the 5 of "0.5" nor that of "5.1" is the option 5.
         match = re.search(rf"(?<!\w)(?<![.,](?=\d)){re.escape(option)}(?!\w|[.,]\d)", line)
-        if option.strip(_AROUND) and match:
+        if match:
             spans[letter] = match.span()
-    outer = [
-        letter
-        for letter, span in spans.items()
-        if not any(_contains(other, span) for other in spans.values())
-    ]
-    if len(outer) != 1 or _NEGATION.search(line[: spans[outer[0]][0]]):
+    outer = []
+    for letter, span in spans.items():
+        within_another = any(_contains(other, span) for other in spans.values())
+        if not within_another:
+            outer.append(letter)
+    if len(outer) != 1:
         return None
-    return outer[0]
+    (letter,) = outer
+    start, _ = spans[letter]
+    if _negated(line, start):
+        return None
+    return letter
 
 
 def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
-    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+    if outer == inner:
+        return False
+    outer_start, outer_end = outer
+    start, end = inner
+    return outer_start <= start and end <= outer_end
 
 
 def lettered_options(text: str) -> list[str]:
@@ -288,17 +358,30 @@ def lettered_options(text: str) -> list[str]:
     """
     lists: dict[int, list[str]] = {}
     for mark in _LISTS:
-        marks = list(re.finditer(mark, text))
-        for start, first in enumerate(marks):
-            run = [first]
-            for match in marks[start + 1 :]:
-                if ord(match.group(1)) == ord(run[-1].group(1)) + 1:
-                    run.append(match)
-            ends = [match.start() for match in run[1:]] + [len(text)]
-            options = [
-                text[match.end() : end].split("\n")[0].strip(" ,;\t\r")
-                for match, end in zip(run, ends, strict=True)
-            ]
-            if first.group(1) in "aA" and len(options) > 1 and all(options):
+        marks = list(re.finditer(mark, text))[-MARKS:]
+        for place, first in enumerate(marks):
+            if first.group(1) not in "aA":
+                continue
+            options = _options_after(text, marks[place:])
+            if len(options) > 1 and all(options):
                 lists[first.start()] = options
-    return lists[max(lists)] if lists else []
+    if not lists:
+        return []
+    last = max(lists)
+    return lists[last]
+
+
+def _options_after(text: str, marks: list[re.Match[str]]) -> list[str]:
+    """The options from the first of these marks on, as far as letters follow each other."""
+    run = marks[:1]
+    for match in marks[1:]:
+        following = ord(run[-1].group(1)) + 1
+        if ord(match.group(1)) == following:
+            run.append(match)
+    ends = [match.start() for match in run[1:]]
+    ends.append(len(text))
+    options = []
+    for match, end in zip(run, ends, strict=True):
+        line = text[match.end() : end].split("\n")[0]
+        options.append(line.strip(" ,;\t\r"))
+    return options

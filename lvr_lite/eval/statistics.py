@@ -69,7 +69,8 @@ def bootstrap_ratio(
         np.full(count, 1 / count),
         size=resamples,
     )
-    low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
+    means = (draws @ sums) / (draws @ sizes)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -92,17 +93,15 @@ def participation_ratio(vectors: np.ndarray) -> float | None:
 
     It is computed from the trace of the covariance and of its square, without eigenvalues.
     """
-    centred = np.asarray(vectors, np.float64) - np.mean(
-        vectors,
-        axis=0,
-        dtype=np.float64,
-    )
+    mean = np.mean(vectors, axis=0, dtype=np.float64)
+    centred = np.asarray(vectors, np.float64) - mean
     trace = float((centred**2).sum())
-    if trace <= (1e-5 * np.linalg.norm(vectors)) ** 2:
+    negligible = 1e-5 * np.linalg.norm(vectors)
+    if trace <= negligible**2:
         return None
+    count, width = centred.shape
     # Both products have the same eigenvalues but zeros; the smaller one is computed.
-    few = len(centred) < centred.shape[1]
-    gram = centred @ centred.T if few else centred.T @ centred
+    gram = centred @ centred.T if count < width else centred.T @ centred
     return trace**2 / float((gram**2).sum())
 
 
@@ -117,4 +116,5 @@ def mean_cosine(vectors: np.ndarray) -> float | None:
     # The square of the sum has every pair twice, and each vector with itself.
     with_itself = (directions**2).sum()
     every_pair = (directions.sum(0) ** 2).sum()
-    return float((every_pair - with_itself) / (n * (n - 1)))
+    pairs = n * (n - 1)
+    return float((every_pair - with_itself) / pairs)

@@ -150,7 +150,9 @@ class Scores:
     def looked(self) -> float | None:
         """The share of answers that looked; None where none tells."""
         looks = [answer.looks for answer in self.answers if answer.looks is not None]
-        return round(sum(n > 0 for n in looks) / len(looks), 4) if looks else None
+        if not looks:
+            return None
+        return round(sum(n > 0 for n in looks) / len(looks), 4)
 
     @property
     def visual_tokens(self) -> JsonObject:
@@ -190,7 +192,9 @@ def evaluate(
     batch: questions decoded together.
     """
     options = options or Options()
-    questioning = Questioning(runtime, (options.steps,), batch, progress)
+    questioning = Questioning(
+        runtime=runtime, steps=(options.steps,), batch=batch, progress=progress
+    )
     (answers,) = questioning.answers(items, options, grade)
     return Scores(runtime.name, answers).to_json()
 
@@ -380,14 +384,22 @@ def score_model(
         reason = f"{runtime.name} was not tuned for latent steps: use steps 0"
         raise UsageError(f"--steps {most}: {reason}")
     steps = plan.steps or (None,)
-    questioning = Questioning(runtime, steps, plan.batch, progress, journal or Journal())
+    questioning = Questioning(
+        runtime=runtime,
+        steps=steps,
+        batch=plan.batch,
+        progress=progress,
+        journal=journal or Journal(),
+    )
     options = Options(max_tokens=plan.tokens(runtime.processor), look=plan.look)
     options.steps_of(runtime)
     broken: list[Broken] = []
     if benchmark is None:
         grade = {"scenes": exact, "skills": skill}.get(plan.suite, lettered)
         special = runtime.processor.special_tokens
-        items = load_suite(plan.suite, plan.limit, plan.seed, special)
+        items = load_suite(
+            suite=plan.suite, limit=plan.limit, seed=plan.seed, special_tokens=special
+        )
         answers = questioning.answers(items, options, grade)
     else:
         unopened: list[tuple[str, str]] = []
@@ -406,7 +418,14 @@ def score_model(
     max_pixels = runtime.processor.image.max_pixels
     return [
         SuiteScores(
-            plan, count, score, max_pixels, options.max_tokens, of_skills, benchmark, broken
+            plan=plan,
+            steps=count,
+            scores=score,
+            max_pixels=max_pixels,
+            max_tokens=options.max_tokens,
+            skills=of_skills,
+            benchmark=benchmark,
+            broken=broken,
         )
         for count, score, of_skills in zip(questioning.counts, scores, skills, strict=True)
     ]

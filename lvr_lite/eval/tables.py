@@ -227,7 +227,9 @@ class Parquet:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    if str(error):
+        return str(error).splitlines()[0][:120]
+    return type(error).__name__
 
 
 def _need_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:

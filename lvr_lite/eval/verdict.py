@@ -49,10 +49,14 @@ def verdict(effects: Mapping[str, Effect], ratio: float | None, spec: LatentSpec
     # An intervention by noise applies to every subject, so its difference is a number.
     assert noise.difference is not None
     assert noise.difference_interval is not None
-    clear = noise.difference_interval[1] < 0
+    cost = -noise.difference
+    _, highest = noise.difference_interval
+    clear = highest < 0
     flipped = flips.flips_to_donor or 0
-    lift = 0 if spec.mode == "bottleneck" else flips.lift or 0
-    if clear and -noise.difference >= COSTLY and flipped >= FLIPPED:
+    lift = flips.lift or 0
+    if spec.mode == "bottleneck":
+        lift = 0
+    if clear and cost >= COSTLY and flipped >= FLIPPED:
         return f"the latents carry the answer: {numbers}"
     if clear or lift >= LIFTED:
         return f"the latents matter in part: {numbers}"
@@ -60,26 +64,36 @@ def verdict(effects: Mapping[str, Effect], ratio: float | None, spec: LatentSpec
 
 
 def _numbers(
-    noise: Effect | None, flips: Flips | None, ratio: float | None, spec: LatentSpec
+    noise: Effect | None,
+    flips: Flips | None,
+    ratio: float | None,
+    spec: LatentSpec,
 ) -> Iterator[str]:
     if noise is not None and noise.difference is not None and noise.difference_interval:
         low, high = noise.difference_interval
+        cost = _points(-noise.difference)
         interval = f"{_points(-high)} to {_points(-low)}"
-        yield f"noise costs {_points(-noise.difference)} points ({interval}, n = {noise.n})"
+        yield f"noise costs {cost} points ({interval}, n = {noise.n})"
     if flips is not None and flips.pairs:
         by_noise = ""
         if noise is not None:
             by_noise = f"; under noise {_points(flips.flips_by_noise)} %"
+        reason = ""
+        if spec.mode == "bottleneck":
+            reason = ", nearly by construction"
         numbers = f"{_points(flips.flips_to_donor)} % of {flips.pairs} pairs"
         lift = f"(lift {_points(flips.lift)} points{by_noise})"
-        reason = ", nearly by construction" if spec.mode == "bottleneck" else ""
         yield f"the same-question donor's answer comes in {numbers} {lift}{reason}"
     elif flips is not None:
         yield "no item has a same-question donor"
-    yield "R@1 is not defined" if ratio is None else f"R@1 is {ratio:.1f} times chance"
+    if ratio is None:
+        yield "R@1 is not defined"
+    else:
+        yield f"R@1 is {ratio:.1f} times chance"
 
 
 def _points(share: float | None) -> str:
     assert share is not None
     # + 0: no minus before a zero.
-    return f"{round(100 * share, 1) + 0:.1f}"
+    points = round(100 * share, 1) + 0
+    return f"{points:.1f}"

@@ -13,23 +13,35 @@ def greedy(logits: np.ndarray) -> int:
     """The most likely id; the lowest one among equals. Raises NotFiniteError for NaN."""
     # To numpy a NaN is the largest of all.
     most_likely = int(logits.argmax())
-    if not np.isfinite(logits[most_likely]):
-        raise NotFiniteError(
-            f"the model's logits are not finite ({logits[most_likely]}): its weights are damaged, "
-            "or its numbers overflow in this precision; take fp32, or another checkpoint"
-        )
+    if np.isnan(logits[most_likely]):
+        raise _not_finite(logits[most_likely])
     return most_likely
+
+
+def _not_finite(value: float) -> NotFiniteError:
+    return NotFiniteError(
+        f"the model's logits are not finite ({value}): its weights are damaged, or its numbers "
+        "overflow in this precision; take fp32, or another checkpoint"
+    )
+
+
+def _scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Logits (V,) over the temperature, in float64, the largest of them 0."""
+    most = float(logits[greedy(logits)])
+    if not np.isfinite(most):
+        raise _not_finite(most)
+    # Before the division, which overflows at the lowest temperatures.
+    below = logits.astype(np.float64) - most
+    with np.errstate(over="ignore"):
+        return np.asarray(below / temperature)
 
 
 def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     """Softmax at `temperature` > 0, cut to the smallest set of tokens whose probability reaches
-    `top_p` in (0, 1]; sums to 1. Raises NotFiniteError for NaN.
+    `top_p` in (0, 1]; sums to 1. Raises NotFiniteError where the largest is not
+    finite.
     """
-    exact = logits.astype(np.float64)
-    # The most likely one becomes 0 before the division, which overflows for the least temperatures.
-    with np.errstate(over="ignore"):
-        scaled = (exact - exact[greedy(logits)]) / temperature
-    p = np.exp(scaled)
+    p = np.exp(_scaled(logits, temperature))
     p /= p.sum()
     if top_p < 1.0:
         order = np.argsort(-p, kind="stable")
@@ -43,9 +55,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
 
 def log_probability(logits: np.ndarray, temperature: float, token: int) -> float:
     """Of an id at `temperature` > 0, among all ids."""
-    exact = logits.astype(np.float64)
-    with np.errstate(over="ignore"):
-        scaled = (exact - exact[greedy(logits)]) / temperature
+    scaled = _scaled(logits, temperature)
     total = np.log(np.exp(scaled).sum())
     return float(scaled[token] - total)
 

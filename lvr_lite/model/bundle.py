@@ -12,25 +12,37 @@ SHA256SUMS        of all these, as sha256sum writes it; bundles of earlier versi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from lvr_lite.errors import BundleError
-from lvr_lite.files import sha256
+from lvr_lite.files import earlier_result, sha256
 from lvr_lite.model import families
 from lvr_lite.model.families import ImageSpec
+from lvr_lite.model.json_files import check_number, check_whole, read_object
+from lvr_lite.model.onnx_files import check_graph
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.spec import LatentSpec, TokenIds
-from lvr_lite.sums import check_sums, files_below, write_sums
+from lvr_lite.sums import check_sums, files_below, is_plain, write_sums
 
 MANIFEST = "lvr.json"
 VERSION = 1
 TOKENIZER = "tokenizer.json"
+# The largest values of numbers in a manifest: some 30 times what any published model has.
+LARGEST_SIZES = {
+    "layers": 1 << 10,
+    "kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_size": 1 << 18,
+    "vocab_size": 1 << 24,
+}
+LARGEST_STEPS = 1 << 12
 GRAPHS = ("vision_encoder", "embed_tokens", "decoder", "lm_head")
 
 
@@ -159,7 +171,7 @@ class Bundle:
             family=families.get(manifest.family),
             image=manifest.image,
             template=manifest.chat_template,
-            tokenizer=Tokenizer.from_file(str(self.folder / TOKENIZER)),
+            tokenizer=_read_tokenizer(_inside(self.folder, TOKENIZER)),
             tokens=manifest.tokens,
         )
 
@@ -176,10 +188,7 @@ class Bundle:
         not have the sha256 of the manifest; then for one that SHA256SUMS says otherwise of."""
         digests = _digests(self.manifest)
         for name, digest in digests.items():
-            path = self.folder / name
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                manifest = self.folder / MANIFEST
-                raise BundleError(f"{manifest}: file {name} lies outside the bundle; do not use it")
+            path = _inside(self.folder, name)
             if not path.is_file():
                 raise BundleError(f"{path}: missing; copy the whole bundle again, or export again")
             if sha256(path) != digest:
@@ -187,8 +196,26 @@ class Bundle:
                     f"{path}: changed or truncated (its sha256 is not the manifest's); "
                     "copy the bundle again, or export again"
                 )
+        for graph in self.manifest.graphs.values():
+            listed = [_beside(graph.path, file) for file in graph.files]
+            check_graph(self.folder / graph.path, listed)
         # What the manifest vouches for was hashed above.
         check_sums(self.folder, known=digests, required=(MANIFEST, *digests))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of a bundle's. Raises BundleError where its name or a link leads elsewhere."""
+    path = folder / name
+    if not is_plain(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{folder / MANIFEST}: file {name} lies outside the bundle; do not use it"
+        )
+    return path
+
+
+def _beside(graph: str, file: str) -> str:
+    """A file of a bundle as a graph in it names it."""
+    return PurePosixPath(os.path.relpath(file, PurePosixPath(graph).parent)).as_posix()
 
 
 def _digests(manifest: Manifest) -> dict[str, str]:
@@ -200,6 +227,15 @@ def _digests(manifest: Manifest) -> dict[str, str]:
 def write_bundle_sums(folder: Path, manifest: Manifest) -> None:
     """Write SHA256SUMS over all that lies in a bundle. Comes last of its files."""
     write_sums(folder, files_below(folder), known=_digests(manifest))
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    # tokenizers raises plain Exception.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"{path}: cannot be read ({reason}); export again") from error
 
 
 def is_bundle(folder: Path) -> bool:
@@ -219,6 +255,11 @@ def hashes_and_bytes(folder: Path, paths: Sequence[str]) -> tuple[dict[str, str]
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
+    if not folder.is_dir() and (earlier := earlier_result(folder)):
+        raise BundleError(
+            f"{folder}: no such folder, since its replacing was interrupted; the earlier bundle is "
+            f"{earlier}: rename it to {folder.name}"
+        )
     if not folder.is_dir():
         raise BundleError(
             f"{folder}: no such folder; `lvr-lite export CHECKPOINT BUNDLE` makes a bundle"
@@ -229,7 +270,7 @@ def _read_manifest(folder: Path) -> Manifest:
             f"`lvr-lite export CHECKPOINT {folder}` makes one"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_object(path, "export again")
         version = data["version"]
         if version != VERSION:
             raise BundleError(
@@ -237,13 +278,49 @@ def _read_manifest(folder: Path) -> Manifest:
                 "export again, or install the matching release"
             )
         manifest = Manifest.from_json(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error}); export again") from error
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_values(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(
-            f"{path}: a field is missing or unknown ({error}); export again"
+            f"{path}: a field is missing, unknown or wrong ({error}); export again"
         ) from error
     for name in GRAPHS:
         if name not in manifest.graphs:
             raise BundleError(f"{path}: graph {name} is missing; export again")
+    for name in _digests(manifest):
+        _inside(folder, name)
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError, naming the field, for a value of another kind or beyond all use."""
+    for name, most in LARGEST_SIZES.items():
+        check_whole(f"decoder.{name}", getattr(manifest.decoder, name), 1, most)
+    check_whole("latent.steps", manifest.latent.steps, 0, LARGEST_STEPS)
+    check_number("latent.norm", manifest.latent.norm)
+    tokens = asdict(manifest.tokens)
+    for name, value in tokens.items():
+        for token in value if name == "end" else [value]:
+            check_whole(f"tokens.{name}", token, 0, manifest.decoder.vocab_size - 1)
+    if not manifest.tokens.end:
+        raise ValueError("tokens.end is empty")
+    manifest.image.check()
+    for name, kind in (("family", str), ("precision", str), ("chat_template", str)):
+        if not isinstance(getattr(manifest, name), kind):
+            raise ValueError(f"{name} must be text")
+    for name in ("rope", "source", "parity"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} must be an object")
+    for name, graph in manifest.graphs.items():
+        _check_graph_values(name, graph)
+
+
+def _check_graph_values(name: str, graph: Graph) -> None:
+    check_whole(f"graphs.{name}.bytes", graph.bytes, 0, 1 << 50)
+    if not isinstance(graph.precision, str):
+        raise ValueError(f"graphs.{name}.precision must be text")
+    if not all(isinstance(digest, str) for digest in graph.files.values()):
+        raise ValueError(f"graphs.{name}.files must give each file its sha256")
+    for info in (*graph.inputs.values(), *graph.outputs.values()):
+        axes = info.axes if isinstance(info.axes, list) else [None]
+        if not all(isinstance(axis, str | int) for axis in axes) or not isinstance(info.dtype, str):
+            raise ValueError(f"graphs.{name} has an end without dtype and axes")

@@ -29,7 +29,8 @@ from typing import Any
 
 from lvr_lite.errors import BundleError, UsageError
 from lvr_lite.files import JsonObject, kept_sha256
-from lvr_lite.model.bundle import Bundle, is_bundle
+from lvr_lite.model.bundle import LARGEST_STEPS, Bundle, is_bundle
+from lvr_lite.model.families.base import LARGEST_PICTURE
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.processor_files import read_json, read_processor, with_rows_for_markers
 from lvr_lite.model.spec import LatentSpec
@@ -37,9 +38,10 @@ from lvr_lite.model.weight_files import SINGLE, refuse_quantized, refuse_stand_i
 from lvr_lite.sums import SUMS, check_sums
 
 LVR_CONFIG = "lvr_config.json"
-# Areas in pixels that pictures may be shrunk to: of one visual token, and as recipes allow.
+# Pixels of one visual token, to which a picture may be shrunk.
 SMALLEST_PICTURE = 28 * 28
-LARGEST_PICTURE = 10**9
+# Rows of embedding and head, in config.json; published ones have some 260,000.
+LARGEST_VOCABULARY = 1 << 24
 # Of lvr_config.json: the newest that is read here.
 VERSION = 1
 ADAPTER = "adapter_model.safetensors"
@@ -186,6 +188,7 @@ def read_checkpoint(model: str | Path, weights: bool = True) -> Checkpoint:
         _check_sums(base, weights, required=("config.json", SINGLE))
     config = read_json(base / "config.json")
     refuse_quantized(base / "config.json", config)
+    _refuse_absurd(base / "config.json", config)
     if weights:
         _check_base_files(base)
     processor = read_processor(folder, base, config, tuned)
@@ -195,9 +198,40 @@ def read_checkpoint(model: str | Path, weights: bool = True) -> Checkpoint:
         adapter=tuned is not None,
         config=with_rows_for_markers(config, processor.tokens),
         processor=processor,
-        latent=LatentSpec.from_json(tuned["latent"]) if tuned is not None else LatentSpec(),
+        latent=_latent(folder / LVR_CONFIG, tuned),
         trained_over=None if tuned is None else tuned.get("base_sha256"),
     )
+
+
+def _latent(path: Path, tuned: JsonObject | None) -> LatentSpec:
+    if tuned is None:
+        return LatentSpec()
+    try:
+        latent = LatentSpec.from_json(tuned["latent"])
+        steps, norm = latent.steps, latent.norm
+    except (TypeError, AttributeError) as error:
+        raise BundleError(f"{path}: latent is no description of a loop ({error})") from error
+    if type(steps) is not int or type(norm) not in (int, float) or steps > LARGEST_STEPS:
+        raise BundleError(f"{path}: latent has {steps!r:.40} steps and norm {norm!r:.40}")
+    return latent
+
+
+# Sizes, counts and ids in a config.json lie below it; a table of that many rows fits no machine.
+ABSURD = 1 << 31
+
+
+def _refuse_absurd(path: Path, config: JsonObject) -> None:
+    """Raises BundleError for a number in config.json that no model has, before anything is made of
+    that size.
+    """
+    waiting: list[tuple[str, object]] = list(config.items())
+    while waiting:
+        name, value = waiting.pop()
+        most = LARGEST_VOCABULARY if name.endswith("vocab_size") else ABSURD
+        if isinstance(value, int) and abs(value) > most:
+            raise BundleError(f"{path}: {name} is {str(value)[:40]}, which no model has")
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", part) for key, part in value.items()]
 
 
 def _check_sums(folder: Path, weights: bool, required: tuple[str, ...]) -> None:

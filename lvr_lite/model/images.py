@@ -8,21 +8,37 @@ tests/model/test_families.py by family.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from os import SEEK_END
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from lvr_lite.errors import DataError
 from lvr_lite.model.families.base import ImageSpec
 
-MAX_PIXELS = (
-    2 * 89_478_485
-)  # where Pillow itself calls a picture a decompression bomb: 179 million, half a gigabyte as RGB
-# endings, in small letters, of names that stand for pictures
+# Width times height, 67 million. A phone's 50 megapixels fit; its 200 do not, and no model is shown
+# more than a few (`max_pixels`). A hostile picture of this size costs at most some 1.1 GB: WebP's
+# decoder keeps three of them.
+MAX_PIXELS = 1 << 26
+# Bytes of a file; this many pixels of 16 bits and four channels, stored plainly, have as many.
+MAX_BYTES = 1 << 29
+# Pixels that are converted at once where a conversion needs copies.
+STRIP = 1 << 22
+# What Pillow may try, by its names: EPS starts Ghostscript, and few people look at rare ones. A
+# phone's MPO, a JPEG with a second picture in it, is read as JPEG. Of AVIF Pillow may lack the
+# library.
+FORMATS = tuple(
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+    if name != "AVIF" or features.check("avif")
+)
+# Endings, in small letters, of names that stand for pictures.
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MAX_ASPECT = 200  # transformers refuses longer pictures (smart_resize)
+# transformers refuses longer pictures (smart_resize).
+MAX_ASPECT = 200
 
 
 def open_picture(path: Path | str) -> Image.Image:
@@ -55,53 +71,64 @@ def read_picture(file: BinaryIO, name: str) -> Image.Image:
     would clip them to white. Raises DataError as `open_picture` does.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of large pictures and odd metadata: what matters of it is refused below, in one line
+        # Of large pictures and odd metadata: what matters of it is refused below, in one line.
+        warnings.simplefilter("ignore")
         try:
-            picture = Image.open(file)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(_too_large(name, f"{picture.width} x {picture.height} pixels"))
+            picture = _opened(file, name)
             picture.load()
-            return _rgb(ImageOps.exif_transpose(picture), name)
+            # In place: a copy would be another 268 MB.
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _rgb(picture, name)
         except DataError:
             raise
         except Image.DecompressionBombError as error:
             raise DataError(_too_large(name, "too many pixels")) from error
         except UnidentifiedImageError as error:
             raise DataError(f"{name}: {_not_a_picture(file)}") from error
-        # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+        # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files.
         except Exception as error:
             raise DataError(
                 f"{name}: a damaged picture ({_one_line(error)}); copy or save it again"
             ) from error
 
 
+def _opened(file: BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, its header read and nothing of its pixels.
+
+    Raises DataError where these would be too many, and what Pillow raises.
+    """
+    size = file.seek(0, SEEK_END)
+    file.seek(0)
+    if size > MAX_BYTES:
+        raise DataError(f"{name}: more than {MAX_BYTES >> 20} MiB; scale it down first")
+    picture = Image.open(file, formats=FORMATS)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise DataError(_too_large(name, f"{picture.width} x {picture.height} pixels"))
+    return picture
+
+
 def stored_shape(path: Path) -> tuple[tuple[int, int], int]:
     """((width, height) as stored, EXIF orientation 1 to 8) of a picture, from its header. Raises
-    DataError for a file that is none.
+    DataError for a file that is none, and for one that is too large to be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and odd metadata
-            picture = Image.open(path)
-        with picture:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            # Of large pictures and odd metadata.
+            warnings.simplefilter("ignore")
+            picture = _opened(file, str(path))
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-            turned = picture.format == "TIFF" and orientation in (
-                5,
-                6,
-                7,
-                8,
-            )  # of which Pillow tells the size after turning
-            return picture.size[
-                ::-1
-            ] if turned else picture.size, orientation if orientation in range(2, 9) else 1
-    # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files
+    except DataError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and more on damaged files.
     except Exception as error:
         why = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
         raise DataError(
             f"{path} is not a picture that Pillow can read{why}; save it as PNG or JPEG"
         ) from error
+    # Of these Pillow tells the size after turning.
+    turned = picture.format == "TIFF" and orientation in (5, 6, 7, 8)
+    stored = picture.size[::-1] if turned else picture.size
+    return stored, orientation if orientation in range(2, 9) else 1
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -137,22 +164,40 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
             "save it with 8 bits a channel"
         )
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(
-            Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture
-        ).convert("RGB")
+        return _on_white(picture)
     return picture.convert("RGB")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """Transparent pixels laid on white."""
+    whole = Image.new("RGB", picture.size)
+    for box in _strips(picture):
+        strip = picture.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        whole.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return whole
 
 
 def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     """A grey picture of mode I or I;16 (0 to 65535) with its range scaled to 0 to 255, rounded."""
-    values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    lowest, highest = (int(np.asarray(value)) for value in picture.getextrema())
+    if lowest < 0 or highest > 65535:
         raise DataError(
-            f"{name}: grey values from {values.min()} to {values.max()} do not fit 16 bits; "
+            f"{name}: grey values from {lowest} to {highest} do not fit 16 bits; "
             "save it with 8 bits a channel"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    whole = Image.new("L", picture.size)
+    for box in _strips(picture):
+        values = np.asarray(picture.crop(box)).astype(np.int64)
+        whole.paste(Image.fromarray(((values + 128) // 257).astype(np.uint8)), box)
+    return whole
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes (x0, y0, x1, y1) of some rows each that cover a picture."""
+    rows = max(1, STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        yield 0, top, picture.width, min(top + rows, picture.height)
 
 
 def open_for_model(path: Path) -> Image.Image:

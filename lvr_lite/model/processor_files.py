@@ -16,7 +16,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from lvr_lite.errors import BundleError, LvrError
+from lvr_lite.files import JsonObject
 from lvr_lite.model import families, spec
+from lvr_lite.model.json_files import read_object
 from lvr_lite.model.processor import Processor
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.spec import TokenIds
@@ -24,21 +26,18 @@ from lvr_lite.model.spec import TokenIds
 MARKERS = (spec.START, spec.LATENT, spec.END)
 # Tokens that a vocabulary keeps for uses to come: SmolVLM fills all of its rows and has 88 of them.
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")
+# Bytes; published ones have up to some 30,000.
+LARGEST_TEMPLATE = 1 << 20
 # Fields of tokenizer_config.json that name a special token; templates may call them by these names.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file. Raises BundleError, naming the file, where there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, "copy it again")
     except FileNotFoundError as error:
         raise BundleError(f"{path}: missing; this folder is not a complete checkpoint") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path}: must hold a JSON object")
-    return data
 
 
 def read_processor(
@@ -53,12 +52,27 @@ def read_processor(
 
     Raises BundleError naming the file that is missing or wrong.
     """
+    try:
+        return _read_processor(folder, base, config, tuned)
+    # Of values that are of another kind than a file of this name has.
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(
+            f"{folder}: a field of its JSON files or its template is missing or wrong "
+            f"({type(error).__name__}: {reason}); copy them again"
+        ) from error
+
+
+def _read_processor(
+    folder: Path, base: Path, config: JsonObject, tuned: JsonObject | None
+) -> Processor:
     family = families.get(str(config.get("model_type")))
     tokenizer = read_tokenizer(folder)
     try:
         rows = rows_of_tables(config)
         overridden = (tuned or {}).get("image", {})
         image = family.image_spec(config, read_preprocessor(folder) | overridden)
+        image.check()
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{folder}: {error} is missing or wrong in config.json or preprocessor_config.json; "
@@ -224,6 +238,8 @@ def _end_ids(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tupl
     ids = [i for i in ids if i is not None] or [tokenizer.token_to_id("<|im_end|>")]
     if ids == [None]:
         raise BundleError(f"{folder}: no end-of-turn token (eos_token_id) in its configuration")
+    if not all(type(i) is int for i in ids):
+        raise BundleError(f"{folder}: eos_token_id must be whole numbers, not {ids!r:.100}")
     return tuple(ids)
 
 
@@ -240,7 +256,11 @@ def read_template(folder: Path) -> str:
     Raises BundleError where there is none.
     """
     path = folder / "chat_template.jinja"
-    found: object = path.read_text(encoding="utf-8") if path.is_file() else None
+    found: object = None
+    if path.is_file():
+        if path.stat().st_size > LARGEST_TEMPLATE:
+            raise BundleError(f"{path}: larger than {LARGEST_TEMPLATE} bytes; copy it again")
+        found = path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if found is None:
             found = _default(_json_if_there(folder / name).get("chat_template"))

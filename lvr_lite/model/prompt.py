@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from lvr_lite.errors import LvrError
+from lvr_lite.model.template_limits import LimitedEnvironment, limited
 
 Message = dict[str, object]
 
@@ -48,14 +48,14 @@ def _to_json(value: object, **options: Any) -> str:
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[GenerationBlock, "jinja2.ext.loopcontrols"],
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     return environment.from_string(template)
 
 
@@ -67,7 +67,8 @@ def render(template: str, question: str, images: int, answer: str | None = None)
     Templates see what transformers gives them (utils/chat_template_utils.py): break and continue,
     `generation` blocks, tojson, strftime_now, raise_exception.
 
-    Raises LvrError where the template fails, whatever it raises.
+    Raises LvrError where the template fails, whatever it raises, and where it takes more steps or
+    characters than a prompt can need (`lvr_lite.model.template_limits`).
     """
     content: list[Message] = [{"type": "image"}] * images
     content.append({"type": "text", "text": question})
@@ -75,12 +76,13 @@ def render(template: str, question: str, images: int, answer: str | None = None)
     if answer is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     try:
-        rendered = _compiled(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=answer is None,
-        )
+        with limited():
+            rendered = _compiled(template).render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=answer is None,
+            )
     # A template is a program of somebody else and may raise anything.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -74,7 +74,12 @@ class LatentSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LatentSpec:
-        """Fields that are not known here are ignored; missing ones take their defaults."""
+        """Fields that are not known here are ignored; missing ones take their defaults.
+
+        Raises TypeError for what is no object.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"must be an object, not {data!r:.40}")
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 

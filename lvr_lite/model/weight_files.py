@@ -11,7 +11,6 @@ read by hand.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from lvr_lite.errors import BundleError
 from lvr_lite.files import JsonObject
+from lvr_lite.model.json_files import parse_object, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,6 +29,9 @@ HEADER_LIMIT = 100 << 20
 LFS_POINTER = b"version https://git-lfs"
 # What weights that are not quantized are stored as, by safetensors' names, and the bytes of each.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Of every type that takes whole bytes.
+WHOLE = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+BYTES = FLOATS | WHOLE | {"F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 GIVE_PLAIN = "the weights are quantized already; give the model in 16 or 32 bits"
 # Bytes of a tensor that are compared at a time.
 PIECE = 1 << 22
@@ -97,8 +100,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     """{tensor: the file that holds it}."""
     refuse_stand_in(index)
     try:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = read_object(index, "copy the model again")["weight_map"]
+    except (OSError, KeyError) as error:
         raise BundleError(
             f"{index}: not an index of weights ({type(error).__name__}: {error}); "
             "copy the model again"
@@ -155,26 +158,28 @@ def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def tensors_of(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file by their names."""
+    """The tensors of one safetensors file by their names.
+
+    Raises BundleError as `read_header`, and where a tensor's bytes are not as many as its shape
+    says, lie outside the file, or are another's too.
+    """
     header = read_header(path)
     header.pop("__metadata__", None)
+    for key, entry in header.items():
+        first, last = entry["data_offsets"]
+        # 4 bits a value and others need no whole bytes.
+        wanted = math.prod(entry["shape"]) * BYTES.get(entry["dtype"], 0)
+        if first > last or (entry["dtype"] in BYTES and last - first != wanted):
+            problem = f"bytes {first} to {last} do not hold its shape {entry['shape']}"
+            raise BundleError(f"{path}: not a safetensors file ({key[:200]}: {problem})")
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
     start = 8 + length
+    _check_bytes(path, header, start)
     tensors = {}
-    end = start
-    try:
-        for key, entry in header.items():
-            first, last = entry["data_offsets"]
-            shape = tuple(int(side) for side in entry["shape"])
-            tensors[key] = StoredTensor(path, key, str(entry["dtype"]), shape, start + first)
-            end = max(end, start + last)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: not a safetensors file ({key}: {error!r})") from error
-    if (size := path.stat().st_size) < end:
-        raise BundleError(
-            f"{path}: truncated: {size} bytes of {end}; copy it again, or resume the download"
-        )
+    for key, entry in header.items():
+        first, _ = entry["data_offsets"]
+        tensors[key] = StoredTensor(path, key, entry["dtype"], tuple(entry["shape"]), start + first)
     return tensors
 
 
@@ -184,22 +189,64 @@ def read_header(path: Path) -> JsonObject:
     Raises BundleError where it is not one.
     """
     refuse_stand_in(path)
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(HEADER_LIMIT, path.stat().st_size):
+            if length > min(HEADER_LIMIT, size):
                 raise BundleError(
                     f"{path}: truncated, or not a safetensors file "
                     f"(its header would take {length} bytes)"
                 )
-            header = json.loads(file.read(length))
+            content = file.read(length)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except struct.error as error:
         raise BundleError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    if not isinstance(header, dict):
-        raise BundleError(f"{path}: not a safetensors file (its header is not an object)")
+    header = parse_object(content, path, "truncated, or not a safetensors file")
+    tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
+    for key, entry in tensors.items():
+        if (problem := _problem(entry)) is not None:
+            raise BundleError(f"{path}: not a safetensors file ({key[:200]}: {problem})")
     return header
+
+
+def _problem(entry: object) -> str | None:
+    """What is wrong with a tensor's entry; None where nothing is."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return "no dtype"
+    shape = entry.get("shape")
+    offsets = entry.get("data_offsets")
+    two = isinstance(offsets, list) and len(offsets) == 2
+    if not _are_counts(shape) or not _are_counts(offsets) or not two:
+        return "shape or data_offsets are no counts"
+    return None
+
+
+def _are_counts(values: object) -> bool:
+    """Whether they are a list of whole numbers that are not negative."""
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+        for value in values
+    )
+
+
+def _check_bytes(path: Path, tensors: JsonObject, start: int) -> None:
+    """Raises BundleError where bytes of two tensors overlap, or lie beyond the end of the file.
+
+    start: of the tensors' bytes in the file.
+    """
+    places = sorted((*entry["data_offsets"], key) for key, entry in tensors.items())
+    end = 0
+    for first, last, key in places:
+        if first < end:
+            raise BundleError(f"{path}: not a safetensors file ({key}: its bytes are another's)")
+        end = last
+    if (size := path.stat().st_size) < start + end:
+        raise BundleError(
+            f"{path}: truncated: {size} bytes of {start + end}; copy it again, or resume the "
+            "download"
+        )
 
 
 def refuse_quantized(path: Path, config: JsonObject) -> None:

@@ -16,6 +16,8 @@ Colour = tuple[int, ...]
 
 RIM = (20, 20, 20)
 INK = (255, 255, 255)
+# The pixels beside one: left, right, above, below.
+_AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 # 5 x 7 bitmaps, row by row: drawn here so that no font or FreeType version can change a picture.
 _GLYPHS = {
@@ -70,50 +72,43 @@ def _background(width: int, height: int, seed: int) -> Image.Image:
     base = (0.35 * base + 0.65 * base.mean()).astype(int)
     shade = rng.normal(0, 16, size=(6, 6, 1))
     tint = rng.normal(0, 6, size=(6, 6, 3))
-    coarse = np.clip(
-        base + shade + tint,
-        0,
-        255,
-    ).astype(np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+    coarse = Image.fromarray(_bytes(base + shade + tint))
+    picture = coarse.resize((width, height), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     count = int(rng.integers(4, 11))
     for x0, y0, x1, y1, brightness, kind in rng.random((count, 6)):
-        tone = tuple(
-            int(v)
-            for v in np.clip(
-                base + (brightness - 0.5) * 90,
-                0,
-                255,
-            )
-        )
+        tone = _bytes(base + (brightness - 0.5) * 90)
+        fill = tuple(tone.tolist())
         x = x0 * width
         y = y0 * height
         if kind < 0.6:
-            draw.line(
-                (x, y, x1 * width, y1 * height),
-                fill=tone,
-                width=1,
-            )
+            end = (x1 * width, y1 * height)
+            draw.line((x, y, *end), fill=fill, width=1)
         else:
-            draw.rectangle((x, y, x + 3 + 9 * x1, y + 3 + 9 * y1), fill=tone)
+            corner = (x + 3 + 9 * x1, y + 3 + 9 * y1)
+            draw.rectangle((x, y, *corner), fill=fill)
     return picture
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """Colour values as uint8."""
+    clipped = np.clip(values, 0, 255)
+    return np.asarray(clipped, np.uint8)
 
 
 def _draw_figure(picture: Image.Image, figure: Figure) -> None:
     fill = _fill(COLOURS[figure.colour], figure.pattern, figure.size)
-    picture.paste(
-        fill,
-        (figure.x, figure.y),
-        _mask(figure.shape, figure.size),
-    )
+    mask = _mask(figure.shape, figure.size)
+    picture.paste(fill, (figure.x, figure.y), mask)
     glyph = _glyph(figure)
-    # The body of a triangle lies low.
-    middle = 0.62 if figure.shape == "triangle" else 0.5
+    middle = 0.5
+    if figure.shape == "triangle":
+        # Its body lies low.
+        middle = 0.62
     x = figure.x + (figure.size - glyph.width) // 2
     y = figure.y + round(figure.size * middle - glyph.height / 2)
     # A dark rim makes the letter readable on white as well.
-    for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+    for dx, dy in _AROUND:
         picture.paste(RIM, (x + dx, y + dy), glyph)
     picture.paste(INK, (x, y), glyph)
 
@@ -124,7 +119,9 @@ def _mask(shape: str, size: int) -> Image.Image:
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
-        draw.ellipse((side * 0.03, side * 0.03, side * 0.97, side * 0.97), fill=255)
+        first = side * 0.03
+        last = side * 0.97
+        draw.ellipse((first, first, last, last), fill=255)
     else:
         draw.polygon(_outline(shape, side - 1), fill=255)
     return mask.resize((size, size), Image.Resampling.BOX)
@@ -144,7 +141,9 @@ def _star(radius: float) -> list[Point]:
     for i in range(10):
         spoke = radius if i % 2 == 0 else radius * 0.46
         angle = -math.pi / 2 + i * math.pi / 5
-        points.append((radius + spoke * math.cos(angle), radius + spoke * math.sin(angle)))
+        x = radius + spoke * math.cos(angle)
+        y = radius + spoke * math.sin(angle)
+        points.append((x, y))
     return points
 
 
@@ -154,7 +153,8 @@ def _heart(radius: float) -> list[Point]:
         t = i * math.pi / 12
         height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
         x = radius + radius * math.sin(t) ** 3
-        points.append((x, radius * 0.9 - radius * height / 17))
+        y = radius * 0.9 - radius * height / 17
+        points.append((x, y))
     return points
 
 
@@ -164,21 +164,24 @@ def _fill(colour: Colour, pattern: str, size: int) -> Image.Image:
     draw = ImageDraw.Draw(fill)
     dark = tuple(int(v * 0.42) for v in colour)
     step = max(4, size // 6)
+    half = step // 2
     if pattern == "striped":
         for y in range(0, size, step):
-            draw.rectangle((0, y, size, y + step // 2 - 1), fill=dark)
+            draw.rectangle((0, y, size, y + half - 1), fill=dark)
     if pattern == "dotted":
         r = max(1, step // 3)
-        for row, y in enumerate(range(step // 2, size, step)):
-            indent = (row % 2) * (step // 2)
-            for x in range(step // 2 + indent, size, step):
+        for row, y in enumerate(range(half, size, step)):
+            # Every other row of dots is shifted.
+            first = half + (row % 2) * half
+            for x in range(first, size, step):
                 draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=dark)
     return fill
 
 
 def _glyph(figure: Figure) -> Image.Image:
     """The mask of a figure's letter, about 0.42 of the figure's height."""
-    rows = [[int(bit) * 255 for bit in row] for row in _GLYPHS[figure.glyph].split()]
-    bitmap = Image.fromarray(np.array(rows, dtype=np.uint8))
+    rows = [list(row) for row in _GLYPHS[figure.glyph].split()]
+    bits = np.array(rows, dtype=np.uint8)
+    bitmap = Image.fromarray(bits * np.uint8(255))
     scale = max(1, round(figure.size * 0.42 / 7))
     return bitmap.resize((5 * scale, 7 * scale), Image.Resampling.NEAREST)

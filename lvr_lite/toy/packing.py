@@ -33,10 +33,8 @@ PATCH = 14
 CELL = 2 * PATCH
 # Share of a cell, or of a figure, that a figure must cover for the cell to hold its words.
 COVERED = 0.3
-IMAGE_SPEC = FAMILY.image_spec(
-    {"vision_config": {"patch_size": PATCH, "spatial_merge_size": 2, "window_size": 56}},
-    build.PREPROCESSOR,
-)
+VISION_CONFIG = {"patch_size": PATCH, "spatial_merge_size": 2, "window_size": 56}
+IMAGE_SPEC = FAMILY.image_spec({"vision_config": VISION_CONFIG}, build.PREPROCESSOR)
 
 # A question and its answer.
 Turn = tuple[str, str]
@@ -51,14 +49,18 @@ class Pictures:
     """
 
     def __init__(self, planned: list[scenes.Scene]) -> None:
+        first = planned[0]
         self.scenes = planned
-        self.grid = Grid(planned[0].height // PATCH, planned[0].width // PATCH)
-        self.patches = np.stack([self._patches(draw(scene)) for scene in planned])
-        self.words = np.stack([self._cell_words(scene) for scene in planned])
+        self.grid = Grid(first.height // PATCH, first.width // PATCH)
+        patches = [self._patches(draw(scene)) for scene in planned]
+        words = [self._cell_words(scene) for scene in planned]
+        self.patches = np.stack(patches)
+        self.words = np.stack(words)
 
     def _patches(self, picture: Image.Image) -> np.ndarray:
         rows, columns = self.grid
-        split = np.asarray(picture).reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
+        pixels = np.asarray(picture)
+        split = pixels.reshape(rows // 2, 2, PATCH, columns // 2, 2, PATCH, 3)
         # Patches of one visual token follow each other; within a patch, colours come first.
         patches = split.transpose(0, 3, 1, 4, 6, 2, 5)
         return np.reshape(patches, (rows * columns, 3 * PATCH**2))
@@ -70,19 +72,21 @@ class Pictures:
         for figure in scene.figures:
             own = (figure.shape, figure.colour, figure.pattern, figure.glyph)
             words = [WORDS.index(word) for word in own]
+            # pixels that it shares with each row and column of cells, 0 where it lies beside them
+            down = [_overlap(figure.y, figure.size, row) for row in range(rows)]
+            across = [_overlap(figure.x, figure.size, column) for column in range(columns)]
+            area = np.outer(down, across)
             least = COVERED * min(CELL**2, figure.size**2)
-            for row in range(rows):
-                for column in range(columns):
-                    across = _overlap(figure.x, figure.size, column)
-                    down = _overlap(figure.y, figure.size, row)
-                    if across > 0 and down > 0 and across * down >= least:
-                        holds[row, column, words] = True
+            for row, column in np.argwhere((area > 0) & (area >= least)):
+                holds[row, column, words] = True
         return holds.reshape(rows * columns, -1)
 
 
 def _overlap(start: int, size: int, cell: int) -> int:
-    """Pixels that a figure and a cell share along one axis; negative where they are apart."""
-    return min(start + size, (cell + 1) * CELL) - max(start, cell * CELL)
+    """Pixels that a figure and a cell share along one axis; 0 where they are apart."""
+    first = max(start, cell * CELL)
+    end = min(start + size, (cell + 1) * CELL)
+    return max(0, end - first)
 
 
 def gather_pictures(
@@ -97,8 +101,11 @@ def gather_pictures(
     by_size: dict[tuple[int, int], list[scenes.Scene]] = {size: [] for size in scenes.SIZES}
     for _ in range(count):
         odd = most >= 4 and rng.random() < odd_share
-        low = max(fewest, 4) if odd else fewest
-        high = min(most, 7) if odd else most
+        low = fewest
+        high = most
+        if odd:
+            low = max(fewest, 4)
+            high = min(most, 7)
         figures = int(rng.integers(low, high + 1))
         scene = scenes.plan(rng, "train", count=figures, odd=odd)
         by_size[scene.width, scene.height].append(scene)
@@ -113,25 +120,36 @@ def turns(
     captions: whether the last one asks for a caption.
     worded: ask a share of them (WORDED) in the suite's wording.
     """
+    conversation = []
+    for question in _draw_questions(rng, scene):
+        text = question.short
+        if worded and rng.random() < WORDED[question.type]:
+            text = question.text
+        conversation.append((text, question.answer))
+    number = int(rng.integers(len(scene.figures)))
+    figure = scene.figures[number]
+    conversation.append((f"where {figure.shape}", scene.cell_words(figure)))
+    if captions:
+        conversation.append(("describe", questions.describe(scene)))
+    return conversation
+
+
+def _draw_questions(rng: np.random.Generator, scene: scenes.Scene) -> list[questions.Question]:
+    """At most TURNS questions, of which no two have the same short text."""
+    kinds: list[questions.Ask] = []
+    for kind, share in SHARES.items():
+        kinds += [questions.ASK[kind]] * share
     chosen: dict[str, questions.Question] = {}
-    kinds = [questions.ASK[kind] for kind, share in SHARES.items() for _ in range(share)]
     if questions.has_odd(scene):
         kinds.append(questions.ask_odd)
         chosen["odd"] = questions.ask_odd(rng, scene)
     for _ in range(40):
         if len(chosen) >= TURNS:
             break
-        question = kinds[int(rng.integers(len(kinds)))](rng, scene)
+        ask = kinds[int(rng.integers(len(kinds)))]
+        question = ask(rng, scene)
         chosen[question.short] = question
-    conversation = []
-    for question in chosen.values():
-        in_words = worded and rng.random() < WORDED[question.type]
-        conversation.append((question.text if in_words else question.short, question.answer))
-    figure = scene.figures[int(rng.integers(len(scene.figures)))]
-    conversation.append((f"where {figure.shape}", scene.cell_words(figure)))
-    if captions:
-        conversation.append(("describe", questions.describe(scene)))
-    return conversation
+    return list(chosen.values())
 
 
 @dataclass
@@ -149,10 +167,11 @@ class _Row:
     offsets: list[int] = field(default_factory=list)
 
     def add(self, ids: list[int], turn: int, learned: bool = False, offset: int = 0) -> None:
+        count = len(ids)
         self.ids += ids
-        self.labels += ids if learned else [-100] * len(ids)
-        self.turns += [turn] * len(ids)
-        self.offsets += range(offset, offset + len(ids))
+        self.labels += ids if learned else [-100] * count
+        self.turns += [turn] * count
+        self.offsets += range(offset, offset + count)
 
 
 @dataclass(frozen=True)
@@ -192,7 +211,8 @@ class Packer:
             np.array(prefix), self.image_id, [pictures.grid], IMAGE_SPEC
         )
         rows = [self._row(prefix, conversation) for conversation in conversations]
-        shape = (len(rows), max(len(row.ids) for row in rows))
+        longest = max(len(row.ids) for row in rows)
+        shape = (len(rows), longest)
         ids = np.zeros(shape, np.int64)
         labels = np.full(shape, -100, np.int64)
         of_turn = np.full(shape, -1)
@@ -205,16 +225,13 @@ class Packer:
             of_turn[number, :length] = row.turns
             positions[:, number, :length] = first + np.array(row.offsets)
             positions[:, number, : len(prefix)] = prefix_positions
-        same_turn = of_turn[:, None, :] == of_turn[:, :, None]
-        of_prefix = of_turn[:, None, :] == 0
-        sees = np.tril(same_turn | of_prefix)
-        mask = np.where(sees[:, None], np.float32(0), np.float32(-1e9))
-        return Packed(ids, labels, positions, mask)
+        return Packed(ids, labels, positions, _mask(of_turn))
 
     def _prefix(self, grid: Grid) -> list[int]:
         """The prompt up to the end of the picture."""
         rows, columns = FAMILY.token_grid(grid, IMAGE_SPEC)
-        before, _ = render(build.TEMPLATE, "", 1).split(FAMILY.image_token)
+        text = render(build.TEMPLATE, "", 1)
+        before, _ = text.split(FAMILY.image_token)
         picture = [self.image_id] * (rows * columns)
         return self.ids(before) + picture + self.ids("<|vision_end|>")
 
@@ -222,8 +239,21 @@ class Packer:
         row = _Row()
         row.add(prefix, turn=0)
         for turn, (question, answer) in enumerate(conversation, 1):
-            prompt = self.ids(render(build.TEMPLATE, question, 1).split("<|vision_end|>")[1])
+            text = render(build.TEMPLATE, question, 1)
+            _, after_picture = text.split("<|vision_end|>")[:2]
+            prompt = self.ids(after_picture)
             row.add(prompt, turn)
             response = self.ids(answer) + self.ids("<|im_end|>")
             row.add(response, turn, learned=True, offset=len(prompt))
         return row
+
+
+def _mask(of_turn: np.ndarray) -> np.ndarray:
+    """`Packed.mask`. of_turn (B, S): the turn of each id, 0 for the picture, -1 for padding."""
+    queries = of_turn[:, :, None]
+    keys = of_turn[:, None, :]
+    same_turn = keys == queries
+    of_prefix = keys == 0
+    sees = np.tril(same_turn | of_prefix)
+    mask = np.where(sees, np.float32(0), np.float32(-1e9))
+    return np.asarray(mask[:, None])

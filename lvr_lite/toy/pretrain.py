@@ -324,7 +324,7 @@ class Pretrainer:
     def log(self, **row: object) -> None:
         row["minutes"] = round((time.time() - self.began) / 60, 2)
         print(json.dumps(row), flush=True)
-        with (self.out / "log.jsonl").open("a") as file:
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def save(self, name: str) -> None:

@@ -12,6 +12,7 @@ which the train split never draws.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,19 +79,23 @@ class Scene:
 
     def box(self, figure: Figure) -> Box:
         """Normalized xyxy box of a figure."""
+        right = figure.x + figure.size
+        bottom = figure.y + figure.size
         return (
             round(figure.x / self.width, 5),
             round(figure.y / self.height, 5),
-            round((figure.x + figure.size) / self.width, 5),
-            round((figure.y + figure.size) / self.height, 5),
+            round(right / self.width, 5),
+            round(bottom / self.height, 5),
         )
 
     def cell_words(self, figure: Figure) -> str:
         """Where a figure is on a 3 x 3 grid, such as "top left"."""
         x, y = figure.centre()
-        row = min(2, int(3 * y / self.height))
-        column = min(2, int(3 * x / self.width))
-        return f"{ROWS[row]} {COLUMNS[column]}"
+        row = int(3 * y / self.height)
+        column = int(3 * x / self.width)
+        row_word = ROWS[min(2, row)]
+        column_word = COLUMNS[min(2, column)]
+        return f"{row_word} {column_word}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -119,16 +124,15 @@ def plan(
         colour = random_colour(rng, shape, split, palette)
         pattern = PATTERNS[int(rng.integers(len(PATTERNS)))]
         glyph = GLYPHS[int(rng.integers(len(GLYPHS)))]
-        figures.append(Figure(shape, colour, pattern, glyph, x, y, size))
+        figures.append(
+            Figure(shape=shape, colour=colour, pattern=pattern, glyph=glyph, x=x, y=y, size=size)
+        )
     # They are planned largest first, and the odd one may have any size.
     figures = [figures[i] for i in rng.permutation(count)]
     if odd:
         figures = _with_odd_one(rng, figures, split)
     return Scene(
-        width,
-        height,
-        tuple(figures),
-        int(rng.integers(2**31)),
+        width=width, height=height, figures=tuple(figures), clutter=int(rng.integers(2**31))
     )
 
 
@@ -136,10 +140,13 @@ def _sizes(rng: np.random.Generator, count: int) -> list[int]:
     """Side lengths in pixels, largest first: at most two of several visual tokens, the rest about
     one or below.
     """
-    large = int(rng.integers(0, 3)) if count <= 5 else int(rng.integers(0, 2))
-    sizes = [int(rng.integers(40, 57)) for _ in range(min(large, count))]
-    small = [int(rng.integers(15, 33)) for _ in range(count - len(sizes))]
-    return sizes + sorted(small, reverse=True)
+    most = 2 if count <= 5 else 1
+    large = int(rng.integers(0, most + 1))
+    large = min(large, count)
+    sizes = [int(rng.integers(40, 57)) for _ in range(large)]
+    small = [int(rng.integers(15, 33)) for _ in range(count - large)]
+    small.sort(reverse=True)
+    return sizes + small
 
 
 def _corners(
@@ -178,7 +185,9 @@ def random_colour(
     colours: list[str],
 ) -> str:
     """One of these colours that the split may give to the shape."""
-    allowed = [c for c in colours if split == "test" or (shape, c) not in HELD_OUT]
+    allowed = colours
+    if split != "test":
+        allowed = [colour for colour in colours if (shape, colour) not in HELD_OUT]
     return allowed[int(rng.integers(len(allowed)))]
 
 
@@ -188,7 +197,9 @@ def _with_odd_one(
     split: str,
 ) -> list[Figure]:
     """The same figures, all of one colour but the last."""
-    banned = {colour for figure in figures for colour in _banned_colours(figure, split)}
+    banned: set[str] = set()
+    for figure in figures:
+        banned.update(_banned_colours(figure, split))
     # Never empty: a scene with an odd one has at most seven figures.
     free = [colour for colour in COLOUR_NAMES if colour not in banned]
     shared = free[int(rng.integers(len(free)))]
@@ -198,13 +209,14 @@ def _with_odd_one(
         split,
         without(COLOUR_NAMES, shared),
     )
-    patterns = [figure.pattern for figure in figures]
-    counts = [patterns.count(pattern) for pattern in set(patterns)]
-    if len(counts) == 2 and min(counts) == 1:
+    counts = Counter(figure.pattern for figure in figures)
+    if len(counts) == 2 and min(counts.values()) == 1:
         # Another figure would be odd by its pattern.
         figures = [replace(f, pattern=PATTERNS[i % 2]) for i, f in enumerate(figures)]
-    alike = [replace(figure, colour=shared) for figure in figures[:-1]]
-    return [*alike, replace(figures[-1], colour=other)]
+    *alike, odd = figures
+    recoloured = [replace(figure, colour=shared) for figure in alike]
+    recoloured.append(replace(odd, colour=other))
+    return recoloured
 
 
 def _banned_colours(figure: Figure, split: str) -> list[str]:

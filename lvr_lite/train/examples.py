@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lvr_lite.config import Settings
-from lvr_lite.data.samples import SampleFile
+from lvr_lite.data.sample_files import SampleFile
 from lvr_lite.data.sources import FileSource, JoinedSource, PickedSamples, Source, open_source
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.train.methods import METHODS

@@ -292,8 +292,9 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
             # An error below.
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             tuned = PeftModel.from_pretrained(model, checkpoint.folder)
-    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    # PEFT takes adapter_config.json as it comes, and raises whatever its values lead to.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BundleError(
             f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})"
         ) from error

@@ -52,7 +52,10 @@ def told_in_one_line(
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
-            raise LvrError(_line(out, settings, max_pixels, device, stage)) from error
+            advice = first_to_lower(settings, settings.max_pixels or max_pixels, stage)
+            if "DataLoader worker" in str(error):
+                advice = Advice("--set train.workers=0", resumes=True)
+            raise LvrError(_line(out, advice, device)) from error
         if isinstance(error, RuntimeError) and _is_of_another_process(error):
             raise LvrError(
                 "another process of this run has ended; what it said stands above"
@@ -91,8 +94,7 @@ def first_to_lower(settings: Settings, max_pixels: int, stage: int) -> Advice | 
     return None
 
 
-def _line(out: Path, settings: Settings, max_pixels: int, device: str, stage: int) -> str:
-    advice = first_to_lower(settings, settings.max_pixels or max_pixels, stage)
+def _line(out: Path, advice: Advice | None, device: str) -> str:
     last = last_whole_checkpoint(out)
     saved = "" if last is None else f"; {last} is whole"
     if advice is None:

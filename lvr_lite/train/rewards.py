@@ -1,7 +1,7 @@
 """Rewards of stage 2: plain functions of a sample and an answer, chosen by name or by
 module:function.
 
-May import: sympy (inside a function) and all that stands above `train`.
+May import: all that stands above `train`.
 
 A reward is a finite number, the larger the better. What counts is how it differs among the answers
 to one question.
@@ -14,14 +14,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import LvrError, NotFiniteError, UsageError
 from lvr_lite.eval import score
-
-if TYPE_CHECKING:
-    from sympy import Expr
+from lvr_lite.train.algebra import same_value
 
 # Relative, of numbers.
 TOLERANCE = 1e-3
@@ -67,7 +64,9 @@ def accuracy(sample: Sample, answer: Answer) -> float:
     if number is None or expected_number is None:
         return 0.0
     right = float(expected_number)
-    return float(math.isclose(number, right, rel_tol=TOLERANCE, abs_tol=1e-9))
+    # Beyond what a float holds, all numbers would be the same.
+    close = math.isclose(number, right, rel_tol=TOLERANCE, abs_tol=1e-9)
+    return float(close and math.isfinite(right))
 
 
 def _names_choice(text: str, expected: str, sample: Sample) -> bool:
@@ -76,15 +75,16 @@ def _names_choice(text: str, expected: str, sample: Sample) -> bool:
     if sample.answer not in choices or len(choices) > len(LETTERS):
         return False
     letter = LETTERS[choices.index(sample.answer)]
-    pattern = rf"{letter}\b.*{re.escape(expected)}|{letter}"
-    return re.fullmatch(pattern, text.strip("()")) is not None
+    bare = text.strip("()")
+    marked = re.match(rf"{letter}\b", bare) is not None
+    return bare == letter or (marked and bare[1:].endswith(expected))
 
 
 def math_accuracy(sample: Sample, answer: Answer) -> float:
-    """As `accuracy`, and 1 as well for an expression that equals the right one, by sympy: 2*(x+1)
-    is 2x+2, 1/2 is 0.5.
+    """As `accuracy`, and 1 as well for an expression that equals the right one: 2*(x+1) is 2x+2,
+    1/2 is 0.5. Nothing of either is evaluated as code (see `lvr_lite.train.algebra`).
     """
-    return accuracy(sample, answer) or float(_same_expression(answer.text, sample.answer))
+    return accuracy(sample, answer) or float(same_value(answer.text, sample.answer))
 
 
 def format(sample: Sample, answer: Answer) -> float:  # noqa: ARG001
@@ -198,45 +198,3 @@ def _number(text: str) -> float | None:
     """The one number of a text, as in "12 cats"; None where there is none or several."""
     numbers: list[str] = NUMBER.findall(text)
     return float(numbers[0].replace(",", "")) if len(numbers) == 1 else None
-
-
-def _same_expression(a: str, b: str) -> bool:
-    from tokenize import TokenError
-
-    from sympy import SympifyError, simplify
-
-    no_expression = (
-        SympifyError,
-        TokenError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        NameError,
-        ArithmeticError,
-    )
-    try:
-        left = _expression(a)
-        right = _expression(b)
-        return left is not None and right is not None and simplify(left - right) == 0
-    except no_expression:
-        return False
-
-
-def _expression(text: str) -> Expr | None:
-    """The expression of a text, or of what stands after its last "="; None where it holds anything
-    that an expression does not.
-    """
-    from sympy.parsing.sympy_parser import (
-        implicit_multiplication_application,
-        parse_expr,
-        standard_transformations,
-    )
-
-    text = re.sub(r"</?answer>", "", text).strip(" .$")
-    # `parse_expr` evaluates what it is given.
-    if not re.fullmatch(r"[\w\s.+\-*/^()=]{1,200}", text) or "__" in text:
-        return None
-    text = text.rpartition("=")[2].replace("^", "**")
-    transformations = (*standard_transformations, implicit_multiplication_application)
-    return parse_expr(text, transformations=transformations)

@@ -26,8 +26,8 @@ import yaml
 from safetensors import SafetensorError
 
 from lvr_lite.config import Settings
-from lvr_lite.errors import BundleError, OutputError, UsageError
-from lvr_lite.files import LOCK, JsonObject, kept_sha256, locked, sync, write_atomically
+from lvr_lite.errors import BundleError, UsageError
+from lvr_lite.files import LOCK, JsonObject, kept_sha256, locked, saving, sync, write_atomically
 from lvr_lite.model.checkpoint import (
     ADAPTER,
     LVR_CONFIG,
@@ -281,22 +281,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-@contextlib.contextmanager
-def saving(place: Path) -> Iterator[None]:
-    """Raises OutputError, in one line, for what libraries raise when `place` cannot be written:
-    safetensors has an error of its own, torch.save raises RuntimeError on a full disk.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise OutputError(
-            f"{place}: cannot be written ({reason}); free some space or choose another --out"
-        ) from error
 
 
 @contextlib.contextmanager

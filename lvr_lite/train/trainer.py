@@ -25,7 +25,7 @@ from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
 from lvr_lite.errors import NotFiniteError, StoppedError
 from lvr_lite.eval.suite import accuracy_on
-from lvr_lite.files import JsonObject
+from lvr_lite.files import JsonObject, saving
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.checkpoint import ADAPTER, Checkpoint
 from lvr_lite.system import peak_rss_mb
@@ -34,7 +34,6 @@ from lvr_lite.train.run_folder import (
     last_whole_checkpoint,
     loading,
     mark_whole,
-    saving,
     steps_of,
     whole_or_not,
     write_result,
@@ -260,8 +259,8 @@ class LatentTrainer(transformers.Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient that is not finite anywhere is not finite in all processes; a loss need not be.
-        wrong = bool(self.step.not_finite) or not math.isfinite(float(norm))
-        wrong, self.agreed_signal = self.agreed(int(wrong), self.request.signal)
+        mine = bool(self.step.not_finite) or not math.isfinite(float(norm))
+        wrong, self.agreed_signal = self.agreed(int(mine), self.request.signal)
         self.steps_to_log += 1
         if wrong:
             self._leave_out(model)

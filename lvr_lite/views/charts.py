@@ -26,24 +26,32 @@ def number(value: float | None, digits: int = 3) -> str:
         return NONE
     if not value:
         return "0"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    magnitude = math.floor(math.log10(abs(value)))
+    places = max(0, digits - 1 - magnitude)
     return f"{value:,.{places}f}"
 
 
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal; a dash for None."""
-    return NONE if share is None else f"{100 * share:.1f} %"
+    if share is None:
+        return NONE
+    return f"{100 * share:.1f} %"
 
 
 def words(value: object) -> str:
     """A JSON value for people: lists and objects flattened, a dash for nothing."""
-    if value is None or value == [] or value == {} or value == "":
+    if value is None or value == "":
         return NONE
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {words(v)}" for key, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(words(v) for v in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        fields = [f"{key} {words(field)}" for key, field in value.items()]
+        return ", ".join(fields) or NONE
+    if isinstance(value, list):
+        return " ".join(map(words, value)) or NONE
+    if isinstance(value, tuple):
+        return " ".join(map(words, value))
+    return str(value)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -51,39 +59,73 @@ def words(value: object) -> str:
 
 
 def _svg(height: float, label: str, body: list[Markup]) -> Markup:
-    parts = Markup("").join(body)
     return Markup(
-        '<svg class="chart" width="100%" height="{}" role="img" aria-label="{}">{}</svg>'
-    ).format(round(height), label, parts)
+        '<svg class="chart" width="100%" height="{height}" role="img" aria-label="{label}">'
+        "{parts}</svg>"
+    ).format(
+        height=round(height),
+        label=label,
+        parts=Markup("").join(body),
+    )
 
 
 def _text(x: str, y: float, text: str, kind: str = "", anchor: str = "start") -> Markup:
-    return Markup('<text x="{}" y="{}" class="{}" text-anchor="{}">{}</text>').format(
-        x, y, kind, anchor, text
+    return Markup(
+        '<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{text}</text>'
+    ).format(
+        x=x,
+        y=y,
+        kind=kind,
+        anchor=anchor,
+        text=text,
     )
+
+
+def _title(y: float, name: str, value: str) -> list[Markup]:
+    """The line of text above a bar: what it is of, and at the right end what it shows."""
+    return [
+        _text("0", y, name, "name"),
+        _text("100%", y, value, "value", "end"),
+    ]
 
 
 def _bar(x: float, y: float, width: float, height: float, series: int, title: str) -> Markup:
     """A bar from x, `width` long, both in percent; y and height in pixels."""
     return Markup(
-        '<rect x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" rx="2" class="s{}">'
-        "<title>{}</title></rect>"
-    ).format(x, y, width, height, series % SERIES, title)
+        '<rect x="{x:.3f}%" y="{y}" width="{width:.3f}%" height="{height}" rx="2" '
+        'class="s{colour}"><title>{title}</title></rect>'
+    ).format(
+        x=x,
+        y=y,
+        width=width,
+        height=height,
+        colour=series % SERIES,
+        title=title,
+    )
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> Markup:
-    return Markup('<line x1="{:.3f}%" y1="{}" x2="{:.3f}%" y2="{}" class="{}"/>').format(
-        x0, y0, x1, y1, kind
+    line = Markup('<line x1="{x0:.3f}%" y1="{y0}" x2="{x1:.3f}%" y2="{y1}" class="{kind}"/>')
+    return line.format(
+        x0=x0,
+        y0=y0,
+        x1=x1,
+        y1=y1,
+        kind=kind,
     )
 
 
 def legend(names: list[str]) -> Markup:
     """The names of series 0, 1, … beside their colours."""
-    entries = Markup("").join(
-        Markup('<li><i class="s{}"></i>{}</li>').format(i % SERIES, name)
-        for i, name in enumerate(names)
-    )
-    return Markup('<ul class="legend">{}</ul>').format(entries)
+    entry = Markup('<li><i class="s{colour}"></i>{name}</li>')
+    entries = [
+        entry.format(
+            colour=series % SERIES,
+            name=name,
+        )
+        for series, name in enumerate(names)
+    ]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(entries))
 
 
 def stacked_bars(rows: list[tuple[str, list[float]]], parts: list[str], unit: str) -> Markup:
@@ -97,28 +139,37 @@ def stacked_bars(rows: list[tuple[str, list[float]]], parts: list[str], unit: st
     for i, (name, values) in enumerate(rows):
         top = i * 52
         left = 0.0
-        body += [
-            _text("0", top + 14, name, "name"),
-            _text("100%", top + 14, f"{number(sum(values))} {unit}", "value", "end"),
-        ]
-        for series, (part, value) in enumerate(zip(parts, values, strict=True)):
+        body += _title(top + 14, name, f"{number(sum(values))} {unit}")
+        for series, value in enumerate(values):
             width = 100 * value / longest
             if width > 0:
-                title = f"{name}, {part}: {number(value)} {unit}"
-                body.append(_bar(left, top + 22, max(width - 0.25, 0.05), 18, series, title))
+                bar = _bar(
+                    x=left,
+                    y=top + 22,
+                    width=max(width - 0.25, 0.05),
+                    height=18,
+                    series=series,
+                    title=f"{name}, {parts[series]}: {number(value)} {unit}",
+                )
+                body.append(bar)
             left += width
     return legend(parts) + _svg(len(rows) * 52, f"{unit} by part, stacked", body)
 
 
 def _grid(height: float) -> list[Markup]:
     """Lines at 0, 25, … 100 % of the width with their labels below `height`."""
+    anchors = {
+        0: "start",
+        25: "middle",
+        50: "middle",
+        75: "middle",
+        100: "end",
+    }
     body = []
-    for tick in (0, 25, 50, 75, 100):
-        anchor = "start" if tick == 0 else "end" if tick == 100 else "middle"
-        body += [
-            _line(tick, 0, tick, height, "grid"),
-            _text(f"{tick}%", height + 16, f"{tick} %", "tick", anchor),
-        ]
+    for tick, anchor in anchors.items():
+        line = _line(tick, 0, tick, height, "grid")
+        label = _text(f"{tick}%", height + 16, f"{tick} %", "tick", anchor)
+        body += [line, label]
     return body
 
 
@@ -126,29 +177,43 @@ def interval_bars(rows: list[tuple[str, float | None, list[float] | None, str]])
     """A bar for each share 0–1 with its interval as a whisker: (name, share, [lo, hi], note). ""
     where no row has a share.
     """
-    known = [(i, *row) for i, row in enumerate(rows) if row[1] is not None]
-    if not known:
+    count = sum(share is not None for _, share, _, _ in rows)
+    if not count:
         return Markup("")
-    height = len(known) * 56
+    height = count * 56
     body = _grid(height)
-    for place, (series, name, share, interval, note) in enumerate(known):
-        assert share is not None
-        top = place * 56
+    top = 0
+    for series, (name, share, interval, note) in enumerate(rows):
+        if share is None:
+            continue
         accuracy = percent(share)
         if interval:
-            accuracy += f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+            low, high = (100 * bound for bound in interval)
+            accuracy += f" ({low:.1f} to {high:.1f})"
         value = f"{accuracy}, {note}" if note else accuracy
-        title = f"{name}: {accuracy} {note}"
-        body.append(_text("0", top + 16, name, "name"))
-        body.append(_text("100%", top + 16, value, "value", "end"))
-        body.append(_bar(0, top + 24, max(100 * share, 0.2), 18, series, title))
+        body += _title(top + 16, name, value)
+        bar = _bar(
+            x=0,
+            y=top + 24,
+            width=max(100 * share, 0.2),
+            height=18,
+            series=series,
+            title=f"{name}: {accuracy} {note}",
+        )
+        body.append(bar)
         if interval:
-            lo = 100 * interval[0]
-            hi = 100 * interval[1]
-            middle = top + 33
-            body.append(_line(lo, middle, hi, middle, "whisker"))
-            body += [_line(end, middle - 6, end, middle + 6, "whisker") for end in (lo, hi)]
+            body += _whisker(low, high, top + 33)
+        top += 56
     return _svg(height + 24, "accuracy with its 95 % interval", body)
+
+
+def _whisker(low: float, high: float, middle: float) -> list[Markup]:
+    """An interval at the height `middle`, with a stroke at either end."""
+    return [
+        _line(low, middle, high, middle, "whisker"),
+        _line(low, middle - 6, low, middle + 6, "whisker"),
+        _line(high, middle - 6, high, middle + 6, "whisker"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,7 +228,9 @@ def bars_by_type(systems: list[TypeBars]) -> Markup:
     """Accuracy by type of question: a group of bars for each type, a colour for each system. ""
     without types.
     """
-    types = list(dict.fromkeys(kind for system in systems for kind in system.shares))
+    types: dict[str, None] = {}
+    for system in systems:
+        types |= dict.fromkeys(system.shares)
     if not types:
         return Markup("")
     group = 34 + 14 * len(systems)
@@ -172,17 +239,23 @@ def bars_by_type(systems: list[TypeBars]) -> Markup:
     for i, kind in enumerate(types):
         top = i * group
         counts = {system.shares[kind][0] for system in systems if kind in system.shares}
-        numbers = ", ".join(str(n) for n in sorted(counts))
+        numbers = ", ".join(map(str, sorted(counts)))
         body.append(_text("0", top + 16, f"{kind} (n = {numbers})", "name"))
         for series, system in enumerate(systems):
             n, share = system.shares.get(kind, (0, None))
             if share is None:
                 continue
-            title = f"{system.name}, {kind}: {percent(share)}, n = {n}"
-            y = top + 22 + 14 * series
-            body.append(_bar(0, y, max(100 * share, 0.2), 12, series, title))
-    svg = _svg(height + 24, "accuracy by type of question", body)
-    return legend([system.name for system in systems]) + svg
+            bar = _bar(
+                x=0,
+                y=top + 22 + 14 * series,
+                width=max(100 * share, 0.2),
+                height=12,
+                series=series,
+                title=f"{system.name}, {kind}: {percent(share)}, n = {n}",
+            )
+            body.append(bar)
+    names = [system.name for system in systems]
+    return legend(names) + _svg(height + 24, "accuracy by type of question", body)
 
 
 def _round_up(value: float) -> float:
@@ -192,7 +265,8 @@ def _round_up(value: float) -> float:
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 3, 4, 6, 8, 10) if factor * power >= value)
+    candidates = [factor * power for factor in (1, 2, 3, 4, 6, 8, 10)]
+    return next(candidate for candidate in candidates if candidate >= value)
 
 
 def curve(
@@ -208,33 +282,35 @@ def curve(
     if len(points) < 2:
         return Markup("")
     points = sorted(points)
-    first, last = points[0][0], points[-1][0]
+    first, first_value = points[0]
+    last, last_value = points[-1]
     most = top or _round_up(max(value for _, value in points))
+    length = max(last - first, 1e-9)
     height = 180
     body = []
     for quarter in range(5):
         y = height - height * quarter / 4
-        body += [
-            _line(9, y + 8, 100, y + 8, "grid"),
-            _text("0", y + 12, f"{most * quarter / 4:.3g}", "tick"),
-        ]
-    path = " ".join(
-        f"{1000 * (x - first) / max(last - first, 1e-9):.1f},{height - height * y / most:.1f}"
-        for x, y in points
-    )
-    body.append(
-        Markup(
-            '<svg x="9%" y="8" width="91%" height="{h}" viewBox="0 0 1000 {h}" '
-            'preserveAspectRatio="none">'
-            '<polyline points="{path}" class="l{series}"/></svg>'
-        ).format(h=height, path=path, series=series)
+        line = _line(9, y + 8, 100, y + 8, "grid")
+        tick = _text("0", y + 12, f"{most * quarter / 4:.3g}", "tick")
+        body += [line, tick]
+    places = []
+    for step, value in points:
+        x = 1000 * (step - first) / length
+        y = height - height * value / most
+        places.append(f"{x:.1f},{y:.1f}")
+    polyline = Markup(
+        '<svg x="9%" y="8" width="91%" height="{height}" viewBox="0 0 1000 {height}" '
+        'preserveAspectRatio="none">'
+        '<polyline points="{path}" class="l{series}"/></svg>'
+    ).format(
+        height=height,
+        path=" ".join(places),
+        series=series,
     )
     body += [
+        polyline,
         _text("9%", height + 28, f"{unit} {first:,.7g}", "tick"),
         _text("100%", height + 28, f"{unit} {last:,.7g}", "tick", "end"),
     ]
-    return _svg(
-        height + 34,
-        f"{label} by {unit}, from {number(points[0][1])} to {number(points[-1][1])}",
-        body,
-    )
+    values = f"from {number(first_value)} to {number(last_value)}"
+    return _svg(height + 34, f"{label} by {unit}, {values}", body)

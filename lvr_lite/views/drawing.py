@@ -21,11 +21,13 @@ _BOX_COLOURS = ((230, 30, 120), (0, 150, 255), (255, 140, 0), (20, 170, 70), (13
 def fitted(picture: Image.Image, side: int) -> Image.Image:
     """The picture with its longer side at `side` pixels."""
     scale = side / max(picture.size)
-    width = max(1, round(picture.width * scale))
-    height = max(1, round(picture.height * scale))
-    # Nearest keeps the pixels of a small picture visible, which is what a drawing of it is for.
-    filter = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    return picture.resize((width, height), filter)
+    width = round(picture.width * scale)
+    height = round(picture.height * scale)
+    filter = Image.Resampling.LANCZOS
+    if scale > 1:
+        # It keeps the pixels of a small picture visible, which is what a drawing of it is for.
+        filter = Image.Resampling.NEAREST
+    return picture.resize((max(1, width), max(1, height)), filter)
 
 
 def cell_edges(length: int, cells: int) -> list[int]:
@@ -60,5 +62,10 @@ def draw_boxes(
 def wrapped(text: str, font: Font, width: int) -> list[str]:
     """The text in lines of about `width` pixels, three at most."""
     # characters a line, at the mean width of this text's characters
-    characters = max(1, int(0.95 * width * len(text) / font.getlength(text)))
-    return textwrap.wrap(text, characters, max_lines=3, placeholder=" ...")
+    characters = int(0.95 * width * len(text) / font.getlength(text))
+    return textwrap.wrap(
+        text,
+        max(1, characters),
+        max_lines=3,
+        placeholder=" ...",
+    )

@@ -74,8 +74,11 @@ class View:
         """Row and column of the token that latent step `step` (from 0) is nearest to, and its
         similarity.
         """
-        token = int(self.similarities[step].argmax())
-        return token // self.grid[1], token % self.grid[1], float(self.similarities[step, token])
+        similarities = self.similarities[step]
+        token = int(similarities.argmax())
+        _, columns = self.grid
+        row, column = divmod(token, columns)
+        return row, column, float(similarities[token])
 
 
 def refuse(out: Path, images: Sequence[str], latent: LatentSpec, steps: int | None) -> None:
@@ -118,40 +121,42 @@ def answer_views(
             "look at"
         )
     processor = runtime.processor
-    grids = [processor.grid_of(picture.height, picture.width) for picture in pictures]
-    ends = np.cumsum([processor.visual_tokens(grid) for grid in grids])
-    assert ends[-1] == len(prompt.features), (
-        f"{ends[-1]} places for {len(prompt.features)} visual tokens"
-    )
     latents = np.stack(result.latents)
-    parts = np.split(prompt.features, ends[:-1])
-    return [
-        View(
-            picture,
-            processor.token_grid(grid),
-            likeness(latents, tokens)[:, processor.token_places(grid)],
+    views = []
+    end = 0
+    for picture in pictures:
+        grid = processor.grid_of(picture.height, picture.width)
+        start = end
+        end += processor.visual_tokens(grid)
+        similarities = likeness(latents, prompt.features[start:end])
+        view = View(
+            picture=picture,
+            grid=processor.token_grid(grid),
+            similarities=similarities[:, processor.token_places(grid)],
         )
-        for picture, grid, tokens in zip(pictures, grids, parts, strict=True)
-    ]
+        views.append(view)
+    assert end == len(prompt.features), f"{end} places for {len(prompt.features)} visual tokens"
+    return views
 
 
 def bounds(views: Sequence[View]) -> tuple[float, float]:
     """The lowest and highest similarity of all steps and pictures: the one scale by which panels
     compare.
     """
-    low = min(float(view.similarities.min()) for view in views)
-    high = max(float(view.similarities.max()) for view in views)
-    return low, high
+    lows = [float(view.similarities.min()) for view in views]
+    highs = [float(view.similarities.max()) for view in views]
+    return min(lows), max(highs)
 
 
 def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values (...) -> (..., 3) uint8: `SCALE` from low to high."""
-    places = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * (len(SCALE) - 1)
-    anchors = np.array(SCALE, float)
-    mixed = np.stack(
-        [np.interp(places, np.arange(len(SCALE)), anchors[:, c]) for c in range(3)], -1
-    )
-    return np.asarray(mixed.round(), np.uint8)
+    shares = (values - low) / max(high - low, 1e-9)
+    places = np.clip(shares, 0, 1) * (len(SCALE) - 1)
+    steps = np.arange(len(SCALE))
+    channels = np.array(SCALE, float).T
+    mixed = [np.interp(places, steps, channel) for channel in channels]
+    rounded = np.stack(mixed, -1).round()
+    return np.asarray(rounded, np.uint8)
 
 
 def panel(view: View, step: int, scale: tuple[float, float], side: int = _SIDE) -> Image.Image:
@@ -160,9 +165,12 @@ def panel(view: View, step: int, scale: tuple[float, float], side: int = _SIDE) 
     """
     picture = fitted(view.picture.convert("RGB"), side)
     rows, columns = view.grid
-    heat = Image.fromarray(colours(view.similarities[step].reshape(rows, columns), *scale))
-    dim = picture.convert("L").point(lambda v: v * _DIM).convert("RGB")
-    drawn = Image.blend(dim, heat.resize(picture.size, Image.Resampling.NEAREST), _TINT)
+    similarities = view.similarities[step].reshape(rows, columns)
+    cells = Image.fromarray(colours(similarities, *scale))
+    heat = cells.resize(picture.size, Image.Resampling.NEAREST)
+    grey = picture.convert("L")
+    dim = grey.point(lambda value: value * _DIM).convert("RGB")
+    drawn = Image.blend(dim, heat, _TINT)
     row, column, _ = view.nearest(step)
     x0, x1 = _framed(column, columns, picture.width)
     y0, y1 = _framed(row, rows, picture.height)
@@ -178,8 +186,12 @@ def _framed(cell: int, cells: int, length: int) -> tuple[int, int]:
     tiny cell it is wider than the cell.
     """
     edges = cell_edges(length, cells)
-    spare = max(0, _FRAME - (edges[cell + 1] - edges[cell]) + 1) // 2
-    return max(0, edges[cell] - spare), min(length, edges[cell + 1] + spare) - 1
+    start = edges[cell]
+    end = edges[cell + 1]
+    spare = max(0, _FRAME - (end - start) + 1) // 2
+    first = max(0, start - spare)
+    last = min(length, end + spare) - 1
+    return first, last
 
 
 def heat_maps(
@@ -196,23 +208,23 @@ def heat_maps(
     """
     font = ImageFont.load_default(_TEXT)
     across = min(_ACROSS, 1 + len(views[0].similarities))
-    inner = across * (_SIDE + _GAP) - _GAP
-    texts = [
-        (question, INK),
-        (f"answer: {answer or '(nothing)'}", INK),
-        *([(f"expected: {expected}", QUIET)] if expected else []),
-    ]
-    blocks = [
-        _text(
-            [(line, ink) for text, ink in texts for line in wrapped(text, font, inner)], inner, font
-        )
-    ]
-    for number, view in enumerate(views):
-        tiles = _tiles(view, bounds(views), () if number else boxes, font)
-        blocks += [_beside(tiles[i : i + across], inner) for i in range(0, len(tiles), across)]
-    legend = [(line, QUIET) for text in (MEANING, NOTE) for line in wrapped(text, font, inner)]
-    blocks += [_bar(bounds(views), inner, font), _text(legend, inner, font)]
-    sheet = Image.new("RGB", (inner + 2 * _GAP, _GAP + sum(b.height + _GAP for b in blocks)), PAPER)
+    width = across * (_SIDE + _GAP) - _GAP
+    texts = [(question, INK), (f"answer: {answer or '(nothing)'}", INK)]
+    if expected:
+        texts.append((f"expected: {expected}", QUIET))
+    scale = bounds(views)
+    blocks = [_text(texts, width, font)]
+    for view in views:
+        tiles = _tiles(view, scale, boxes, font)
+        # They are of the first picture.
+        boxes = ()
+        for first in range(0, len(tiles), across):
+            line = tiles[first : first + across]
+            blocks.append(_beside(line, width))
+    blocks.append(_bar(scale, width, font))
+    blocks.append(_text([(MEANING, QUIET), (NOTE, QUIET)], width, font))
+    height = _GAP + sum(block.height + _GAP for block in blocks)
+    sheet = Image.new("RGB", (width + 2 * _GAP, height), PAPER)
     y = _GAP
     for block in blocks:
         sheet.paste(block, (_GAP, y))
@@ -220,7 +232,11 @@ def heat_maps(
     return sheet
 
 
-def _text(lines: Sequence[tuple[str, Colour]], width: int, font: Font) -> Image.Image:
+def _text(texts: Sequence[tuple[str, Colour]], width: int, font: Font) -> Image.Image:
+    """Texts below each other, each wrapped to the width."""
+    lines: list[tuple[str, Colour]] = []
+    for text, ink in texts:
+        lines += [(line, ink) for line in wrapped(text, font, width)]
     block = Image.new("RGB", (width, _LINE * len(lines)), PAPER)
     draw = ImageDraw.Draw(block)
     for i, (line, ink) in enumerate(lines):
@@ -234,25 +250,30 @@ def _tiles(
     """The picture with its boxes, then the panels, each with its line of text below."""
     picture = fitted(view.picture.convert("RGB"), _SIDE)
     draw_boxes(ImageDraw.Draw(picture), boxes, picture.size)
-    tiles = [(picture, "the picture")]
-    tiles += [
-        (panel(view, step, scale), f"step {step + 1}: {view.nearest(step)[2]:.2f}")
-        for step in range(len(view.similarities))
-    ]
-    return [_labelled(image, label, font) for image, label in tiles]
+    tiles = [_labelled(picture, "the picture", font)]
+    for step in range(len(view.similarities)):
+        _, _, similarity = view.nearest(step)
+        label = f"step {step + 1}: {similarity:.2f}"
+        tiles.append(_labelled(panel(view, step, scale), label, font))
+    return tiles
 
 
 def _labelled(image: Image.Image, label: str, font: Font) -> Image.Image:
-    tile = Image.new("RGB", (_SIDE, image.height + 4 + _LINE), PAPER)
+    top = image.height + 4
+    tile = Image.new("RGB", (_SIDE, top + _LINE), PAPER)
     tile.paste(image, (0, 0))
-    ImageDraw.Draw(tile).text((0, image.height + 4), label, fill=INK, font=font)
+    draw = ImageDraw.Draw(tile)
+    draw.text((0, top), label, fill=INK, font=font)
     return tile
 
 
 def _beside(tiles: Sequence[Image.Image], width: int) -> Image.Image:
-    line = Image.new("RGB", (width, max(tile.height for tile in tiles)), PAPER)
-    for i, tile in enumerate(tiles):
-        line.paste(tile, (i * (_SIDE + _GAP), 0))
+    height = max(tile.height for tile in tiles)
+    line = Image.new("RGB", (width, height), PAPER)
+    x = 0
+    for tile in tiles:
+        line.paste(tile, (x, 0))
+        x += _SIDE + _GAP
     return line
 
 
@@ -263,14 +284,16 @@ def _bar(scale: tuple[float, float], width: int, font: Font) -> Image.Image:
     draw = ImageDraw.Draw(block)
     draw.text((0, 0), low, fill=INK, font=font)
     left = round(font.getlength(low)) + 8
-    strip = colours(np.linspace(0, 1, _SIDE)[None].repeat(_LINE - 4, 0), 0, 1)
+    line = np.linspace(0, 1, _SIDE)
+    strip = colours(line[None].repeat(_LINE - 4, 0), 0, 1)
     block.paste(Image.fromarray(strip), (left, 2))
-    draw.text((left + _SIDE + 8, 0), high, fill=INK, font=font)
+    right = left + _SIDE + 8
+    draw.text((right, 0), high, fill=INK, font=font)
     return block
 
 
 def write_look(path: Path, sheet: Image.Image) -> None:
-    """Write a PNG, whole or not at all. Raises BundleError where it cannot be written."""
+    """Write a PNG, whole or not at all. Raises OutputError where it cannot be written."""
     file = io.BytesIO()
     sheet.save(file, "PNG")
     write_atomically(path, file.getvalue())

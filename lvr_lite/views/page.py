@@ -82,13 +82,18 @@ def write_page(results: JsonObject, out: Path) -> None:
 
 
 def _accuracy_bar(system: JsonObject) -> tuple[str, float | None, list[float] | None, str]:
-    note = f"n = {system['n']}" if system.get("n") else ""
+    note = ""
+    if system.get("n"):
+        note = f"n = {system['n']}"
     return system["name"], system.get("accuracy"), system.get("interval"), note
 
 
 def _type_bars(system: JsonObject) -> TypeBars:
+    shares = {}
     by_type = system.get("by_type") or {}
-    shares = {kind: (score["n"], score.get("accuracy")) for kind, score in by_type.items() if score}
+    for kind, score in by_type.items():
+        if score:
+            shares[kind] = (score["n"], score.get("accuracy"))
     return TypeBars(system["name"], shares)
 
 
@@ -103,15 +108,18 @@ def _probe(probed: JsonObject | None) -> JsonObject | None:
     """
     if probed is None:
         return None
+    effects = probed["interventions"]
     # Of the items that the interventions concern, not of all.
-    own = probed["interventions"]["none"]
-    bars = [("own latents", own["accuracy"], own["interval"], f"n = {own['n']}")]
-    bars += [
-        (name.replace("_", " "), p["accuracy"], p["interval"], f"n = {p['n']}")
-        for name, p in probed["interventions"].items()
-        if name in SHOWN_INTERVENTIONS and p["accuracy"] is not None
-    ]
+    bars = [_effect_bar("own latents", effects["none"])]
+    for name, effect in effects.items():
+        if name in SHOWN_INTERVENTIONS and effect["accuracy"] is not None:
+            bars.append(_effect_bar(name.replace("_", " "), effect))
     return {"verdict": probed["verdict"], "bars": interval_bars(bars)}
+
+
+def _effect_bar(name: str, effect: JsonObject) -> tuple[str, float | None, list[float] | None, str]:
+    note = f"n = {effect['n']}"
+    return name, effect["accuracy"], effect["interval"], note
 
 
 def render_page(template: str, **values: object) -> str:
@@ -133,22 +141,26 @@ def render_page(template: str, **values: object) -> str:
 
 def _example(example: JsonObject, scale: tuple[float, float] | None) -> JsonObject:
     picture = _scaled(example["image"])
-    answers = example.get("by_system") or {"": example.get("answer", "")}
+    expected = example["expected"]
+    texts = example.get("by_system") or {"": example.get("answer", "")}
+    answers = []
+    for name, text in texts.items():
+        right = _same(text, expected)
+        answers.append({"name": name, "text": text, "right": right})
+    boxes = []
+    for x0, y0, x1, y1 in example.get("boxes") or []:
+        sides = (x0, y0, x1 - x0, y1 - y0)
+        boxes.append([f"{100 * side:.2f}%" for side in sides])
+    view = example.get("view")
     return {
         "src": _png(picture),
         "width": picture.width,
         "height": picture.height,
         "question": example["question"],
-        "expected": example["expected"],
-        "answers": [
-            {"name": name, "text": text, "right": _same(text, example["expected"])}
-            for name, text in answers.items()
-        ],
-        "looks": _looks(example["view"], scale) if scale and example.get("view") else [],
-        "boxes": [
-            [f"{100 * v:.2f}%" for v in (x0, y0, x1 - x0, y1 - y0)]
-            for x0, y0, x1, y1 in example.get("boxes") or []
-        ],
+        "expected": expected,
+        "answers": answers,
+        "looks": _looks(view, scale) if scale and view else [],
+        "boxes": boxes,
     }
 
 
@@ -202,4 +214,5 @@ def _scaled(picture: Image.Image) -> Image.Image:
 def _png(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    encoded = base64.b64encode(file.getvalue())
+    return f"data:image/png;base64,{encoded.decode('ascii')}"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lvr_lite.data.boxes import Box, tokens_in_box
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
+from lvr_lite.files import write_atomically
 from lvr_lite.model.images import open_for_model
 from lvr_lite.model.processor import Processor
 from lvr_lite.views.drawing import (
@@ -57,8 +59,8 @@ def preview(samples: list[Sample], count: int, out: Path, processor: Processor) 
     Pictures are resized to what a model with this processor sees. They are shown at
     one size, that of the largest, within 320 to 960 pixels, with the grid of visual tokens. Tokens
     that the boxes select keep their colours, all others are washed out. Boxes belong to a sample's
-    first picture. Raises DataError for a picture that cannot be read, an unwritable `out` or no
-    samples.
+    first picture. Raises DataError for a picture that cannot be read or no samples, OutputError
+    where `out` cannot be written.
     """
     if not samples[:count]:
         reason = "no samples to show"
@@ -67,13 +69,9 @@ def preview(samples: list[Sample], count: int, out: Path, processor: Processor) 
     largest = max(max(view.picture.size) for view in views)
     side = min(_LARGEST, max(_SMALLEST, largest))
     sheet = _sheet([_tile(view, side) for view in views], side)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out, format="PNG")
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    write_atomically(out, file.getvalue())
 
 
 def _view(sample: Sample, processor: Processor) -> _View:

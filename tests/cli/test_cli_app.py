@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 import lvr_lite
 from lvr_lite.cli.app import app
+from lvr_lite.files import fresh_folder
 from tests.command_line import Call, process
 
 COMMANDS = {
@@ -106,6 +110,8 @@ def test_debug_shows_the_traceback(call: Call, tmp_path: Path) -> None:
         (ImportError("No module named 'onnx'", name="onnx.helper"), 1, "lvr-lite[export]"),
         (ImportError("No module named 'torch'", name="torch"), 1, "lvr-lite[train]"),
         (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 1, "out of memory at "),
+        (RuntimeError("[...] can't allocate memory: you tried to"), 1, "out of memory at "),
     ],
 )
 def test_what_goes_wrong_outside_is_one_line(
@@ -119,3 +125,48 @@ def test_what_goes_wrong_outside_is_one_line(
     assert done.code == code
     assert "Traceback" not in done.err
     assert words in (done.error if words else done.err)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGINT, 130, "stopped by Ctrl-C\n"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM\n"),
+    ],
+)
+def test_a_signal_is_one_line_and_leaves_neither_files_nor_handlers(
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: int,
+    code: int,
+    words: str,
+) -> None:
+    def interrupted(_: Path) -> bool:
+        with fresh_folder(tmp_path / "out", "lvr.json") as staged:
+            (staged / "half").write_text("written", encoding="utf-8")
+            os.kill(os.getpid(), number)
+        return True
+
+    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("lvr_lite.model.bundle.is_bundle", interrupted)
+    done = call("inspect", "x")
+    assert (done.code, done.err) == (code, words)
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_card_is_set_up_unless_the_user_did(
+    call: Call, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    call("--version")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv(name, "backend:native")
+    call("--version")
+    assert os.environ[name] == "backend:native"
+    assert "expandable" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")

@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_no_half_written_json(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "run.json").write_text("earlier")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("lvr_lite.files._fsync", full)
     done = call("run", small_int8, picture, "what is here", "--json", tmp_path / "run.json")
     assert done.code == 1
     assert "No space left on device" in done.error

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from lvr_lite.data.convert.convert import Options, convert
-from lvr_lite.data.samples import Sample, read_samples
+from lvr_lite.data.sample_files import read_samples
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError, LvrError, UsageError
 from lvr_lite.model.images import open_picture
 from lvr_lite.toy import questions

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lvr_lite.data.rows import Problem
-from lvr_lite.data.samples import Sample, SampleFile, placed_samples, read_samples, sample_json
+from lvr_lite.data.sample_files import SampleFile, placed_samples, read_samples
+from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.errors import DataError
 
 GOOD: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import SampleFile, read_samples
+from lvr_lite.data.sample_files import SampleFile, read_samples
 from lvr_lite.data.sources import FileSource, JoinedSource, PickedSamples, Source, open_source
 from lvr_lite.errors import DataError, UsageError
 

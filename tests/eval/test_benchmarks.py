@@ -845,6 +845,41 @@ def test_a_damaged_line_of_answers_is_named(tmp_path: Path) -> None:
         compare("tiny", [], plan, never)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"looks": {"now": 1}},
+        {"visual_tokens": [[3], [4]]},
+        {"tokens": "12"},
+        {"score": 2},
+        {"correct": 1},
+        {"answer": None},
+        {"more": 1},
+    ],
+)
+def test_a_line_of_answers_with_a_field_of_another_kind_is_named(
+    damage: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
+    plan = Plan("mmvp", path=str(folder), journal=journal)
+    compare("tiny", [], plan, lambda _: table(benchmarks.read("mmvp", folder), ["A"] * 6))
+    lines = journal.read_text(encoding="utf-8").splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | damage)
+    journal.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"answers\.jsonl:3: not what"):
+        compare("tiny", [], plan, never)
+
+
+def test_a_line_of_answers_that_is_nested_without_end_is_named(tmp_path: Path) -> None:
+    folder, journal = write_mmvp(tmp_path / "m"), tmp_path / "answers.jsonl"
+    plan = Plan("mmvp", path=str(folder), journal=journal)
+    compare("tiny", [], plan, lambda _: table(benchmarks.read("mmvp", folder), ["A"] * 6))
+    with journal.open("a", encoding="utf-8") as file:
+        file.write("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"answers\.jsonl:8: not what"):
+        compare("tiny", [], plan, never)
+
+
 # --------------------------------------------------------------------------------------------------
 # side by side
 

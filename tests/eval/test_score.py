@@ -434,3 +434,15 @@ def test_words_of_an_option_stand_for_its_letter(
 )
 def test_options_are_read_off_a_question(question: str, options: list[str]) -> None:
     assert lettered_options(question) == options
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["answer ", "A, ", "(A) or ", "not word ", "\n", "( ", "\\boxed{ ", "A. ", "<answer>"],
+)
+def test_a_long_hostile_answer_is_scored_in_one_pass(piece: str) -> None:
+    # Each took minutes where the time grew with the square of the length.
+    text = piece * 100_000 + " " * 100_000
+    is_correct(text, "red")
+    chosen_letter(text, ["one", "two", "three"])
+    lettered_options(text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lvr_lite.generate.sampling import greedy, probabilities, sample
+from lvr_lite.errors import NotFiniteError
+from lvr_lite.generate.sampling import greedy, log_probability, probabilities, sample
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.3, 0.2])).astype(np.float32)
 
@@ -63,3 +64,23 @@ def test_the_logits_are_left_as_they_were() -> None:
     before = LOGITS.copy()
     probabilities(LOGITS, 0.7, 0.5)
     assert np.array_equal(before, LOGITS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_one_line(temperature: float) -> None:
+    logits = np.array([1.0, np.nan, 0.5], np.float32)
+    with pytest.raises(NotFiniteError, match=r"logits are not finite \(nan\).*take fp32"):
+        sample(logits, temperature, 1.0, np.random.default_rng(0))
+
+
+def test_logits_that_overflowed_cannot_be_drawn_from() -> None:
+    logits = np.array([1.0, np.inf, np.inf], np.float32)
+    with pytest.raises(NotFiniteError, match=r"not finite \(inf\)"):
+        sample(logits, 1.0, 1.0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+def test_the_lowest_temperatures_take_the_most_likely(temperature: float) -> None:
+    logits = np.array([3.0, -np.inf, 88.0, 87.0], np.float32)
+    assert probabilities(logits, temperature, 0.9).tolist() == [0, 0, 1, 0]
+    assert log_probability(logits, temperature, 2) == 0.0

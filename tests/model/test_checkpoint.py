@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lvr_lite.commands.train import plan_finetune
-from lvr_lite.errors import BundleError
+from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.model import spec as latent
 from lvr_lite.model.checkpoint import (
     LVR_CONFIG,
@@ -356,7 +356,8 @@ def test_a_base_that_is_nowhere_is_named_by_file_field_id_and_revision(
     said = refusal(folder)
     assert said.startswith(f"{folder / LVR_CONFIG}: base ")
     assert f"me/tiny-vl at revision {REVISION} is not to be had from the hub" in said
-    assert said.endswith("and write its folder into the field `base`")
+    assert "and write its folder into the field `base`" in said
+    assert said.endswith("(and remove SHA256SUMS beside it)")
 
 
 def test_another_revision_in_the_bases_place_is_passed_over(
@@ -419,3 +420,65 @@ def test_an_adapter_that_git_holds_elsewhere_is_refused(
     path = folder / "adapter_model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     assert refusal(folder).startswith(f"{path}: is a Git LFS pointer")
+
+
+EVIL = (
+    None,
+    "",
+    -1,
+    1e308,
+    float("nan"),
+    10**12,
+    10**400,
+    "\ud800",
+    [],
+    {},
+    [[]],
+    True,
+    "9" * 5000,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "preprocessor_config.json", "tokenizer_config.json", "generation_config.json"],
+)
+def test_any_value_in_any_field_gives_a_checkpoint_or_one_line(copied: Copy, name: str) -> None:
+    folder = copied(resolve("tiny"))
+    whole = json.loads((folder / name).read_text("utf-8"))
+    fields = [(whole, key) for key in whole]
+    fields += [(part, key) for part in whole.values() if isinstance(part, dict) for key in part]
+    for parent, key in fields:
+        kept = parent[key]
+        for value in EVIL:
+            parent[key] = value
+            (folder / name).write_text(json.dumps(whole), "utf-8")
+            try:
+                read_checkpoint(folder)
+            except LvrError as error:
+                assert "\n" not in str(error)
+                str(error).encode()
+        parent[key] = kept
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_size_that_no_model_has_is_refused_by_its_name(copied: Copy, field: str) -> None:
+    folder = copied(resolve("tiny"))
+    edit(folder / "config.json", lambda config: config["text_config"].update({field: 10**12}))
+    assert f"text_config.{field} is 1000000000000, which no model has" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "latent", [{"steps": "4"}, {"steps": 10**9}, {"steps": 4, "norm": "x"}, [], 3]
+)
+def test_a_loop_that_is_none_is_refused(
+    small_checkpoint: Path, tmp_path: Path, latent: object
+) -> None:
+    folder = tuned(tmp_path / "tuned", small_checkpoint, latent=latent)
+    assert refusal(folder).startswith(f"{folder / LVR_CONFIG}: latent")
+
+
+def test_a_template_without_end_is_refused_by_its_folder(copied: Copy) -> None:
+    folder = copied(resolve("tiny"))
+    (folder / "chat_template.jinja").write_text("{{ 'a' * 10**9 }}", "utf-8")
+    assert refusal(folder).startswith(f"{folder}: the chat template cannot be rendered")

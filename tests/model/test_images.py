@@ -5,8 +5,12 @@ refused in one line.
 from __future__ import annotations
 
 import io
+import struct
+import tracemalloc
 import warnings
+import zlib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +18,10 @@ import pytest
 from PIL import Image
 
 from lvr_lite.errors import DataError
+from lvr_lite.model import images
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.model.families import ImageSpec
-from lvr_lite.model.images import open_picture, picture_size
+from lvr_lite.model.images import FORMATS, open_for_model, open_picture, picture_size
 from lvr_lite.model.processor import Pixels
 
 SPEC = ImageSpec(
@@ -208,18 +213,133 @@ def test_bytes_changed_at_random_give_a_picture_or_a_data_error(kind: str, tmp_p
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.parametrize("side", [8_192, 8_200])
 def test_a_picture_of_too_many_pixels_is_refused_and_a_large_one_gives_no_warning(
-    side: int, tmp_path: Path
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.new("1", (side, side)).save(tmp_path / "huge.png")
-    if side == 10_000:  # above the size at which Pillow warns
+    # Above the size at which Pillow warns.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000_000)
+    path = tmp_path / "huge.png"
+    Image.new("1", (side, side)).save(path)
+    if side == 8_192:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert open_picture(tmp_path / "huge.png").size == (side, side)
-    else:
-        with pytest.raises(DataError, match=r"huge\.png: .*178 million"):
-            open_picture(tmp_path / "huge.png")
+            assert open_picture(path).size == (side, side)
+            assert picture_size(path) == (side, side)
+        return
+    for read in (open_picture, picture_size):
+        with pytest.raises(DataError, match=r"huge\.png: .*67 million"):
+            read(path)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def test_formats_that_are_not_named_are_never_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr("subprocess.check_call", lambda *command, **_: ran.append(command))
+    (tmp_path / "p.png").write_bytes(POSTSCRIPT)
+    noise(8, 8).save(tmp_path / "rare.png", "TGA")
+    for name in ("p.png", "rare.png"):
+        for read in (open_picture, picture_size):
+            with pytest.raises(DataError, match=r"not a picture that Pillow can read"):
+                read(tmp_path / name)
+    assert ran == []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_named_format_is_read(form: str, tmp_path: Path) -> None:
+    noise(30, 20).save(tmp_path / "p", form)
+    assert open_picture(tmp_path / "p").size == (30, 20)
+    assert picture_size(tmp_path / "p") == (20, 30)
+
+
+def test_a_phones_picture_with_a_second_one_in_it_is_read(tmp_path: Path) -> None:
+    noise(30, 20).save(tmp_path / "p.jpg", "MPO", save_all=True, append_images=[noise(30, 20, 1)])
+    assert open_picture(tmp_path / "p.jpg").size == (30, 20)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def png(*chunks: bytes, width: int = 8, height: int = 8) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks)
+
+
+@cache
+def hostile_files() -> dict[str, bytes]:
+    bomb = zlib.compress(bytes(100 << 20), 9)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(8 * 25)))
+    gif = io.BytesIO()
+    Image.new("P", (8, 8)).save(gif, "GIF")
+    canvas = bytearray(gif.getvalue())
+    canvas[6:10] = struct.pack("<HH", 65_535, 65_535)
+    tags = b"".join(struct.pack("<HHII", 256 + i, 4, 0xFFFFFFF, 8) for i in range(9))
+    return {
+        "text.png": png(chunk(b"zTXt", b"a\0\0" + bomb), pixels, chunk(b"IEND", b"")),
+        "profile.png": png(chunk(b"iCCP", b"a\0\0" + bomb), pixels, chunk(b"IEND", b"")),
+        "ratio.png": png(chunk(b"IDAT", bomb), width=60_000, height=60_000),
+        "broken.png": png(chunk(b"IDAT", b"\0" * 64)),
+        "short.png": png(b"\0\0\0\xffIDAT"),
+        "canvas.gif": bytes(canvas),
+        "tags.tif": b"II*\0" + struct.pack("<IH", 8, 0xFFFF) + tags,
+        "size.bmp": b"BM"
+        + struct.pack("<IIIIiiHHIIiiII", 0, 0, 54, 40, 1 << 30, 1 << 30, 1, 24, *[0] * 6),
+    }
+
+
+@pytest.mark.parametrize("name", hostile_files())
+def test_a_hostile_picture_costs_little_memory(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(hostile_files()[name])
+    tracemalloc.start()
+    try:
+        opened = open_picture(tmp_path / name)
+        # What is no part of the picture may be skipped.
+        assert opened.size == (8, 8)
+    except DataError as error:
+        assert str(error).startswith(str(tmp_path / name))
+        assert "\n" not in str(error)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 50 << 20
+
+
+def test_a_line_of_pixels_and_an_animation_of_many_frames_are_read_once(tmp_path: Path) -> None:
+    noise(1, 65_000).save(tmp_path / "line.png")
+    assert open_picture(tmp_path / "line.png").size == (1, 65_000)
+    with pytest.raises(DataError, match=r"line\.png: 1 x 65000 pixels"):
+        open_for_model(tmp_path / "line.png")
+    frames = [noise(8, 8, seed) for seed in range(40)]
+    frames[0].save(tmp_path / "film.png", save_all=True, append_images=frames[1:])
+    assert open_picture(tmp_path / "film.png").size == (8, 8)
+
+
+def test_strips_of_a_large_picture_are_what_the_whole_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "STRIP", 90 * 7)
+    for mode in ("LA", "RGBA"):
+        with_transparency(mode).save(tmp_path / "p.png")
+        assert_as_transformers([open_picture(tmp_path / "p.png")], [Image.open(tmp_path / "p.png")])
+    deep = np.random.default_rng(0).integers(0, 65_536, (70, 90), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    grey = np.asarray(open_picture(tmp_path / "deep.png"))[..., 0]
+    assert np.array_equal(grey, (deep.astype(int) + 128) // 257)
+
+
+def test_a_file_of_too_many_bytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
+    (tmp_path / "p.png").write_bytes(png() + bytes(2 << 20))
+    with pytest.raises(DataError, match="more than 1 MiB"):
+        open_picture(tmp_path / "p.png")
 
 
 def test_a_picture_200_times_as_long_as_wide_passes_and_a_longer_one_is_refused() -> None:

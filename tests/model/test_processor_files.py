@@ -181,6 +181,28 @@ def test_processor_config_alone_is_read(folder: Path) -> None:
     assert read_checkpoint(folder).processor.image == want
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        ("preprocessor_config.json", {"min_pixels": [784]}, "image.min_pixels must be a whole"),
+        ("preprocessor_config.json", {"max_pixels": "784"}, "image.max_pixels must be a whole"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "image.mean must be three numbers"),
+        ("preprocessor_config.json", {"image_std": [[1], 1, 1]}, "image.std must be a number"),
+        ("config.json", {"patch_size": [14]}, "image.patch must be a whole number"),
+        ("config.json", {"spatial_merge_size": 0}, "image.merge must be a whole number"),
+    ],
+)
+def test_a_size_of_pictures_of_another_kind_is_refused(
+    folder: Path, file: str, fields: dict[str, Any], said: str
+) -> None:
+    if file == "config.json":
+        vision = json.loads((folder / file).read_text(encoding="utf-8"))["vision_config"]
+        fields = {"vision_config": vision | fields}
+    edit(folder / file, **fields)
+    with pytest.raises(BundleError, match=said):
+        read_checkpoint(folder)
+
+
 def test_tiles_lose_what_lies_beyond_their_last_whole_patch() -> None:
     """SmolVLM2-2.2B: tiles of 384 pixels, 27 patches of 14 along a side, 3 x 3 a visual token."""
     family = get("smolvlm")

@@ -123,3 +123,41 @@ def test_a_file_that_ends_too_soon_is_truncated(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", a=[1.0] * 100)
     path.write_bytes(path.read_bytes()[:-4])
     assert refusal(tmp_path).startswith(f"{path}: truncated: ")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]},
+        {"dtype": 7, "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4]},
+        [],
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, entry: object) -> None:
+    text = json.dumps({"a": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    assert str(path) in refusal(tmp_path)
+
+
+def test_bytes_belong_to_one_tensor(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    other = {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}
+    text = json.dumps({"a": entry, "b": other}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    assert "b: its bytes are another's" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"{}x"])
+def test_a_header_that_no_parser_reads_is_refused(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    assert refusal(tmp_path).startswith(f"{path}: ")

@@ -65,7 +65,8 @@ def test_the_budget_is_kept_and_used(mixed: tuple[Path, dict[str, Any]]) -> None
     assert report["bits_per_weight"] == pytest.approx(report["search"]["chosen"]["bits"], abs=2e-3)
     assert json.loads((folder / "report.json").read_text())["search"] == report["search"]
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["drift.png", "lvr.json", "onnx", "pareto.png", "report.json", "tokenizer.json"]
+    kept = ["drift.png", "lvr.json", "onnx", "pareto.png", "report.json", "tokenizer.json"]
+    assert names == ["SHA256SUMS", *kept]
     assert all((folder / name).stat().st_size > 10_000 for name in ("drift.png", "pareto.png"))
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvr_lite.data.samples import read_samples
+from lvr_lite.data.sample_files import read_samples
 from lvr_lite.errors import DataError, OutputError, UsageError
 from lvr_lite.model.checkpoint import processor_of
 from lvr_lite.model.images import open_picture
@@ -309,5 +309,5 @@ def test_a_preview_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     path = write_scenes(tmp_path / "data", 2, 0, "train")
     with pytest.raises(DataError, match="no samples to show"):
         preview([], 3, tmp_path / "sheet.png", processor_of("tiny"))
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         preview(read_samples(path), 3, tmp_path / "data", processor_of("tiny"))

@@ -16,13 +16,12 @@ import pytest
 import torch
 import yaml
 
-from lvr_lite.config import Settings, load_settings
-from lvr_lite.errors import LvrError, OutputError, UsageError
+from lvr_lite.config import Settings
+from lvr_lite.errors import OutputError, UsageError
 from lvr_lite.model.checkpoint import LVR_CONFIG, read_checkpoint
 from lvr_lite.model.families import ImageSpec
 from lvr_lite.train import finetune as module
 from lvr_lite.train import load as nf4
-from lvr_lite.train.finetune import finetune
 from lvr_lite.train.run_folder import (
     COMPLETE,
     check_resumed,
@@ -31,31 +30,7 @@ from lvr_lite.train.run_folder import (
     resume_point,
 )
 from tests.command_line import two_processes
-from tests.short_run import SHORT_RUN
-
-TINY_RUN = [
-    *SHORT_RUN,
-    "train.steps=4",
-    "train.eval_every=4",
-    "train.lr=1e-3",
-    "data.count=16",
-]
-
-
-def settings(*more: str) -> Settings:
-    return load_settings(None, [*TINY_RUN, *more])
-
-
-def tune(
-    base: Path, out: Path, *more: str, data: str = "scenes", **options: Any
-) -> tuple[dict[str, Any], list[str]]:
-    lines: list[str] = []
-    checkpoint = read_checkpoint(base)
-    return finetune(checkpoint, data, out, settings(*more), say=lines.append, **options), lines
-
-
-def losses(metrics: dict[str, Any]) -> dict[int, float]:
-    return {h["step"]: h["loss"] for h in metrics["history"] if "loss" in h}
+from tests.tuning import TINY_RUN, losses, settings, tune
 
 
 @pytest.fixture(scope="module")
@@ -345,23 +320,6 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(
         tune(small_checkpoint, out, resume=True)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
-    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*arguments: Any) -> Any:
-        model = nf4.load_base(*arguments)
-        with torch.no_grad():
-            model.model.language_model.norm.weight.fill_(math.nan)
-        return model
-
-    monkeypatch.setattr(module, "load_base", broken)
-    with pytest.raises(
-        LvrError, match=r"step 0: the loss is nan; lower train\.lr, or look at the samples"
-    ):
-        tune(small_checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out" / COMPLETE).exists()
-
-
 def test_pictures_are_shrunk_in_training_as_they_will_be_later(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +327,7 @@ def test_pictures_are_shrunk_in_training_as_they_will_be_later(
 
     def stop(*arguments: Any) -> None:
         *_, collator = arguments
-        images.append(collator.checkpoint.processor.image)
+        images.append(collator.collator.checkpoint.processor.image)
         raise _Stopped
 
     monkeypatch.setattr(module, "LatentTrainer", stop)
@@ -403,7 +361,7 @@ def read_checkpoint_spec(out: Path) -> ImageSpec:
 def test_a_full_disk_ends_the_run_in_one_line(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,21 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import load_settings
 from lvr_lite.data.sources import FileSource, open_source
-from lvr_lite.errors import DataError, UsageError
+from lvr_lite.errors import DataError, NotFiniteError, StoppedError, UsageError
+from lvr_lite.generate import sampling
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
-from lvr_lite.train.grpo import Donors, Repeated, Roller, advantages, divergence, grpo, objective
+from lvr_lite.train.grpo import (
+    Donors,
+    GrpoTrainer,
+    Repeated,
+    Roller,
+    advantages,
+    divergence,
+    grpo,
+    objective,
+)
 from lvr_lite.train.rewards import read_rewards
 from tests.command_line import two_processes
 from tests.fakes import Looks, tiles
@@ -301,3 +313,69 @@ def test_samples_need_no_boxes(small_tuned: Path, tmp_path: Path) -> None:
         small_tuned, tmp_path / "out", "train.steps=1", data=str(tmp_path / "plain.jsonl")
     )
     assert metrics["steps"] == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers that are not finite, and signals
+
+
+def test_a_step_whose_rewards_are_not_finite_is_skipped_and_named(
+    small_tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "early_nan.py").write_text(
+        "calls = 0\n"
+        "def reward(sample, answer):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return float('nan') if calls == 1 else calls % 2\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metrics, _ = reinforce(small_tuned, tmp_path / "out", "grpo.rewards=early_nan:reward")
+    (skipped,) = metrics["skipped"]
+    assert (skipped["step"], len(skipped["samples"])) == (1, 2)
+    said = capsys.readouterr().out
+    assert "step 1: reward early_nan:reward: gave nan on sample" in said
+    assert "step 1: skipped, its loss is not finite" in said
+    assert [h["step"] for h in metrics["history"] if "reward" in h] == [2]
+
+
+def test_a_step_whose_answers_are_drawn_from_nan_is_skipped(
+    small_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(logits: np.ndarray, *others: Any) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            logits[:] = np.nan
+        return draw(logits, *others)
+
+    calls: list[int] = []
+    draw = sampling.sample
+    monkeypatch.setattr(sampling, "sample", broken)
+    metrics, _ = reinforce(small_tuned, tmp_path / "out", "train.steps=2")
+    assert [entry["step"] for entry in metrics["skipped"]] == [1]
+
+
+def test_rewards_beyond_all_numbers_have_no_advantage() -> None:
+    with pytest.raises(NotFiniteError, match="the spread of the rewards is"):
+        advantages([1e308, -1e308, 1e308])
+
+
+def test_a_run_stops_where_it_draws_new_answers(
+    small_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step = GrpoTrainer.training_step
+
+    def signalled(self: GrpoTrainer, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *arguments, **options)
+
+    monkeypatch.setattr(GrpoTrainer, "training_step", signalled)
+    updates = ("grpo.updates=2", "train.steps=4", "train.save_every=4")
+    with pytest.raises(StoppedError, match="step 2: SIGTERM"):
+        reinforce(small_tuned, tmp_path / "out", *updates)
+    metrics, _ = reinforce(small_tuned, tmp_path / "out", *updates, resume=True)
+    assert metrics["steps"] == 4

@@ -386,6 +386,18 @@ def test_an_adapter_of_another_kind_is_said_as_what_it_is(
     assert str(caught.value).endswith("and give the result as a base")
 
 
+@pytest.mark.parametrize("settings", [{"alpha_pattern": [1]}, {"lora_alpha": [16]}])
+def test_settings_of_an_adapter_of_another_kind_are_one_line(
+    small_tuned: Path, copied: Callable[[Path], Path], settings: dict[str, Any]
+) -> None:
+    folder = copied(small_tuned)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    text = json.dumps(config | settings)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="the adapter does not fit its base"):
+        nf4.load_merged(read_checkpoint(folder))
+
+
 def test_an_adapter_that_lacks_a_weight_is_refused(
     small_tuned: Path, copied: Callable[[Path], Path]
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import LvrError, UsageError
+from lvr_lite.train.algebra import same_value
 from lvr_lite.train.rewards import Answer, accuracy, format, latent_use, math_accuracy, read_rewards
 
 
@@ -58,6 +59,122 @@ def test_accuracy(text: str, expected: str, choices: tuple[str, ...] | None, rew
 )
 def test_math(text: str, expected: str, reward: float) -> None:
     assert math_accuracy(sample_of(expected), Answer(text)) == reward
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac12", "0.5"),
+        (r"$\boxed{4}$", "4"),
+        (r"so it is \boxed{\frac{3}{4}}.", "0.75"),
+        ("<answer>2*2</answer>", "4"),
+        ("x = 4", "4"),
+        ("f(x) = 2x", "2*x"),
+        ("2*3 = 6", "6"),
+        ("x+y=2", "y+x=2"),
+        ("y = 2x", "2x = y"),
+        (r"\sqrt{8}", r"2\sqrt{2}"),
+        ("sqrt(6)", "√2·√3"),
+        ("sqrt(2/3)", "sqrt(6)/3"),
+        ("1/(sqrt(2)-1)", "sqrt(2)+1"),
+        ("sqrt(x)^2", "x"),
+        ("8^(1/3)", "2"),
+        ("50%", "0.5"),
+        (r"50\%", "1/2"),
+        (r"90^\circ", "90°"),
+        ("90°", "90"),
+        ("xy", "y*x"),
+        ("x**2", "x²"),
+        ("(x^2-1)/(x-1)", "x+1"),
+        (r"\pi r^2", "r*r*pi"),
+        (r"2\left(x+1\right)", "2x+2"),
+        ("sin(x+1)", "sin(1+x)"),
+        ("2^-1", "0.5"),
+        ("1e3", "1,000"),
+        ("2(3)", "6"),
+        ("1/2 + 1/3", "5/6"),
+    ],
+)
+def test_two_spellings_of_a_value_are_equal(one: str, other: str) -> None:
+    assert same_value(one, other)
+    assert same_value(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("x+1", "x"),
+        ("x = 4", "y = 4"),
+        ("x^2 + y^2 = 1", "1"),
+        ("0 = 0", "1 = 1"),
+        ("-x^2", "(-x)^2"),
+        ("sqrt(4)", "-2"),
+        ("sqrt(2)+sqrt(3)", "sqrt(5)"),
+        ("no", "on"),
+        ("left red", "red left"),
+        ("3 4", "12"),
+        ("1/0", "1/0"),
+        ("٣+0", "3"),
+        ("(", "("),
+    ],
+)
+def test_what_is_not_equal_or_no_expression_is_not(one: str, other: str) -> None:
+    assert not same_value(one, other)
+    assert not same_value(other, one)
+
+
+# Each of them ran code, took minutes or ended the run where texts were evaluated.
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "exec(chr(112)+chr(114))",
+        "open(chr(120))",
+        "9^9^9^9",
+        "2^1000^1000",
+        "factorial(99999999)",
+        "1e999999999",
+        "1" * 10**6,
+        "(" * 10**5,
+        "(" * 200 + "1" + ")" * 200,
+        "-" * 399 + "1",
+        "sqrt(" * 60 + "2" + ")" * 60,
+        "sin(" * 20 + "x" + ")" * 20,
+        "(x+y+z+a+b+c)^50",
+        "(x+y)^99*(x+y)^99",
+        "((x+1/3)^97*(y+1/7)^97)^9",
+        "(sqrt(2)+sqrt(3)+sqrt(5)+sqrt(7))^900",
+        "1/(x+" * 20 + "1" + ")" * 20,
+        r"\boxed{" * 10**5,
+        "<answer>" * 10**5,
+        "1/(1-1)",
+        r"\sqrt{\frac{1}{0}}",
+    ],
+)
+def test_a_hostile_text_is_worth_nothing(attack: str) -> None:
+    assert math_accuracy(sample_of("7"), Answer(attack)) == 0
+    assert math_accuracy(sample_of(attack), Answer("7")) == 0
+    assert not same_value(attack, "7")
+
+
+def test_an_expression_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr("builtins.exec", lambda *code: ran.append(code))
+    monkeypatch.setattr("builtins.eval", lambda *code: ran.append(code))
+    math_accuracy(sample_of("exec(chr(112))"), Answer("eval(chr(112)+chr(113))"))
+    math_accuracy(sample_of("2x"), Answer("x+x"))
+    assert ran == []
+
+
+def test_numbers_beyond_floats_are_not_all_the_same() -> None:
+    assert accuracy(sample_of("1e999"), Answer("1e400")) == 0
+    assert accuracy(sample_of("1e999"), Answer("1e999")) == 1
+
+
+def test_a_long_answer_to_a_choice_is_compared_in_one_pass() -> None:
+    choices = ("a" * 20_000 + "b", "right")
+    assert accuracy(sample_of(choices[0], choices), Answer("a " + "a" * 200_000)) == 0
+    assert accuracy(sample_of(choices[0], choices), Answer("a. " + choices[0])) == 1
 
 
 def test_format_and_latent_use() -> None:

@@ -5,6 +5,7 @@ call without latents is one line.
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,14 +124,12 @@ def test_boxes_are_drawn_on_the_first_picture_alone() -> None:
 def test_a_full_disk_leaves_the_drawing_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[:50])
+    def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     look.write_look(tmp_path / "l.png", grey(9, 9))
     before = (tmp_path / "l.png").read_bytes()
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"l\.png: cannot be written \(No space left on device\)"):
         look.write_look(tmp_path / "l.png", grey(20, 20))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"l.png": before}

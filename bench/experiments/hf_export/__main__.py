@@ -261,7 +261,9 @@ def main(
         folder = out / "base"
         random_checkpoint(Path(os.environ[PUBLISHED]) / shape, folder)
     out.mkdir(parents=True, exist_ok=True)
-    llama = None if llama_cpp is None else (llama_cpp, llama_python)
+    llama = None
+    if llama_cpp is not None:
+        llama = (llama_cpp, llama_python)
     rows = measure(
         name,
         read_checkpoint(folder),

@@ -42,7 +42,7 @@ def random_checkpoint(published: Path, folder: Path) -> None:
     if is_whole(folder / "config.json"):
         return
     folder.mkdir(parents=True)
-    config = json.loads((published / "config.json").read_text())
+    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
     config.get("text_config", config)["num_hidden_layers"] = TEXT_LAYERS
     vision = config["vision_config"]
     vision["depth"] = VISION_LAYERS
@@ -62,7 +62,7 @@ def random_checkpoint(published: Path, folder: Path) -> None:
         if (published / name).is_file():
             shutil.copyfile(published / name, folder / name)
     # What transformers 4 wrote and 5 would write otherwise: the published form is what is tried.
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def doubled(folder: Path, target: Path) -> None:
@@ -74,17 +74,17 @@ def doubled(folder: Path, target: Path) -> None:
     between.
     """
     shutil.copytree(folder, target, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vision = config["vision_config"]
     assert vision["fullatt_block_indexes"] == [2, 4]
     vision |= {"depth": 6, "fullatt_block_indexes": [2, 5], "patch_size": 28, "window_size": 112}
-    (target / "config.json").write_text(json.dumps(config, indent=2))
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     file = target / "preprocessor_config.json"
-    settings = json.loads(file.read_text())
+    settings = json.loads(file.read_text(encoding="utf-8"))
     settings |= {"patch_size": 28}
     for name in ("min_pixels", "max_pixels"):
         settings[name] *= 4
-    file.write_text(json.dumps(settings, indent=2))
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     with safe_open(str(folder / "model.safetensors"), "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
     save_file(_doubled(tensors), target / "model.safetensors", {"format": "pt"})

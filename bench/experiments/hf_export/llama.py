@@ -112,9 +112,12 @@ class Reader:
 def main() -> None:
     model, mmproj, questions, answers, tokens = sys.argv[1:]
     reader = Reader(model, mmproj)
-    given = [reader.answer(q, int(tokens)) for q in json.loads(Path(questions).read_text())]
+    given = [
+        reader.answer(q, int(tokens))
+        for q in json.loads(Path(questions).read_text(encoding="utf-8"))
+    ]
     report = {"version": llama_cpp.__version__, "answers": given}
-    Path(answers).write_text(json.dumps(report))
+    Path(answers).write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

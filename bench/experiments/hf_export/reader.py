@@ -52,7 +52,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     ends = set(model.generation_config.eos_token_id)
     given = []
-    for question in json.loads(Path(questions).read_text()):
+    for question in json.loads(Path(questions).read_text(encoding="utf-8")):
         content = [{"type": "image"}, {"type": "text", "text": question["question"]}]
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
@@ -66,7 +66,7 @@ def main() -> None:
         given.append({"prompt": prompt, "tokens": [token for token in chosen if token not in ends]})
     assert not [name for name in sys.modules if name.startswith("lvr_lite")]
     report = {"processor": type(processor).__name__, "answers": given}
-    Path(answers).write_text(json.dumps(report))
+    Path(answers).write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

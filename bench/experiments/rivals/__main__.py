@@ -58,7 +58,9 @@ class Measured:
         cells: list[object] = [name, self.version]
         for key, form in (("step_ms", ".1f"), ("prefill_ms", ".0f")):
             median = statistics.median(getattr(self, key))
-            reference = 0.0 if ours is None else statistics.median(getattr(ours, key))
+            reference = 0.0
+            if ours is not None:
+                reference = statistics.median(getattr(ours, key))
             cells += [format(median, form), f"{reference / median:.2f}"]
         return [*cells, f"{self.peak_rss_mb or 0:.0f}", self.computes]
 

@@ -136,10 +136,14 @@ def _quantize(out: Path, precision: str) -> None:
     """int4 with GPTQ and trained scales, as `quant_lm` has it."""
     _, fp32 = smollm2.bundle_of(out)
     if precision != "int4":
-        quantize_bundle(fp32.bundle, out / precision, precision, print)
+        quantize_bundle(
+            source=fp32.bundle, target=out / precision, precision=precision, progress=print
+        )
         return
     _, prompts = smollm2.docstring_prompts(fp32.processor.tokenizer, smollm2.PROMPTS)
-    calibration = Calibration(fp32.bundle, fp32, prompts, False, out, print)
+    calibration = Calibration(
+        source=fp32.bundle, runtime=fp32, prompts=prompts, large=False, scratch=out, progress=print
+    )
     products = calibration.products()
     quantize_bundle(
         fp32.bundle,

@@ -46,6 +46,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,13 @@ def coco(imported: Import) -> None:
     data = imported.json()
     images = _list(imported, data, "images")
     annotations = _list(imported, data, "annotations")
-    names = _names(imported, _list(imported, data, "categories"))
+    categories = _list(imported, data, "categories")
+    names = _names(imported, categories)
     known = {_id_or_none(image) for image in images if isinstance(image, dict)}
     boxes, unsure = _boxes(imported, annotations, known, names)
-    used = {box.name for of_one in boxes.values() for box in of_one.values()}
+    used: set[str] = set()
+    for of_one in boxes.values():
+        used.update(box.name for box in of_one.values())
     for image, path, frame, data in _whole_images(imported, images):
         detections = []
         for number, annotation in boxes[image].items():
@@ -46,14 +50,26 @@ def coco(imported: Import) -> None:
         broken = {a.name for number, a in boxes[image].items() if number not in whole}
         partial = _names_of(data.get("not_exhaustive_category_ids"), names)
         lacking = data.get("neg_category_ids")
-        classes = used if lacking is None else _names_of(lacking, names)
+        classes = used
+        if lacking is not None:
+            classes = _names_of(lacking, names)
         unknown = unsure[image] | broken | partial
         place = f"images (id {image})"
-        imported.add_picture(image, path, detections, unknown, classes, place, broken=bool(broken))
+        imported.add_picture(
+            name=image,
+            path=path,
+            detections=detections,
+            unsure=unknown,
+            classes=classes,
+            place=place,
+            broken=bool(broken),
+        )
 
 
 def _names_of(categories: object, names: Names) -> set[str]:
-    listed = categories if isinstance(categories, list) else []
+    listed = []
+    if isinstance(categories, list):
+        listed = categories
     known = {_id_or_none({"id": category}) for category in listed}
     return {names[category] for category in known if category in names}
 
@@ -96,7 +112,9 @@ def _boxes(
 
 
 def _list(imported: Import, data: object, name: str) -> list[object]:
-    value = data.get(name) if isinstance(data, dict) else None
+    value = None
+    if isinstance(data, dict):
+        value = data.get(name)
     if not isinstance(value, list):
         raise DataError(
             f"{imported.source}: not a COCO instances file: it must hold the lists images, "
@@ -131,22 +149,25 @@ def _image_and_class(
 
 
 def _identifier(annotation: JsonObject, field: str) -> str:
-    try:
+    with _named(field):
         return identifier(annotation.get(field))
-    except FieldError as error:
-        raise FieldError(f"{field}: {error.reason}", error.remedy) from error
 
 
 def _bbox(annotation: JsonObject) -> list[float]:
-    try:
+    with _named("bbox"):
         return numbers(annotation.get("bbox"), 4)
-    except FieldError as error:
-        raise FieldError(f"bbox: {error.reason}", error.remedy) from error
 
 
 def _flag(annotation: JsonObject, field: str) -> bool:
-    try:
+    with _named(field):
         return flag(annotation.get(field))
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Puts the field's name before the reason of a FieldError."""
+    try:
+        yield
     except FieldError as error:
         raise FieldError(f"{field}: {error.reason}", error.remedy) from error
 

@@ -8,8 +8,8 @@ library and what stands above `data`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from lvr_lite.data.rows import FieldError, Problem
 from lvr_lite.data.samples import Sample, sample_json
 from lvr_lite.data.validate import PictureFacts, inspect_pictures
 from lvr_lite.errors import DataError, UsageError
-from lvr_lite.files import write_atomically
+from lvr_lite.files import write_all
 
 READERS = {
     "coco": coco,
@@ -76,10 +76,11 @@ class Summary:
     remarks: Counter[str]
 
     def __str__(self) -> str:
-        files = " and ".join(f"{path}: {count} questions" for path, count in self.files.items())
-        types = ", ".join(f"{kind} {n}" for kind, n in sorted(self.types.items()))
-        parts = [f"{files} about {self.pictures} pictures ({types})"]
-        if omissions := [f"{n} {what}" for what, n in sorted(self.omissions.items()) if n]:
+        files = [f"{path}: {count} questions" for path, count in self.files.items()]
+        types = [f"{kind} {n}" for kind, n in sorted(self.types.items())]
+        parts = [f"{' and '.join(files)} about {self.pictures} pictures ({', '.join(types)})"]
+        omissions = _counted(self.omissions)
+        if omissions:
             parts.append(f"left out: {', '.join(omissions)}")
         parts += [f"{n} {what}" for what, n in sorted(self.remarks.items())]
         return "; ".join(parts)
@@ -96,11 +97,19 @@ def convert(
     source that cannot be read at all or supports no question.
     """
     _refuse_senseless(source, target, form, options)
-    imported = Import(source, options.images, options.boxes_are, options.split, unit=options.boxes)
+    imported = Import(
+        source=source,
+        images=options.images,
+        boxes_are=options.boxes_are,
+        split=options.split,
+        unit=options.boxes,
+    )
     READERS[form](imported)
     imported.tell_rest()
     problems = imported.problems
-    sides = _sides(imported, options) if skip_broken or not problems else []
+    sides = []
+    if skip_broken or not problems:
+        sides = _sides(imported, options)
     # by file, in the order in which files were read, and by place within
     order = {file: i for i, file in enumerate(dict.fromkeys(p.file for p in problems))}
     problems.sort(key=lambda p: (order[p.file], p.line or p.item or 0))
@@ -119,26 +128,34 @@ def convert(
             )
     _write(files)
     every = [sample for side in samples for sample in side]
+    pictures: set[Path] = set()
+    for sample in every:
+        pictures.update(sample.images)
     summary = Summary(
-        {path: len(side) for path, side in files.items()},
-        len({path for sample in every for path in sample.images}),
-        Counter(str(sample.type) for sample in every),
-        imported.omissions,
-        imported.remarks,
+        files={path: len(side) for path, side in files.items()},
+        pictures=len(pictures),
+        types=Counter(str(sample.type) for sample in every),
+        omissions=imported.omissions,
+        remarks=imported.remarks,
     )
     return summary, problems
 
 
 def _left_out(imported: Import) -> str:
-    omissions = [f"{n} {what}" for what, n in sorted(imported.omissions.items()) if n]
-    return f" (left out: {', '.join(omissions)})" if omissions else ""
+    omissions = _counted(imported.omissions)
+    if not omissions:
+        return ""
+    return f" (left out: {', '.join(omissions)})"
+
+
+def _counted(omissions: Counter[str]) -> list[str]:
+    return [f"{n} {what}" for what, n in sorted(omissions.items()) if n]
 
 
 def parts(target: Path) -> tuple[Path, Path]:
     """Where the two parts go: set.jsonl -> set-train.jsonl and set-test.jsonl beside it."""
-    train, test = (
-        target.with_name(f"{target.stem}-{part}{target.suffix}") for part in ("train", "test")
-    )
+    train = target.with_name(f"{target.stem}-train{target.suffix}")
+    test = target.with_name(f"{target.stem}-test{target.suffix}")
     return train, test
 
 
@@ -148,9 +165,17 @@ def _samples_about(
     options: Options,
 ) -> list[Sample]:
     """The samples about the pictures of one side, or about all."""
-    own = [s for s in imported.samples if side is None or s.images[0] in side]
-    pictures = [p for p in imported.pictures if side is None or p.path in side]
-    return own + questions(pictures, options.per_image, options.seed, options.absent)
+    samples = imported.samples
+    pictures = imported.pictures
+    if side is not None:
+        samples = [sample for sample in samples if sample.images[0] in side]
+        pictures = [picture for picture in pictures if picture.path in side]
+    return samples + questions(
+        pictures,
+        options.per_image,
+        options.seed,
+        options.absent,
+    )
 
 
 def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -> None:
@@ -183,25 +208,21 @@ def _refuse_senseless(source: Path, target: Path, form: str, options: Options) -
 
 def _write(files: dict[Path, list[Sample]]) -> None:
     """All files or none: a new training set beside an old test set would share pictures."""
-    staged = {path: path.with_name(f".{path.name}.new-{os.getpid()}") for path in files}
-    try:
-        for path, samples in files.items():
-            if path.is_dir():
-                raise DataError(f"{path}: is a folder; give the name of a file to write")
-            # Through a link "../" would lead elsewhere.
-            folder = path.parent.resolve()
-            objects = [sample_json(_resolved(sample), folder) for sample in samples]
-            lines = [json.dumps(data, ensure_ascii=False) + "\n" for data in objects]
-            write_atomically(staged[path], "".join(lines))
-        for path, new in staged.items():
-            new.replace(path)
-    finally:
-        for new in staged.values():
-            new.unlink(missing_ok=True)
+    contents: dict[Path, str] = {}
+    for path, samples in files.items():
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; give the name of a file to write")
+        # Through a link "../" would lead elsewhere.
+        folder = path.parent.resolve()
+        objects = [sample_json(_resolved(sample), folder) for sample in samples]
+        lines = [json.dumps(data, ensure_ascii=False) + "\n" for data in objects]
+        contents[path] = "".join(lines)
+    write_all(contents)
 
 
 def _resolved(sample: Sample) -> Sample:
-    return replace(sample, images=tuple(p.parent.resolve() / p.name for p in sample.images))
+    images = [path.parent.resolve() / path.name for path in sample.images]
+    return replace(sample, images=tuple(images))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -242,17 +263,20 @@ def _sides(imported: Import, options: Options) -> list[set[Path] | None]:
     digests = _digests(imported, together)
     whole = [paths for paths in together if all(path in digests for path in paths)]
     groups = _Groups(digests)
+    pictures: set[Path] = set()
     for paths in whole:
+        pictures.update(paths)
         for path in paths[1:]:
             groups.join(path, paths[0])
-    pictures = {path for paths in whole for path in paths}
-    order = sorted({groups.of(path) for path in pictures}, key=lambda g: _rank(g, options.seed))
+    names = {groups.of(path) for path in pictures}
+    order = sorted(names, key=lambda name: _rank(name, options.seed))
     if len(order) < 2:
         raise DataError(
             f"{imported.source}: has {len(order)} pictures that differ, which make no training "
             "and test set; leave out --test-share"
         )
-    count = min(max(1, round(options.test_share * len(order))), len(order) - 1)
+    count = max(1, round(options.test_share * len(order)))
+    count = min(count, len(order) - 1)
     test_groups = set(order[:count])
     test = {path for path in pictures if groups.of(path) in test_groups}
     return [pictures - test, test]
@@ -261,7 +285,7 @@ def _sides(imported: Import, options: Options) -> list[set[Path] | None]:
 def _digests(imported: Import, together: list[list[Path]]) -> dict[Path, str]:
     """Of the pixels of each picture. Pictures that cannot be opened are reported and left out."""
     digests: dict[Path, str] = {}
-    facts = inspect_pictures(path for paths in together for path in paths)
+    facts = inspect_pictures(itertools.chain.from_iterable(together))
     for path, fact in sorted(facts.items()):
         if isinstance(fact, PictureFacts):
             digests[path] = fact.digest
@@ -273,4 +297,5 @@ def _digests(imported: Import, together: list[list[Path]]) -> dict[Path, str]:
 
 
 def _rank(group: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed} {group}".encode()).digest()
+    text = f"{seed} {group}"
+    return hashlib.sha256(text.encode()).digest()

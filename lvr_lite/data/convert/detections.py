@@ -280,13 +280,13 @@ def _candidate(
 ) -> _Candidate:
     ids = "+".join(d.id for d in detections) or f"no-{subject}"
     sample = Sample(
-        f"{picture.id}-{kind}-{ids}",
-        (picture.path,),
-        question,
-        answer,
-        tuple(choices) if choices is not None else None,
-        tuple(d.box for d in detections),
-        kind,
+        id=f"{picture.id}-{kind}-{ids}",
+        images=(picture.path,),
+        question=question,
+        answer=answer,
+        choices=tuple(choices) if choices is not None else None,
+        boxes=tuple(d.box for d in detections),
+        type=kind,
     )
     return _Candidate(sample, tuple(detections), subject)
 
@@ -319,7 +319,9 @@ def _exists(picture: Picture, rng: random.Random, counts: _AnswerCounts) -> _Can
     name, answer = min(options, key=lambda option: (_lead(counts, *option), option[1] == "no"))
     if _lead(counts, name, answer) > 1:
         return None
-    detections = classes[name] if answer == "yes" else []
+    detections = []
+    if answer == "yes":
+        detections = classes[name]
     return _candidate(
         picture,
         "exists",
@@ -346,7 +348,9 @@ def _exactly(picture: Picture, detections: list[Detection], counts: _AnswerCount
     if answer == "no":
         fewer = n > 1 and _hash(f"{picture.id} {name}") % 2
         number = n - 1 if fewer else n + 1
-    begin = "Is there exactly one" if number == 1 else f"Are there exactly {number}"
+    begin = "Is there exactly one"
+    if number != 1:
+        begin = f"Are there exactly {number}"
     return _candidate(
         picture,
         "exactly",

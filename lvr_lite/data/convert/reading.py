@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box, upright
 from lvr_lite.data.convert.detections import Detection, Picture, absent_classes
+from lvr_lite.data.convert.folders import parts_of, paths_by_name
 from lvr_lite.data.rows import (
     FieldError,
     JsonObject,
@@ -29,6 +29,7 @@ from lvr_lite.data.rows import (
     as_on_disk,
     numbers,
     plain_text,
+    refuse_half_characters,
 )
 from lvr_lite.data.samples import Sample
 from lvr_lite.errors import DataError
@@ -114,13 +115,7 @@ class Import:
         """
         name = error.field or field
         self.problems.append(
-            Problem(
-                file or self.source,
-                name,
-                str(error),
-                line,
-                item,
-            )
+            Problem(file=file or self.source, field=name, message=str(error), line=line, item=item)
         )
 
     @contextmanager
@@ -148,8 +143,10 @@ class Import:
     def json(self) -> object:
         """The source's JSON value. Raises DataError."""
         try:
-            value: object = json.loads(self.text())
-        except (ValueError, RecursionError) as error:
+            text = self.text()
+            value: object = json.loads(text)
+            refuse_half_characters(text, value)
+        except (ValueError, RecursionError, FieldError) as error:
             raise DataError(f"{self.source}: not valid JSON ({error}); export it again") from error
         return value
 
@@ -158,8 +155,12 @@ class Import:
         """The folder of the pictures: as given; the one above a folder of annotations; or the
         source's.
         """
+        if self.images is not None:
+            return self.images
         beside = self.source.absolute().parent
-        return self.images or (beside.parent if beside.name == "annotations" else beside)
+        if beside.name == "annotations":
+            return beside.parent
+        return beside
 
     # ------------------------------------------------------------------------------------------
     # pictures
@@ -183,16 +184,15 @@ class Import:
             # A name that no file can have, such as a whole picture written as text.
             raise FieldError(f"{name[:40]}… names no picture ({error.strerror})") from error
         if self._paths_by_name is None:
-            self._paths_by_name = _paths_by_name(self.folder)
-        wanted = _parts(Path(name))
-        same_name = self._paths_by_name.get(wanted[-1] if wanted else "", [])
-        ranked = [(self._agreement(path, wanted, rooted), path) for path in same_name]
-        most = max((agreement for agreement, _ in ranked), default=0)
-        best = sorted(path for agreement, path in ranked if agreement == most and most)
-        # Links may lead to one file on several ways.
-        best = list({path.resolve(): path for path in reversed(best)}.values())[::-1]
+            self._paths_by_name = paths_by_name(self.folder)
+        wanted = parts_of(Path(name))
+        last = wanted[-1] if wanted else ""
+        same_name = self._paths_by_name.get(last, [])
+        best = self._best_of(same_name, wanted, rooted)
         if not best:
-            other = f" ({same_name[0]} lies in another folder)" if same_name else ""
+            other = ""
+            if same_name:
+                other = f" ({same_name[0]} lies in another folder)"
             raise FieldError(
                 f"{name} is not in {self.folder}{other}",
                 "name the folder of the pictures with --images",
@@ -205,18 +205,35 @@ class Import:
         self.found_by_end.setdefault(best[0], name)
         return best[0]
 
+    def _best_of(self, paths: list[Path], wanted: tuple[str, ...], rooted: bool) -> list[Path]:
+        """Those of the paths that agree most with a name, sorted; none where none agrees."""
+        by_agreement: defaultdict[int, list[Path]] = defaultdict(list)
+        for path in paths:
+            by_agreement[self._agreement(path, wanted, rooted)].append(path)
+        most = max(by_agreement, default=0)
+        if most == 0:
+            return []
+        # Links may lead to one file on several ways.
+        once: dict[Path, Path] = {}
+        for path in sorted(by_agreement[most], reverse=True):
+            once[path.resolve()] = path
+        return list(once.values())[::-1]
+
     def _agreement(self, path: Path, wanted: tuple[str, ...], rooted: bool) -> int:
         """How many parts of a picture's path and of a name agree, from the end on; 0 where they
         differ before one of them ends.
 
         Beginning at the folder, one part is no agreement with a name that has folders of its own.
         """
-        parts = _parts(path.absolute())
+        parts = parts_of(path.absolute())
         if parts[-len(wanted) :] == wanted:
             return len(wanted)
-        inside = _parts(path.relative_to(self.folder))
-        whole = wanted[-len(inside) :] == inside
-        return len(inside) if whole and (rooted or len(inside) > 1) else 0
+        inside = parts_of(path.relative_to(self.folder))
+        if wanted[-len(inside) :] != inside:
+            return 0
+        if len(inside) == 1 and not rooted:
+            return 0
+        return len(inside)
 
     def shape(self, path: Path) -> tuple[tuple[int, int], int]:
         """((width, height) as stored, EXIF orientation 1 to 8), from the header alone. Raises
@@ -243,15 +260,19 @@ class Import:
         stored, orientation = self.shape(path)
         if size is None:
             return None
-        shapes = {"stored": stored, "upright": stored[::-1] if orientation >= 5 else stored}
+        shapes = {"stored": stored, "upright": _upright_shape(stored, orientation)}
         fitting = [pixels for pixels, shape in shapes.items() if _same_shape(shape, size)]
         if not fitting:
+            width, height = stored
+            stated_width, stated_height = size
             raise FieldError(
-                f"{path} has {stored[0]} x {stored[1]} pixels, and its boxes are of a picture "
-                f"of {size[0]:g} x {size[1]:g}",
+                f"{path} has {width} x {height} pixels, and its boxes are of a picture "
+                f"of {stated_width:g} x {stated_height:g}",
                 "find the right picture",
             )
-        return fitting[0] if len(fitting) == 1 else None
+        if len(fitting) != 1:
+            return None
+        return fitting[0]
 
     def learn_pixels(self, sizes: Iterable[tuple[Path, Size | None]]) -> None:
         """Take what the pictures with a telling size agree on as the default for the others."""
@@ -265,16 +286,22 @@ class Import:
         """
         stored, orientation = self.shape(path)
         shown = self.pixels_of(path, size)
-        pixels = self.boxes_are or shown or self.default_pixels
-        if orientation > 1 and not (self.boxes_are or shown):
+        known = self.boxes_are or shown
+        pixels = known or self.default_pixels
+        if orientation > 1 and not known:
             taken = f"turned pictures whose boxes are taken as {self.default_pixels}"
             self.remarks[f"{taken} (--boxes-are)"] += 1
-        sideways = pixels == "upright" and orientation >= 5
-        width, height = size or (stored[::-1] if sideways else stored)
+        still_to_turn = 1
+        shape = stored
+        if pixels == "stored":
+            still_to_turn = orientation
+        elif pixels == "upright":
+            shape = _upright_shape(stored, orientation)
+        width, height = size or shape
         if self.boxes_are and shown not in (None, pixels):
             # The user knows better than the stated size, which is of the other pixels.
             width, height = height, width
-        return Frame(width, height, orientation if pixels == "stored" else 1)
+        return Frame(width, height, still_to_turn)
 
     def measured(self, frame: Frame, own_unit: str) -> Frame:
         """The frame in the unit that boxes are measured in: the user's word, or the format's
@@ -295,8 +322,9 @@ class Import:
 
         Raises FieldError.
         """
-        shown = f"[{', '.join(f'{v:.6g}' for v in corners)}]"
-        if not all(math.isfinite(v) for v in corners):
+        numbers_shown = ", ".join(f"{value:.6g}" for value in corners)
+        shown = f"[{numbers_shown}]"
+        if not all(map(math.isfinite, corners)):
             raise FieldError(f"{shown} holds a value that is no number", "write the box again")
         x0, y0, x1, y1 = corners
         if x1 <= x0 or y1 <= y0:
@@ -308,14 +336,18 @@ class Import:
                 f"{shown} looks like fractions of the picture, and pixels are meant",
                 "say what boxes are measured in with --boxes fractions (or pixels, if they are)",
             )
-        parts = (x0 / frame.width, y0 / frame.height, x1 / frame.width, y1 / frame.height)
+        left = x0 / frame.width
+        top = y0 / frame.height
+        right = x1 / frame.width
+        bottom = y1 / frame.height
+        # how far the box reaches over an edge
         over = max(
-            -parts[0],
-            -parts[1],
-            parts[2] - 1,
-            parts[3] - 1,
+            -left,
+            -top,
+            right - 1,
+            bottom - 1,
         )
-        left, top, right, bottom = (min(max(part, 0), 1) for part in parts)
+        left, top, right, bottom = (min(max(part, 0), 1) for part in (left, top, right, bottom))
         if (over > _SLACK and not cut) or left >= right or top >= bottom:
             raise FieldError(
                 f"{shown} lies outside the picture of {frame.width:g} x {frame.height:g}",
@@ -369,7 +401,12 @@ class Import:
         broken: whether a row of the record was reported, so that it cannot be compared.
         """
         real = path.resolve()
-        record = _Place(place or name, item, frozenset((d.name, d.box) for d in detections), broken)
+        record = _Place(
+            field=place or name,
+            item=item,
+            detections=frozenset((d.name, d.box) for d in detections),
+            broken=broken,
+        )
         first = self._places.setdefault(real, record)
         if first is not record:
             if first.broken or broken:
@@ -387,61 +424,39 @@ class Import:
             return
         # A box that is there twice would be counted twice.
         once = {(d.name, d.box): d for d in reversed(detections)}
-        if len(once) < len(detections):
-            self.omissions["boxes that are there twice"] += len(detections) - len(once)
+        twice = len(detections) - len(once)
+        if twice:
+            self.omissions["boxes that are there twice"] += twice
         unknown = frozenset(unsure)
         present = {detection.name for detection in detections}
         absent = absent_classes(sorted(set(classes) - present - unknown), present | unknown)
         self.pictures.append(
             Picture(
-                name,
-                path,
-                tuple(reversed(once.values())),
-                unknown,
-                absent,
+                id=name,
+                path=path,
+                detections=tuple(reversed(once.values())),
+                unsure=unknown,
+                absent=absent,
             )
         )
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, in links to folders too. Hidden ones (".…") are
-    none, and a link to a folder that it stands in is not followed.
-    """
-    waiting = [(folder, frozenset({folder.resolve()}))]
-    while waiting:
-        place, above = waiting.pop()
-        try:
-            paths = sorted(place.iterdir())
-        except OSError as error:
-            raise DataError(
-                f"{place}: cannot be read ({error.strerror or error}); check its permissions"
-            ) from error
-        for path in paths:
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                yield path
-            elif (real := path.resolve()) not in above:
-                waiting.append((path, above | {real}))
-
-
-def _paths_by_name(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their names in NFC."""
-    paths: defaultdict[str, list[Path]] = defaultdict(list)
-    for path in files_below(folder):
-        paths[unicodedata.normalize("NFC", path.name)].append(path)
-    return paths
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    return Path(unicodedata.normalize("NFC", str(path))).parts
+def _upright_shape(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height of a picture after its EXIF orientation is applied."""
+    width, height = stored
+    if orientation >= 5:
+        return height, width
+    return width, height
 
 
 def _same_shape(shape: tuple[int, int], size: Size) -> bool:
     """Whether a picture has this size, or was scaled since, to within a pixel."""
     if shape == size:
         return True
-    return abs(shape[0] * size[1] - shape[1] * size[0]) <= max(*shape, *size)
+    width, height = shape
+    stated_width, stated_height = size
+    difference = abs(width * stated_height - height * stated_width)
+    return difference <= max(width, height, stated_width, stated_height)
 
 
 def _remedy_outside(frame: Frame, largest: float) -> str:

@@ -16,11 +16,14 @@ from lvr_lite.data.rows import (
     JsonObject,
     Row,
     as_on_disk,
+    exists,
     numbers,
     parse_json,
     plain_text,
+    refuse_half_characters,
 )
-from lvr_lite.data.samples import Sample, placed_samples
+from lvr_lite.data.sample_files import placed_samples
+from lvr_lite.data.samples import Sample
 from lvr_lite.errors import UsageError
 
 
@@ -82,6 +85,7 @@ def _objects(imported: Import) -> Iterator[tuple[int | None, int | None, object]
             continue
         try:
             value = parse_json(line)
+            refuse_half_characters(line, value)
         except FieldError as error:
             imported.report(error, line=number)
             continue
@@ -102,9 +106,11 @@ def _checked_item(
     if not isinstance(data.get("bboxs") or [], list):
         raise FieldError("must be a list of [x0, y0, x1, y1] in pixels", field="bboxs")
     dataset = data.get("dataset")
-    in_its_folder = f"{dataset}/{name}" if isinstance(dataset, str) and dataset else name
+    in_its_folder = name
+    if isinstance(dataset, str) and dataset:
+        in_its_folder = f"{dataset}/{name}"
     path = as_on_disk(imported.folder / name)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         path = imported.find(in_its_folder)
     size = size_of(data, "width", "height")
     imported.pixels_of(path, size)
@@ -126,14 +132,24 @@ def _sample(
     answer: str,
     boxes: tuple[Box, ...],
 ) -> Sample:
-    kind = str(one.data["dataset"]) if one.data.get("dataset") else None
+    kind = None
+    if one.data.get("dataset"):
+        kind = str(one.data["dataset"])
     parts = (kind, one.data.get("split"), one.path.stem, one.line or one.item)
     name = "-".join(str(part) for part in parts if part)
-    return Sample(name, (one.path,), question, answer, None, boxes, kind)
+    return Sample(
+        id=name,
+        images=(one.path,),
+        question=question,
+        answer=answer,
+        choices=None,
+        boxes=boxes,
+        type=kind,
+    )
 
 
 def lvr(imported: Import) -> None:
-    """The official list, as `lvr_lite.data.samples` reads it. Its boxes are of the upright picture
+    """The official list, as `lvr_lite.data.official` reads it. Its boxes are of the upright picture
     unless the user says otherwise.
     """
     placed, problems = placed_samples(

@@ -12,11 +12,17 @@ from pathlib import Path
 
 from lvr_lite.data.boxes import Box
 from lvr_lite.data.convert.detections import Detection
-from lvr_lite.data.convert.reading import Import, class_name, files_below
+from lvr_lite.data.convert.folders import files_below
+from lvr_lite.data.convert.reading import Import, class_name
 from lvr_lite.data.rows import FieldError, JsonObject, as_on_disk
 from lvr_lite.errors import DataError, UsageError
 from lvr_lite.model.images import SUFFIXES
 
+# Bytes of a data.yaml, of which 1,200 classes take 20,000; values within each other; digits of a
+# class's number.
+LARGEST_YAML = 256 << 10
+DEEPEST_YAML = 20
+DIGITS = 9
 SPLITS = ("train", "val", "valid", "test")
 
 
@@ -54,24 +60,20 @@ def yolo(imported: Import) -> None:
         )
     labels = _once(labels)
     _report_orphans(imported, labels)
-    pictures = [
-        (
-            path,
-            *_detections(
-                imported,
-                data_set,
-                path,
-                label,
-            ),
-        )
-        for path, label in labels.items()
-    ]
-    used = {detection.name for _, detections, _ in pictures for detection in detections}
+    used: set[str] = set()
+    pictures = []
+    for path, label in labels.items():
+        detections, unsure = _detections(imported, data_set, path, label)
+        used.update(detection.name for detection in detections)
+        pictures.append((path, detections, unsure))
     for path, detections, unsure in pictures:
-        inside = path.is_relative_to(data_set.root)
-        name = (path.relative_to(data_set.root) if inside else path).as_posix()
+        name = path.as_posix()
+        if path.is_relative_to(data_set.root):
+            name = path.relative_to(data_set.root).as_posix()
         if imported.can_read(path):
-            imported.add_picture(name, path, detections, unsure, used, file=path)
+            imported.add_picture(
+                name=name, path=path, detections=detections, unsure=unsure, classes=used, file=path
+            )
 
 
 def _once(labels: dict[Path, Path]) -> dict[Path, Path]:
@@ -137,7 +139,7 @@ def _detections(
 def _class_of(word: str, names: dict[int, str]) -> str:
     # NumPy and pandas write 0.0 for 0.
     word = re.sub(r"\.0+$", "", word)
-    if not word.isdecimal() or int(word) not in names:
+    if not (word.isdecimal() and len(word) <= DIGITS and int(word) in names):
         raise FieldError(
             f"class {word[:20]} is not one of the {len(names)} that have a name",
             "correct the number, or name it",
@@ -150,12 +152,19 @@ def _corners(words: list[str], keypoints: bool) -> Box:
     try:
         values = [float(word) for word in words[1:]]
     except ValueError:
+        line = " ".join(words)
         raise FieldError(
-            f"{' '.join(words)[:60]!r} holds what is no number", "an object is `class cx cy w h`"
+            f"{line[:60]!r} holds what is no number",
+            "an object is `class cx cy w h`",
         ) from None
     if len(values) == 4 or (keypoints and len(values) > 4):
         x, y, w, h = values[:4]
-        return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        return (
+            x - w / 2,
+            y - h / 2,
+            x + w / 2,
+            y + h / 2,
+        )
     if len(values) < 6 or len(values) % 2:
         raise FieldError(
             f"has {len(words)} values",
@@ -168,14 +177,16 @@ def _corners(words: list[str], keypoints: bool) -> Box:
 
 def _label_file(path: Path) -> Path:
     """labels/ for the last images/ of a picture's path; beside it where there are none."""
-    parts = list(path.parts)
     beside = path.with_suffix(".txt")
-    if "images" not in parts[:-1]:
+    *folders, name = path.parts
+    places = [place for place, folder in enumerate(folders) if folder == "images"]
+    if not places:
         return beside
-    last = max(i for i, part in enumerate(parts[:-1]) if part == "images")
-    parts[last] = "labels"
-    mirrored = Path(*parts).with_suffix(".txt")
-    return beside if beside.is_file() and not mirrored.is_file() else mirrored
+    folders[places[-1]] = "labels"
+    mirrored = Path(*folders, name).with_suffix(".txt")
+    if beside.is_file() and not mirrored.is_file():
+        return beside
+    return mirrored
 
 
 # ----------------------------------------------------------------------------------------------
@@ -205,7 +216,12 @@ def _data_set(imported: Import) -> _DataSet:
     elif len(splits) > 1:
         together = f"splits written together ({', '.join(splits)}; --split takes one)"
         imported.remarks[together] = len(splits)
-    return _DataSet(root, _names(source, data, base, root), pictures, "kpt_shape" in data)
+    return _DataSet(
+        root=root,
+        names=_names(source, data, base, root),
+        pictures=pictures,
+        keypoints="kpt_shape" in data,
+    )
 
 
 def _description(source: Path) -> JsonObject:
@@ -222,15 +238,40 @@ def _yaml(path: Path) -> JsonObject:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        if path.stat().st_size > LARGEST_YAML:
+            raise DataError(f"{path}: more than {LARGEST_YAML >> 10} KiB; this is no data.yaml")
+        text = path.read_text(encoding="utf-8-sig")
+        _refuse_bombs(path, yaml.scan(text))
+        data = yaml.safe_load(text)
+    # PyYAML itself raises ValueError for a date or a number that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or "nested too deeply"
         raise DataError(f"{path}: not valid YAML ({reason})") from error
     if not isinstance(data, dict):
         raise DataError(
             f"{path}: must hold names and the folders of pictures, not {type(data).__name__}"
         )
     return data
+
+
+def _refuse_bombs(path: Path, tokens: Iterable[object]) -> None:
+    """Raises DataError for what takes PyYAML minutes or memory: aliases of aliases, of which a few
+    lines are a list of any length, and values within values. Neither is needed here.
+    """
+    import yaml
+
+    starts = (
+        *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+        *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+    )
+    ends = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in tokens:
+        depth += isinstance(token, starts) - isinstance(token, ends)
+        if isinstance(token, yaml.AliasToken):
+            raise DataError(f"{path}: holds aliases (*name); write the values out")
+        if depth > DEEPEST_YAML:
+            raise DataError(f"{path}: not valid YAML (values within {DEEPEST_YAML} others)")
 
 
 def _names(
@@ -249,7 +290,7 @@ def _names(
                 f"{source}: its classes have no names; add data.yaml with names, or classes.txt "
                 "with one a line"
             )
-        names = _lines(file)
+        names = _lines(file, errors="replace")
         while names and not names[-1].strip():
             names.pop()
     try:
@@ -269,8 +310,9 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
     """
     pictures: dict[Path, str] = {}
     for split in SPLITS:
-        entry = data.get(split)
-        entries = entry if isinstance(entry, list) else [entry] if entry else []
+        entries = data.get(split) or []
+        if not isinstance(entries, list):
+            entries = [entries]
         for name in map(str, entries):
             place = root / name
             # Roboflow writes paths from a folder below.
@@ -278,6 +320,11 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
                 place = root / name[3:]
             if place.is_dir():
                 pictures |= dict.fromkeys(_pictures_among(files_below(place)), split)
+            elif place.is_file() and place.suffix != ".txt":
+                raise DataError(
+                    f"{imported.source}: {split}: {name} is neither a folder nor a .txt that lists "
+                    "pictures"
+                )
             elif place.is_file():
                 pictures |= dict.fromkeys(_paths_in(place, root), split)
             else:
@@ -287,29 +334,38 @@ def _listed_pictures(imported: Import, root: Path, data: JsonObject) -> dict[Pat
 
 def _paths_in(file: Path, root: Path) -> list[Path]:
     """The paths that a text file lists, one a line."""
-    lines = [line for line in _lines(file) if line.strip()]
-    return [
-        as_on_disk((file.parent if line.startswith("./") else root) / line.strip())
-        for line in lines
-    ]
+    paths = []
+    for line in _lines(file, errors="replace"):
+        name = line.strip()
+        if not name:
+            continue
+        folder = root
+        if line.startswith("./"):
+            folder = file.parent
+        paths.append(as_on_disk(folder / name))
+    return paths
 
 
 def _pictures_below(root: Path) -> dict[Path, str]:
     """The pictures in folders named images, or else all, each with the split in its path."""
     every = _pictures_among(files_below(root))
-    apart = [path for path in every if "images" in path.relative_to(root).parts[:-1]]
-    return {path: _split_of(path.relative_to(root)) for path in apart or every}
+    inside = {path: path.relative_to(root) for path in every}
+    apart = [path for path in every if "images" in inside[path].parts[:-1]]
+    return {path: _split_of(inside[path]) for path in apart or every}
 
 
 def _pictures_among(paths: Iterable[Path]) -> list[Path]:
     """Those that are pictures by their names; hidden files (".…") are none."""
-    return sorted(
-        path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    shown = [path for path in paths if not path.name.startswith(".")]
+    pictures = [path for path in shown if path.suffix.lower() in SUFFIXES]
+    return sorted(pictures)
 
 
 def _split_of(path: Path) -> str:
-    return next((part for part in path.parts[:-1] if part in SPLITS), "")
+    for folder in path.parts[:-1]:
+        if folder in SPLITS:
+            return folder
+    return ""
 
 
 def _lines(file: Path, errors: str = "strict") -> list[str]:

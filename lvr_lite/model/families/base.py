@@ -1,4 +1,4 @@
-"""What every family of models provides. May import: numpy, Pillow, the standard library.
+"""What every family of models provides. May import: numpy, Pillow, `json_files`.
 
 A family knows one architecture: how it resizes a picture and cuts it into patches, what stands for
 a picture in the prompt, and which position every token has. It holds no state. A new one is one
@@ -13,6 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+
+from lvr_lite.model.json_files import check_number, check_whole
+
+# Pixels that a picture may be resized to, far beyond what any model takes.
+LARGEST_PICTURE = 10**9
+# Pixels along the side of a patch, and patches along that of a visual token.
+LARGEST_SIDE = 1 << 12
 
 
 class Grid(NamedTuple):
@@ -49,6 +56,23 @@ class ImageSpec:
     def token_side(self) -> int:
         """Pixels along the side of a visual token."""
         return self.patch * self.merge
+
+    def check(self) -> None:
+        """Raises ValueError, which names the field, for a value of another kind or beyond all use:
+        the files of a model may say anything.
+        """
+        for name in ("patch", "merge", "temporal_patch"):
+            check_whole(f"image.{name}", getattr(self, name), 1, LARGEST_SIDE)
+        for name in ("min_pixels", "max_pixels"):
+            check_whole(f"image.{name}", getattr(self, name), 1, LARGEST_PICTURE)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3:
+                raise ValueError(f"image.{name} must be three numbers")
+            for value in values:
+                check_number(f"image.{name}", value)
+        for name, value in self.own.items():
+            check_whole(f"image.{name}", value, 0, LARGEST_PICTURE)
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = asdict(self)

@@ -74,11 +74,11 @@ class QwenVL:
         """Row and column of each patch, position_ids (N, 2) int64, and the picture in which it
         attends, image_id (N,) int64."""
         positions = [rows_columns(grid, image.merge) for grid in grids]
+        patches = [len(of_picture) for of_picture in positions]
+        pictures = np.repeat(np.arange(len(grids)), patches)
         return {
             "position_ids": np.concatenate(positions).astype(np.int64),
-            "image_id": np.repeat(np.arange(len(grids)), [len(p) for p in positions]).astype(
-                np.int64
-            ),
+            "image_id": pictures.astype(np.int64),
         }
 
     def token_grid(self, grid: Grid, image: ImageSpec) -> Grid:
@@ -86,10 +86,15 @@ class QwenVL:
 
     def token_places(self, grid: Grid, image: ImageSpec) -> np.ndarray:
         """All visual tokens of a picture are those of its token grid, in reading order."""
-        return np.arange(math.prod(self.token_grid(grid, image)))
+        return np.arange(self._tokens(grid, image))
 
     def picture_text(self, grid: Grid, image: ImageSpec) -> str:
-        return self.image_token * math.prod(self.token_grid(grid, image))
+        return self.image_token * self._tokens(grid, image)
+
+    def _tokens(self, grid: Grid, image: ImageSpec) -> int:
+        """Number of the visual tokens of a picture."""
+        rows, columns = self.token_grid(grid, image)
+        return rows * columns
 
     def positions(
         self, ids: np.ndarray, image_token: int, grids: Sequence[Grid], image: ImageSpec
@@ -107,20 +112,23 @@ class QwenVL:
                 i += 1
                 continue
             rows, columns = self.token_grid(grids[picture], image)
-            n = rows * columns
-            out[0, i : i + n] = position
-            out[1, i : i + n] = position + np.repeat(np.arange(rows), columns)
-            out[2, i : i + n] = position + np.tile(np.arange(columns), rows)
+            end = i + rows * columns
+            row_of_token = np.repeat(np.arange(rows), columns)
+            column_of_token = np.tile(np.arange(columns), rows)
+            out[0, i:end] = position
+            out[1, i:end] = position + row_of_token
+            out[2, i:end] = position + column_of_token
             position += max(rows, columns)
             picture += 1
-            i += n
+            i = end
         return out
 
     def rope_axes(self, sections: Sequence[int] | None, frequencies: int) -> np.ndarray:
         """One section of frequencies after another."""
         assert sections is not None
         assert sum(sections) == frequencies
-        return np.repeat(np.arange(len(sections)) % 3, sections)
+        axes = np.arange(len(sections)) % 3
+        return np.repeat(axes, sections)
 
     def learned_places(self, side: int, merge: int) -> np.ndarray:
         raise NotImplementedError("only tiled families have learned places")
@@ -137,17 +145,18 @@ def resized(height: int, width: int, image: ImageSpec) -> tuple[int, int]:
     """
     factor = image.token_side
     # A thin side becomes 0: then the area lies below min_pixels, as in transformers.
-    h = round(height / factor) * factor
-    w = round(width / factor) * factor
-    if h * w > image.max_pixels:
+    h = round(height / factor)
+    w = round(width / factor)
+    area = h * factor * w * factor
+    if area > image.max_pixels:
         beta = math.sqrt(height * width / image.max_pixels)
-        h = max(factor, math.floor(height / beta / factor) * factor)
-        w = max(factor, math.floor(width / beta / factor) * factor)
-    elif h * w < image.min_pixels:
+        h = max(1, math.floor(height / beta / factor))
+        w = max(1, math.floor(width / beta / factor))
+    elif area < image.min_pixels:
         beta = math.sqrt(image.min_pixels / (height * width))
-        h = math.ceil(height * beta / factor) * factor
-        w = math.ceil(width * beta / factor) * factor
-    return h, w
+        h = math.ceil(height * beta / factor)
+        w = math.ceil(width * beta / factor)
+    return h * factor, w * factor
 
 
 def cut_patches(pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
@@ -155,22 +164,28 @@ def cut_patches(pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.
     p = image.patch
     m = image.merge
     t = image.temporal_patch
-    rows = pixels.shape[0] // p
-    columns = pixels.shape[1] // p
+    height, width = pixels.shape[:2]
+    rows = height // p
+    columns = width // p
     blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
     # (block rows, block columns, m, m, 3, p, p), copied while pixels are bytes: as floats it takes
     # three times as long.
     blocks = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
     out = np.empty((*blocks.shape[:5], t, p, p), np.float32)
     for c in range(3):
+        of_colour = values[c].take(blocks[:, :, :, :, c])
         # A still picture fills every temporal slot.
-        out[:, :, :, :, c] = values[c].take(blocks[:, :, :, :, c])[:, :, :, :, None]
+        out[:, :, :, :, c] = of_colour[:, :, :, :, None]
     return out.reshape(rows * columns, 3 * t * p * p)
 
 
 def rows_columns(grid: Grid, merge: int) -> np.ndarray:
     """Row and column (N, 2) of each patch of a picture, block by block."""
-    rows, columns = np.meshgrid(np.arange(grid.rows), np.arange(grid.columns), indexing="ij")
-    blocks = np.stack([rows, columns], -1)
-    blocks = blocks.reshape(grid.rows // merge, merge, grid.columns // merge, merge, 2)
-    return np.asarray(blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2))
+    rows = np.arange(grid.rows)
+    columns = np.arange(grid.columns)
+    pairs = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
+    block_rows = grid.rows // merge
+    block_columns = grid.columns // merge
+    blocks = pairs.reshape(block_rows, merge, block_columns, merge, 2)
+    blocks = blocks.transpose(0, 2, 1, 3, 4)
+    return np.asarray(blocks.reshape(-1, 2))

@@ -44,19 +44,24 @@ class Qwen3VL(QwenVL):
         for grid in grids:
             at = rows_columns(grid, image.merge).astype(np.float32)
             # The corners of the picture lie on the corners of the square.
-            steps = np.maximum(np.array(grid, np.float32) - 1, 1)
+            steps = np.array(grid, np.float32) - 1
+            steps = np.maximum(steps, 1)
             place = at * np.float32(side - 1) / steps
             low = np.floor(place)
+            high = np.minimum(low + 1, side - 1)
             part = place - low
             # (N, axis, 2): the positions below and above, and their shares
-            taps = np.stack([low, np.minimum(low + 1, side - 1)], -1).astype(np.int64)
+            taps = np.stack([low, high], -1).astype(np.int64)
             shares = np.stack([1 - part, part], -1)
-            ids.append((taps[:, 0, :, None] * side + taps[:, 1, None]).reshape(-1, 4))
-            weights.append((shares[:, 0, :, None] * shares[:, 1, None]).reshape(-1, 4))
-        return super().vision_inputs(grids, image) | {
-            "near_ids": np.concatenate(ids),
-            "near_weights": np.concatenate(weights).astype(np.float32),
-        }
+            # (N, 2, 2): rows below and above, columns below and above
+            near = taps[:, 0, :, None] * side + taps[:, 1, None]
+            weight = shares[:, 0, :, None] * shares[:, 1, None]
+            ids.append(near.reshape(-1, 4))
+            weights.append(weight.reshape(-1, 4))
+        inputs = super().vision_inputs(grids, image)
+        inputs["near_ids"] = np.concatenate(ids)
+        inputs["near_weights"] = np.concatenate(weights).astype(np.float32)
+        return inputs
 
     def rope_axes(self, sections: Sequence[int] | None, frequencies: int) -> np.ndarray:
         """Time, row and column take turns, as far as the sections of row and column reach."""

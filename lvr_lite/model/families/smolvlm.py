@@ -21,6 +21,16 @@ from lvr_lite.model.families.qwen import cut_patches, rows_columns
 LARGEST = 4096
 AROUND = "<fake_token_around_image>"
 WHOLE = "<global-img>"
+# Rows and columns of tiles, at most.
+TILES = 6
+
+
+def tile_token(row: int, column: int) -> str:
+    """What stands before a tile; row and column count from 0."""
+    return f"<row_{row + 1}_col_{column + 1}>"
+
+
+TILE_TOKENS = [tile_token(row, column) for row in range(TILES) for column in range(TILES)]
 
 
 class SmolVLM:
@@ -37,19 +47,20 @@ class SmolVLM:
     lora_targets = r".*text_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     keep_unquantized: Sequence[str] = ("model.vision_model", "model.connector", "lm_head")
     image_token = "<image>"
-    picture_tokens: Sequence[str] = (
-        AROUND,
-        WHOLE,
-        *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
-    )
+    picture_tokens: Sequence[str] = (AROUND, WHOLE, *TILE_TOKENS)
     position_axes = 1
     vision_axes: Mapping[str, str] = {}
     tiled = True
 
     def image_spec(self, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ImageSpec:
-        longest = (preprocessor.get("size") or {}).get("longest_edge", 4 * 364)
-        tile = (preprocessor.get("max_image_size") or {}).get("longest_edge", 364)
-        split = bool(preprocessor.get("do_image_splitting", True))
+        size = preprocessor.get("size") or {}
+        tile_size = preprocessor.get("max_image_size") or {}
+        longest = size.get("longest_edge", 4 * 364)
+        own = {
+            "tile": tile_size.get("longest_edge", 364),
+            "longest": longest,
+            "split": bool(preprocessor.get("do_image_splitting", True)),
+        }
         return ImageSpec(
             patch=config["vision_config"]["patch_size"],
             merge=config.get("scale_factor", 2),
@@ -59,7 +70,7 @@ class SmolVLM:
             min_pixels=1,
             max_pixels=preprocessor.get("max_pixels") or longest**2,
             resample="lanczos",
-            own={"tile": tile, "longest": longest, "split": split},
+            own=own,
         )
 
     def default_max_pixels(self, image: ImageSpec) -> int:
@@ -72,22 +83,30 @@ class SmolVLM:
 
     def grid_of(self, height: int, width: int, image: ImageSpec) -> Grid:
         """Rows and columns of tiles; (0, 0) for one tile."""
-        _, (h, w) = _sizes(height, width, image)
-        rows = h // image.own["tile"]
-        columns = w // image.own["tile"]
-        return Grid(rows, columns) if image.own["split"] and rows * columns > 1 else Grid(0, 0)
+        tile = image.own["tile"]
+        _, (resized_height, resized_width) = _sizes(height, width, image)
+        rows = resized_height // tile
+        columns = resized_width // tile
+        if image.own["split"] and rows * columns > 1:
+            return Grid(rows, columns)
+        return Grid(0, 0)
 
     def frames(self, picture: Image.Image, image: ImageSpec) -> tuple[list[Image.Image], Grid]:
         """Its tiles in reading order, then the whole of it at the size of a tile."""
-        first, second = _sizes(picture.height, picture.width, image)
         grid = self.grid_of(picture.height, picture.width, image)
-        tile = image.own["tile"]
-        picture = picture.resize(first[::-1], Image.Resampling.LANCZOS)
+        first, second = _sizes(picture.height, picture.width, image)
+        picture = _resize(picture, first)
         if image.own["split"]:
-            picture = picture.resize(second[::-1], Image.Resampling.LANCZOS)
-        corners = [(c * tile, r * tile) for r in range(grid.rows) for c in range(grid.columns)]
-        tiles = [picture.crop((x, y, x + tile, y + tile)) for x, y in corners]
-        return [*tiles, picture.resize((tile, tile), Image.Resampling.LANCZOS)], grid
+            picture = _resize(picture, second)
+        tile = image.own["tile"]
+        frames = []
+        for row in range(grid.rows):
+            for column in range(grid.columns):
+                x = column * tile
+                y = row * tile
+                frames.append(picture.crop((x, y, x + tile, y + tile)))
+        frames.append(_resize(picture, (tile, tile)))
+        return frames, grid
 
     def patches(self, pixels: np.ndarray, values: np.ndarray, image: ImageSpec) -> np.ndarray:
         """Pixels beyond the last whole patch are left out, as the tower's convolution leaves them
@@ -103,14 +122,16 @@ class SmolVLM:
     def token_grid(self, grid: Grid, image: ImageSpec) -> Grid:
         """Rows and columns of the visual tokens of all tiles together."""
         side = _tokens_along(image)
-        return Grid(max(1, grid.rows) * side, max(1, grid.columns) * side)
+        rows, columns = _tiles(grid)
+        return Grid(rows * side, columns * side)
 
     def token_places(self, grid: Grid, image: ImageSpec) -> np.ndarray:
         """Visual tokens lie tile by tile."""
         side = _tokens_along(image)
-        rows = max(1, grid.rows)
-        columns = max(1, grid.columns)
-        tiles = np.arange(rows * columns * side**2).reshape(rows, columns, side, side)
+        rows, columns = _tiles(grid)
+        places = np.arange(rows * columns * side**2)
+        tiles = places.reshape(rows, columns, side, side)
+        # (rows, side, columns, side): in reading order
         return np.asarray(tiles.transpose(0, 2, 1, 3).ravel())
 
     def picture_text(self, grid: Grid, image: ImageSpec) -> str:
@@ -118,12 +139,11 @@ class SmolVLM:
         whole = f"{AROUND}{WHOLE}{visual_tokens}{AROUND}"
         if grid.rows == 0:
             return whole
-        lines = [
-            "".join(
-                f"{AROUND}<row_{r + 1}_col_{c + 1}>{visual_tokens}" for c in range(grid.columns)
-            )
-            for r in range(grid.rows)
-        ]
+        lines = []
+        for row in range(grid.rows):
+            marks = [tile_token(row, column) for column in range(grid.columns)]
+            tiles = [f"{AROUND}{mark}{visual_tokens}" for mark in marks]
+            lines.append("".join(tiles))
         return "\n".join([*lines, "", whole])
 
     def positions(
@@ -145,23 +165,28 @@ class SmolVLM:
         transformers compares fractions in float32 to find it; their rounding is part of the model
         where 1 / side is not exact.
         """
-        edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
-        fractions = np.arange(side, dtype=np.float32) * np.float32(1 / side)
+        step = 1 / side
+        edges = step + np.arange(side - 1) * step
+        edges = edges.astype(np.float32)
+        fractions = np.arange(side, dtype=np.float32) * np.float32(step)
         fractions = np.minimum(fractions, np.float32(1 - 1e-6))
         bucket = np.searchsorted(edges, fractions, side="right")
-        at = rows_columns(Grid(side, side), merge)
-        return np.asarray(bucket[at[:, 0]] * side + bucket[at[:, 1]], np.int64)
+        rows, columns = rows_columns(Grid(side, side), merge).T
+        places = bucket[rows] * side + bucket[columns]
+        return np.asarray(places, np.int64)
 
     def image_inputs(self, pixel_values: Any, grid_thw: Any, config: Any) -> dict[str, Any]:  # noqa: ARG002
         """Tiles (1, N / P, 3, side, side); pixel_values may be an array of numpy or torch."""
+        vision = config.vision_config
         merge = config.scale_factor
-        patch = config.vision_config.patch_size
-        blocks = config.vision_config.image_size // patch // merge
+        patch = vision.patch_size
+        blocks = vision.image_size // patch // merge
         x = pixel_values.reshape(-1, blocks, blocks, merge, merge, 3, patch, patch)
         # (tiles, 3, blocks, merge, patch, blocks, merge, patch)
         x = x.swapaxes(1, 5).swapaxes(2, 5).swapaxes(4, 6)
         side = blocks * merge * patch
-        return {"pixel_values": x.reshape(1, -1, 3, side, side)}
+        tiles = x.reshape(1, -1, 3, side, side)
+        return {"pixel_values": tiles}
 
 
 def _tokens_along(image: ImageSpec) -> int:
@@ -169,10 +194,23 @@ def _tokens_along(image: ImageSpec) -> int:
     return image.own["tile"] // image.patch // image.merge
 
 
+def _tiles(grid: Grid) -> Grid:
+    """Rows and columns of tiles, of a picture that is one tile too."""
+    return Grid(max(1, grid.rows), max(1, grid.columns))
+
+
+def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """size: height and width."""
+    height, width = size
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def _sizes(height: int, width: int, image: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) after the first resizing, which sets the longer side, and after the second,
     which makes both multiples of a tile."""
-    by_area = int(math.sqrt(image.max_pixels * max(height, width) / min(height, width)))
+    shorter = min(height, width)
+    longer = max(height, width)
+    by_area = int(math.sqrt(image.max_pixels * longer / shorter))
     longest = min(image.own["longest"], by_area, LARGEST)
     tile = image.own["tile"]
     ratio = width / height
@@ -184,14 +222,21 @@ def _sizes(height: int, width: int, image: ImageSpec) -> tuple[tuple[int, int], 
         h = longest
         w = int(longest * ratio)
         w += w % 2
-    h = max(h, 1)
-    w = max(w, 1)
+    first = (max(h, 1), max(w, 1))
+    h, w = first
     ratio = w / h
     if w >= h:
-        wide = math.ceil(w / tile) * tile
-        return (h, w), (math.ceil(int(wide / ratio) / tile) * tile, wide)
-    tall = math.ceil(h / tile) * tile
-    return (h, w), (tall, math.ceil(int(tall * ratio) / tile) * tile)
+        wide = _whole_tiles(w, tile)
+        tall = _whole_tiles(int(wide / ratio), tile)
+    else:
+        tall = _whole_tiles(h, tile)
+        wide = _whole_tiles(int(tall * ratio), tile)
+    return first, (tall, wide)
+
+
+def _whole_tiles(length: int, tile: int) -> int:
+    """The length of as many tiles as hold `length` pixels."""
+    return math.ceil(length / tile) * tile
 
 
 FAMILY = SmolVLM()
