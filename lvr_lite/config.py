@@ -117,7 +117,8 @@ class TrainSettings:
     warmup: share of the steps, the first ones, in which the learning rate rises.
     weight_decay, max_grad_norm: as transformers has them.
     optimizer: by its name in transformers.
-    precision: "auto" takes bf16 where the machine is fast at it, else fp32.
+    precision: "auto" takes bf16 where the machine is fast at it, else fp16 (with a gradient scaler)
+        on a card and fp32 on a CPU. Losses, norms and what is fed back are in fp32 always.
     dequantize: "auto" holds the NF4 values of a small base (below 1e9 parameters) unpacked on a
         CPU: the same numbers, a faster step.
     gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
@@ -144,7 +145,7 @@ class TrainSettings:
         "adamw_torch_fused",
         "sgd",
     ] = "paged_adamw_8bit"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     dequantize: Literal["auto", "never"] = "auto"
     gradient_checkpointing: bool = True
     eval_every: int = 250

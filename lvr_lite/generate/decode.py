@@ -38,7 +38,7 @@ import numpy as np
 
 from lvr_lite.generate import sampling
 from lvr_lite.generate.records import Clock, Event, EventKind, Options, Prompt, Result
-from lvr_lite.generate.runtime import Runtime
+from lvr_lite.generate.runtime import Chooser, Runtime
 from lvr_lite.model.latents import second_reading
 from lvr_lite.model.padding import PaddedBatch
 
@@ -124,7 +124,7 @@ class Decoding:
         self._events: list[Event] = []
         self._began = 0.0
         # Ids that no row may ever choose.
-        self._never = np.array([self.tokens.lvr, self.tokens.lvr_end, self.tokens.image])
+        self._never = (self.tokens.lvr, self.tokens.lvr_end, self.tokens.image)
         self._placeholder: np.ndarray | None = None
 
         steps = options.steps_of(runtime)
@@ -316,6 +316,10 @@ class Decoding:
         if len(rows) < len(self.rows):
             numbers = [row.number for row in rows]
             hidden = hidden[numbers]
+        if isinstance(self.runtime, Chooser):
+            tokens = self._let_choose(self.runtime, hidden, rows)
+            self.clock.lm_head.append(_since(began))
+            return tokens
         logits = self.runtime.head(hidden)  # (rows, V)
         self.clock.lm_head.append(_since(began))
         began = perf_counter()
@@ -323,32 +327,43 @@ class Decoding:
         self.clock.sampling.append(_since(began))
         return tokens
 
+    def _let_choose(self, runtime: Chooser, hidden: np.ndarray, rows: list[Row]) -> list[int]:
+        """`_choose` by a runtime that chooses where its logits are."""
+        options = self.options
+        tokens = runtime.choose(
+            hidden,
+            [self._closed(row) for row in rows],
+            [row.random.random() if options.temperature else 0.0 for row in rows],
+            options.temperature,
+            options.top_p,
+        )
+        return [
+            self._start_of(row) if row.must_start else token
+            for row, token in zip(rows, tokens, strict=True)
+        ]
+
+    def _closed(self, row: Row) -> list[int]:
+        """Ids that a row cannot choose now."""
+        closed = list(self._never)
+        if len(row.result.tokens) < self.options.min_tokens:
+            closed += self.tokens.end
+        if not row.may_start:
+            closed.append(self.tokens.lvr_start)
+        return closed
+
     def _sample(self, row: Row, logits: np.ndarray) -> int:
         """The token that a row chooses by logits (V,), which are changed."""
-        options = self.options
-        logits[self._never] = -np.inf
-        if len(row.result.tokens) < options.min_tokens:
-            logits[list(self.tokens.end)] = -np.inf
-        if not row.may_start:
-            logits[self.tokens.lvr_start] = -np.inf
         if row.must_start:
-            return self._force_start(row, logits)
-        token = sampling.sample(logits, options.temperature, options.top_p, row.random)
-        if options.keep_scores:
-            temperature = options.temperature or 1.0
-            p = sampling.probabilities(logits, temperature, options.top_p)
-            row.result.scores.append(float(np.log(p[token])))
-        return token
+            return self._start_of(row)
+        options = self.options
+        logits[self._closed(row)] = -np.inf
+        return sampling.sample(logits, options.temperature, options.top_p, row.random)
 
-    def _force_start(self, row: Row, logits: np.ndarray) -> int:
-        """<|lvr_start|> as a row's first choice, with the score that its logits (V,) give it."""
+    def _start_of(self, row: Row) -> int:
+        """<|lvr_start|> as a row's first choice, whatever the head says."""
         row.must_start = False
         row.result.look_forced = True
-        token = self.tokens.lvr_start
-        if self.options.keep_scores:
-            temperature = self.options.temperature or 1.0
-            row.result.scores.append(sampling.log_probability(logits, temperature, token))
-        return token
+        return self.tokens.lvr_start
 
     def _take(self, row: Row, token: int) -> None:
         """Do what follows from the token that a row in text has chosen."""

@@ -62,7 +62,6 @@ class Options:
     top_p: in (0, 1], sample from the smallest set of tokens of this probability.
     seed: of sampling.
     keep_hidden: keep the hidden state of every step (evaluation, parity).
-    keep_scores: keep the log-probability of every choice (reinforcement learning).
 
     Raises UsageError for a value out of range, and for a look that contradicts the steps.
     """
@@ -75,7 +74,6 @@ class Options:
     top_p: float = 1.0
     seed: int = 0
     keep_hidden: bool = False
-    keep_scores: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -152,7 +150,6 @@ class Result:
 
     tokens: text ids, without markers and end.
     choices: all ids that the head chose, <|lvr_start|> and the end among them.
-    scores: log-probabilities of the choices, where `Options.keep_scores`.
     latents: K arrays (H,), what was fed back.
     hidden: the states (H,) after the prompt and after every step, where `Options.keep_hidden`.
     reason: "stop" or "length".
@@ -163,7 +160,6 @@ class Result:
 
     tokens: list[int] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     hidden: list[np.ndarray] = field(default_factory=list)
     reason: str = ""

@@ -6,7 +6,8 @@ vocabulary, N patches.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -83,4 +84,27 @@ class Runtime(Protocol):
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """Hidden states (B, H) -> logits (B, V), which are the caller's to change."""
+        ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """A runtime that chooses tokens where its logits are: moving those of a whole vocabulary, and
+    drawing among them in numpy, takes longer than a step of the model on a card.
+    """
+
+    def choose(
+        self,
+        hidden: np.ndarray,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        """The id that each row chooses after hidden states (B, H), as `sampling.sample` would.
+
+        closed: of each row, ids that it cannot choose.
+        at: of each row, a number in [0, 1): the share of all probability, in the order of the ids,
+            at which it draws.
+        """
         ...

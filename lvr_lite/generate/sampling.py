@@ -14,11 +14,12 @@ def greedy(logits: np.ndarray) -> int:
     # To numpy a NaN is the largest of all.
     most_likely = int(logits.argmax())
     if np.isnan(logits[most_likely]):
-        raise _not_finite(logits[most_likely])
+        raise not_finite(logits[most_likely])
     return most_likely
 
 
-def _not_finite(value: float) -> NotFiniteError:
+def not_finite(value: float) -> NotFiniteError:
+    """The error of logits of which the largest is this value."""
     return NotFiniteError(
         f"the model's logits are not finite ({value}): its weights are damaged, or its numbers "
         "overflow in this precision; take fp32, or another checkpoint"
@@ -29,7 +30,7 @@ def _scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Logits (V,) over the temperature, in float64, the largest of them 0."""
     most = float(logits[greedy(logits)])
     if not np.isfinite(most):
-        raise _not_finite(most)
+        raise not_finite(most)
     # Before the division, which overflows at the lowest temperatures.
     below = logits.astype(np.float64) - most
     with np.errstate(over="ignore"):
@@ -51,13 +52,6 @@ def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.nd
         p[unlikely] = 0.0
         p /= p.sum()
     return np.asarray(p)
-
-
-def log_probability(logits: np.ndarray, temperature: float, token: int) -> float:
-    """Of an id at `temperature` > 0, among all ids."""
-    scaled = _scaled(logits, temperature)
-    total = np.log(np.exp(scaled).sum())
-    return float(scaled[token] - total)
 
 
 def sample(

@@ -8,15 +8,45 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from lvr_lite.generate.sampling import not_finite
 from lvr_lite.model import families
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
+
+
+class SharedColumns(DynamicLayer):
+    """K/V of one layer, where several rows have read the same columns: these are held once.
+
+    shared: keys and values of what was read, (distinct rows, heads, columns, head size) each.
+    source: (B,), which of these rows each row has read. What follows is its own.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor) -> None:
+        super().__init__()
+        self.shared = (keys, values)
+        self.source = source
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own_keys, own_values = super().update(keys, values, *args, **kwargs)
+        shared_keys, shared_values = map(self._of_all_rows, self.shared)
+        return torch.cat([shared_keys, own_keys], -2), torch.cat([shared_values, own_values], -2)
+
+    def _of_all_rows(self, part: torch.Tensor) -> torch.Tensor:
+        if len(part) == 1:
+            return part.expand(len(self.source), -1, -1, -1)
+        return part[self.source]
+
+    def get_seq_length(self) -> int:
+        return int(self.shared[0].shape[-2] + super().get_seq_length())
 
 
 class TorchRuntime:
@@ -38,8 +68,7 @@ class TorchRuntime:
     @property
     def _weight(self) -> torch.Tensor:
         """The embedding's; inputs take its device and dtype."""
-        weight: torch.Tensor = self.core.get_input_embeddings().weight
-        return weight
+        return table_of(self.core)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Whole numbers on the model's device."""
@@ -67,9 +96,38 @@ class TorchRuntime:
         logits = self.core.lm_head(self._to_model(hidden))
         return _numpy(logits)
 
-    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002 (K/V grows as it is needed)
-        from transformers import DynamicCache
+    @torch.inference_mode()
+    def choose(
+        self,
+        hidden: np.ndarray,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        """See `lvr_lite.generate.runtime.Chooser`. Raises NotFiniteError as `sampling.sample`."""
+        logits = self.core.lm_head(self._to_model(hidden)).float()  # (B, V)
+        for own, ids in zip(logits, closed, strict=True):
+            own[list(ids)] = -torch.inf
+        most = logits.amax(-1, keepdim=True)
+        wrong = torch.isnan(most) if temperature == 0 else ~torch.isfinite(most)
+        if wrong.any():
+            raise not_finite(float(most[wrong][0]))
+        if temperature == 0:
+            return [int(id) for id in logits.argmax(-1)]
+        # From here on in place: each array is as wide as the vocabulary. Lower temperatures are 0
+        # in float32.
+        p = logits.sub_(most).div_(max(temperature, 1e-30)).exp_()
+        if top_p < 1.0:
+            likely_first, order = p.sort(dim=-1, descending=True, stable=True)
+            before = likely_first.cumsum(-1, dtype=torch.float64) - likely_first
+            out_of_reach = before >= top_p * p.sum(-1, keepdim=True, dtype=torch.float64)
+            p.scatter_(-1, order, likely_first.masked_fill(out_of_reach, 0.0))
+        reached = p.cumsum(-1, dtype=torch.float64)
+        drawn = torch.tensor(at, dtype=torch.float64, device=p.device)[:, None] * reached[:, -1:]
+        return [int(id) for id in torch.searchsorted(reached, drawn, right=True)[:, 0]]
 
+    def start(self, batch: int, capacity: int) -> None:  # noqa: ARG002 (K/V grows as it is needed)
         self._cache = DynamicCache(config=self.core.config.text_config)
         # Of all columns so far (B, columns): 1 where they are looked at.
         self._mask = torch.zeros(batch, 0, dtype=torch.long, device=self._weight.device)
@@ -123,7 +181,7 @@ class TorchRuntime:
         lengths: np.ndarray,
     ) -> np.ndarray:
         """All rows. Those that read the same (several answers to one question) are read once and
-        their K/V copied.
+        share the K/V of that.
         """
         contents = []
         for row, length in enumerate(lengths):
@@ -138,7 +196,9 @@ class TorchRuntime:
         hidden = self._run(embeds[kept], positions[:, kept], present)  # (rows kept, S, H)
         last = hidden[np.arange(len(kept)), lengths - 1]
         if len(kept) < len(source):
-            self._cache.batch_select_indices(self._to_device(np.array(source)))
+            rows = self._to_device(np.array(source))
+            layers = self._cache.layers
+            layers[:] = [SharedColumns(layer.keys, layer.values, rows) for layer in layers]
             self._mask = self._mask[source]
         return np.asarray(last[source])
 
@@ -187,6 +247,15 @@ def distinct(rows: Iterable[Hashable]) -> tuple[list[int], list[int]]:
     return firsts, source
 
 
+def table_of(core: Any) -> torch.Tensor:
+    """The embedding's table (V, H) as the base has it. PEFT, asked for the weight of an embedding
+    with trained rows, would copy the table to write these into it.
+    """
+    modules = core.get_input_embeddings().modules()
+    table: torch.Tensor = next(m for m in modules if isinstance(m, torch.nn.Embedding)).weight
+    return table
+
+
 def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
     """Visual tokens (T, H) of all pictures of a batch, or (T, (1 + D) * H) where D inner layers of
     the tower add something in later layers (deepstack).
@@ -194,7 +263,7 @@ def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor)
     core: a transformers model.
     pixel_values: (N, C). grid_thw: (pictures, 3).
     """
-    weight = core.get_input_embeddings().weight
+    weight = table_of(core)
     family = families.get(core.config.model_type)
     grid_thw = grid_thw.to(weight.device)
     inputs = family.image_inputs(pixel_values.to(weight), grid_thw, core.config)
@@ -244,7 +313,8 @@ def read(
         position_ids=positions,
         attention_mask=mask,
         past_key_values=cache,
-        use_cache=cache is not None,
+        # It would make a cache where none is given; the one that is given is used either way.
+        use_cache=False,
         **deepstack,
     )
     return torch.as_tensor(output.last_hidden_state)

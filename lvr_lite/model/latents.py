@@ -1,6 +1,6 @@
 """Nearness of latents to visual tokens, and the second reading: arithmetic on indices.
 
-May import: numpy, lvr_lite.model.spec.
+May import: numpy, lvr_lite.model.spec; torch where it is given torch's arrays.
 
 In a bottleneck a prompt is read a second time, with its K latents for its picture. Each latent
 takes the place of the visual token that it is nearest to; latents in one place become their mean:
@@ -41,10 +41,22 @@ def likeness(latents: Array, features: Array, mean: Array | None = None) -> Arra
     A token that differs from the mean by rounding alone is like no latent: 0. So are all tokens of
     a picture of one colour, and all tokens for a latent of zeros.
 
+    Torch's are computed in float32 whatever they are, without autocast, as numpy's are.
+
     latents: (K, H).
     features: (T, H); of wider ones the first H numbers count, those that stand in the prompt.
     mean: (H,), what the tokens share; that of `features` by default.
     """
+    if isinstance(latents, np.ndarray):
+        return _likeness(latents, features, mean)
+    import torch
+
+    with torch.autocast(latents.device.type, enabled=False):
+        return _likeness(latents.float(), features.float(), mean)
+
+
+def _likeness(latents: Array, features: Array, mean: Array | None) -> Array:
+    """`likeness` in the type of its arrays."""
     width = latents.shape[-1]
     features = features[:, :width]
     if mean is None:

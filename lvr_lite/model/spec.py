@@ -62,11 +62,15 @@ class LatentSpec:
     def fed(self, hidden: Any) -> Any:
         """What is fed for hidden states (..., H), an array of numpy or torch. Not for "token".
 
-        Returns the same object for "identity".
+        Returns the same object for "identity", else float32: in half precision the sum of the
+        squares would be infinite.
         """
         if self.feedback == "identity":
             return hidden
         assert self.feedback == "norm-matched"
+        # torch's tensors have it; arrays of numpy are float32 here.
+        if hasattr(hidden, "float"):
+            hidden = hidden.float()
         return hidden * (self.norm / (hidden * hidden).sum(axis=-1, keepdims=True) ** 0.5)
 
     def to_json(self) -> dict[str, object]:

@@ -184,7 +184,6 @@ class Roller:
             max_tokens=grpo.max_tokens,
             temperature=grpo.temperature,
             seed=self.settings.train.seed,
-            keep_scores=True,
         )
         for start in range(0, len(rollouts), grpo.rows):
             rows = rollouts[start : start + grpo.rows]

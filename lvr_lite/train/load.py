@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export.weights import PREFIXES, check_names
+from lvr_lite.generate.torch import language_model
 from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
 from lvr_lite.model.processor_files import read_json, rows_of_tables
 from lvr_lite.model.prompt import prompt_ids
 from lvr_lite.model.weight_files import first_weights, tensors_of
+from lvr_lite.train.marker_rows import keep_tables
 
 # Parameters of a base that a CPU may hold without 4-bit storage.
 SMALL = 10**9
@@ -132,6 +134,8 @@ def to_reinforce(model: Any, settings: Settings) -> Any:
     """A model with its adapter, ready for stage 2."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -171,21 +175,28 @@ def adapted(model: Any, checkpoint: Checkpoint, settings: Settings) -> Any:
     # The adapters' random start.
     torch.manual_seed(settings.train.seed)
     tuned = get_peft_model(model, config)
-    language_model = f".{family.language_model}."
+    keep_tables(tuned)
+    within = f".{family.language_model}."
     for name, parameter in tuned.named_parameters():
-        of_adapter = "lora_" in name and language_model in name
-        if parameter.requires_grad and not (of_adapter or "trainable_tokens" in name):
+        of_adapter = "lora_" in name and within in name
+        if not parameter.requires_grad:
+            continue
+        if not (of_adapter or "trainable_tokens" in name):
             raise LvrError(
                 f"{name} would be trained, but only adapters and the three token rows may be"
             )
+        # A gradient scaler refuses gradients in half precision.
+        parameter.data = parameter.data.float()
     if settings.train.gradient_checkpointing:
         checkpoint_layers(tuned)
     return tuned
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Gradient checkpointing for a model with adapters: layers are read again instead of kept."""
-    model.get_base_model().gradient_checkpointing_enable(
+    """Gradient checkpointing for a model with adapters: the layers of its language model are
+    computed again instead of kept. The vision tower is frozen, and keeps nothing.
+    """
+    language_model(model.get_base_model()).gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
 
@@ -298,6 +309,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
         raise BundleError(
             f"{checkpoint.folder}: the adapter does not fit its base {checkpoint.base} ({reason})"
         ) from error
+    keep_tables(tuned)
     # PEFT starts what its file lacks at random, with a warning at most.
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if missing := sorted(wanted - stored):

@@ -1,6 +1,6 @@
 """The methods of training with latents: what the latent places are fed, and what the text sees.
 
-May import: torch, lvr_lite.model, lvr_lite.generate.
+May import: torch, lvr_lite.model, lvr_lite.generate, lvr_lite.train.recompute.
 
     sft             no latents: the control with the same data
     dummy           K times the learned row of <|lvr|>: the control with the same compute
@@ -22,6 +22,7 @@ import torch
 from lvr_lite.config import LatentSettings
 from lvr_lite.generate.torch import language_model, read
 from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.train import recompute
 
 
 class Columns(TypedDict):
@@ -72,8 +73,8 @@ class Reader(torch.nn.Module):
     """A model that is trained, as what reads embeddings.
 
     core: the transformers model inside any PEFT wrapper.
-    checkpoints: whether its layers are read again in the backward pass (gradient checkpointing),
-        as set when the reader is made.
+    checkpoints: whether its layers are computed again in the backward pass (gradient
+        checkpointing), as set when the reader is made.
     """
 
     def __init__(self, model: Any, tokens: TokenIds, spec: LatentSpec) -> None:
@@ -83,6 +84,7 @@ class Reader(torch.nn.Module):
         self.spec = spec
         # Asking walks through all modules: 3 % of a step of a small model.
         self.checkpoints = bool(language_model(self.core).is_gradient_checkpointing)
+        recompute.hand_out_columns(language_model(self.core), self.checkpoints)
 
     @property
     def core(self) -> Any:
@@ -120,13 +122,11 @@ class Reader(torch.nn.Module):
         )
 
     def new_cache(self) -> Any:
-        """A K/V cache, or None where gradient checkpointing leaves none and columns are read again
-        instead.
-        """
+        """A K/V cache for a pass in several parts."""
         from transformers import DynamicCache
 
         if self.checkpoints and self.training:
-            return None
+            return recompute.new_cache(language_model(self.core))
         return DynamicCache(config=self.core.config.text_config)
 
 
@@ -260,10 +260,7 @@ def run_freely(
     first: int,
     steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pass in which each latent step is fed the state before it.
-
-    Without a cache all columns so far are read again at every step: (K + 1) times the work, for the
-    memory of gradient checkpointing.
+    """A pass in which each latent step is fed the state before it. Every column is read once.
 
     embeds: (B, C, H).
     first, steps: the latent places are the `steps` columns from `first` on, in every row; C may end
@@ -276,19 +273,11 @@ def run_freely(
     states = [reader.states(embeds[:, :first], batch, 0, cache)]
     latents: list[torch.Tensor] = []
     for column in range(first, first + steps):
-        fed = reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype)
-        latents.append(as_wide(fed, embeds))
-        if column == end:
-            break
-        if cache is None:
-            states = [reader.states(torch.cat([embeds[:, :first], *latents], 1), batch)]
-        else:
-            states.append(reader.states(latents[-1], batch, column, cache))
+        latents.append(reader.spec.fed(states[-1][:, -1:]).to(embeds.dtype))
+        if column < end:
+            fed = as_wide(latents[-1], embeds)
+            states.append(reader.states(fed, batch, column, cache))
     if end > first + steps:
         rest = embeds[:, first + steps :]
-        if cache is None:
-            states = [reader.states(torch.cat([embeds[:, :first], *latents, rest], 1), batch)]
-        else:
-            states.append(reader.states(rest, batch, first + steps, cache))
-    hidden = torch.cat(states, 1)
-    return hidden, torch.cat(latents, 1)[..., : hidden.shape[-1]]
+        states.append(reader.states(rest, batch, first + steps, cache))
+    return torch.cat(states, 1), torch.cat(latents, 1)

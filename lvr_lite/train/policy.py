@@ -27,6 +27,7 @@ from lvr_lite.generate.torch import distinct
 from lvr_lite.model.latents import second_reading
 from lvr_lite.model.padding import PaddedBatch, pad_between
 from lvr_lite.model.spec import LatentSpec, TokenIds
+from lvr_lite.train.head import Head, without_autocast
 from lvr_lite.train.methods import Columns, Reader, as_wide, run_freely
 
 # The id of padding: the first of a vocabulary, which stands neither for a picture nor for a latent.
@@ -274,17 +275,13 @@ class Policy(Reader):
         for batch in batches:
             states, latents = self._read(batch, latents)
             speaking.append(states[batch["row"], batch["column"]])
-        # Once for all: PEFT copies a tied embedding whenever it is asked for its weight.
-        logits: torch.Tensor = self.core.lm_head(torch.cat(speaking)).float()
         may_start = torch.cat([batch["may_start"] for batch in batches])
         chosen = torch.cat([batch["chosen"] for batch in batches])
         tokens = self.tokens
-        never = torch.zeros_like(logits, dtype=torch.bool)
-        never[:, [tokens.lvr, tokens.lvr_end, tokens.image]] = True
-        never[:, tokens.lvr_start] = ~may_start
-        logits = logits.masked_fill(never, -torch.inf) / self.temperature
-        scores = logits.log_softmax(-1).gather(1, chosen[:, None])
-        return scores[:, 0]
+        never = (tokens.lvr, tokens.lvr_end, tokens.image)
+        head = Head(self.core.lm_head, never, self.temperature)
+        scores, _ = head.scores(torch.cat(speaking), chosen, (tokens.lvr_start, ~may_start))
+        return scores
 
     def _read(
         self, batch: Replay, before: torch.Tensor | None
@@ -313,7 +310,8 @@ class Policy(Reader):
                 self.spec.steps,
             )
         elif before is not None:
-            latents = batch["mix"].to(before.dtype) @ before.flatten(0, 1)
+            with without_autocast(before):
+                latents = batch["mix"] @ before.flatten(0, 1).float()
         latents = as_wide(latents, embeds).to(embeds.dtype)
         embeds = embeds.masked_scatter(is_latent[..., None], latents)
         return self.states(embeds, batch), None

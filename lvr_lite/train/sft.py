@@ -1,6 +1,7 @@
 """Supervised fine-tuning with latents (arXiv 2509.24251, stage 1).
 
-May import: torch, transformers, lvr_lite.model, lvr_lite.generate, lvr_lite.train.methods.
+May import: torch, transformers, lvr_lite.model, lvr_lite.generate, lvr_lite.train.methods,
+lvr_lite.train.head.
 
     inputs    … question <|lvr_start|> x1  x2 … xK <|lvr_end|> answer
     learned                 h0->t1  h1->t2 … hK->
@@ -24,6 +25,7 @@ from lvr_lite.config import LatentSettings
 from lvr_lite.generate.torch import visual_tokens
 from lvr_lite.model.latents import means, near
 from lvr_lite.model.spec import TokenIds
+from lvr_lite.train.head import Head, without_autocast
 from lvr_lite.train.methods import METHODS, Batch, Columns, Reader
 
 
@@ -108,11 +110,9 @@ class LatentSFT(Reader):
         labels = torch.cat([part.spoken for part in answers])
         speakers = torch.cat([part.speakers for part in answers])
         speaking = torch.cat([part.speaking for part in answers])
-        logits = self.core.lm_head(speaking).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        ce = mean_over_samples(losses, speakers)
+        scores, right = Head(self.core.lm_head).scores(speaking, labels)
+        ce = mean_over_samples(-scores, speakers)
         loss, found = self._latent_loss(predicted, self._shown(features), batch["pool"])
-        right = logits.argmax(-1) == labels
         return {
             "loss": ce + self.latent_weight() * loss,
             "ce": ce.detach(),
@@ -129,7 +129,8 @@ class LatentSFT(Reader):
     def _look(self, batch: Batch, features: torch.Tensor) -> list[Answers]:
         """The samples that look: one pass, and in a bottleneck a second one."""
         shown = self._shown(features)
-        targets = batch["pool"].to(shown.dtype) @ shown  # (L, H)
+        with without_autocast(shown):
+            targets = batch["pool"] @ shown.float()  # (L, H)
         embeds = self.embed(batch["ids"], features)
         forced = self.training and self.progress < self.settings.warmup
         states, latents = self.method.run(self, embeds, batch, targets, forced)
@@ -172,7 +173,7 @@ class LatentSFT(Reader):
         features: torch.Tensor,
         pool: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of latents, and `found`.
+        """The loss of latents, and `found`, in fp32 whatever the rest is computed in.
 
         predicted: (L, H), states that should be the latents' targets.
         features: (T, H), the visual tokens of the whole batch.
@@ -181,8 +182,13 @@ class LatentSFT(Reader):
         nothing = torch.zeros((), device=predicted.device)
         if not len(predicted):
             return nothing, nothing
-        predicted = predicted.float()
-        features = features.float()
+        with without_autocast(predicted):
+            return self._compared(predicted.float(), features.float(), pool)
+
+    def _compared(
+        self, predicted: torch.Tensor, features: torch.Tensor, pool: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_latent_loss` of tensors in fp32."""
         # The cosine of `lvr_lite.model.latents.likeness`, in another order of operations: vectors
         # are brought to length 1 before the product, so that published runs repeat to the last bit.
         apart = F.normalize(features - features.mean(0), dim=-1)
@@ -191,7 +197,7 @@ class LatentSFT(Reader):
         own = pool > 0
         nearest = cosines.argmax(-1, keepdim=True)
         found = own.gather(1, nearest).float().mean()
-        loss = nothing
+        loss = torch.zeros((), device=predicted.device)
         if self.settings.loss == "mse":
             loss = F.mse_loss(predicted, pool @ features)
         if self.settings.loss == "contrastive":
@@ -215,6 +221,7 @@ class LatentSFT(Reader):
 
         As in decoding, latents in one place become one, their mean. Here all K columns stay: the
         first latent in a place holds the mean, and the columns of the others are masked out.
+        Which place is the nearest, and the mean, is computed in fp32, as in decoding.
         """
         is_image = batch["ids"] == self.tokens.image
         is_latent = batch["reader_ids"] == self.tokens.lvr
@@ -224,17 +231,19 @@ class LatentSFT(Reader):
         shown = features[: sum(counts)].detach().float()
         pictures = shown.split(counts)
         placed = []
-        for row, own in enumerate(latents):
-            nearest = near(own.detach().float(), pictures[row])
-            weights, first = means(nearest)
-            placed.append(weights.to(own.dtype) @ own)
+        for row, own in enumerate(latents.float()):
+            with without_autocast(own):
+                nearest = near(own.detach(), pictures[row])
+                weights, first = means(nearest)
+                placed.append(weights @ own)
             of_image = batch["positions"][:, row, is_image[row]]
             columns = is_latent[row]
             positions[:, row, columns] = of_image[:, nearest]
             mask[row, columns] = first.to(mask.dtype)
         embedding = self.core.get_input_embeddings()
         embeds = embedding(batch["reader_ids"])
-        embeds = embeds.masked_scatter(is_latent[..., None], torch.stack(placed))
+        latents = torch.stack(placed).to(embeds.dtype)
+        embeds = embeds.masked_scatter(is_latent[..., None], latents)
         return self.states(embeds, Columns(positions=positions, mask=mask))
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
-from lvr_lite.errors import NotFiniteError, StoppedError
+from lvr_lite.errors import NotFiniteError, StoppedError, UsageError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.files import JsonObject, saving
 from lvr_lite.generate.runtime import Runtime
@@ -65,18 +65,30 @@ def training_device() -> str:
 
 
 def computes_in_bf16(device: str) -> bool:
-    """Whether bf16 is the machine's fast type: any recent GPU, and CPUs with AVX512_BF16 or AMX."""
+    """Whether bf16 is the machine's fast type: cards from compute capability 8.0 on (older ones
+    emulate it, and torch calls that supported), and CPUs with AVX512_BF16 or AMX.
+    """
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def training_dtype(settings: Settings, device: str) -> torch.dtype:
-    """What the base is held in and computed with; "auto" takes bf16 where it is the machine's fast
-    type."""
+    """What the base is held in and computed with. "auto" takes bf16 where it is the machine's fast
+    type, else fp16 on a card and fp32 on a CPU.
+
+    Raises UsageError for fp16 on a CPU.
+    """
+    on_card = device.startswith("cuda")
     precision = settings.train.precision
-    bf16 = computes_in_bf16(device) if precision == "auto" else precision == "bf16"
-    return torch.bfloat16 if bf16 else torch.float32
+    if precision == "fp16" and not on_card:
+        raise UsageError(
+            "train.precision=fp16 is for cards, and no card is used here; set bf16, fp32 or auto"
+        )
+    if precision == "auto":
+        fallback = "fp16" if on_card else "fp32"
+        precision = "bf16" if computes_in_bf16(device) else fallback
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def peak_gb(device: str) -> float:
@@ -108,6 +120,8 @@ def training_arguments(
         optim=t.optimizer,
         adam_beta2=0.98,
         bf16=dtype == torch.bfloat16,
+        # With a gradient scaler.
+        fp16=dtype == torch.float16,
         use_cpu=on_cpu,
         eval_strategy="steps",
         eval_steps=t.eval_every,

@@ -134,18 +134,13 @@ def test_a_look_of_the_models_own_is_not_called_forced() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_forced_look_has_the_score_that_the_head_gives_it(temperature: float) -> None:
+def test_a_look_is_forced_whatever_the_head_says(temperature: float) -> None:
     """Sampled and greedy, in a batch whose rows would go other ways; with top_p too, under which
     <|lvr_start|> may be out of reach."""
     prompts = [prompt(seed) for seed in range(6)]
-    options = Options(temperature=temperature, top_p=0.5, look="always", keep_scores=True)
-    runtime = Recurrent(OPEN)
-    results = decode(runtime, prompts, options)
+    options = Options(temperature=temperature, top_p=0.5, look="always")
+    results = decode(Recurrent(OPEN), prompts, options)
     assert [(r.choices[0], r.look_forced) for r in results] == [(START, True)] * 6
-    logits = (runtime.states[0] @ runtime.out).astype(np.float64) / (temperature or 1.0)
-    logits[:, [IMAGE, LVR, CLOSE]] = -np.inf
-    wanted = logits[:, START] - np.log(np.exp(logits).sum(1))
-    np.testing.assert_allclose([r.scores[0] for r in results], wanted, atol=1e-5, rtol=0)
     free = decode(Recurrent(OPEN), prompts, Options())
     assert len({r.choices[0] == START for r in free}) == 2, "all rows look by themselves, or none"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lvr_lite.errors import NotFiniteError
-from lvr_lite.generate.sampling import greedy, log_probability, probabilities, sample
+from lvr_lite.generate.sampling import greedy, probabilities, sample
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.3, 0.2])).astype(np.float32)
 
@@ -83,4 +83,3 @@ def test_logits_that_overflowed_cannot_be_drawn_from() -> None:
 def test_the_lowest_temperatures_take_the_most_likely(temperature: float) -> None:
     logits = np.array([3.0, -np.inf, 88.0, 87.0], np.float32)
     assert probabilities(logits, temperature, 0.9).tolist() == [0, 0, 1, 0]
-    assert log_probability(logits, temperature, 2) == 0.0

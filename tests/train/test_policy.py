@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from lvr_lite.errors import NotFiniteError
+from lvr_lite.generate import sampling
 from lvr_lite.generate.ask import prepare_prompt
-from lvr_lite.generate.decode import Decoding, Options, Prompt, Result
+from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, Row, decode
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
@@ -74,16 +76,41 @@ def policy_of(
     return Policy(held, checkpoint.processor.tokens, spec, temperature, latents)
 
 
+class Scored(Decoding):
+    """Keeps the log-probability of every choice, by row."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.scores: list[list[float]] = [[] for _ in self.rows]
+
+    def _let_choose(self, runtime: Any, hidden: np.ndarray, rows: list[Row]) -> list[int]:
+        closed = [self._closed(row) for row in rows]
+        tokens = super()._let_choose(runtime, hidden, rows)
+        for row, token, logits, shut in zip(
+            rows, tokens, runtime.head(hidden), closed, strict=True
+        ):
+            logits[shut] = -np.inf
+            scaled = torch.from_numpy(logits).double() / self.options.temperature
+            self.scores[row.number].append(float(scaled.log_softmax(-1)[token]))
+        return tokens
+
+
 def drawn(
     model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float
 ) -> list[tuple[Prompt, Result]]:
+    return [(prompt, result) for prompt, result, _ in scored(model, checkpoint, spec, temperature)]
+
+
+def scored(
+    model: Any, checkpoint: Checkpoint, spec: LatentSpec, temperature: float
+) -> list[tuple[Prompt, Result, list[float]]]:
+    """Prompts, their answers, and how likely each choice was."""
     runtime = TorchRuntime(model, replace(checkpoint, latent=spec))
     prompts = [prompt for prompt in asked(runtime) for _ in range(3)]
-    decoding = Decoding(
-        runtime, prompts, Options(max_tokens=5, temperature=temperature, seed=3, keep_scores=True)
-    )
+    options = Options(max_tokens=5, temperature=temperature, seed=3)
+    decoding = Scored(runtime, prompts, options)
     list(decoding)
-    return list(zip(prompts, decoding.results, strict=True))
+    return list(zip(prompts, decoding.results, decoding.scores, strict=True))
 
 
 @EVERY_SPEC
@@ -94,7 +121,9 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     hesitant: tuple[Any, Checkpoint], spec: LatentSpec, temperature: float, latents: str
 ) -> None:
     model, checkpoint = hesitant
-    found = drawn(model, checkpoint, spec, temperature)
+    answers = scored(model, checkpoint, spec, temperature)
+    found = [(prompt, result) for prompt, result, _ in answers]
+    scores = [own for *_, own in answers]
     assert len({len(p.ids) for p, _ in found}) > 2, "the prompts are equally long"
     reasoned = [bool(r.latents) for _, r in found]
     assert 3 <= sum(reasoned) < len(found), f"latents in {sum(reasoned)} of {len(found)}"
@@ -107,12 +136,12 @@ def test_a_replay_gives_the_log_probabilities_that_were_drawn(
     # the choices of first readings, then those of second ones
     wanted = np.concatenate(
         [
-            np.split(r.scores, [len(rows[0].chosen)])[i]
+            np.split(own, [len(rows[0].chosen)])[i]
             for i in (0, 1)
-            for rows, (_, r) in zip(made, found, strict=True)
+            for rows, own in zip(made, scores, strict=True)
         ]
     )
-    assert [len(r.scores) for _, r in found] == [len(r.choices) for _, r in found]
+    assert [len(own) for own in scores] == [len(r.choices) for _, r in found]
     np.testing.assert_allclose(again, wanted, atol=1e-4, rtol=0)
     assert wanted.min() < -1, "nothing unlikely was drawn"
 
@@ -199,3 +228,50 @@ def test_a_row_draws_the_same_whatever_it_is_drawn_beside(hesitant: tuple[Any, C
         return [r.choices for r in decoding.results]
 
     assert choices([0, 1, 2, 3]) == choices([0, 1]) + choices([2, 3])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.6), (1e-300, 1.0)]
+)
+def test_a_card_draws_what_numpy_draws(
+    hesitant: tuple[Any, Checkpoint], temperature: float, top_p: float
+) -> None:
+    runtime = TorchRuntime(hesitant[0], replace(hesitant[1], latent=SPECS["open"]))
+    states = np.random.default_rng(1).normal(size=(40, runtime.hidden_size)).astype(np.float32)
+    best = runtime.head(states).argmax(-1)
+    closed = [[0, int(id)] for id in best]
+    at = [np.random.default_rng(row).random() for row in range(40)]
+    chosen = runtime.choose(states, closed, at, temperature, top_p)
+    for row, logits in enumerate(runtime.head(states)):
+        logits[closed[row]] = -np.inf
+        random = np.random.default_rng(row)
+        assert chosen[row] == sampling.sample(logits, temperature, top_p, random)
+    assert not set(chosen) & {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_not_drawn_from(
+    hesitant: tuple[Any, Checkpoint], temperature: float
+) -> None:
+    runtime = TorchRuntime(*hesitant)
+    states = np.full((1, runtime.hidden_size), np.nan, np.float32)
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        runtime.choose(states, [[]], [0.5], temperature, 1.0)
+
+
+def test_the_keys_and_values_of_a_question_are_held_once(
+    hesitant: tuple[Any, Checkpoint],
+) -> None:
+    runtime = TorchRuntime(hesitant[0], replace(hesitant[1], latent=SPECS["open"]))
+    first, second = asked(runtime)[:2]
+    options = Options(max_tokens=3, min_tokens=3)
+    decoding = Decoding(runtime, [first, second, first, first], options)
+    list(decoding)
+    steps = len(decoding.clock.text_step) + len(decoding.clock.latent_step)
+    longest = max(len(first.ids), len(second.ids))
+    for layer in runtime._cache.layers:
+        assert layer.shared[0].shape[:3:2] == (2, longest)
+        assert layer.keys.shape[:3:2] == (4, steps)
+    alone = [decode(runtime, [prompt], options)[0] for prompt in (first, second)]
+    answers = [result.choices for result in decoding.results]
+    assert answers == [alone[i].choices for i in (0, 1, 0, 0)]
