@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.export.weights import model_on_meta
-from lvr_lite.generate.torch import TorchRuntime, distinct
+from lvr_lite.generate.torch import SharedColumns, TorchRuntime, distinct
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.model.families import Grid
 from lvr_lite.model.processor import Processor
@@ -46,7 +46,7 @@ from lvr_lite.train.methods import METHODS
 from lvr_lite.train.policy import Policy, batches_of
 from lvr_lite.train.rewards import read_rewards
 from lvr_lite.train.sft import LatentSFT
-from lvr_lite.train.simulated import GRAIN, SimulatedCard
+from lvr_lite.train.simulated import FLASH, GRAIN, SimulatedCard
 
 MIB = 2**20
 GIB = 2**30
@@ -192,11 +192,15 @@ class LooksAndGoesOn(TorchRuntime):
     _room = 0
     _stepped: np.ndarray | None = None
 
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        self._random = np.random.default_rng(0)
+
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         if self._seen is None:
             self._seen = super().encode(pixel_values, grids)
             return self._seen
-        return self._seen * np.float32(np.random.default_rng().uniform(0.5, 1.0))
+        return self._seen * np.float32(self._random.uniform(0.5, 1.0))
 
     def start(self, batch: int, capacity: int) -> None:
         super().start(batch, capacity)
@@ -210,7 +214,7 @@ class LooksAndGoesOn(TorchRuntime):
             self._stepped = super().step(embeds, positions)
         # Rows that are fed the same give the same, as real ones do.
         _, same = distinct(row.tobytes() for row in embeds)
-        return self._stepped[same] * np.float32(np.random.default_rng().uniform(0.5, 1.0))
+        return self._stepped[same] * np.float32(self._random.uniform(0.5, 1.0))
 
     def _fill(self) -> None:
         """The K/V of all columns but the last that there is room for."""
@@ -220,18 +224,29 @@ class LooksAndGoesOn(TorchRuntime):
             return
         self._mask = torch.cat([self._mask, self._mask.new_ones(batch, more)], 1)
         for number, layer in enumerate(self._cache.layers):
-            rows, heads, _, size = layer.keys.shape
-            columns_more = layer.keys.new_empty(rows, heads, more, size)
+            keys = layer.shared[0] if isinstance(layer, SharedColumns) else layer.keys
+            _, heads, _, size = keys.shape
+            columns_more = keys.new_empty(batch, heads, more, size)
             self._cache.update(columns_more, columns_more, number)
 
-    def head(self, hidden: np.ndarray) -> np.ndarray:
-        logits = super().head(hidden)
+    def choose(
+        self,
+        hidden: np.ndarray,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        super().choose(hidden, closed, at, temperature, top_p)
         tokens = self.processor.tokens
-        logits[:, list(tokens.end)] = -1e4
-        if self.latent.steps:
-            # So likely that it is drawn at any temperature.
-            logits[:, tokens.lvr_start] = 1e4
-        return logits
+        chosen = []
+        for never in closed:
+            looks = self.latent.steps and tokens.lvr_start not in never
+            allowed = set(range(self.processor.tokenizer.get_vocab_size()))
+            words = sorted(allowed - {*never, *tokens.end, tokens.lvr_start})
+            word = words[int(self._random.integers(len(words)))]
+            chosen.append(tokens.lvr_start if looks else word)
+        return chosen
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -360,7 +375,7 @@ def make_optimizer(settings: Settings, model: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-# ----------------------------------------------------------------------------------- a step, metered
+# ---------------------------------------------------------------------------------- a step, metered
 
 
 class Meter(Protocol):
@@ -490,15 +505,17 @@ def on_device(batch: Any, device: torch.device) -> Any:
 # --------------------------------------------------------------------------------------- the trace
 
 
-def trace_finetune(checkpoint: Checkpoint, settings: Settings) -> Trace:
+def trace_finetune(
+    checkpoint: Checkpoint, settings: Settings, flash: Sequence[torch.dtype] | None = None
+) -> Trace:
     """What `finetune` needs over a base. Raises BundleError for a config.json that transformers
     cannot make a model of.
+
+    flash: as of SimulatedCard; a card's by default.
     """
-    checkpoint = with_pictures(checkpoint, settings)
-    method = METHODS[settings.latent.method]
-    checkpoint = replace(checkpoint, latent=method.spec(settings.latent, norm=1.0))
+    checkpoint = with_latents(with_pictures(checkpoint, settings), settings)
     dtype = computed_in(settings)
-    with SimulatedCard() as card:
+    with SimulatedCard(flash or FLASH) as card:
         base = placed(checkpoint, dtype, card)
         model = adapted(base, checkpoint, settings)
         stepper = Stepper(model, checkpoint, settings, dtype, card)
@@ -532,6 +549,12 @@ def with_pictures(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     return replace(checkpoint, processor=processor.with_max_pixels(size))
 
 
+def with_latents(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """A checkpoint with the latent loop that stage 1 trains."""
+    method = METHODS[settings.latent.method]
+    return replace(checkpoint, latent=method.spec(settings.latent, norm=1.0))
+
+
 def with_adapter_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
     """Settings with the rank of a tuned checkpoint's adapter, which stage 2 goes on with."""
     adapter = read_json(checkpoint.folder / "adapter_config.json")
@@ -540,8 +563,9 @@ def with_adapter_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
 
 
 def computed_in(settings: Settings) -> torch.dtype:
-    """What a card computes in: bf16, unless fp32 is asked for."""
-    return torch.float32 if settings.train.precision == "fp32" else torch.bfloat16
+    """What a card computes in: bf16, unless something else is asked for."""
+    types = {"fp16": torch.float16, "fp32": torch.float32}
+    return types.get(settings.train.precision, torch.bfloat16)
 
 
 def _traced(stepper: Stepper, card: SimulatedCard, stays: dict[str, int]) -> Trace:

@@ -89,6 +89,16 @@ class CardTensor(torch.Tensor):
             return torch.ones(self.meta.shape, dtype=self.meta.dtype)
         return None
 
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, other: CardTensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.meta = other.meta
+        self.value = other.value
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
