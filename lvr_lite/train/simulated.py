@@ -349,6 +349,9 @@ class SimulatedCard(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # torch.tensor(…, device=card) is to make its tensor on the CPU and copy it. Each thread of
+        # the backward pass has a switch of its own.
+        torch._C._set_only_lift_cpu_tensors(True)
         if not torch.is_inference_mode_enabled():
             return self.run(func, args, kwargs or {})
         # A view that inference makes of another tensor is none of inference's own.
@@ -792,9 +795,9 @@ def _as_cuda(card: SimulatedCard) -> Iterator[None]:
         cleared()
 
     def get_paged(*shape: int, dtype: torch.dtype, **_: Any) -> torch.Tensor:
-        tensor = card.in_pages(shape, dtype)
-        tensor.is_paged = True  # type: ignore[attr-defined]
-        return tensor
+        pages = card.in_pages(shape, dtype)
+        pages.is_paged = True  # type: ignore[attr-defined]
+        return pages
 
     def nothing(*_: Any, **__: Any) -> None:
         """Pages are filled and fetched without tensors."""
@@ -808,12 +811,11 @@ def _as_cuda(card: SimulatedCard) -> Iterator[None]:
     )
     before = [getattr(module, name) for module, name, _ in changes]
     _foreach_supported_types.append(CardTensor)
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
     # Code books that bitsandbytes keeps on the device that asked first.
     books = dict(bnb.name2qmap)
     bnb.name2qmap.clear()
-    # torch.tensor(…, device=card) makes its tensor on the CPU and copies it.
-    lifted = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)
     for module, name, value in changes:
         setattr(module, name, value)
     try:
