@@ -274,10 +274,10 @@ def _fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(_fits(item, of[1]) for item in value.values())
     if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        return number and abs(value) <= LARGEST
-    return isinstance(value, hint)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return (hint is float or isinstance(value, int)) and abs(value) <= LARGEST
+    return bool(isinstance(value, hint))
 
 
 def _summary(data: object) -> Summary:

@@ -167,7 +167,11 @@ def test_weights_outside_a_bundle_are_refused(
     if place == "link":
         (bundle / "onnx" / "link").symlink_to(secret)
     graph = move_weights(bundle, place.replace("SECRET", str(secret)))
-    more = {"quantize": [tmp_path / "out"], "run": [picture, "what?"], "eval": ["--limit", 1]}
+    more: dict[str, list[object]] = {
+        "quantize": [tmp_path / "out"],
+        "run": [picture, "what?"],
+        "eval": ["--limit", 1],
+    }
     done = call(command, bundle, *more[command])
     assert done.code == 1
     assert ("onnx/link" if place == "link" else graph) in done.error

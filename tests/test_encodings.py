@@ -23,7 +23,8 @@ def calls() -> list[tuple[Path, ast.Call]]:
 
 def name_of(call: ast.Call) -> str:
     function = call.func
-    return getattr(function, "attr", None) or getattr(function, "id", "")
+    name = getattr(function, "attr", None) or getattr(function, "id", "")
+    return str(name)
 
 
 def opens_text(call: ast.Call) -> bool:

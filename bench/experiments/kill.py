@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from lvr_lite.bench.experiments import victims
 from lvr_lite.bench.experiments.runner import Out, Page, launch, publish, table, write_results
 from lvr_lite.bench.experiments.victims import SAVE_EVERY, STEPS, Job
+from lvr_lite.train.run_folder import COMPLETE
 
 TRAININGS = ("finetune", "grpo")
 PHASES = ("nothing written", "half written", "done")
@@ -182,7 +183,7 @@ def _judged(job: Job, number: int, before: object, tally: Tally, usual: list[flo
 
 def _phase(job: Job, before: object, after: object) -> str:
     if job.name in TRAININGS:
-        done = (job.target / victims.COMPLETE).is_file()
+        done = (job.target / COMPLETE).is_file()
         begun = job.target.exists()
     elif job.name == "eval":
         done = after == victims.ANSWERS

@@ -207,7 +207,8 @@ class Materials:
 
 def make_materials(folder: Path) -> Materials:
     """Make them in `folder`; a model of one layer in each tower is exported in seconds."""
-    found = Materials(*(folder / n for n in ("base", "tuned", "fp32", "int8")), folder / "s.jsonl")
+    base, tuned, fp32, int8 = (folder / name for name in ("base", "tuned", "fp32", "int8"))
+    found = Materials(base, tuned, fp32, int8, folder / "s.jsonl")
     if (folder / "ready").exists():
         return found
     shutil.rmtree(folder, ignore_errors=True)
@@ -300,14 +301,16 @@ def last_step(out: Path) -> int:
     """The step of the last whole checkpoint in the folder of a run, which must be readable; 0 where
     there is none.
     """
-    from lvr_lite.commands.inspect import inspect
+    from lvr_lite.commands.inspect import CheckpointContents, inspect
     from lvr_lite.train.run_folder import last_whole_checkpoint, steps_of
 
     last = last_whole_checkpoint(out) if out.is_dir() else None
     if last is None:
         return 0
     for path in (last, out) if (out / COMPLETE).is_file() else (last,):
-        assert inspect(path).weights, f"{path}: has no weights"
+        contents = inspect(path)
+        assert isinstance(contents, CheckpointContents)
+        assert contents.weights, f"{path}: has no weights"
     return steps_of(last)
 
 

@@ -288,7 +288,7 @@ def _read_result(path: Path, plan: Plan, benchmark: benchmarks.Benchmark | None)
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error}); name a file of `eval --json`"
         raise DataError(f"--against {path}: {reason}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = "not what `lvr-lite eval --json` writes; give a model, or write the file again"
         raise DataError(f"--against {path}: {reason}") from error
     named = (*SUITES, *benchmarks.BENCHMARKS)

@@ -21,7 +21,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Journal:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, settings: JsonObject) -> Iterator[Journal]:
+    def open(cls, path: Path, settings: Mapping[str, object]) -> Iterator[Journal]:
         """The answers of a file, to which new ones are added until the block ends. A new file
         begins with `settings`.
 
@@ -68,7 +68,7 @@ class Journal:
             journal = cls()
             journal._path = path
             with saving(path, "--answers file"):
-                journal._begin(json.dumps(HEAD | settings), settings)
+                journal._begin(json.dumps({**HEAD, **settings}), settings)
                 journal._file = path.open("ab", buffering=0)
             try:
                 yield journal
@@ -77,7 +77,7 @@ class Journal:
                 journal._file = None
                 sync(path)
 
-    def _begin(self, head: str, settings: JsonObject) -> None:
+    def _begin(self, head: str, settings: Mapping[str, object]) -> None:
         """Read what is in the file, or write its first line."""
         path = self._path
         assert path is not None
@@ -188,7 +188,7 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _refuse_other_settings(path: Path, there: JsonObject, settings: JsonObject) -> None:
+def _refuse_other_settings(path: Path, there: JsonObject, settings: Mapping[str, object]) -> None:
     for name, value in settings.items():
         if there.get(name) == value:
             continue

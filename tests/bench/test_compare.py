@@ -196,3 +196,40 @@ def test_people_see_what_changed() -> None:
     show(compare(a_run(0), a_run(1, 1.5)), Console(file=out, width=160))
     for word in ("int8", "TPOT", "slower", "GB/s", "14 of 14 changed"):
         assert word in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bandwidth_gb_s", 0),
+        ("bandwidth_gb_s", "9"),
+        ("rounds", 0),
+        ("systems", {"a": 1}),
+        ("systems", [7]),
+        ("plan", []),
+        ("core_ms", [[1.0]]),
+        ("warnings", [1]),
+    ],
+)
+def test_a_field_of_another_type_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    (file,) = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.json"))[:1]
+    run = json.loads(file.read_text(encoding="utf-8"))
+    (tmp_path / "run.json").write_text(json.dumps(run | {field: value}))
+    with pytest.raises(DataError, match=r"run\.json: a field is missing or unknown"):
+        read(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("value", [[1, None], ["1"], [[1]], [float("inf")], {"0": 1}, None, True])
+def test_samples_of_a_stage_that_are_no_numbers_are_refused(tmp_path: Path, value: object) -> None:
+    (file,) = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.json"))[:1]
+    run = json.loads(file.read_text(encoding="utf-8"))
+    run["systems"][0]["stages"]["vision"]["samples_ms"] = value
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(DataError, match=r"run\.json: a field is missing or unknown"):
+        read(tmp_path / "run.json")
+
+
+def test_a_file_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"run\.json: not JSON"):
+        read(tmp_path / "run.json")

@@ -42,7 +42,7 @@ DOCUMENTS = {
     "viscot": [VISCOT],
     "samples": SAMPLE,
 }
-EVIL = (
+EVIL: tuple[object, ...] = (
     *(None, "", 0, -1, 1e308, float("inf"), float("nan"), 10**400, True, [], {}, [[]], [1] * 5),
     *("\0", "\ud800", "../" * 50 + "x", "x" * 5000, "é" * 400, "9" * 5000, "/dev/zero"),
     *("file:///dev/zero", "http://[::1", "%00", "C:\\x"),

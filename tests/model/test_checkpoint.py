@@ -422,7 +422,7 @@ def test_an_adapter_that_git_holds_elsewhere_is_refused(
     assert refusal(folder).startswith(f"{path}: is a Git LFS pointer")
 
 
-EVIL = (
+EVIL: tuple[object, ...] = (
     None,
     "",
     -1,

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import Settings, load_settings
 from lvr_lite.errors import BundleError, LvrError, NotFiniteError, OutputError, StoppedError
-from lvr_lite.files import locked
+from lvr_lite.files import locked, sync
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.sums import SUMS, check_sums, read_sums
 from lvr_lite.train import run_folder
@@ -310,7 +310,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_with_all_samples_of_its_step(
 
     spoiled: list[Any] = []
     before_step(monkeypatch, 1, spoil_gradients)
-    before_step(monkeypatch, 2, lambda _: [hook.remove() for hook in spoiled])
+
+    def restore_gradients(_: LatentTrainer) -> None:
+        for hook in spoiled:
+            hook.remove()
+
+    before_step(monkeypatch, 2, restore_gradients)
     few = ("train.steps=2", "train.accumulation=2", "train.eval_every=2", *EVERY_STEP)
     metrics, _ = tune(small_checkpoint, tmp_path / "out", *few)
     (skipped,) = metrics["skipped"]
@@ -496,7 +501,7 @@ def test_an_older_checkpoint_goes_only_when_the_newer_one_is_on_the_disk_and_mar
     out = tmp_path / "out"
     seen = []
     synced: list[str] = []
-    sync, discard = run_folder.sync, run_folder.discard
+    discard = run_folder.discard
 
     def watched_sync(path: Path) -> None:
         synced.append(path.name)
@@ -666,3 +671,30 @@ def test_processes_agree_on_what_they_skip_and_on_where_they_stop(
     (skipped,) = [h for h in state["log_history"] if "skipped" in h]
     assert skipped["step"] == 1
     assert len(skipped["skipped"]) == 2
+
+
+def test_an_error_within_training_begins_a_line_of_its_own(
+    small_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: LatentTrainer) -> None:
+        raise LvrError("something went wrong")
+
+    before_step(monkeypatch, 2, fail)
+    with pytest.raises(LvrError, match="something went wrong"):
+        tune(small_checkpoint, tmp_path / "out")
+    # The command line prints the error's line next.
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_a_full_disk_that_names_no_file_is_said_with_the_runs_folder(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_: LatentTrainer) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before_step(monkeypatch, 2, fill)
+    with pytest.raises(OutputError, match=r"out: cannot be written \(No space left"):
+        tune(small_checkpoint, tmp_path / "out")
