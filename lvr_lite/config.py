@@ -122,6 +122,8 @@ class TrainSettings:
     dequantize: "auto" holds the NF4 values of a small base (below 1e9 parameters) unpacked on a
         CPU: the same numbers, a faster step.
     gradient_checkpointing: compute again what the backward pass needs, instead of keeping it.
+    cache_visual_tokens: GiB of the user's cache folder in which the visual tokens of the frozen
+        tower are kept, for later epochs, evaluations and runs; 0 keeps none.
     eval_every, save_every, log_every: in steps.
     keep: how many of the last checkpoints stay.
     max_skipped: how many steps of the run may be left out because their loss or gradient is not
@@ -148,6 +150,7 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     dequantize: Literal["auto", "never"] = "auto"
     gradient_checkpointing: bool = True
+    cache_visual_tokens: float = 0.0
     eval_every: int = 250
     save_every: int = 250
     keep: int = 2
@@ -208,6 +211,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.warmup": (0, 0.99),
     "train.weight_decay": (0, 10),
     "train.max_grad_norm": (1e-6, 1e6),
+    "train.cache_visual_tokens": (0, 10**5),
     "train.eval_every": (1, 10**9),
     "train.save_every": (1, 10**9),
     "train.keep": (1, 10**6),

@@ -6,8 +6,9 @@ vocabulary, N patches.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -87,12 +88,14 @@ class Runtime(Protocol):
         ...
 
 
-@runtime_checkable
-class Chooser(Protocol):
-    """A runtime that chooses tokens where its logits are: moving those of a whole vocabulary, and
-    drawing among them in numpy, takes longer than a step of the model on a card.
+class Chooser(ABC):
+    """The base of a runtime that chooses tokens where its logits are: moving those of a whole
+    vocabulary, and drawing among them in numpy, takes longer than a step of the model on a card.
+
+    A class and no protocol, so that what wraps such a runtime to change its logits is none.
     """
 
+    @abstractmethod
     def choose(
         self,
         hidden: np.ndarray,
@@ -107,4 +110,3 @@ class Chooser(Protocol):
         at: of each row, a number in [0, 1): the share of all probability, in the order of the ids,
             at which it draws.
         """
-        ...

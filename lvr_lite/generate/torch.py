@@ -9,12 +9,15 @@ out.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from lvr_lite.generate.kept_tokens import KeptTokens
+from lvr_lite.generate.runtime import Chooser
 from lvr_lite.generate.sampling import not_finite
 from lvr_lite.model import families
 from lvr_lite.model.checkpoint import Checkpoint
@@ -49,15 +52,17 @@ class SharedColumns(DynamicLayer):
         return int(self.shared[0].shape[-2] + super().get_seq_length())
 
 
-class TorchRuntime:
+class TorchRuntime(Chooser):
     """A loaded model and its checkpoint's files, ready to decode (see
     `lvr_lite.generate.runtime.Runtime`).
 
     model: transformers' model of a family in any dtype, on any device, plain or with 4-bit linears
         and adapters.
+    kept: where visual tokens are kept; None where they are computed each time.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, kept: KeptTokens | None = None) -> None:
+        self.kept = kept
         self.name = checkpoint.folder.name
         self.processor = checkpoint.processor
         self.latent = checkpoint.latent
@@ -84,7 +89,7 @@ class TorchRuntime:
     def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
         grid_thw = self._to_device(np.array([[1, *grid] for grid in grids]))
         pixels = torch.from_numpy(pixel_values)
-        return _numpy(visual_tokens(self.core, pixels, grid_thw))
+        return _numpy(visual_tokens(self.core, pixels, grid_thw, self.kept))
 
     @torch.inference_mode()
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -106,7 +111,19 @@ class TorchRuntime:
         top_p: float,
     ) -> list[int]:
         """See `lvr_lite.generate.runtime.Chooser`. Raises NotFiniteError as `sampling.sample`."""
-        logits = self.core.lm_head(self._to_model(hidden)).float()  # (B, V)
+        logits = self.core.lm_head(self._to_model(hidden)).float()
+        return self.drawn(logits, closed, at, temperature, top_p)
+
+    @staticmethod
+    @torch.inference_mode()
+    def drawn(
+        logits: torch.Tensor,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        """`choose` from logits (B, V) float32, which are changed."""
         for own, ids in zip(logits, closed, strict=True):
             own[list(ids)] = -torch.inf
         most = logits.amax(-1, keepdim=True)
@@ -256,13 +273,28 @@ def table_of(core: Any) -> torch.Tensor:
     return table
 
 
-def visual_tokens(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+def visual_tokens(
+    core: Any,
+    pixel_values: torch.Tensor,
+    grid_thw: torch.Tensor,
+    kept: KeptTokens | None = None,
+) -> torch.Tensor:
     """Visual tokens (T, H) of all pictures of a batch, or (T, (1 + D) * H) where D inner layers of
     the tower add something in later layers (deepstack).
 
     core: a transformers model.
     pixel_values: (N, C). grid_thw: (pictures, 3).
+    kept: where they are looked up first, and kept.
     """
+    tower = partial(_through_tower, core)
+    if kept is None or not len(grid_thw):
+        return tower(pixel_values, grid_thw)
+    table = table_of(core)
+    return kept.see(pixel_values, grid_thw, table.dtype, table.device, tower)
+
+
+def _through_tower(core: Any, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    """`visual_tokens`, computed."""
     weight = table_of(core)
     family = families.get(core.config.model_type)
     grid_thw = grid_thw.to(weight.device)

@@ -21,7 +21,7 @@ from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.batches import Collator, LengthGrouped
 from lvr_lite.train.examples import load_examples
-from lvr_lite.train.load import adapted, load_base
+from lvr_lite.train.load import adapted, kept_tokens, load_base
 from lvr_lite.train.out_of_memory import told_in_one_line
 from lvr_lite.train.run_folder import (
     begin_writing,
@@ -93,12 +93,13 @@ def _finetune(
     norm = 0.0
     if settings.latent.feedback == "norm-matched":
         norm = norm_of_visual_tokens(model.get_base_model(), collator, train)
-    sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent, norm)
+    kept = kept_tokens(checkpoint, settings)
+    sft = LatentSFT(model, checkpoint.processor.tokens, settings.latent, norm, kept)
     checkpoint = replace(checkpoint, latent=sft.spec)
     if is_first_process():
         begin_writing(out, checkpoint, settings, origin)
     run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
-    runtime = TorchRuntime(model, checkpoint)
+    runtime = TorchRuntime(model, checkpoint, kept)
     # Scenes are all of about one length, and come as they are drawn.
     grouped = settings.data.group_by_length and data != "scenes"
     trainer = LatentTrainer(run, sft, runtime, train, held_out, Named(collator))

@@ -35,7 +35,7 @@ from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.examples import load_examples
-from lvr_lite.train.load import load_to_reinforce
+from lvr_lite.train.load import kept_tokens, load_to_reinforce
 from lvr_lite.train.out_of_memory import told_in_one_line
 from lvr_lite.train.policy import Policy, Reading, Replay, Rollout, batches_of, readings
 from lvr_lite.train.rewards import Answer, Scoring, read_rewards
@@ -454,7 +454,8 @@ def _grpo(
     if is_first_process():
         begin_writing(out, checkpoint, settings, origin)
     run = Run(checkpoint, out, settings, device, dtype, resume_from, began, origin)
-    roller = Roller(TorchRuntime(model, checkpoint), settings, scoring, donors)
+    runtime = TorchRuntime(model, checkpoint, kept_tokens(checkpoint, settings))
+    roller = Roller(runtime, settings, scoring, donors)
     # Answers are not kept with a checkpoint: a run goes on where new ones are drawn.
     trainer = GrpoTrainer(
         run, roller, policy, train=train, held_out=held_out, steps_to_stop=options.updates

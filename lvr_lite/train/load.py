@@ -9,6 +9,7 @@ name in the skip list is silently ignored (docs/decisions.md).
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from lvr_lite.config import Settings
 from lvr_lite.errors import BundleError, LvrError
 from lvr_lite.export.weights import PREFIXES, check_names
+from lvr_lite.generate.kept_tokens import KeptTokens
 from lvr_lite.generate.torch import language_model
 from lvr_lite.model.checkpoint import ADAPTER, LVR_CONFIG, Checkpoint
 from lvr_lite.model.processor_files import read_json, rows_of_tables
@@ -142,6 +144,15 @@ def to_reinforce(model: Any, settings: Settings) -> Any:
     if settings.train.gradient_checkpointing:
         checkpoint_layers(model)
     return model
+
+
+def kept_tokens(checkpoint: Checkpoint, settings: Settings) -> KeptTokens | None:
+    """Where the visual tokens of the frozen tower are kept, if the settings ask for it; each of
+    several processes has its share of the room.
+    """
+    limit = int(settings.train.cache_visual_tokens * 2**30)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return KeptTokens(checkpoint, limit // processes) if limit else None
 
 
 def unpacked_below(device: str, settings: Settings) -> int:

@@ -33,7 +33,7 @@ class MarkerRows(TrainableTokensLayer):  # type: ignore[misc]
         (name,) = active_adapters
         rows = self.trainable_tokens_delta[name].to(self.base_layer.weight)
         ids = torch.tensor(self.token_indices[name], device=x.device)
-        of_table = self.base_layer(x)
+        of_table: torch.Tensor = self.base_layer(x)
         if isinstance(self.base_layer, torch.nn.Embedding):
             is_marker = x[..., None] == ids
             of_markers = F.embedding(is_marker.int().argmax(-1), rows)

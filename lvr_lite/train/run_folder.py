@@ -51,7 +51,7 @@ METRICS = "metrics.json"
 MAY_CHANGE = (
     *("train.steps", "train.eval_every", "train.save_every", "train.log_every", "train.keep"),
     *("train.workers", "train.gradient_checkpointing", "train.dequantize", "train.max_skipped"),
-    "grpo.rows",
+    *("train.cache_visual_tokens", "grpo.rows"),
 )
 # They may change together: their product is the number of samples a step and process.
 PARTS_OF_A_STEP = ("train.batch", "train.accumulation")

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from lvr_lite.config import LatentSettings
+from lvr_lite.generate.kept_tokens import KeptTokens
 from lvr_lite.generate.torch import visual_tokens
 from lvr_lite.model.latents import means, near
 from lvr_lite.model.spec import TokenIds
@@ -71,6 +72,7 @@ class LatentSFT(Reader):
 
     norm: mean L2 norm of visual tokens, for norm-matched feedback.
     progress: the share of training that is done; 1 where nothing is trained.
+    kept: where visual tokens are kept; None where they are computed each time.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class LatentSFT(Reader):
         tokens: TokenIds,
         settings: LatentSettings,
         norm: float = 0.0,
+        kept: KeptTokens | None = None,
     ) -> None:
         method = METHODS[settings.method]
         super().__init__(model, tokens, method.spec(settings, norm))
         self.settings = settings
         self.method = method
         self.progress = 1.0
+        self.kept = kept
 
     def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
         """A `Batch` -> {"loss", "ce", "latent", "right", "found"}.
@@ -99,7 +103,7 @@ class LatentSFT(Reader):
         batch = cast(Batch, inputs)
         # Vision tower and projector are frozen.
         with torch.no_grad():
-            features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"])
+            features = visual_tokens(self.core, batch["pixel_values"], batch["grid_thw"], self.kept)
         answers: list[Answers] = []
         # The states (L, H) that learn to be latents.
         predicted = features[:0]
