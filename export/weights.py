@@ -63,6 +63,22 @@ def empty_model(config: JsonObject, family: Family) -> TransformersModule:
     Which NaN tells the parameter (`origins`), through views, transpositions and export. Buffers are
     real. Raises BundleError where transformers cannot make such a model.
     """
+    model = model_on_meta(config, family)
+    # By the identity of the parameter that they replace, so that tied ones stay tied.
+    placeholders: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            key = id(parameter)
+            if key not in placeholders:
+                placeholders[key] = placeholder(len(placeholders), parameter.shape)
+            setattr(module, name, placeholders[key])
+    return model.eval()
+
+
+def model_on_meta(config: JsonObject, family: Family) -> TransformersModule:
+    """The model of a config.json with its parameters on the meta device, tied ones tied, and real
+    buffers. Raises BundleError where transformers cannot make it.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -78,15 +94,7 @@ def empty_model(config: JsonObject, family: Family) -> TransformersModule:
             f"({_first_line(error)})"
         ) from error
     model.tie_weights()
-    # By the identity of the parameter that they replace, so that tied ones stay tied.
-    placeholders: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            key = id(parameter)
-            if key not in placeholders:
-                placeholders[key] = placeholder(len(placeholders), parameter.shape)
-            setattr(module, name, placeholders[key])
-    return model.eval()
+    return model
 
 
 def placeholder(number: int, shape: Sequence[int]) -> nn.Parameter:
