@@ -81,7 +81,7 @@ def training_dtype(settings: Settings, device: str) -> torch.dtype:
     Raises UsageError for fp16 on a CPU.
     """
     on_card = device.startswith("cuda")
-    precision = settings.train.precision
+    precision: str = settings.train.precision
     if precision == "fp16" and not on_card:
         raise UsageError(
             "train.precision=fp16 is for cards, and no card is used here; set bf16, fp32 or auto"
@@ -482,6 +482,8 @@ def _listed(samples: list[str]) -> str:
 
 class ShortLines(transformers.trainer_callback.ProgressCallback):
     """The progress bar, with one short line a log instead of a dictionary."""
+
+    training_bar: Any
 
     def on_log(
         self,

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lvr_lite.commands.train import TrainOptions, plan_finetune
@@ -32,7 +33,7 @@ class RuledPlan(Plan):
     def estimate(self, settings: Settings) -> Estimate:
         start = bytes_of(settings, 0)
         slope = bytes_of(settings, 1) - start
-        return Estimate({"backward": [slope, start]}, [slope, 0.0])  # type: ignore[arg-type]
+        return Estimate({"backward": np.array([slope, start])}, np.array([slope, 0.0]))
 
 
 def asked(visual: int, *overrides: str) -> Choice:
