@@ -56,8 +56,8 @@ def _mrope(theta: float, sections: list[int]) -> Config:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": sections}
 
 
-def _smolvlm(text: Config) -> Config:
-    """A SmolVLM2's config.json; both sizes have the same vision tower."""
+def _smolvlm(text: Config, vision: Config | None = None) -> Config:
+    """A SmolVLM2's config.json; the smaller sizes have one vision tower."""
     shared = {
         "model_type": "llama",
         "vocab_size": 49280,
@@ -69,10 +69,11 @@ def _smolvlm(text: Config) -> Config:
     }
     return {
         "model_type": "smolvlm",
-        "scale_factor": 4,
+        "scale_factor": 4 if vision is None else 3,
         "tie_word_embeddings": False,
         "text_config": shared | text,
-        "vision_config": {
+        "vision_config": vision
+        or {
             "num_hidden_layers": 12,
             "hidden_size": 768,
             "intermediate_size": 3072,
@@ -163,6 +164,23 @@ SHAPES: dict[str, Config] = {
             "num_attention_heads": 15,
             "num_key_value_heads": 5,
         }
+    ),
+    "smolvlm-2.2b": _smolvlm(
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        {
+            "num_hidden_layers": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+        },
     ),
 }
 

@@ -63,20 +63,7 @@ def empty_model(config: JsonObject, family: Family) -> TransformersModule:
     Which NaN tells the parameter (`origins`), through views, transpositions and export. Buffers are
     real. Raises BundleError where transformers cannot make such a model.
     """
-    import transformers
-    from accelerate import init_empty_weights
-
-    architecture = getattr(transformers, family.architecture)
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = architecture(architecture.config_class(**values))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BundleError(
-            f"config.json: transformers cannot make a {family.model_type} of it "
-            f"({_first_line(error)})"
-        ) from error
-    model.tie_weights()
+    model = model_on_meta(config, family)
     # By the identity of the parameter that they replace, so that tied ones stay tied.
     placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -86,6 +73,28 @@ def empty_model(config: JsonObject, family: Family) -> TransformersModule:
                 placeholders[key] = placeholder(len(placeholders), parameter.shape)
             setattr(module, name, placeholders[key])
     return model.eval()
+
+
+def model_on_meta(config: JsonObject, family: Family) -> TransformersModule:
+    """The model of a config.json with its parameters on the meta device, tied ones tied, and real
+    buffers. Raises BundleError where transformers cannot make it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    architecture = getattr(transformers, family.architecture)
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = architecture(architecture.config_class(**values))
+    # A config.json may hold anything, and transformers raises whatever that leads to.
+    except Exception as error:
+        raise BundleError(
+            f"config.json: transformers cannot make a {family.model_type} of it "
+            f"({_first_line(error)})"
+        ) from error
+    model.tie_weights()
+    return model
 
 
 def placeholder(number: int, shape: Sequence[int]) -> nn.Parameter:

@@ -87,7 +87,7 @@ def _small_disk(folder: Path) -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    done = subprocess.run(mount, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"skipped: no file system may be mounted here ({done.stderr.strip()})")
     try:
@@ -127,7 +127,7 @@ def _peak_of(job: Job) -> int:
     while (code := victims.wait(child, 0)) is None:
         peak = max(peak, _used(job.folder))
         time.sleep(0.001)
-    assert code == 0, job.log.read_text(errors="replace")[-3000:]
+    assert code == 0, job.log.read_text(encoding="utf-8", errors="replace")[-3000:]
     return peak
 
 

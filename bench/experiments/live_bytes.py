@@ -1,38 +1,73 @@
-"""Bytes of tensors: on a card as torch counts them, on a CPU counted as they are made."""
+"""Bytes of live tensors on a real device, phase by phase: on a card as torch counts them, on a CPU
+counted as they are made. Each is a `lvr_lite.train.memory.Meter`, as the simulated card is one.
+
+May import: torch, bitsandbytes, lvr_lite.train.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes
 import torch
+from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-# The allocator of a card rounds up to so many bytes.
-GRAIN = 512
+from lvr_lite.train.simulated import GRAIN, UNPACKED_FROM
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of live tensors that were made under it, and their peak: what
+    """Bytes of live tensors that were made under it, and their peaks: what
     torch.cuda.max_memory_allocated counts, without a card.
 
-    Memory that a kernel takes and gives back inside itself does not count.
+    Memory that a kernel takes and gives back inside itself does not count, but for the weight that
+    bitsandbytes unpacks.
+
+    now: bytes that are live.
+    peaks: the most in each phase.
     """
 
-    def __init__(self, before: list[torch.Tensor]) -> None:
+    device = torch.device("cpu")
+
+    def __init__(self, before: Sequence[torch.Tensor] = ()) -> None:
         """before: tensors that are there already, which are counted once, from the start."""
         super().__init__()
         storages = [tensor.untyped_storage() for tensor in before]
-        self.known = WeakIdKeyDictionary({storage: storage.nbytes() for storage in storages})
+        self.known = WeakIdKeyDictionary({storage: _rounded(storage) for storage in storages})
         self.now = sum(self.known.values())
-        self.peak = self.now
+        self.peaks: dict[str, int] = {}
+        self._phase = "loading"
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is made meanwhile counts for the phase of this name."""
+        before = self._phase
+        self._phase = name
+        self._note()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @contextlib.contextmanager
+    def autocast(self, dtype: torch.dtype) -> Iterator[None]:
+        """As training on a card enters it. PEFT asks for the card's switch, also where
+        checkpointing runs a layer again: it stays on.
+        """
+        low = dtype != torch.float32
+        torch.set_autocast_enabled("cuda", low)
+        with torch.autocast("cpu", dtype, low):
+            yield
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_enabled("cuda", False)
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -41,6 +76,11 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.bitsandbytes.gemm_4bit.default:
+            rows = args[0]
+            if rows.numel() // rows.shape[-1] >= UNPACKED_FROM:
+                with self:
+                    return _gemm_4bit_default_impl(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
@@ -50,85 +90,69 @@ class LiveBytes(TorchDispatchMode):
     def _take(self, storage: torch.UntypedStorage) -> None:
         if storage in self.known:
             return
-        size = -(-storage.nbytes() // GRAIN) * GRAIN
+        size = _rounded(storage)
         self.known[storage] = size
         weakref.finalize(storage, self._give_back, size)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self._note()
+
+    def _note(self) -> None:
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.now)
 
     def _give_back(self, size: int) -> None:
         self.now -= size
 
 
-class _Held:
-    """A tensor that autograd holds, without its graph, which would keep it alive."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
+def _rounded(storage: torch.UntypedStorage) -> int:
+    return -(-storage.nbytes() // GRAIN) * GRAIN
 
 
-class Saved:
-    """Bytes that autograd holds between forward and backward, each storage once, parameters
-    apart.
+class CardBytes:
+    """What torch counts on a CUDA card.
+
+    reserved: the most that its allocator held.
+    context: what the card holds beside that, of other processes, too.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        own = itertools.chain(module.parameters(), module.buffers())
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.peaks: dict[str, int] = {}
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """A context under which what is saved is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+    @property
+    def now(self) -> int:
+        return int(torch.cuda.memory_allocated())
 
-    def _pack(self, tensor: torch.Tensor) -> _Held:
-        held = _Held(tensor)
-        self._held.add(held)
-        return held
+    @property
+    def reserved(self) -> int:
+        return int(torch.cuda.max_memory_reserved())
 
-    def bytes(self) -> int:
-        storages = [held.tensor.untyped_storage() for held in self._held]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(size for place, size in sizes.items() if place not in self._own)
+    @property
+    def context(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free - torch.cuda.memory_reserved())
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize()
+            most = int(torch.cuda.max_memory_allocated())
+            self.peaks[name] = max(self.peaks.get(name, 0), most)
 
-@dataclass
-class Peak:
-    """In bytes. live: of tensors, the model's own included. On a card also `reserved` by torch's
-    allocator, and `context`, what the card holds besides (of other processes too).
-    """
-
-    live: int = 0
-    reserved: int = 0
-    context: int = 0
-
-
-@contextlib.contextmanager
-def metered(model: torch.nn.Module, device: str) -> Iterator[Peak]:
-    """A context whose peak is known when it is left."""
-    gc.collect()
-    peak = Peak()
-    if device == "cpu":
-        with LiveBytes(model_tensors(model)) as counter:
-            yield peak
-        peak.live = counter.peak
-        return
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    yield peak
-    free, total = torch.cuda.mem_get_info()
-    peak.live = torch.cuda.max_memory_allocated()
-    peak.reserved = torch.cuda.max_memory_reserved()
-    peak.context = total - free - torch.cuda.memory_reserved()
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        return torch.autocast("cuda", dtype, dtype != torch.float32)
 
 
 def model_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     """Parameters, buffers and the state of 4-bit weights."""
-    import bitsandbytes as bnb
-
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = module.weight.quant_state
             tensors += [state.absmax, state.code, state.offset]
             tensors += [state.state2.absmax, state.state2.code]

@@ -108,7 +108,7 @@ class Job:
 
     def reached(self) -> int:
         """Of a training, the last step that its bar shows."""
-        steps = BAR.findall(self.log.read_text(errors="replace"))
+        steps = BAR.findall(self.log.read_text(encoding="utf-8", errors="replace"))
         return int(steps[-1]) if steps else 0
 
 
@@ -180,7 +180,9 @@ def run(job: Job, arguments: Sequence[object]) -> Ended:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         code = -int(signal.SIGKILL)
-    return Ended(code, job.log.read_text(errors="replace"), time.monotonic() - began)
+    return Ended(
+        code, job.log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began
+    )
 
 
 def must_end_well(job: Job, arguments: Sequence[object]) -> Ended:
@@ -214,8 +216,12 @@ def make_materials(folder: Path) -> Materials:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_scenes(folder / "scenes", ANSWERS, 0, "test")
-    lines = (folder / "scenes" / "test.jsonl").read_text().replace("images/", "scenes/images/")
-    found.samples.write_text(lines)
+    lines = (
+        (folder / "scenes" / "test.jsonl")
+        .read_text(encoding="utf-8")
+        .replace("images/", "scenes/images/")
+    )
+    found.samples.write_text(lines, encoding="utf-8")
     log = folder / "log"
     child = os.fork()
     if child == 0:
@@ -229,7 +235,7 @@ def make_materials(folder: Path) -> Materials:
         ("quantize", found.fp32, found.int8),
     ):
         if wait(start(arguments, log), PATIENCE) != 0:
-            raise SystemExit(f"{arguments}: {log.read_text()[-3000:]}")
+            raise SystemExit(f"{arguments}: {log.read_text(encoding='utf-8')[-3000:]}")
     (folder / "ready").touch()
     return found
 
@@ -322,7 +328,9 @@ def _bundle(name: str, line: Callable[[int, Path], list[str]], folder: Path) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             child = start(line(number - 1, target), folder / f"{name}.log")
-            assert wait(child, PATIENCE) == 0, (folder / f"{name}.log").read_text()[-3000:]
+            assert wait(child, PATIENCE) == 0, (folder / f"{name}.log").read_text(encoding="utf-8")[
+                -3000:
+            ]
 
     def state() -> str:
         return mark_of(target)

@@ -109,7 +109,7 @@ def plan_finetune(
     vram: a card's memory in GiB; 8, 12, 16 and 24 by default.
     """
     _, settings, checkpoint = _begin_finetune(model, options or TrainOptions(), weights=False)
-    return _plan(model, checkpoint, settings, vram)
+    return _plan(model, checkpoint, settings, 1, vram)
 
 
 def plan_grpo(
@@ -117,9 +117,7 @@ def plan_grpo(
 ) -> JsonObject:
     """As `plan_finetune`, of `grpo`."""
     _, settings, tuned = _begin_grpo(checkpoint, options or TrainOptions(), weights=False)
-    from lvr_lite.train.memory import stage2
-
-    return _plan(checkpoint, tuned, stage2(settings, tuned.latent), vram)
+    return _plan(checkpoint, tuned, settings, 2, vram)
 
 
 def _begin_finetune(
@@ -157,14 +155,15 @@ def _say_recipe(recipe: Path, options: TrainOptions) -> None:
 
 
 def _plan(
-    model: str | Path, checkpoint: Checkpoint, settings: Settings, vram: float | None
+    model: str | Path, checkpoint: Checkpoint, settings: Settings, stage: int, vram: float | None
 ) -> JsonObject:
     if vram is not None and not 0 < vram < 1e4:
         raise UsageError(f"--vram {vram:g}: must be the memory of a card in GiB, such as 12")
+    quiet_libraries()
     from lvr_lite.train import memory_plan
+    from lvr_lite.train.memory import with_adapter_of, with_pictures
 
-    processor = checkpoint.processor
-    usual = processor.image.max_pixels if checkpoint.adapter else processor.default_max_pixels
-    max_pixels = settings.max_pixels or usual
-    say(processor.with_max_pixels(max_pixels).size_in_words + " (--max-pixels)")
-    return memory_plan.plan(str(model), checkpoint.config, max_pixels, settings, vram)
+    say(with_pictures(checkpoint, settings).processor.size_in_words + " (--max-pixels)")
+    if stage == 2:
+        settings = with_adapter_of(checkpoint, settings)
+    return memory_plan.plan(str(model), checkpoint, settings, stage, vram)

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lvr_lite.errors import BundleError, UsageError
-from lvr_lite.model.bundle import Bundle
+from lvr_lite.model.bundle import MANIFEST, Bundle
 from lvr_lite.model.families import Grid
 from lvr_lite.system import usable_cores
 
@@ -125,6 +125,23 @@ def open_session(
     return session
 
 
+# Types that a K/V cache may have.
+CACHE_TYPES = ("float32", "float16")
+
+
+def _cache_type(bundle: Bundle, cache_names: list[str]) -> np.dtype:
+    """The type of the K/V cache. Raises BundleError where the manifest lacks an input of it."""
+    inputs = bundle.manifest.graphs["decoder"].inputs
+    for name in cache_names:
+        info = inputs.get(f"past_key_values.{name}")
+        if info is None or info.dtype not in CACHE_TYPES:
+            raise BundleError(
+                f"{bundle.folder / MANIFEST}: graphs.decoder.inputs has no past_key_values.{name} "
+                f"of {' or '.join(CACHE_TYPES)}; export again"
+            )
+    return np.dtype(inputs[f"past_key_values.{cache_names[0]}"].dtype)
+
+
 class OnnxRuntime:
     """A bundle, ready to decode (see `lvr_lite.generate.runtime.Runtime`).
 
@@ -157,9 +174,8 @@ class OnnxRuntime:
         self._cache_names = [
             f"{i}.{part}" for i in range(manifest.decoder.layers) for part in ("key", "value")
         ]
-        decoder_inputs = manifest.graphs["decoder"].inputs
-        self._cache_type = np.dtype(decoder_inputs["past_key_values.0.key"].dtype)
-        deepstack = decoder_inputs.get("deepstack_embeds")
+        self._cache_type = _cache_type(bundle, self._cache_names)
+        deepstack = manifest.graphs["decoder"].inputs.get("deepstack_embeds")
         # Width of what visual tokens add in later layers.
         self._deepstack = int(deepstack.axes[-1]) if deepstack else 0
         self._batch = 0

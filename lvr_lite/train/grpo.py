@@ -16,14 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lvr_lite.config import Settings
+from lvr_lite.config import GrpoSettings, Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item, Source
 from lvr_lite.data.validate import check_samples, special_tokens
@@ -37,7 +37,7 @@ from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import kept_tokens, load_to_reinforce
 from lvr_lite.train.out_of_memory import told_in_one_line
-from lvr_lite.train.policy import Policy, Rollout, batches_of, readings
+from lvr_lite.train.policy import Policy, Reading, Replay, Rollout, batches_of, readings
 from lvr_lite.train.rewards import Answer, Scoring, read_rewards
 from lvr_lite.train.run_folder import (
     begin_writing,
@@ -222,6 +222,71 @@ class Roller:
         return text(own.tokens), text(swapped.tokens)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What some rollouts teach.
+
+    loss: (), summed over them.
+    scores: (n,), log-probabilities of their choices, without gradients.
+    clipped: (), the share of choices whose probability has moved beyond `grpo.clip`.
+    apart: (), the mean divergence from the policy at the start; None where it is not asked for.
+    """
+
+    loss: torch.Tensor
+    scores: torch.Tensor
+    clipped: torch.Tensor
+    apart: torch.Tensor | None
+
+
+def learn_from(
+    model: torch.nn.Module,
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    batches: Sequence[Replay],
+    grpo: GrpoSettings,
+    old: torch.Tensor | None,
+) -> Learned:
+    """The loss of some rollouts.
+
+    model: the policy, or what a library has put around it.
+    batches: of `readings_of` the rollouts, on the model's device.
+    old: log-probabilities (n,) when they were drawn; None where they are those of now.
+    """
+    rows = readings_of(policy, rollouts)
+    # First the choices of all first readings, then those of all second ones (`batches_of`).
+    owners = [
+        rollout
+        for reading in (0, 1)
+        for rollout, of_rollout in zip(rollouts, rows, strict=True)
+        for row in of_rollout[reading : reading + 1]
+        for _ in row.chosen
+    ]
+    device = batches[0]["ids"].device
+    each = torch.tensor([1 / len(r.result.choices) for r in owners], device=device)
+    advantage = torch.tensor([r.advantage for r in owners], device=device)
+    new = model(batches)
+    scores = new.detach()
+    old = scores if old is None else old
+    gain = objective(new, old, advantage, grpo.clip)
+    apart = None
+    if grpo.beta:
+        with torch.no_grad(), policy.at_start():
+            start = model(batches)
+        divergences = divergence(new, start)
+        gain = gain - grpo.beta * divergences
+        apart = divergences.detach().mean()
+    ratio = (scores - old).exp()
+    clipped = ((ratio - 1).abs() > grpo.clip).float().mean()
+    return Learned(-(gain * each).sum(), scores, clipped, apart)
+
+
+def readings_of(policy: Policy, rollouts: Sequence[Rollout]) -> list[list[Reading]]:
+    """What was read for each of some rollouts."""
+    tokens = policy.tokens
+    mode = policy.spec.mode
+    return [readings(rollout.prompt, rollout.result, tokens, mode) for rollout in rollouts]
+
+
 class GrpoTrainer(LatentTrainer):
     """A step draws answers, or takes those drawn before, and learns from them; the rest is as in
     stage 1."""
@@ -300,31 +365,14 @@ class GrpoTrainer(LatentTrainer):
         """The loss of some rollouts, summed over them; place: its key in `old`."""
         grpo = self.run.settings.grpo
         policy = self.model
-        rows = [readings(r.prompt, r.result, policy.tokens, policy.spec.mode) for r in part]
+        rows = readings_of(policy, part)
         batches = [self._prepare_inputs(batch) for batch in batches_of(rows)]
-        # First the choices of all first readings, then those of all second ones (`batches_of`).
-        owners = [
-            rollout
-            for reading in (0, 1)
-            for rollout, of_rollout in zip(part, rows, strict=True)
-            for row in of_rollout[reading : reading + 1]
-            for _ in row.chosen
-        ]
-        device = self.args.device
-        each = torch.tensor([1 / len(r.result.choices) for r in owners], device=device)
-        advantage = torch.tensor([r.advantage for r in owners], device=device)
-        new = model(batches)
-        old = self.old.setdefault(place, new.detach())
-        gain = objective(new, old, advantage, grpo.clip)
-        if grpo.beta:
-            with torch.no_grad(), policy.at_start():
-                start = model(batches)
-            apart = divergence(new, start)
-            self.note("kl", float(apart.detach().mean()))
-            gain = gain - grpo.beta * apart
-        ratio = (new.detach() - old).exp()
-        self.note("clipped", float(((ratio - 1).abs() > grpo.clip).float().mean()))
-        return -(gain * each).sum()
+        learned = learn_from(model, policy, part, batches, grpo, self.old.get(place))
+        self.old.setdefault(place, learned.scores)
+        if learned.apart is not None:
+            self.note("kl", float(learned.apart))
+        self.note("clipped", float(learned.clipped))
+        return learned.loss
 
     def note_drawn(self, rollouts: list[Rollout]) -> None:
         """What the next log line tells of drawn answers: rewards, the share of flat groups, how

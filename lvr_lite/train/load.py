@@ -129,6 +129,11 @@ def load_to_reinforce(
     """A tuned model for stage 2: its adapter is trained on, without dropout, since the answers that
     are scored must be those that were drawn."""
     model = load_trained(checkpoint, dtype, device, unpacked_below(device, settings))
+    return to_reinforce(model, settings)
+
+
+def to_reinforce(model: Any, settings: Settings) -> Any:
+    """A model with its adapter, ready for stage 2."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or "trainable_tokens" in name)
         if parameter.requires_grad:

@@ -1,479 +1,623 @@
-"""How much memory a training step needs, in bytes, by formulas.
+"""How much memory a run of training needs: its real code, on a card that does not exist.
 
-May import: the standard library and all that stands above `train`; no torch, and no weights are
-read.
+May import: torch, transformers, peft, bitsandbytes and what stands above `train`; this folder.
 
-    peak = what stays (weights, adapters, optimizer; gradients while accumulating)
-         + the largest of: seeing, head, backward, optimizer's step, answering held-out questions
+A trace builds the model of a config.json without weights, adapts it, and goes through what
+`finetune` or `grpo` does with the largest sample that the settings allow:
 
-Bytes are counted tensor by tensor as transformers, PEFT and bitsandbytes make them under bf16
-autocast. tests/train/test_memory.py holds the parameters against built models, and the saved
-activations against what autograd saves. bench/experiments/memory.py holds the peak against a card.
-What fits on a card, `memory_plan` says.
+    loading       weights come one by one, and are packed in 4 bits
+    rollout       stage 2: answers are drawn
+    forward       of one batch, up to the loss (`scoring` in stage 2)
+    backward
+    optimizer     gradients are clipped, weights updated
+    evaluation    held-out questions are answered
+
+It counts the bytes of live tensors. What a card needs beyond them is estimated: CONTEXT, SLACK,
+WORKSPACE. bench/experiments/memory.py measures both on a card.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import contextlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
 
 from lvr_lite.config import Settings
-from lvr_lite.errors import BundleError
-from lvr_lite.files import JsonObject
-from lvr_lite.model.spec import LatentSpec
+from lvr_lite.data.samples import Sample
+from lvr_lite.data.sources import Item
+from lvr_lite.eval.suite import accuracy_on
+from lvr_lite.export.weights import model_on_meta
+from lvr_lite.generate.torch import SharedColumns, TorchRuntime, distinct
+from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.model.families import Grid
+from lvr_lite.model.processor import Processor
+from lvr_lite.model.processor_files import read_json
+from lvr_lite.train.batches import Collator
+from lvr_lite.train.grpo import Roller, learn_from, readings_of
+from lvr_lite.train.load import adapted, check_quantized, to_reinforce
+from lvr_lite.train.methods import METHODS
+from lvr_lite.train.policy import Policy, batches_of
+from lvr_lite.train.rewards import read_rewards
+from lvr_lite.train.sft import LatentSFT
+from lvr_lite.train.simulated import FLASH, GRAIN, SimulatedCard
 
 MIB = 2**20
 GIB = 2**30
-# Of a question with its template.
+# Of a question with its template, and of an answer with its end.
 TEXT_TOKENS = 64
-# Of an answer with its end.
 ANSWER_TOKENS = 16
 # Held-out questions that are answered together (lvr_lite/eval/suite.py).
 EVAL_ROWS = 16
-MARKERS = 3
-# The other families' tensors have not been counted yet.
-COUNTED = ("qwen2_5_vl", "qwen2_vl")
-# Of cuBLAS, which torch takes from its own allocator: 8 MiB, on Hopper 32 (CublasHandlePool.cpp).
-# bitsandbytes has none that lasts: it dequantizes a weight into a tensor, which is counted below.
+# Of cuBLAS, which torch takes from its own allocator: 8 MiB, on Hopper 32
+# (aten/src/ATen/cuda/CublasHandlePool.cpp).
 WORKSPACE = 32 * MIB
 # What torch does not count. Both are estimates until bench/experiments/memory.py has measured them
 # on a card: the CUDA context with the kernels of torch, cuBLAS and bitsandbytes (CUDA 12, loaded
-# lazily), and what the caching allocator holds beside live tensors.
+# lazily), and what the caching allocator holds beside live tensors, fragments among them.
 CONTEXT = 512 * MIB
 SLACK = 0.05
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, as its config.json has them.
-
-    hidden to tied: of the language model; tied says whether head and embedding are one matrix.
-    vision_depth to vision_intermediate: of the vision tower.
-    vision_gated: whether its blocks are those of Qwen2.5-VL (RMS norms, gated MLP), else Qwen2-VL.
-    patch, temporal, channels: of a patch, in pixels, frames and colours.
-    merge: patches along the side of a visual token.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    vision_depth: int
-    vision_hidden: int
-    vision_intermediate: int
-    vision_gated: bool
-    patch: int
-    temporal: int
-    channels: int
-    merge: int
-
-    @property
-    def queries(self) -> int:
-        """Width of all query heads together."""
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """Width of all key heads together."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def pixels_per_token(self) -> int:
-        return (self.patch * self.merge) ** 2
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of the linear layers of one text layer: q, k, v, o, gate, up, down. All are in
-        4 bits and adapted.
-        """
-        h = self.hidden
-        i = self.intermediate
-        return (
-            (self.queries, h),
-            (self.keys, h),
-            (self.keys, h),
-            (h, self.queries),
-            (i, h),
-            (i, h),
-            (h, i),
-        )
-
-
-def shape_of(config: JsonObject) -> Shape:
-    """The Shape of a config.json (text sizes at its top or under `text_config`). Raises BundleError
-    naming what is missing.
-    """
-    kind = config.get("model_type", COUNTED[0])
-    if kind not in COUNTED:
-        raise BundleError(
-            f"--plan counts {' and '.join(COUNTED)} so far, not {kind}: "
-            "tune without it and watch the peak in metrics.json"
-        )
-    text = config.get("text_config", config)
-    vision = config.get("vision_config")
-    try:
-        if vision is None:
-            raise KeyError("vision_config")
-        # Qwen2-VL calls its width embed_dim, and hidden_size what the projector gives.
-        gated = "embed_dim" not in vision
-        width = vision["hidden_size"] if gated else vision["embed_dim"]
-        return Shape(
-            hidden=text["hidden_size"],
-            intermediate=text["intermediate_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            vocab=text["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            vision_depth=vision["depth"],
-            vision_hidden=width,
-            vision_intermediate=vision["intermediate_size"]
-            if gated
-            else int(width * vision["mlp_ratio"]),
-            vision_gated=gated,
-            patch=vision["patch_size"],
-            temporal=vision.get("temporal_patch_size", 2),
-            channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            merge=vision["spatial_merge_size"],
-        )
-    except KeyError as error:
-        raise BundleError(
-            f"config.json: {error} is missing, so the size of the model is not known"
-        ) from error
-
-
-# ----------------------------------------------------------------------------------------------
-# what stays
-
-
-def parameters(shape: Shape) -> dict[str, int]:
-    """Parameters by part: linears (of the text layers, in 4 bits), embedding, head (0 if tied),
-    norms (and biases), vision.
-    """
-    s = shape
-    v = s.vision_hidden
-    i = s.vision_intermediate
-    mlp = 3 * v * i + 2 * i + v if s.vision_gated else 2 * v * i + i + v
-    norm = v if s.vision_gated else 2 * v
-    block = 2 * norm + (3 * v * v + 3 * v) + (v * v + v) + mlp
-    merged = v * s.merge**2
-    merger = norm + merged * merged + merged + merged * s.hidden + s.hidden
-    return {
-        "linears": s.layers * sum(o * n for o, n in s.linears),
-        "embedding": s.vocab * s.hidden,
-        "head": 0 if s.tied else s.vocab * s.hidden,
-        "norms": s.layers * (2 * s.hidden + s.queries + 2 * s.keys) + s.hidden,
-        "vision": s.channels * s.temporal * s.patch**2 * v + s.vision_depth * block + merger,
-    }
-
-
-def nf4_bytes(out: int, into: int) -> int:
-    """A linear layer in NF4 with double quantization: 4 bits a weight, one 8-bit scale a block of
-    64, one fp32 scale a block of 256 scales, and the two code books.
-    """
-    scales = math.ceil(out * into / 64)
-    return math.ceil(out * into / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
-
-
-def trained(shape: Shape, rank: int) -> list[int]:
-    """Sizes of the trained tensors, all fp32: A and B of each adapter, and the rows of the three
-    markers, in the head too where it is a matrix of its own.
-    """
-    a_layer = [n for o, i in shape.linears for n in (rank * i, o * rank)]
-    tables = 1 if shape.tied else 2
-    return a_layer * shape.layers + [MARKERS * shape.hidden] * tables
-
-
-def optimizer_bytes(optimizer: str, sizes: list[int]) -> tuple[int, int]:
-    """Of the optimizer's states for tensors of these sizes, the bytes that stay on the card, and
-    the bytes in pages, which may move to the host.
-
-    bitsandbytes keeps tensors below 4096 elements in 32 bits, and pages states of 100,000 elements
-    or more (optim/optimizer.py).
-    """
-    if optimizer == "sgd":
-        return 0, 0
-    stay = 0
-    paged = 0
-    for n in sizes:
-        short = "8bit" in optimizer and n >= 4096
-        states = 2 * n if short else 8 * n
-        if optimizer.startswith("paged") and n >= 1e5:
-            paged += states
-        else:
-            stay += states
-        stay += 8 * math.ceil(n / 256) if short else 0
-    return stay, paged
-
-
-# ----------------------------------------------------------------------------------------------
-# what one step makes
+# Widths of a picture over its height, of which the one with the most visual tokens is traced.
+PROPORTIONS = (1.0, 4 / 3, 3 / 2, 16 / 9, 2.0, 3.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one sample.
+    """Tokens of one sample, as it is traced.
 
     visual: of its one picture.
     text: of the question and the template.
     answer: with its end.
+    latents: latent places.
     """
 
     visual: int
-    text: int = TEXT_TOKENS
-    answer: int = ANSWER_TOKENS
+    text: int
+    answer: int
+    latents: int
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One run through the text layers.
-
-    columns: that a sample has in it.
-    keys: that each column attends to.
-    padded: whether attention needs a mask.
-    """
-
-    columns: int
-    keys: int
-    padded: bool
-
-
-@dataclass(frozen=True)
-class Stage2(Settings):
-    """Settings of `lvr-lite grpo` as they are counted: `train.batch` is the answers that are drawn,
-    or scored, at once (`grpo.rows`), whose gradients are added up.
-
-    mode: the checkpoint's, as in LatentSpec.
-    """
-
-    mode: str = "open"
-
-
-def stage2(settings: Settings, spec: LatentSpec) -> Stage2:
-    """What stage 2 on a checkpoint of these latents is counted with."""
-    own: dict[str, Any] = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    freely = settings.grpo.latents == "recomputed" and spec.feedback != "token"
-    latent = replace(
-        settings.latent, method="lvr", steps=spec.steps, targets="pooled", loss="mse", warmup=0.0
-    )
-    if freely:
-        latent = replace(latent, method="lvr-free" if spec.mode == "open" else "lvr-bottleneck")
-    own["latent"] = latent
-    own["train"] = replace(settings.train, batch=settings.grpo.rows, accumulation=2)
-    return Stage2(**own, mode=spec.mode)
-
-
-def sample(settings: Settings, visual: int) -> Tokens:
-    """The sample that is counted: one picture of so many visual tokens."""
-    if isinstance(settings, Stage2):
-        return Tokens(visual, answer=settings.grpo.max_tokens)
-    return Tokens(visual)
-
-
-def width(settings: Settings) -> int:
-    """Bytes of an activation: 2 (bf16, as "auto" takes on any recent card) or 4."""
-    return 4 if settings.train.precision == "fp32" else 2
-
-
-def latents(settings: Settings, tokens: Tokens) -> int:
-    """Latent places in a response; with targets=all the most that a sample may have."""
-    if settings.latent.method == "sft":
-        return 0
-    if settings.latent.targets == "all":
-        return min(settings.latent.max_targets, tokens.visual)
-    return settings.latent.steps
-
-
-def passes(settings: Settings, tokens: Tokens) -> list[Pass]:
-    """The runs through the text layers whose activations wait for the backward pass
-    (lvr_lite/train/methods.py).
-    """
-    k = latents(settings, tokens)
-    padded = settings.train.batch > 1
-    prompt = tokens.visual + tokens.text
-    whole = prompt + (k + 2 if k else 0) + tokens.answer
-    # The second reading: the latents stand for the picture.
-    reader = tokens.text + k + tokens.answer
-    if not settings.latent.runs_freely:
-        if isinstance(settings, Stage2) and settings.mode == "bottleneck":
-            return [Pass(prompt + k, prompt + k, padded), Pass(reader, reader, padded)]
-        return [Pass(whole, whole, padded)]
-    first = prompt + 1
-    bottleneck = settings.latent.method == "lvr-bottleneck"
-    steps = k - 1 if bottleneck else k
-    runs = [Pass(first, first, padded)]
-    runs += [Pass(1, first + i, padded) for i in range(1, steps + 1)]
-    runs += [] if bottleneck else [Pass(tokens.answer + 1, whole, True)]
-    # Where two latents are alike, one is masked out.
-    return runs + ([Pass(reader, reader, True)] if bottleneck else [])
-
-
-def layer_bytes(shape: Shape, settings: Settings, one: Pass) -> int:
-    """What autograd saves in one text layer for one pass and one sample."""
-    s = shape
-    w = width(settings)
-    inputs = [i for _, i in s.linears]
-    # In fp32, with the root of the variance.
-    norms = 2 * (4 * s.hidden + 4)
-    # Queries, result, log-sum-exp.
-    attention = w * 2 * s.queries + 4 * s.heads
-    # Gate, its activation, up.
-    mlp = w * 3 * s.intermediate
-    # What adapters read: the results of both norms, and the input of down; o reads the result that
-    # is counted above.
-    read = w * (2 * s.hidden + s.intermediate)
-    if settings.lora.dropout:
-        # Each its own, with the mask.
-        read = (w + 1) * sum(inputs)
-    adapters = w * settings.lora.rank * len(inputs)
-    # Under a mask keys and values are repeated for each query head, and the mask is widened.
-    repeated = one.padded and one.columns > 1
-    keys = 2 * w * (s.queries if repeated else s.keys)
-    mask = w * one.columns * one.keys if repeated else 0
-    return one.columns * (norms + attention + mlp + read + adapters) + one.keys * keys + mask
-
-
-def head_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
-    """What autograd saves in the head and the losses: the states that speak, their
-    log-probabilities, and the visual tokens with which the contrastive loss compares latents.
-    """
-    s = shape
-    w = width(settings)
-    batch = settings.train.batch
-    spoken = batch * (tokens.answer + (2 if latents(settings, tokens) else 0))
-    compared = 4 * batch * tokens.visual * s.hidden if settings.latent.loss == "contrastive" else 0
-    spoken_bytes = w * s.hidden + 4 * s.vocab
-    if isinstance(settings, Stage2):
-        # Which ids may not be chosen.
-        spoken_bytes += s.vocab
-    return spoken * spoken_bytes + compared
-
-
-def saved_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> int:
-    """What autograd keeps of a batch from the forward to the backward pass, parameters apart."""
-    s = shape
-    w = width(settings)
-    runs = passes(settings, tokens)
-    checkpointing = settings.train.gradient_checkpointing
-    copies = 0
-    if checkpointing:
-        layers = s.layers * sum(w * one.columns * s.hidden for one in runs)
-        if settings.latent.runs_freely:
-            # The keys and values of a pass in parts (lvr_lite/train/recompute.py).
-            parts = runs[:-1] if settings.latent.method == "lvr-bottleneck" else runs
-            layers += s.layers * sum(w * 2 * one.columns * s.keys for one in parts)
-    else:
-        layers = s.layers * sum(layer_bytes(s, settings, one) for one in runs)
-        # Autocast's copies of the adapters.
-        copies = w * sum(trained(s, settings.lora.rank)[:-1]) if w < 4 else 0
-    rotary = 0 if checkpointing else 2 * w * s.head_dim
-    ends = sum(one.columns * (4 * s.hidden + 4 + rotary) for one in runs)
-    return settings.train.batch * (layers + ends) + copies + head_bytes(s, settings, tokens)
-
-
-def standing_bytes(shape: Shape, settings: Settings) -> dict[str, int]:
-    """Bytes of what stays through the run, by part. optimizer: of its states those that are not
-    paged.
-    """
-    counts = parameters(shape)
-    sizes = trained(shape, settings.lora.rank)
-    w = width(settings)
-    stays = {}
-    if isinstance(settings, Stage2) and settings.grpo.beta:
-        stays["policy at the start, fp32"] = 4 * sum(sizes)
-    linears = sum(nf4_bytes(*linear) for linear in shape.linears)
-    accumulating = settings.train.accumulation > 1
-    return stays | {
-        "language model's linears, NF4": shape.layers * linears,
-        "embedding and head": w * (counts["embedding"] + counts["head"]),
-        "vision tower, norms and biases": w * (counts["vision"] + counts["norms"]),
-        "adapters and marker rows, fp32": 4 * sum(sizes),
-        "optimizer": optimizer_bytes(settings.train.optimizer, sizes)[0],
-        "gradients, kept while accumulating": 4 * sum(sizes) if accumulating else 0,
-    }
-
-
-def phase_bytes(shape: Shape, settings: Settings, tokens: Tokens) -> dict[str, int]:
-    """Bytes that each phase takes at its height, beside what stays."""
-    s = shape
-    w = width(settings)
-    t = settings.train
-    sizes = trained(s, settings.lora.rank)
-    # While accumulating they stay.
-    gradients = 0 if t.accumulation > 1 else 4 * sum(sizes)
-    # Stage 2 sees its pictures while answers are drawn.
-    seen_at_once = 1 if isinstance(settings, Stage2) else t.batch
-    patches = seen_at_once * tokens.visual * s.merge**2
-    pixels = s.channels * s.temporal * s.patch**2
-    inputs = 4 * patches * pixels + w * t.batch * tokens.visual * s.hidden
-    # Rotary positions are applied in fp32: queries, keys, their halves and products.
-    rotary = (5 * w + 22) * s.vision_hidden
-    vision_mlp = 2 * w * s.vision_hidden + 3 * w * s.vision_intermediate
-    seen = patches * (max(rotary, vision_mlp) + (2 * pixels if w < 4 else 0))
-    saved = saved_bytes(s, settings, tokens)
-    longest = max(passes(settings, tokens), key=lambda one: one.columns)
-    layer = t.batch * longest.columns * w * (2 * s.intermediate + s.hidden)
-    layer += w * max(o * i for o, i in s.linears)
-    if t.gradient_checkpointing:
-        layer += t.batch * layer_bytes(s, settings, longest)
-    logits = (4 + w) * t.batch * (tokens.answer + 2) * s.vocab
-    before_layers = saved - head_bytes(s, settings, tokens)
-    answering = (
-        "drawing answers" if isinstance(settings, Stage2) else "answering held-out questions"
-    )
-    return {
-        "seeing the pictures": inputs + seen,
-        "head": inputs + saved + logits,
-        "backward through a layer": inputs + max(before_layers, gradients) + layer,
-        "optimizer's step": inputs
-        + gradients
-        + (4 * sum(sizes) if t.optimizer == "adamw_torch" else 0),
-        answering: _answering(s, settings, tokens),
-    }
-
-
-def _answering(s: Shape, settings: Settings, tokens: Tokens) -> int:
-    """Evaluation during training: EVAL_ROWS prompts at once, K/V of all layers, and the widest of
-    one layer's MLP without autocast, where PEFT runs the adapters in fp32.
-    """
-    w = width(settings)
-    prompt = tokens.visual + tokens.text
-    cache = s.layers * 2 * w * s.keys * (prompt + latents(settings, tokens) + tokens.answer)
-    mlp = prompt * ((2 * w + 8) * s.intermediate + (4 * w + (8 if w < 4 else 0)) * s.hidden)
-    masks = prompt * prompt
-    rows = settings.train.batch if isinstance(settings, Stage2) else EVAL_ROWS
-    return rows * (cache + mlp + masks) + w * max(o * i for o, i in s.linears)
-
-
-@dataclass(frozen=True)
-class Need:
+class Trace:
     """What a run needs, in bytes.
 
-    tensors: the most that is alive at once.
-    phase: of the step, when that is.
-    paged: states of the optimizer beside it, which move to the host where the card is full.
+    stays: what is there between two steps, by part.
+    phases: the most live tensors in each phase, all of `stays` included that was there.
+    parameters: numbers of the model, by part, and of what is trained.
+    saved: what waits for the backward pass when the forward pass has ended.
+    paged: states of the optimizer beside these, which move to the host where the card is full.
     """
 
-    tensors: int
-    phase: str
+    tokens: Tokens
+    stays: dict[str, int]
+    phases: dict[str, int]
+    parameters: dict[str, int]
+    saved: int
     paged: int
+
+    @property
+    def phase(self) -> str:
+        """Of the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def tensors(self) -> int:
+        """The most that is alive at once, with cuBLAS's workspace."""
+        return self.phases[self.phase] + WORKSPACE
 
     @property
     def card(self) -> int:
         """What a card must have: `tensors`, slack and the CUDA context."""
-        return int(self.tensors * (1 + SLACK)) + CONTEXT
+        return card_of(self.tensors)
 
 
-def need(shape: Shape, settings: Settings, tokens: Tokens) -> Need:
-    """What training on such samples needs."""
-    phases = phase_bytes(shape, settings, tokens)
-    phase = max(phases, key=phases.__getitem__)
-    stays = sum(standing_bytes(shape, settings).values())
-    _, paged = optimizer_bytes(settings.train.optimizer, trained(shape, settings.lora.rank))
-    return Need(stays + phases[phase] + WORKSPACE, phase, paged)
+def card_of(tensors: int) -> int:
+    """Bytes of a card on which so many bytes of live tensors fit."""
+    return int(tensors * (1 + SLACK)) + CONTEXT
+
+
+# ------------------------------------------------------------------------------------- the samples
+
+
+def largest_size(processor: Processor) -> tuple[int, int]:
+    """Height and width in pixels of a picture of as many visual tokens as this processor lets one
+    have.
+    """
+    area = processor.image.max_pixels
+    sizes = [(round((area / p) ** 0.5), round((area * p) ** 0.5)) for p in PROPORTIONS]
+    return max(sizes, key=lambda size: processor.visual_tokens(processor.grid_of(*size)))
+
+
+def most_visual_tokens(processor: Processor) -> int:
+    """Visual tokens of that picture."""
+    return processor.visual_tokens(processor.grid_of(*largest_size(processor)))
+
+
+def largest_picture(processor: Processor) -> Image.Image:
+    """Noise of that size."""
+    shape = (*largest_size(processor), 3)
+    noise = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    return Image.fromarray(noise)
+
+
+def largest_samples(processor: Processor, count: int, answer: int = ANSWER_TOKENS) -> list[Item]:
+    """Questions about the largest picture, which differ a little in length, as real ones do.
+
+    answer: tokens of each answer, with its end.
+    """
+    picture = largest_picture(processor)
+    grid = processor.grid_of(picture.height, picture.width)
+    visual = processor.visual_tokens(grid)
+    question = "what colour is the star"
+    while len(processor.prompt(question, [grid]).ids) - visual < TEXT_TOKENS:
+        question += " left"
+    items: list[Item] = []
+    for number in range(count):
+        asked = f"{question} {'left ' * (number % 2)}{number}"
+        sample = Sample(
+            id=str(number),
+            images=(Path("picture.png"),),
+            question=asked,
+            answer=_words(processor, answer - 1),
+            boxes=((0.0, 0.0, 1.0, 1.0),),
+        )
+        items.append((sample, (picture,)))
+    return items
+
+
+def _words(processor: Processor, tokens: int) -> str:
+    """Text of so many tokens, or a few more."""
+    text = "red"
+    while len(processor.tokenizer.encode(text, add_special_tokens=False).ids) < tokens:
+        text += " red"
+    return text
+
+
+class LooksAndGoesOn(TorchRuntime):
+    """A model that always looks, and whose answers are as long as they may be: its head's numbers
+    are noise.
+
+    What would only repeat itself is left out: of pictures the first one is seen, of the steps after
+    a prompt the first one is taken, at once with the K/V of as many columns as the longest answer
+    has. What the others would give is noise, too.
+    """
+
+    _seen: np.ndarray | None = None
+    _room = 0
+    _stepped: np.ndarray | None = None
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        super().__init__(model, checkpoint)
+        self._random = np.random.default_rng(0)
+
+    def encode(self, pixel_values: np.ndarray, grids: list[Grid]) -> np.ndarray:
+        if self._seen is None:
+            self._seen = super().encode(pixel_values, grids)
+            return self._seen
+        return self._seen * np.float32(self._random.uniform(0.5, 1.0))
+
+    def start(self, batch: int, capacity: int) -> None:
+        super().start(batch, capacity)
+        self._room = capacity
+        self._stepped = None
+
+    @torch.inference_mode()
+    def step(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        if self._stepped is None:
+            self._fill()
+            self._stepped = super().step(embeds, positions)
+        # Rows that are fed the same give the same, as real ones do.
+        _, same = distinct(row.tobytes() for row in embeds)
+        return self._stepped[same] * np.float32(self._random.uniform(0.5, 1.0))
+
+    def _fill(self) -> None:
+        """The K/V of all columns but the last that there is room for."""
+        batch, columns = self._mask.shape
+        more = self._room - 1 - columns
+        if more <= 0:
+            return
+        self._mask = torch.cat([self._mask, self._mask.new_ones(batch, more)], 1)
+        for number, layer in enumerate(self._cache.layers):
+            keys = layer.shared[0] if isinstance(layer, SharedColumns) else layer.keys
+            _, heads, _, size = keys.shape
+            columns_more = keys.new_empty(batch, heads, more, size)
+            self._cache.update(columns_more, columns_more, number)
+
+    def choose(
+        self,
+        hidden: np.ndarray,
+        closed: Sequence[Sequence[int]],
+        at: Sequence[float],
+        temperature: float,
+        top_p: float,
+    ) -> list[int]:
+        super().choose(hidden, closed, at, temperature, top_p)
+        tokens = self.processor.tokens
+        chosen = []
+        for never in closed:
+            looks = self.latent.steps and tokens.lvr_start not in never
+            allowed = set(range(self.processor.tokenizer.get_vocab_size()))
+            words = sorted(allowed - {*never, *tokens.end, tokens.lvr_start})
+            word = words[int(self._random.integers(len(words)))]
+            chosen.append(tokens.lvr_start if looks else word)
+        return chosen
+
+
+# --------------------------------------------------------------------------------------- the model
+
+
+def placed(checkpoint: Checkpoint, dtype: torch.dtype, card: SimulatedCard) -> Any:
+    """The base model of a checkpoint on the card as `load_nf4` leaves it there, of its config.json
+    alone. Raises BundleError where transformers cannot make it, and where something else is in 4
+    bits than should be.
+    """
+    family = checkpoint.processor.family
+    model = model_on_meta(checkpoint.config, family)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(family.lora_targets, path):
+            model.set_submodule(path, _in_4_bits(module, dtype, card))
+    # By the identity of what they replace, so that tied ones stay tied.
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old.is_meta:
+                if id(old) not in parameters:
+                    parameters[id(old)] = _weight(old, dtype, card)
+                setattr(module, name, parameters[id(old)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(card.device))
+    model.is_loaded_in_4bit = True
+    check_quantized(model, checkpoint)
+    return model.eval()
+
+
+def _weight(like: torch.Tensor, dtype: torch.dtype, card: SimulatedCard) -> torch.nn.Parameter:
+    weight = torch.empty(like.shape, dtype=dtype, device=card.device)
+    return torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _in_4_bits(linear: torch.nn.Linear, dtype: torch.dtype, card: SimulatedCard) -> Any:
+    """A linear as bitsandbytes packs it: it comes in `dtype` first."""
+    import bitsandbytes as bnb
+
+    packed: Any = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight, state = bnb.functional.quantize_4bit(
+        _weight(linear.weight, dtype, card).data,
+        blocksize=64,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    # bitsandbytes' own parameter cannot hold a tensor that has no numbers.
+    packed.weight = torch.nn.Parameter(weight, requires_grad=False)
+    packed.weight.quant_state = state
+    packed.weight.compress_statistics = True
+    packed.weight.quant_type = "nf4"
+    if linear.bias is not None:
+        packed.bias = _weight(linear.bias, dtype, card)
+    return packed
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that tensors take, each storage once; of the card's, what stands for them counts."""
+    storages = [getattr(tensor, "meta", tensor).untyped_storage() for tensor in tensors]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    return sum(-(-size // GRAIN) * GRAIN for size in sizes.values())
+
+
+def parts_of(model: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, int]:
+    """Bytes of what stays between two steps, by part; pages of the optimizer apart."""
+    import bitsandbytes as bnb
+
+    packed: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            scales = state.state2
+            packed += [module.weight, state.absmax, state.code, state.offset]
+            packed += [scales.absmax, scales.code]
+    counted = {id(tensor) for tensor in packed}
+    tables: list[torch.Tensor] = []
+    others: list[torch.Tensor] = list(model.buffers())
+    trained: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in counted:
+            continue
+        part = tables if re.search(r"embed_tokens|lm_head", name) else others
+        part = trained if parameter.requires_grad else part
+        part.append(parameter)
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and not getattr(value, "is_paged", False)
+    ]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    return {
+        "language model's linears, NF4": bytes_of(packed),
+        "embedding and head": bytes_of(tables),
+        "vision tower, norms and biases": bytes_of(others),
+        "adapters and marker rows, fp32": bytes_of(trained),
+        "optimizer": bytes_of(value for value in states if value.device == device),
+        "gradients, kept while accumulating": bytes_of(gradients),
+    }
+
+
+def make_optimizer(settings: Settings, model: Any) -> torch.optim.Optimizer:
+    """The optimizer that `train.optimizer` names, as transformers makes it."""
+    import bitsandbytes as bnb
+
+    t = settings.train
+    name = t.optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=t.lr)
+    if name.startswith("adamw_torch"):
+        return torch.optim.AdamW(parameters, lr=t.lr, fused=name.endswith("fused"))
+    bits = 8 if "8bit" in name else 32
+    paged = name.startswith("paged")
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
+        parameters, lr=t.lr, optim_bits=bits, is_paged=paged
+    )
+    return optimizer
+
+
+# ---------------------------------------------------------------------------------- a step, metered
+
+
+class Meter(Protocol):
+    """What counts the bytes of live tensors, on a real device or a simulated one.
+
+    device: that the tensors are on.
+    now: bytes that are live.
+    peaks: the most in each phase.
+    """
+
+    device: torch.device
+    now: int
+    peaks: dict[str, int]
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]: ...
+    def autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]: ...
+
+
+@dataclass
+class Stepper:
+    """Steps of training on a device, real or simulated, that a meter watches.
+
+    model: adapted.
+    checkpoint: with the picture size and the latent loop that are trained.
+    dtype: what the base computes in.
+    saved: bytes that waited for the last backward pass.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    settings: Settings
+    dtype: torch.dtype
+    meter: Meter
+    saved: int = 0
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.settings, self.model)
+        # From the second step on the optimizer has its states.
+        with self.meter.phase("optimizer"):
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        # Gradients of the batches before stay where some are added up.
+        if self.settings.train.accumulation == 1:
+            self.optimizer.zero_grad()
+
+    def stays(self) -> dict[str, int]:
+        """Bytes of what is there before a batch, by part."""
+        return parts_of(self.model, self.optimizer, self.meter.device)
+
+    def finetune(self) -> None:
+        """One batch of stage 1."""
+        settings = self.settings
+        processor = self.checkpoint.processor
+        items = largest_samples(processor, settings.train.batch)
+        batch = Collator(self.checkpoint, settings.latent)(items)
+        # Of norm-matched feedback; any number will do.
+        sft = LatentSFT(self.model, processor.tokens, settings.latent, norm=1.0).train()
+        with self.meter.phase("forward"), self.meter.autocast(self.dtype):
+            moved = on_device(batch, self.meter.device)
+            before = self.meter.now
+            loss = sft(**moved)["loss"]
+        self._learn(loss, before)
+
+    def grpo(self) -> None:
+        """Stage 2: answers to one batch of questions, and what the first of them teach."""
+        settings = self.settings
+        grpo = settings.grpo
+        checkpoint = self.checkpoint
+        spec = checkpoint.latent
+        scoring = read_rewards("accuracy=1")
+        roller = Roller(LooksAndGoesOn(self.model, checkpoint), settings, scoring, donors=None)
+        policy = Policy(
+            self.model,
+            checkpoint.processor.tokens,
+            spec,
+            grpo.temperature,
+            grpo.latents,
+            keep_start=grpo.beta > 0,
+        )
+        items = largest_samples(checkpoint.processor, settings.train.batch)
+        self.model.eval()
+        with self.meter.phase("rollout"), self.meter.autocast(self.dtype):
+            rollouts = roller(items, 0)
+        policy.train()
+        part = rollouts[: grpo.rows]
+        for number, rollout in enumerate(part):
+            rollout.advantage = (-1.0) ** number
+        with self.meter.phase("scoring"), self.meter.autocast(self.dtype):
+            batches = batches_of(readings_of(policy, part))
+            moved = on_device(batches, self.meter.device)
+            before = self.meter.now
+            loss = learn_from(policy, policy, part, moved, grpo, None).loss
+        self._learn(loss, before)
+
+    def _learn(self, loss: torch.Tensor, before: int) -> None:
+        """From a loss to new weights. before: live bytes, when its forward pass began."""
+        self.saved = self.meter.now - before
+        with self.meter.phase("backward"):
+            loss.backward()
+        with self.meter.phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.trained, self.settings.train.max_grad_norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> None:
+        """Held-out questions are answered, as often as they are together."""
+        count = min(EVAL_ROWS, self.settings.data.eval_count)
+        items = largest_samples(self.checkpoint.processor, count)
+        runtime = LooksAndGoesOn(self.model.eval(), self.checkpoint)
+        with self.meter.phase("evaluation"):
+            accuracy_on(runtime, items, [sample.answer for sample, _ in items])
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Tensors of a batch, as transformers' Trainer moves them."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: on_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list):
+        return [on_device(value, device) for value in batch]
+    return batch
+
+
+# --------------------------------------------------------------------------------------- the trace
+
+
+def trace_finetune(
+    checkpoint: Checkpoint, settings: Settings, flash: Sequence[torch.dtype] | None = None
+) -> Trace:
+    """What `finetune` needs over a base. Raises BundleError for a config.json that transformers
+    cannot make a model of.
+
+    flash: as of SimulatedCard; a card's by default.
+    """
+    checkpoint = with_latents(with_pictures(checkpoint, settings), settings)
+    dtype = computed_in(settings)
+    with SimulatedCard(flash or FLASH) as card:
+        base = placed(checkpoint, dtype, card)
+        model = adapted(base, checkpoint, settings)
+        stepper = Stepper(model, checkpoint, settings, dtype, card)
+        stays = stepper.stays()
+        stepper.finetune()
+        stepper.evaluate()
+        return _traced(stepper, card, stays)
+
+
+def trace_grpo(checkpoint: Checkpoint, settings: Settings) -> Trace:
+    """What `grpo` needs of a tuned checkpoint, whose adapter is as `settings.lora` says; errors as
+    of `trace_finetune`.
+    """
+    checkpoint = with_pictures(checkpoint, settings)
+    dtype = computed_in(settings)
+    with SimulatedCard() as card:
+        base = placed(checkpoint, dtype, card)
+        model = to_reinforce(adapted(base, checkpoint, settings), settings)
+        stepper = Stepper(model, checkpoint, settings, dtype, card)
+        stays = stepper.stays()
+        stepper.grpo()
+        stepper.evaluate()
+        return _traced(stepper, card, stays)
+
+
+def with_pictures(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """A checkpoint with pictures of the size that the settings ask for."""
+    processor = checkpoint.processor
+    usual = processor.image.max_pixels if checkpoint.adapter else processor.default_max_pixels
+    size = settings.max_pixels or usual
+    return replace(checkpoint, processor=processor.with_max_pixels(size))
+
+
+def with_latents(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """A checkpoint with the latent loop that stage 1 trains."""
+    method = METHODS[settings.latent.method]
+    return replace(checkpoint, latent=method.spec(settings.latent, norm=1.0))
+
+
+def with_adapter_of(checkpoint: Checkpoint, settings: Settings) -> Settings:
+    """Settings with the rank of a tuned checkpoint's adapter, which stage 2 goes on with."""
+    adapter = read_json(checkpoint.folder / "adapter_config.json")
+    rank = adapter.get("r", settings.lora.rank)
+    return replace(settings, lora=replace(settings.lora, rank=rank, dropout=0.0))
+
+
+def computed_in(settings: Settings) -> torch.dtype:
+    """What a card computes in: bf16, unless something else is asked for."""
+    types = {"fp16": torch.float16, "fp32": torch.float32}
+    return types.get(settings.train.precision, torch.bfloat16)
+
+
+def _traced(stepper: Stepper, card: SimulatedCard, stays: dict[str, int]) -> Trace:
+    processor = stepper.checkpoint.processor
+    stage2 = "rollout" in card.peaks
+    (item,) = largest_samples(processor, 1)
+    sample, (picture,) = item
+    grid = processor.grid_of(picture.height, picture.width)
+    visual = processor.visual_tokens(grid)
+    latent = stepper.settings.latent
+    latents = stepper.checkpoint.latent.steps
+    if latent.targets == "all" and not stage2:
+        latents = min(latent.max_targets, visual)
+    tokens = Tokens(
+        visual=visual,
+        text=len(processor.prompt(sample.question, [grid]).ids) - visual,
+        answer=stepper.settings.grpo.max_tokens if stage2 else ANSWER_TOKENS,
+        latents=latents,
+    )
+    return Trace(
+        tokens=tokens,
+        stays=stays,
+        phases=dict(card.peaks),
+        parameters=parameters_of(stepper.model),
+        saved=stepper.saved,
+        paged=card.paged,
+    )
+
+
+def parameters_of(model: Any) -> dict[str, int]:
+    """Parameters by part: linears (in 4 bits), embedding, head (0 if it is the embedding), norms
+    (and biases), vision, and those that are trained.
+    """
+    import bitsandbytes as bnb
+
+    parts = dict.fromkeys(("linears", "embedding", "head", "norms", "vision", "trained"), 0)
+    packed = set()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed.add(id(module.weight))
+            parts["linears"] += module.in_features * module.out_features
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts["trained"] += parameter.numel()
+        elif id(parameter) not in packed:
+            parts[_part_of(name)] += parameter.numel()
+    return parts
+
+
+def _part_of(name: str) -> str:
+    if "lm_head" in name:
+        return "head"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "vision" if re.search(r"visual|vision_model|connector", name) else "norms"

@@ -31,9 +31,9 @@ def _by_part(plan: JsonObject) -> Table:
     for name, size in plan["stays"].items():
         table.add_row(name, _mib(size))
     table.add_section()
-    for name, size in plan["phases"].items():
+    for name, size in plan["peaks"].items():
         most = " (the most)" if name == plan["phase"] else ""
-        table.add_row(f"{name}{most}", f"+ {_mib(size)}")
+        table.add_row(f"{name}{most}", _mib(size))
     table.add_section()
     table.add_row("live tensors at the most, with cuBLAS's workspace", _mib(plan["tensors"]))
     table.add_row("on the card, with slack and CUDA context", _mib(plan["card"]))
@@ -60,7 +60,7 @@ def _by_picture(plan: JsonObject) -> Table:
 
 def _by_card(plan: JsonObject) -> Table:
     table = Table(title="by card", title_justify="left")
-    for name in ("GiB", "fits", "largest picture", "lower first"):
+    for name in ("GiB", "fits", "room, GiB", "largest picture", "lower first"):
         table.add_column(name)
     for card in plan["cards"]:
         lower = " ".join(f"--set {override}" for override in card["lower"]) or "–"
@@ -68,7 +68,8 @@ def _by_card(plan: JsonObject) -> Table:
             lower = f"not enough, {_gib(card['lower_card'])} GiB at the least: {lower}"
         visual = card["largest_visual_tokens"]
         largest = f"{visual} visual tokens" if visual else "none"
-        table.add_row(f"{card['gib']:g}", "yes" if card["fits"] else "no", largest, lower)
+        fits = "yes" if card["fits"] else "no"
+        table.add_row(f"{card['gib']:g}", fits, _gib(card["room"]), largest, lower)
     return table
 
 

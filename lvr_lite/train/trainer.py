@@ -5,6 +5,7 @@ May import: torch, transformers, peft and what stands above `train`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -398,7 +399,8 @@ class LatentTrainer(transformers.Trainer):
             state = str(resume_from / "trainer_state.json")
             self.state = transformers.TrainerState.load_from_json(state)
         else:
-            with self.request:
+            # An error is a line of its own, not the rest of the progress bar's.
+            with saving(self.run.out), contextlib.closing(self.lines), self.request:
                 self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if self.agreed_signal and self.state.global_step < self.args.max_steps:
             saved = self.run.out / f"checkpoint-{self.state.global_step}"
@@ -498,6 +500,12 @@ class ShortLines(transformers.trainer_callback.ProgressCallback):
         """A line beside the progress bar, which the first process alone has."""
         if self.training_bar is not None:
             self.training_bar.write(line)
+
+    def close(self) -> None:
+        """End the bar's line, where training did not."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
 
 class WhenAsked(transformers.TrainerCallback):

@@ -104,7 +104,7 @@ def main() -> int:
     import_all()
     out = options.out.resolve()
     models = (options.models or out / "models").resolve()
-    world = World(out / "world", {})
+    world = World(out / "world", {}, ((models / "checkpoint").resolve(),))
     if options.replay:
         return _replay(options.replay, world, options.limit)
     originals.make_models(models)

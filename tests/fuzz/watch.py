@@ -107,10 +107,12 @@ class World:
 
     root: holds in/, out/, home/ and files that nobody may touch.
     bases: the folders that cases are made over, by name.
+    readable: folders beside the input that may be read: of a tuned checkpoint's base.
     """
 
     root: Path
     bases: dict[str, Path]
+    readable: tuple[Path, ...] = ()
 
     @property
     def source(self) -> Path:
@@ -338,7 +340,7 @@ class Guard:
         self._out = f"{os.path.realpath(world.out)}/"
         self._kind = kind
         places = [sys.prefix, sys.base_prefix, *sys.path, str(world.source), *SYSTEM]
-        places += [str(Path(__file__).parents[2])]
+        places += [str(Path(__file__).parents[2]), *map(str, world.readable)]
         self._readable = tuple(f"{os.path.realpath(place)}/" for place in places if place)
         self._secret = os.path.realpath(world.root / SECRET)
 

@@ -415,3 +415,13 @@ def test_another_number_of_threads_than_the_process_has_is_refused(small_fp32: P
         UsageError, match="threads 2: this process already runs ONNX Runtime with 1"
     ):
         OnnxRuntime(bundle, threads=2)
+
+
+def test_a_manifest_that_lacks_an_input_of_the_cache_is_refused(small_fp32: Path) -> None:
+    bundle = Bundle.open(small_fp32)
+    decoder = bundle.manifest.graphs["decoder"]
+    inputs = dict(decoder.inputs)
+    del inputs["past_key_values.0.value"]
+    graphs = {**bundle.manifest.graphs, "decoder": replace(decoder, inputs=inputs)}
+    with pytest.raises(BundleError, match=r"inputs has no past_key_values\.0\.value of float32"):
+        OnnxRuntime(bundle.with_manifest(graphs=graphs))

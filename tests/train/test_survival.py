@@ -671,3 +671,30 @@ def test_processes_agree_on_what_they_skip_and_on_where_they_stop(
     (skipped,) = [h for h in state["log_history"] if "skipped" in h]
     assert skipped["step"] == 1
     assert len(skipped["skipped"]) == 2
+
+
+def test_an_error_within_training_begins_a_line_of_its_own(
+    small_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: LatentTrainer) -> None:
+        raise LvrError("something went wrong")
+
+    before_step(monkeypatch, 2, fail)
+    with pytest.raises(LvrError, match="something went wrong"):
+        tune(small_checkpoint, tmp_path / "out")
+    # The command line prints the error's line next.
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_a_full_disk_that_names_no_file_is_said_with_the_runs_folder(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_: LatentTrainer) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before_step(monkeypatch, 2, fill)
+    with pytest.raises(OutputError, match=r"out: cannot be written \(No space left"):
+        tune(small_checkpoint, tmp_path / "out")

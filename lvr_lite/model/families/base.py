@@ -72,6 +72,9 @@ class ImageSpec:
             for value in values:
                 check_number(f"image.{name}", value)
         for name, value in self.own.items():
+            # A family may have switches among its sizes.
+            if isinstance(value, bool):
+                continue
             check_whole(f"image.{name}", value, 0, LARGEST_PICTURE)
 
     def to_json(self) -> dict[str, Any]:
