@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lvr_lite.config import load_settings
 from lvr_lite.data.sources import FileSource, open_source
 from lvr_lite.errors import DataError, NotFiniteError, StoppedError, UsageError
-from lvr_lite.generate import sampling
+from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import read_checkpoint
 from lvr_lite.toy.make import scene_samples
 from lvr_lite.train import load as nf4
@@ -345,15 +345,15 @@ def test_a_step_whose_rewards_are_not_finite_is_skipped_and_named(
 def test_a_step_whose_answers_are_drawn_from_nan_is_skipped(
     small_tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(logits: np.ndarray, *others: Any) -> int:
+    def broken(logits: torch.Tensor, *others: Any) -> list[int]:
         calls.append(1)
         if len(calls) == 1:
-            logits[:] = np.nan
+            logits[:] = torch.nan
         return draw(logits, *others)
 
     calls: list[int] = []
-    draw = sampling.sample
-    monkeypatch.setattr(sampling, "sample", broken)
+    draw = TorchRuntime.drawn
+    monkeypatch.setattr(TorchRuntime, "drawn", staticmethod(broken))
     metrics, _ = reinforce(small_tuned, tmp_path / "out", "train.steps=2")
     assert [entry["step"] for entry in metrics["skipped"]] == [1]
 
