@@ -647,7 +647,7 @@ def _copy(
     return into
 
 
-def _scalar(card: SimulatedCard, func: Any, tensor: CardTensor) -> Any:  # noqa: ARG001
+def _scalar(_: SimulatedCard, func: Any, tensor: CardTensor) -> Any:
     """A number for the host. Nobody knows it: false, zero, or a float of one."""
     known = tensor.known()
     return func(torch.zeros((), dtype=tensor.dtype) if known is None else known)
@@ -659,7 +659,7 @@ def _chosen(mask: CardTensor) -> torch.Tensor:
     return torch.ones(mask.shape, dtype=torch.bool) if known is None else known
 
 
-def _nonzero(card: SimulatedCard, func: Any, tensor: CardTensor) -> torch.Tensor:  # noqa: ARG001
+def _nonzero(card: SimulatedCard, _: Any, tensor: CardTensor) -> torch.Tensor:
     return card.made(_chosen(tensor).nonzero())
 
 
@@ -689,10 +689,7 @@ def _index(
 
 
 def _masked_select(
-    card: SimulatedCard,
-    func: Any,  # noqa: ARG001
-    tensor: CardTensor,
-    mask: CardTensor,
+    card: SimulatedCard, _: Any, tensor: CardTensor, mask: CardTensor
 ) -> torch.Tensor:
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
     places = _places(card, [mask.expand(shape)])
@@ -720,12 +717,7 @@ def _compared(card: SimulatedCard, func: Any, tensor: CardTensor, number: Any) -
     return torch.as_tensor(made)
 
 
-def _equal(
-    card: SimulatedCard,  # noqa: ARG001
-    func: Any,
-    one: torch.Tensor,
-    other: torch.Tensor,
-) -> bool:
+def _equal(_: SimulatedCard, func: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
     values = _values((one, other))
     return all(value is not None for value in values) and bool(func(*values))
 
@@ -756,12 +748,7 @@ def _product_in_4_bits(
         return torch.nn.functional.linear(rows, weight, bias)
 
 
-def _attention_alone(
-    card: SimulatedCard,
-    func: Any,  # noqa: ARG001
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
+def _attention_alone(card: SimulatedCard, _: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     with card.again():
         return _attention(*args, **kwargs)
 
