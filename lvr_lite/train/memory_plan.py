@@ -3,7 +3,8 @@
 May import: all that stands above `train`, and of it `memory`.
 
 What was asked for is traced whole. Other sizes of pictures and lower settings are traced twice,
-with SHALLOW layers: identical layers take identical bytes, so a phase's peak goes with their number.
+with SHALLOW layers: identical layers take identical bytes, so a phase's peak goes with their
+number.
 """
 
 from __future__ import annotations
