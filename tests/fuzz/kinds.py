@@ -38,7 +38,6 @@ INSPECT = ("inspect", "IN/model", "--json", "OUT/inspect.json")
 PROCESSOR = ("data", "preview", "IN/scenes/test.jsonl", "--out", "OUT/p.png", "--model", "IN/model")
 RUN = ("run", "IN/model", PICTURE, "what colour is the circle", "--look", "always")
 QUANTIZE = ("quantize", "IN/model", "OUT/int8")
-PLAN = ("finetune", "--model", "IN/model", "--plan")
 PLACES = (
     "../secret", "../../secret", "/etc/passwd", "", ".", "..", "/", "onnx", "decoder.onnx",
     "decoder.onnx_data", "../lvr.json", "../onnx/decoder.onnx_data", "x.onnx_data", "a\0b",
@@ -314,7 +313,7 @@ def tokenizers(draw: Draw, originals: Originals) -> Case:
     names = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
     name = draw(st.sampled_from((*names, "special_tokens_map.json")))
     data = originals.files.get(f"checkpoint/{name}", b'{"<|x|>": 7, "bos_token": "<|y|>"}')
-    return _of_checkpoint("tokenizers", name, draw(json_file(data)), PROCESSOR, PLAN)
+    return _of_checkpoint("tokenizers", name, draw(json_file(data)), PROCESSOR)
 
 
 TEMPLATES = (
@@ -359,7 +358,7 @@ def templates(draw: Draw, originals: Originals) -> Case:
 def configs(draw: Draw, originals: Originals) -> Case:
     name = draw(st.sampled_from(("config.json", "config.json", "generation_config.json")))
     changed = draw(json_file(originals.files[f"checkpoint/{name}"]))
-    commands: Commands = (INSPECT, PROCESSOR, PLAN)
+    commands: Commands = (INSPECT, PROCESSOR)
     if draw(st.integers(0, 5)) == 0:
         commands = (*commands, RUN)
     return _of_checkpoint("configs", name, changed, *commands)
@@ -372,7 +371,7 @@ def preprocessors(draw: Draw, originals: Originals) -> Case:
     if draw(st.integers(0, 3)) == 0:
         name = "processor_config.json"
         data = to_bytes({"image_processor": json.loads(data), "chat_template": "{{ messages }}"})
-    return _of_checkpoint("preprocessors", name, draw(json_file(data)), PROCESSOR, PLAN)
+    return _of_checkpoint("preprocessors", name, draw(json_file(data)), PROCESSOR)
 
 
 @st.composite
