@@ -1,5 +1,5 @@
-"""Peak memory of training, measured against the trace that `finetune --plan` is; weights are random,
-nothing is downloaded.
+"""Peak memory of training, measured against the trace that `finetune --plan` is; weights are
+random, nothing is downloaded.
 
 A CUDA card, with the sizes of Qwen2.5-VL-3B and Qwen2-VL-2B. The JSON also has what CONTEXT, SLACK
 and WORKSPACE of lvr_lite/train/memory.py stand for:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def multiply_adds(sft: LatentSFT, batch: Any) -> int:
     with FlopCounterMode(display=False) as tower, torch.no_grad():
         sft.core.model.get_image_features(batch["pixel_values"], batch["grid_thw"])
     sft.core.set_attn_implementation("sdpa")
-    return (whole.get_total_flops() - tower.get_total_flops()) // 2
+    return int(whole.get_total_flops() - tower.get_total_flops()) // 2
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -114,16 +115,11 @@ def drawing(rounds: int) -> dict[str, float]:
     found: dict[str, list[float]] = {"layer": [], "head": [], "draw": []}
     with torch.inference_mode():
         for _ in range(rounds):
-            embeds = states[:, None]
-            layer = seconds(
-                lambda embeds=embeds: model(inputs_embeds=embeds, position_ids=positions)
-            )
-            found["layer"].append(layer)
-            found["head"].append(seconds(lambda: head(states)))
-            logits = head(states)
-            found["draw"].append(
-                seconds(lambda logits=logits: TorchRuntime.drawn(logits, closed, at, 1.0, 1.0))
-            )
+            read = partial(model, inputs_embeds=states[:, None], position_ids=positions)
+            found["layer"].append(seconds(read))
+            found["head"].append(seconds(partial(head, states)))
+            draw = partial(TorchRuntime.drawn, head(states), closed, at, 1.0, 1.0)
+            found["draw"].append(seconds(draw))
     return {name: 1e3 * statistics.median(values) for name, values in found.items()}
 
 
@@ -137,7 +133,7 @@ def main(
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for number in range(rounds + 1):
         for method in METHODS[:: 1 if number % 2 else -1]:
-            taken = seconds(lambda method=method: one_step(*steps[method]))
+            taken = seconds(partial(one_step, *steps[method]))
             # The first round warms up.
             if number:
                 times[method].append(taken)

@@ -1,6 +1,6 @@
 """Whether two texts are the same mathematical expression, decided exactly and within bounds.
 
-May import: the standard library.
+May import: the standard library and `quotients`.
 
     same_value("2x + 2", r"$2 \\cdot (x + 1)$")    True
     same_value("9^9^9^9", "9")                     False: too large to decide
@@ -21,7 +21,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isqrt
+
+from lvr_lite.train.quotients import EXPONENT, Algebra, Quotient, UndecidedError
 
 # Characters of an expression, and of a text that holds one in tags or in a box.
 LENGTH = 400
@@ -29,15 +30,6 @@ WHOLE = 20_000
 # Parentheses within parentheses, digits of a number as it is written.
 DEPTH = 24
 DIGITS = 40
-# Of each power and number: its exponent, and the bits of a coefficient.
-EXPONENT = 1000
-BITS = 2000
-# Terms of a polynomial, and products of terms of a whole comparison.
-TERMS = 100
-PRODUCTS = 5000
-# Primes up to this bound are taken out of square roots.
-LARGEST_PRIME = 1000
-
 FUNCTIONS = ("abs", "arccos", "arcsin", "arctan", "cos", "exp", "ln", "log", "sin", "sqrt", "tan")
 # What stands for an operator or a constant, in unicode and in LaTeX.
 WRITTEN = {
@@ -69,34 +61,6 @@ TOKEN = re.compile(
 )
 NAME = re.compile(r"\s*[A-Za-z][A-Za-z0-9_]*\s*(?:\(\s*[A-Za-z]\s*\))?\s*")
 
-# Sorted (variable, exponent) pairs; and the coefficient of each.
-Monomial = tuple[tuple[str, int], ...]
-Polynomial = dict[Monomial, Fraction]
-ONE: Polynomial = {(): Fraction(1)}
-
-
-class _UndecidedError(Exception):
-    """The text is no expression, or one beyond the limits."""
-
-
-@dataclass(frozen=True)
-class Quotient:
-    """top / bottom; bottom is not 0."""
-
-    top: Polynomial
-    bottom: Polynomial
-
-    @property
-    def constant(self) -> Fraction | None:
-        """Its value where it has no variable."""
-        if self.bottom != ONE or any(monomial for monomial in self.top):
-            return None
-        return self.top.get((), Fraction(0))
-
-    def key(self) -> str:
-        """Tells it from others; that of equal ones may differ."""
-        return f"{sorted(self.top.items())}/{sorted(self.bottom.items())}"
-
 
 def same_value(one: str, other: str) -> bool:
     """Whether two texts are equal as expressions, "x = 4" and "4" among them.
@@ -106,12 +70,12 @@ def same_value(one: str, other: str) -> bool:
     if _is_prose(one) and _is_prose(other):
         # Products of letters know no order, and words do.
         return False
-    algebra = _Algebra()
+    algebra = Algebra()
     try:
         left = _Statement.read(one, algebra)
         right = _Statement.read(other, algebra)
         return left.agrees(right)
-    except _UndecidedError:
+    except UndecidedError:
         return False
 
 
@@ -132,16 +96,16 @@ class _Statement:
     difference: left less right, where there are two sides.
     """
 
-    algebra: _Algebra
+    algebra: Algebra
     name: str | None
     value: Quotient | None
     difference: Quotient | None
 
     @classmethod
-    def read(cls, text: str, algebra: _Algebra) -> _Statement:
+    def read(cls, text: str, algebra: Algebra) -> _Statement:
         sides = _plain(text).split("=")
         if len(sides) > 4:
-            raise _UndecidedError
+            raise UndecidedError
         named = len(sides) > 1 and NAME.fullmatch(sides[0]) is not None
         name = "".join(sides[0].split()) if named else None
         values = [_Parser(side, algebra).read() for side in sides[named:]]
@@ -169,7 +133,7 @@ class _Statement:
 def _plain(text: str) -> str:
     """The expression of a text: what stands in its tags or its last box, with plain operators."""
     if len(text) > WHOLE:
-        raise _UndecidedError
+        raise UndecidedError
     tagged = TAGGED.search(text)
     text = tagged.group(1) if tagged else text
     *_, boxed = [None, *BOXED.finditer(text)]
@@ -177,12 +141,12 @@ def _plain(text: str) -> str:
         text = text[boxed.end() : _end_of_group(text, boxed.end())]
     text = text.strip().rstrip(".,;:!?").strip()
     if len(text) > LENGTH:
-        raise _UndecidedError
+        raise UndecidedError
     text = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", LOOKS.sub(" ", text.replace("\\%", "%")))
     for written, plain in WRITTEN.items():
         text = text.replace(written, plain)
     if len(text) > 2 * LENGTH:
-        raise _UndecidedError
+        raise UndecidedError
     return text
 
 
@@ -194,193 +158,6 @@ def _end_of_group(text: str, start: int) -> int:
         if depth == 0:
             return place
     return len(text)
-
-
-# --------------------------------------------------------------------------------------------------
-# arithmetic
-
-
-class _Algebra:
-    """Arithmetic of quotients with one budget of work.
-
-    radicands: of the variables that stand for square roots, what their square is.
-    """
-
-    def __init__(self) -> None:
-        self.products = 0
-        self.radicands: dict[str, Polynomial] = {}
-
-    def number(self, value: Fraction) -> Quotient:
-        return Quotient(self._checked({(): value}), ONE)
-
-    def variable(self, name: str) -> Quotient:
-        return Quotient({((name, 1),): Fraction(1)}, ONE)
-
-    def equal(self, one: Quotient, other: Quotient) -> bool:
-        return self._times(one.top, other.bottom) == self._times(other.top, one.bottom)
-
-    def negative(self, value: Quotient) -> Quotient:
-        return Quotient({monomial: -factor for monomial, factor in value.top.items()}, value.bottom)
-
-    def add(self, one: Quotient, other: Quotient) -> Quotient:
-        if one.bottom == other.bottom:
-            return Quotient(self._plus(one.top, other.top), one.bottom)
-        left = self._times(one.top, other.bottom)
-        right = self._times(other.top, one.bottom)
-        return self._quotient(self._plus(left, right), self._times(one.bottom, other.bottom))
-
-    def multiply(self, one: Quotient, other: Quotient) -> Quotient:
-        top = self._times(one.top, other.top)
-        return self._quotient(top, self._times(one.bottom, other.bottom))
-
-    def divide(self, one: Quotient, other: Quotient) -> Quotient:
-        if not other.top:
-            raise _UndecidedError
-        top = self._times(one.top, other.bottom)
-        return self._quotient(top, self._times(one.bottom, other.top))
-
-    def power(self, base: Quotient, exponent: Quotient) -> Quotient:
-        number = exponent.constant
-        if number is None:
-            return self.function("^", base, exponent)
-        if abs(number) > EXPONENT:
-            raise _UndecidedError
-        if number.denominator == 2:
-            base = self.square_root(base)
-        elif number.denominator > 2:
-            base = self._root(base, number.denominator)
-        whole = self._whole_power(base, abs(number.numerator))
-        return whole if number >= 0 else self.divide(self.number(Fraction(1)), whole)
-
-    def function(self, name: str, *arguments: Quotient) -> Quotient:
-        """A variable for a function's value."""
-        if name == "sqrt":
-            return self.square_root(arguments[0])
-        key = f"{name}({', '.join(argument.key() for argument in arguments)})"
-        if len(key) > 10 * LENGTH:
-            raise _UndecidedError
-        return self.variable(key)
-
-    def square_root(self, value: Quotient) -> Quotient:
-        """Raises _UndecidedError for that of a negative number, and of a quotient of variables."""
-        if value.bottom != ONE:
-            raise _UndecidedError
-        number = value.constant
-        if number is None:
-            return self._root_variable(value.top)
-        if number < 0:
-            raise _UndecidedError
-        # sqrt(2/3) = sqrt(6)/3
-        outside, inside = _squares_apart(number.numerator * number.denominator)
-        root = self.number(Fraction(outside, number.denominator))
-        for prime in inside:
-            root = self.multiply(root, self._root_variable({(): Fraction(prime)}))
-        return root
-
-    def _root_variable(self, radicand: Polynomial) -> Quotient:
-        root = self.function("root", Quotient(radicand, ONE))
-        ((((name, _),), _),) = root.top.items()
-        self.radicands[name] = radicand
-        return root
-
-    def _root(self, value: Quotient, degree: int) -> Quotient:
-        """The root of a number that has a rational one."""
-        number = value.constant
-        if number is None or number < 0 or degree > 10:
-            raise _UndecidedError
-        parts = [round(part ** (1 / degree)) for part in _as_floats(number)]
-        root = Fraction(parts[0], max(1, parts[1]))
-        if root**degree != number:
-            raise _UndecidedError
-        return self.number(root)
-
-    def _whole_power(self, base: Quotient, exponent: int) -> Quotient:
-        result = self.number(Fraction(1))
-        while exponent:
-            if exponent & 1:
-                result = self.multiply(result, base)
-            exponent >>= 1
-            if exponent:
-                base = self.multiply(base, base)
-        return result
-
-    def _quotient(self, top: Polynomial, bottom: Polynomial) -> Quotient:
-        """A number below the line goes above it."""
-        if list(bottom) != [()]:
-            return Quotient(top, bottom)
-        factor = 1 / bottom[()]
-        return Quotient(self._times(top, {(): factor}), ONE)
-
-    def _plus(self, one: Polynomial, other: Polynomial) -> Polynomial:
-        total = dict(one)
-        for monomial, factor in other.items():
-            total[monomial] = total.get(monomial, Fraction(0)) + factor
-        return self._checked(total)
-
-    def _times(self, one: Polynomial, other: Polynomial) -> Polynomial:
-        self.products += len(one) * len(other)
-        if self.products > PRODUCTS:
-            raise _UndecidedError
-        total: Polynomial = {}
-        for left, factor in one.items():
-            for right, other_factor in other.items():
-                monomial, roots = self._joined(left, right)
-                product = {monomial: factor * other_factor}
-                for radicand in roots:
-                    product = self._times(product, radicand)
-                for part, value in product.items():
-                    total[part] = total.get(part, Fraction(0)) + value
-        return self._checked(total)
-
-    def _joined(self, one: Monomial, other: Monomial) -> tuple[Monomial, list[Polynomial]]:
-        """The product of two monomials, and what the squares of roots in it are."""
-        exponents = dict(one)
-        for name, exponent in other:
-            exponents[name] = exponents.get(name, 0) + exponent
-        roots: list[Polynomial] = []
-        for name in [name for name in exponents if name in self.radicands]:
-            whole, exponents[name] = divmod(exponents[name], 2)
-            roots += [self.radicands[name]] * whole
-        if sum(exponents.values()) > EXPONENT:
-            raise _UndecidedError
-        return tuple(sorted((name, e) for name, e in exponents.items() if e)), roots
-
-    def _checked(self, polynomial: Polynomial) -> Polynomial:
-        kept = {monomial: factor for monomial, factor in polynomial.items() if factor}
-        if len(kept) > TERMS:
-            raise _UndecidedError
-        for factor in kept.values():
-            if factor.numerator.bit_length() + factor.denominator.bit_length() > BITS:
-                raise _UndecidedError
-        return kept
-
-
-def _as_floats(number: Fraction) -> tuple[float, float]:
-    try:
-        return float(number.numerator), float(number.denominator)
-    except OverflowError as error:
-        raise _UndecidedError from error
-
-
-def _squares_apart(number: int) -> tuple[int, list[int]]:
-    """(root of the squares in it, primes that are left): 12 is (2, [3]). What is left after
-    division by small primes counts as one prime.
-    """
-    if number == 0:
-        return 0, []
-    outside = 1
-    inside: list[int] = []
-    for prime in range(2, LARGEST_PRIME):
-        while number % (prime * prime) == 0:
-            number //= prime * prime
-            outside *= prime
-        if number % prime == 0:
-            number //= prime
-            inside.append(prime)
-    root = isqrt(number)
-    if root * root == number:
-        return outside * root, inside
-    return outside, [*inside, number]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,7 +173,7 @@ class _Parser:
     atom         a number, a name, a function of an atom, an expression in parentheses
     """
 
-    def __init__(self, text: str, algebra: _Algebra) -> None:
+    def __init__(self, text: str, algebra: Algebra) -> None:
         self._tokens = _tokens(text)
         self._place = 0
         self._depth = 0
@@ -405,7 +182,7 @@ class _Parser:
     def read(self) -> Quotient:
         value = self._expression()
         if self._kind != "end":
-            raise _UndecidedError
+            raise UndecidedError
         return value
 
     @property
@@ -426,7 +203,7 @@ class _Parser:
     def _deeper(self, read: Callable[[], Quotient]) -> Quotient:
         self._depth += 1
         if self._depth > DEPTH:
-            raise _UndecidedError
+            raise UndecidedError
         value = read()
         self._depth -= 1
         return value
@@ -455,9 +232,9 @@ class _Parser:
         """Whether what follows is a factor without a sign before it."""
         # "3 4" is no product, and words one after the other are prose.
         if self._kind == "number":
-            raise _UndecidedError
+            raise UndecidedError
         if self._kind == "name" and before[0] == "name" and len(before[1]) > 2 < len(self._text):
-            raise _UndecidedError
+            raise UndecidedError
         return self._kind in ("name", "function", "fraction") or (
             self._kind == "sign" and self._text == "("
         )
@@ -492,10 +269,10 @@ class _Parser:
             top = self._factor()
             return self._algebra.divide(top, self._factor())
         if (kind, text) != ("sign", "("):
-            raise _UndecidedError
+            raise UndecidedError
         value = self._deeper(self._expression)
         if not self._take(")"):
-            raise _UndecidedError
+            raise UndecidedError
         return value
 
     def _call(self, name: str) -> Quotient:
@@ -513,7 +290,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     while place < len(text):
         match = TOKEN.match(text, place)
         if match is None:
-            raise _UndecidedError
+            raise UndecidedError
         place = match.end()
         kind = str(match.lastgroup)
         word = match[kind]
@@ -547,6 +324,6 @@ def _names(word: str) -> list[tuple[str, str]]:
 def _number(text: str) -> Fraction:
     mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     if len(mantissa) > DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > EXPONENT:
-        raise _UndecidedError
+        raise UndecidedError
     value = Fraction(f"0{mantissa}0" if "." in mantissa else mantissa)
     return value * Fraction(10) ** int(exponent or 0)

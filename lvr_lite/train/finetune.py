@@ -20,6 +20,7 @@ from lvr_lite.export.weights import check_names
 from lvr_lite.generate.torch import TorchRuntime, visual_tokens
 from lvr_lite.model.checkpoint import Checkpoint
 from lvr_lite.train.batches import Collator, LengthGrouped
+from lvr_lite.train.device import training_device, training_dtype
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import adapted, kept_tokens, load_base
 from lvr_lite.train.out_of_memory import told_in_one_line
@@ -32,7 +33,7 @@ from lvr_lite.train.run_folder import (
     run_folder,
 )
 from lvr_lite.train.sft import LatentSFT
-from lvr_lite.train.trainer import LatentTrainer, Named, Run, training_device, training_dtype
+from lvr_lite.train.trainer import LatentTrainer, Named, Run
 
 # Samples whose visual tokens give the norm that norm-matched feedback takes.
 NORM_SAMPLES = 32

@@ -34,6 +34,7 @@ from lvr_lite.generate.decode import Decoding, Options, Prompt, Result, decode
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.generate.torch import TorchRuntime
 from lvr_lite.model.checkpoint import Checkpoint
+from lvr_lite.train.device import training_device, training_dtype
 from lvr_lite.train.examples import load_examples
 from lvr_lite.train.load import kept_tokens, load_to_reinforce
 from lvr_lite.train.out_of_memory import told_in_one_line
@@ -47,7 +48,7 @@ from lvr_lite.train.run_folder import (
     resume_point,
     run_folder,
 )
-from lvr_lite.train.trainer import LatentTrainer, Run, training_device, training_dtype
+from lvr_lite.train.trainer import LatentTrainer, Run
 
 # A standard deviation of rewards below this tells nothing.
 FLAT = 1e-6

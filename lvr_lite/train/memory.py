@@ -200,7 +200,7 @@ class LooksAndGoesOn(TorchRuntime):
         if self._seen is None:
             self._seen = super().encode(pixel_values, grids)
             return self._seen
-        return self._seen * np.float32(self._random.uniform(0.5, 1.0))
+        return np.asarray(self._seen * np.float32(self._random.uniform(0.5, 1.0)))
 
     def start(self, batch: int, capacity: int) -> None:
         super().start(batch, capacity)
@@ -214,7 +214,7 @@ class LooksAndGoesOn(TorchRuntime):
             self._stepped = super().step(embeds, positions)
         # Rows that are fed the same give the same, as real ones do.
         _, same = distinct(row.tobytes() for row in embeds)
-        return self._stepped[same] * np.float32(self._random.uniform(0.5, 1.0))
+        return np.asarray(self._stepped[same] * np.float32(self._random.uniform(0.5, 1.0)))
 
     def _fill(self) -> None:
         """The K/V of all columns but the last that there is room for."""
@@ -387,9 +387,10 @@ class Meter(Protocol):
     """
 
     device: torch.device
-    now: int
     peaks: dict[str, int]
 
+    @property
+    def now(self) -> int: ...
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]: ...
     def autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]: ...
 

@@ -2,8 +2,9 @@
 
 May import: all that stands above `train`, and of it `memory`.
 
-What was asked for is traced whole. Other sizes of pictures and lower settings are traced twice, with
-SHALLOW layers: identical layers take identical bytes, so a phase's peak goes with their number.
+What was asked for is traced whole. Other sizes of pictures and lower settings are traced twice,
+with SHALLOW layers: identical layers take identical bytes, so a phase's peak goes with their
+number.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Estimate:
 def shallow(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     """The same model with so many layers in its language model, and few in its vision tower."""
     config = copy.deepcopy(checkpoint.config)
-    text = config["text_config"] if "text_config" in config else config
+    text = config.get("text_config", config)
     text["num_hidden_layers"] = min(layers, text["num_hidden_layers"])
     if "layer_types" in text:
         text["layer_types"] = text["layer_types"][:layers]
@@ -141,7 +142,7 @@ def _deepened(few: Trace, more: Trace, plan: Plan) -> tuple[dict[str, float], fl
     """Peaks by phase, and `saved`, of the whole model, from two that have fewer layers."""
     config = plan.checkpoint.config
     layers = config.get("text_config", config)["num_hidden_layers"]
-    times = layers - SHALLOW[0]
+    times = int(layers) - SHALLOW[0]
 
     def deeper(one: float, other: float) -> float:
         return one + (other - one) * times

@@ -93,7 +93,7 @@ class CardTensor(torch.Tensor):
     def data(self) -> torch.Tensor:
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
 
-    @data.setter
+    @data.setter  # type: ignore[override]
     def data(self, other: CardTensor) -> None:
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.meta = other.meta
@@ -102,11 +102,11 @@ class CardTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CardTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -209,7 +209,9 @@ WIDER = (
 def _register_autocast(library: torch.library.Library, name: str, lower: bool) -> None:
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(aten, packet), overload or "default")
-    without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    # torch's stubs do not know the key.
+    key: Any = torch._C.DispatchKey
+    without = torch._C.DispatchKeySet(key.AutocastPrivateUse1)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(NAME) if lower else torch.float32
@@ -273,10 +275,10 @@ def _attention(
         attn_mask = attn_mask.to(query.dtype).expand(shape)
     trained = any(tensor.requires_grad for tensor in (query, key, value))
     needs_grad = torch.is_grad_enabled() and trained
-    result = torch._scaled_dot_product_efficient_attention(
+    efficient = torch._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
     )
-    return torch.as_tensor(result[0])
+    return torch.as_tensor(efficient[0])
 
 
 # ---------------------------------------------------------------------------------------- the card
@@ -442,7 +444,7 @@ class SimulatedCard(TorchDispatchMode):
             named = {name: _values(value) for name, value in kwargs.items()}
             return func(*values, **named)
         for tensor in written:
-            tensor.meta.untyped_storage().unknown = True
+            tensor.meta.untyped_storage().unknown = True  # type: ignore[attr-defined]
         return None
 
     def _wrapped(self, made: Any, value: Any, own: _Arguments) -> Any:
@@ -464,7 +466,7 @@ class SimulatedCard(TorchDispatchMode):
         """A storage counts from now on until it is gone."""
         if getattr(storage, "counted", False):
             return
-        storage.counted = True
+        storage.counted = True  # type: ignore[attr-defined]
         size = -(-storage.nbytes() // GRAIN) * GRAIN
         if paged:
             self.paged += size
@@ -645,7 +647,7 @@ def _copy(
     return into
 
 
-def _scalar(card: SimulatedCard, func: Any, tensor: CardTensor) -> Any:
+def _scalar(_: SimulatedCard, func: Any, tensor: CardTensor) -> Any:
     """A number for the host. Nobody knows it: false, zero, or a float of one."""
     known = tensor.known()
     return func(torch.zeros((), dtype=tensor.dtype) if known is None else known)
@@ -657,7 +659,7 @@ def _chosen(mask: CardTensor) -> torch.Tensor:
     return torch.ones(mask.shape, dtype=torch.bool) if known is None else known
 
 
-def _nonzero(card: SimulatedCard, func: Any, tensor: CardTensor) -> torch.Tensor:
+def _nonzero(card: SimulatedCard, _: Any, tensor: CardTensor) -> torch.Tensor:
     return card.made(_chosen(tensor).nonzero())
 
 
@@ -687,7 +689,7 @@ def _index(
 
 
 def _masked_select(
-    card: SimulatedCard, func: Any, tensor: CardTensor, mask: CardTensor
+    card: SimulatedCard, _: Any, tensor: CardTensor, mask: CardTensor
 ) -> torch.Tensor:
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
     places = _places(card, [mask.expand(shape)])
@@ -715,7 +717,7 @@ def _compared(card: SimulatedCard, func: Any, tensor: CardTensor, number: Any) -
     return torch.as_tensor(made)
 
 
-def _equal(card: SimulatedCard, func: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
+def _equal(_: SimulatedCard, func: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
     values = _values((one, other))
     return all(value is not None for value in values) and bool(func(*values))
 
@@ -746,7 +748,7 @@ def _product_in_4_bits(
         return torch.nn.functional.linear(rows, weight, bias)
 
 
-def _attention_alone(card: SimulatedCard, func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _attention_alone(card: SimulatedCard, _: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     with card.again():
         return _attention(*args, **kwargs)
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 from lvr_lite.config import Settings
 from lvr_lite.data.sources import Item, Source
-from lvr_lite.errors import NotFiniteError, StoppedError, UsageError
+from lvr_lite.errors import NotFiniteError, StoppedError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.files import JsonObject, saving
 from lvr_lite.generate.runtime import Runtime
 from lvr_lite.model.checkpoint import ADAPTER, Checkpoint
-from lvr_lite.system import peak_rss_mb
 from lvr_lite.train.batches import Collator
+from lvr_lite.train.device import peak_gb
 from lvr_lite.train.run_folder import (
     last_whole_checkpoint,
     loading,
@@ -50,56 +50,6 @@ NAMED = 8
 QUIET = re.compile(
     r"epoch|grad_norm|learning_rate|total_flos|train_.*|eval_(runtime|.*_per_second)"
 )
-
-
-# ------------------------------------------------------------------------------------- device
-
-
-def local_rank() -> int:
-    """The number of this process among those of its machine that train together."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def training_device() -> str:
-    """The GPU of this process, or "cpu"."""
-    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
-
-
-def computes_in_bf16(device: str) -> bool:
-    """Whether bf16 is the machine's fast type: cards from compute capability 8.0 on (older ones
-    emulate it, and torch calls that supported), and CPUs with AVX512_BF16 or AMX.
-    """
-    if device.startswith("cuda"):
-        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def training_dtype(settings: Settings, device: str) -> torch.dtype:
-    """What the base is held in and computed with. "auto" takes bf16 where it is the machine's fast
-    type, else fp16 on a card and fp32 on a CPU.
-
-    Raises UsageError for fp16 on a CPU.
-    """
-    on_card = device.startswith("cuda")
-    precision = settings.train.precision
-    if precision == "fp16" and not on_card:
-        raise UsageError(
-            "train.precision=fp16 is for cards, and no card is used here; set bf16, fp32 or auto"
-        )
-    if precision == "auto":
-        fallback = "fp16" if on_card else "fp32"
-        precision = "bf16" if computes_in_bf16(device) else fallback
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
-def peak_gb(device: str) -> float:
-    """Peak memory in GiB: of the card's tensors, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return (peak_rss_mb() or 0.0) / 2**10
-
-
-# ------------------------------------------------------------------------------------- trainer
 
 
 def training_arguments(
@@ -482,6 +432,8 @@ def _listed(samples: list[str]) -> str:
 
 class ShortLines(transformers.trainer_callback.ProgressCallback):
     """The progress bar, with one short line a log instead of a dictionary."""
+
+    training_bar: Any
 
     def on_log(
         self,

@@ -26,6 +26,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from hypothesis.strategies import SearchStrategy
 
 from tests.fuzz import originals, watch
 from tests.fuzz.actions import act, import_all, warm_up
@@ -148,7 +149,9 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _batch(fuzzing: Fuzzing, kind: str, strategy: object, name: str, count: int) -> None:
+def _batch(
+    fuzzing: Fuzzing, kind: str, strategy: SearchStrategy[Case], name: str, count: int
+) -> None:
     """So many inputs of a kind, the same for the same name."""
 
     @seeded(zlib.crc32(name.encode()))

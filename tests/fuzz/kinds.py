@@ -64,7 +64,7 @@ def pictures(draw: Draw, originals: Originals) -> Case:
         name = "a.png"
     endings = ("png", "jpg", "webp", "bmp", "gif", "tiff", "avif", name.rpartition(".")[2])
     name = f"a.{draw(st.sampled_from(endings))}"
-    line = {"id": "1", "image": name, "question": "what?", "answer": "x"}
+    line: dict[str, object] = {"id": "1", "image": name, "question": "what?", "answer": "x"}
     line |= {"boxes": [[0.1, 0.1, 0.9, 0.9]]}
     files = {f"in/{name}": data, "in/s.jsonl": json.dumps(line).encode()}
     preview = ("data", "preview", "IN/s.jsonl", "--out", "OUT/p.png")
@@ -359,7 +359,7 @@ def templates(draw: Draw, originals: Originals) -> Case:
 def configs(draw: Draw, originals: Originals) -> Case:
     name = draw(st.sampled_from(("config.json", "config.json", "generation_config.json")))
     changed = draw(json_file(originals.files[f"checkpoint/{name}"]))
-    commands = (INSPECT, PROCESSOR, PLAN)
+    commands: Commands = (INSPECT, PROCESSOR, PLAN)
     if draw(st.integers(0, 5)) == 0:
         commands = (*commands, RUN)
     return _of_checkpoint("configs", name, changed, *commands)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
 
-Draw = Callable[[st.SearchStrategy[Any]], Any]
+Draw = st.DrawFn
 # Where one value inside a JSON value stands: keys and indices from the top.
 Path = tuple["str | int", ...]
 

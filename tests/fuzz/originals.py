@@ -167,14 +167,14 @@ def pictures() -> dict[str, bytes]:
                 files[f"{form}-{mode.replace(';', '')}.{form.lower()}"] = data
     frames = [drawn.rotate(turn) for turn in range(0, 80, 2)]
     for form in ("GIF", "WEBP", "TIFF", "PNG"):
-        data = io.BytesIO()
-        frames[0].save(data, form, save_all=True, append_images=frames[1:])
-        files[f"{form}-frames.{form.lower()}"] = data.getvalue()
+        file = io.BytesIO()
+        frames[0].save(file, form, save_all=True, append_images=frames[1:])
+        files[f"{form}-frames.{form.lower()}"] = file.getvalue()
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = io.BytesIO()
-    drawn.save(data, "JPEG", exif=exif)
-    files["JPEG-turned.jpeg"] = data.getvalue()
+    file = io.BytesIO()
+    drawn.save(file, "JPEG", exif=exif)
+    files["JPEG-turned.jpeg"] = file.getvalue()
     return files
 
 

@@ -158,7 +158,7 @@ class World:
     def untouchable(self) -> dict[str, tuple[int, ...]]:
         """Identity and time of change of every file but those in out/."""
         places = [self.root, *self.bases.values()]
-        states = {}
+        states: dict[str, tuple[int, ...]] = {}
         for path in (p for place in places for p in _files(place)):
             if path.is_relative_to(self.out):
                 continue

@@ -20,7 +20,7 @@ from lvr_lite.export.synthetic import shape_of
 from lvr_lite.generate import torch as torch_runtime
 from lvr_lite.model.checkpoint import Checkpoint, read_checkpoint
 from lvr_lite.model.spec import LatentSpec
-from lvr_lite.train import memory, policy, sft
+from lvr_lite.train import memory, methods, policy, sft
 from lvr_lite.train.memory import GIB, trace_finetune, trace_grpo
 from lvr_lite.train.memory_plan import shallow
 from lvr_lite.train.simulated import WrongDeviceError
@@ -190,7 +190,7 @@ def test_a_wrong_device_in_scoring_answers_is_noticed(
     tuned = replace(checkpoint, latent=LatentSpec(2))
     settings = load_settings(None, ["grpo.group=2", "grpo.rows=2", *SMALL])
     trace_grpo(tuned, settings)
-    real = policy.as_wide
+    real = methods.as_wide
     monkeypatch.setattr(policy, "as_wide", lambda vectors, like: real(on_cpu(vectors), like))
     with pytest.raises((WrongDeviceError, RuntimeError), match=r"device|cpu"):
         trace_grpo(tuned, settings)

@@ -1400,7 +1400,7 @@ def multiply_adds(
     with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
         patch.setattr(module, "visual_tokens", lambda *_: features)
         sft(**batch)["loss"].backward()
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def test_a_step_with_gradient_checkpointing_costs_what_plain_tuning_costs(

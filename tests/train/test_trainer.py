@@ -9,7 +9,8 @@ import torch
 
 from lvr_lite.config import load_settings
 from lvr_lite.errors import UsageError
-from lvr_lite.train.trainer import training_arguments, training_dtype
+from lvr_lite.train.device import training_dtype
+from lvr_lite.train.trainer import training_arguments
 
 
 @pytest.mark.parametrize(
