@@ -115,7 +115,7 @@ def test_an_unknown_key_is_named_with_its_file_and_what_is_known(
         ("latent.warmup=half", "latent.warmup must be float, not 'half'"),
         ("train.dequantize=true", "train.dequantize must be one of auto, never, not True"),
         ("data.eval_file=[a]", "data.eval_file must be str or nothing, not ['a']"),
-        ("train.precision=fp16", "train.precision must be one of auto, bf16, fp32, not 'fp16'"),
+        ("train.precision=fp8", "train.precision must be one of auto, bf16, fp16, fp32, not 'fp8'"),
         ("train=3", "train is a section; write train.key"),
     ],
 )

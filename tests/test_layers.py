@@ -59,8 +59,10 @@ def is_for_devices(name: str) -> bool:
     """Whether a module must not need the workshop's packages when it is imported."""
     workshop = ("export", "train", "quant", "experiments", "optimum_register", "__main__")
     own = (
-        *("lvr_lite.generate.torch", "lvr_lite.generate.kept_tokens"),
-        *("lvr_lite.toy.build", "lvr_lite.toy.pretrain"),
+        "lvr_lite.generate.torch",
+        "lvr_lite.generate.kept_tokens",
+        "lvr_lite.toy.build",
+        "lvr_lite.toy.pretrain",
     )
     return part(name) not in workshop and name not in own
 
