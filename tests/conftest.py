@@ -72,6 +72,14 @@ def ctrl_c() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def card_is_known() -> None:
+    """torch learns of the simulated card before any test goes backward, and never after."""
+    from lvr_lite.train.simulated import register
+
+    register()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """ONNX Runtime's pool of threads is the process's: the first test would size it for all."""
     from lvr_lite.generate.onnx import share_pools

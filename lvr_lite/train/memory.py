@@ -32,6 +32,7 @@ from PIL import Image
 from lvr_lite.config import Settings
 from lvr_lite.data.samples import Sample
 from lvr_lite.data.sources import Item
+from lvr_lite.errors import LvrError
 from lvr_lite.eval.suite import accuracy_on
 from lvr_lite.export.weights import model_on_meta
 from lvr_lite.generate.torch import SharedColumns, TorchRuntime, distinct
@@ -477,7 +478,7 @@ class Stepper:
         """From a loss to new weights. before: live bytes, when its forward pass began."""
         self.saved = self.meter.now - before
         with self.meter.phase("backward"):
-            loss.backward()
+            _backward(loss)
         with self.meter.phase("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.trained, self.settings.train.max_grad_norm)
             self.optimizer.step()
@@ -490,6 +491,23 @@ class Stepper:
         runtime = LooksAndGoesOn(self.model.eval(), self.checkpoint)
         with self.meter.phase("evaluation"):
             accuracy_on(runtime, items, [sample.answer for sample, _ in items])
+
+
+# What torch says where its threads were made before the card was known (`simulated.register`).
+WITHOUT_THREAD = "device_ready_queues_"
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """Raises LvrError in a process that has trained before it knew the card."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if WITHOUT_THREAD not in str(error):
+            raise
+        raise LvrError(
+            "a plan cannot be made in a process that has trained already: torch knows no new "
+            "device then; make it first, or run --plan on the command line"
+        ) from error
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

@@ -168,8 +168,12 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):  # type: ignore[misc, name-defined]
 _libraries: list[torch.library.Library] = []
 
 
-def _register() -> None:
-    """Make the device known to torch, once a process."""
+def register() -> None:
+    """Make the device known to torch, once a process.
+
+    It must come before the first backward pass of the process: torch makes a thread for each device
+    that it knows then, and none later.
+    """
     if _libraries:
         return
     _setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
@@ -298,7 +302,7 @@ class SimulatedCard(TorchDispatchMode):
     def __init__(self, flash: Sequence[torch.dtype] = FLASH) -> None:
         """flash: the types in which attention without a mask is flash attention."""
         super().__init__()
-        _register()
+        register()
         self.flash = flash
         self.device = torch.device(NAME, 0)
         self.now = 0

@@ -74,7 +74,7 @@ def models(small_checkpoint: Path, small_tuned: Path, small_fp32: Path, tmp_path
 
 def test_a_short_run_of_all_kinds_finds_nothing(models: Path, tmp_path: Path) -> None:
     done = run(
-        "tests.fuzz", "--inputs", 110, "--out", tmp_path / "out", "--models", models, "--batch", 10
+        "tests.fuzz", "--inputs", 110, "--out", tmp_path / "out", "--models", models, "--batch", 5
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out" / "fuzz.json").read_text())
