@@ -118,7 +118,9 @@ def test_the_command_prints_and_writes_the_plan_and_touches_nothing(
 
 
 def test_a_card_that_is_too_small_is_said_to_be() -> None:
-    overrides = ("data.eval_count=2", "max_pixels=50176")
+    # All is at its lowest: each setting that could be lowered would be traced.
+    lowest = ("train.batch=1", "lora.rank=4", "train.optimizer=paged_adamw_8bit")
+    overrides = ("data.eval_count=2", "max_pixels=50176", *lowest)
     plan = plan_finetune("tiny", TrainOptions(overrides=overrides), vram=0.3)
     (card,) = plan["cards"]
     assert not card["fits"]
