@@ -121,9 +121,18 @@ def is_whole(path: Path) -> bool:
 
 
 def once(result: Path, *arguments: object, log: Path, threads: int | None = None) -> None:
-    """`run`, unless an earlier run has finished `result`, the file that the command writes last."""
+    """`run`, unless an earlier run has finished `result`, the file that the command writes last.
+
+    Raises SystemExit where that was another command, kept in the folder `commands` beside `log`:
+    its result would be told as this one's.
+    """
+    kept = log.parent / "commands" / "-".join(result.parts[-2:])
+    command = " ".join(map(str, arguments))
     if not is_whole(result):
+        write_atomically(kept, command)
         run(*arguments, log=log, threads=threads)
+    elif not kept.is_file() or kept.read_text(encoding="utf-8") != command:
+        raise SystemExit(f"{result}: another command made it; remove it, or choose another --out")
 
 
 def in_parallel(jobs: int, work: Callable[..., None], cases: Iterable[Sequence[object]]) -> None:

@@ -175,3 +175,21 @@ def test_rivals_are_those_asked_for_or_installed_without_those_left_out() -> Non
     assert choose(packages, None, None, Path("x")) == ["a", "c"]
     assert choose(packages, None, "c", Path("x")) == ["a"]
     assert choose(packages, "b|a", "a", Path("x")) == ["b"]
+
+
+def test_a_result_of_another_command_is_not_told_as_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "scores.json"
+    ran: list[object] = []
+
+    def run(*arguments: object, **_: object) -> None:
+        ran.append(arguments[-1])
+        runner.write_json(result, {})
+
+    monkeypatch.setattr(runner, "run", run)
+    for steps in (250, 250):
+        runner.once(result, "eval", steps, log=tmp_path / "log.txt")
+    assert ran == [250]
+    with pytest.raises(SystemExit, match=r"scores\.json: another command made it"):
+        runner.once(result, "eval", 500, log=tmp_path / "log.txt")
